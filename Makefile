@@ -1,0 +1,48 @@
+# Two doors into the house: `make run` does the main job, `make test` checks everything; both set up what they need.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+QUIET := OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 HF_HUB_OFFLINE=1
+
+.PHONY: run test slow bench clean help
+
+run: .venv/core.stamp  ## train GPO on OCR with the embedded model under a budget, and judge it (more flags: ARGS="--seed 1")
+	$(BIN)/gpobench run --method gpo --task ocr --model tiny $(ARGS)
+
+test: .venv/dev.stamp  ## the test suite, the linters and the type checks
+	$(QUIET) $(BIN)/pytest -n 2
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+slow: .venv/dev.stamp  ## the tests that take minutes
+	$(QUIET) $(BIN)/pytest -m slow --timeout 3600
+
+bench: .venv/core.stamp  ## the measurements in benchmarks/, printed
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean:  ## remove the environment and the caches; runs/ stays
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+
+# pip is in place only when the environment was created whole.
+.venv/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "gpobench needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/core.stamp: pyproject.toml constraints.txt | .venv/bin/pip
+	@echo "installing gpobench into .venv (several minutes the first time)"
+	$(BIN)/pip install -q -c constraints.txt setuptools
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e .
+	@touch $@
+
+.venv/dev.stamp: .venv/core.stamp
+	@echo "installing the dev tools into .venv"
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	@touch $@

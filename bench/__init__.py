@@ -1,0 +1,50 @@
+"""The hub: contract, rig, budget, loop, models, evaluation, statistics, records and the command line.
+
+Public names are loaded on first use, so that `import gpobench.bench` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .budget import Budget, Meter, Spent
+    from .errors import Missing, UserError
+    from .rig import Rig
+    from .spec import Groups, Judging, Method, Model, Moves, Optim, Pairs, Prompt, Scorer, Scores, Starts, Task
+
+_HOME = {
+    "Budget": "budget",
+    "Meter": "budget",
+    "Spent": "budget",
+    "Missing": "errors",
+    "UserError": "errors",
+    "Rig": "rig",
+    **dict.fromkeys("Groups Judging Method Model Moves Optim Pairs Prompt Scorer Scores Starts Task".split(), "spec"),
+}
+
+__all__ = [
+    "Budget",
+    "Groups",
+    "Judging",
+    "Meter",
+    "Method",
+    "Missing",
+    "Model",
+    "Moves",
+    "Optim",
+    "Pairs",
+    "Prompt",
+    "Rig",
+    "Scorer",
+    "Scores",
+    "Spent",
+    "Starts",
+    "Task",
+    "UserError",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,391 @@
+"""The command line: what a person types, and the tables and progress that answer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import registry
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .record import Record
+
+# Nothing heavy above this line: `gpobench --help` and `gpobench list` answer without torch.
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="The referee of text-to-image post-training: any method, one budget, an interval on every number.",
+    epilog="Start here: `gpobench run --method gpo --task ocr --model tiny`",
+)
+
+MethodName = Annotated[str, typer.Option("--method", help="A method's name, or path/to/file.py:Name.")]
+TaskName = Annotated[str, typer.Option("--task", help="A task's name, or path/to/file.py:Name.")]
+ModelName = Annotated[str, typer.Option("--model", help="A model's name, or a local folder in diffusers format.")]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else goes to stderr.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value, e.g. beta=50, optim.lr=1e-4, adapter.rank=16; repeatable.")
+]
+
+
+@app.command(
+    epilog="Examples: `gpobench run --method gpo --task ocr --model tiny --seed 1` · `gpobench run ... --set link=pairwise "
+    "--budget nfe=50000` · `gpobench run ... --dry-run`"
+)
+def run(
+    method: MethodName,
+    task: TaskName,
+    model: ModelName,
+    seed: Annotated[int, typer.Option(help="Of the training; the evaluation noise has its own.")] = 0,
+    budget: Annotated[
+        str | None, typer.Option(help="A budget's name, a TOML file, or nfe=200000,seconds=600; default: the model's.")
+    ] = None,
+    sets: Sets = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file of settings; --set wins over it.")] = None,
+    out: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier start of this run left.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train one method under a budget and judge the model before and after.
+
+    The same command goes on where it was cut off, and shows the result when it is done.
+    """
+    _names(method=method, task=task, model=model)
+    with _clean_stdout() as answer, _view() as view, _asked_to_stop() as stopped:
+        from .config import resolve
+
+        plan = resolve(method, task, model, seed=seed, budget=budget, config=config, sets=sets or ())
+        if dry_run:
+            answer(_mapping(plan.mapping(), out / plan.slug()) if not as_json else json.dumps(plan.mapping(), indent=1))
+            return
+        from .run import run as start
+
+        done = start(plan, runs=out, view=view, fresh=fresh, interrupted=stopped)
+        answer(done.model_dump_json(indent=1) if as_json else lambda: _result(done))
+
+
+@app.command(epilog="Example: `gpobench eval --task ocr --model tiny --adapter runs/NAME/adapter --split test`")
+def eval(
+    task: TaskName,
+    model: ModelName,
+    adapter: Annotated[Path | None, typer.Option(help="A LoRA folder; without it the base is judged.")] = None,
+    split: Annotated[str, typer.Option(help="test | validation | train")] = "test",
+    images: Annotated[int | None, typer.Option(min=1, help="Images a prompt; default: the task's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write scores.parquet and samples.png there.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Judge a base, or a base with an adapter, on a task."""
+    _names(task=task, model=model)
+    if split not in ("test", "validation", "train"):
+        raise registry.unknown("split", split, ("test", "validation", "train"))
+    with _clean_stdout() as answer, _view() as view:
+        from .run import evaluate_only
+
+        done = evaluate_only(task, model, adapter=adapter, images=images, split=split, view=view, out=out)
+        answer(json.dumps(done, indent=1) if as_json else lambda: _scores(done))
+
+
+@app.command("list")
+def list_() -> None:
+    """All methods, tasks, models, scorers and recipes, built-in and installed."""
+    from rich.table import Table
+
+    table = Table("kind", "name", "what it is", box=None, pad_edge=False, header_style="bold")
+    for kind in ("method", "task", "model", "scorer", "recipe"):
+        for name in registry.entries(kind):
+            table.add_row(kind, name, registry.caption(kind, name))
+    _console().print(table)
+    _console().print("\nFields, defaults and source of one: [bold]gpobench show NAME[/]", highlight=False)
+
+
+@app.command(epilog="Example: `gpobench show gpo`")
+def show(
+    name: Annotated[str, typer.Argument(help="A name that `gpobench list` prints, or path/to/file.py:Name.")],
+) -> None:
+    """What a part is: its description, fields, defaults, presets and source."""
+    kinds = [kind for kind in registry.GROUPS if name in registry.entries(kind)]
+    if ".py:" not in name and not kinds:
+        raise registry.unknown("name", name, {n for kind in registry.GROUPS for n in registry.entries(kind)})
+    for kind in kinds or ["method"]:
+        _show(kind, name)
+
+
+@app.command(epilog="Example: `gpobench pretrain tiny --out my-tiny --seed 1`, then `gpobench run ... --model my-tiny`")
+def pretrain(
+    recipe: Annotated[str, typer.Argument(help="tiny | reader, or path/to/file.py:Name.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    seed: Annotated[int, typer.Option()] = 0,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an embedded model again from its recipe; the same command goes on where it was cut off."""
+    if ".py:" not in recipe and recipe not in registry.entries("recipe"):
+        raise registry.unknown("recipe", recipe, registry.entries("recipe"))
+    with _clean_stdout() as answer, _view() as view:
+        from .config import build, pairs
+
+        made = build(registry.load("recipe", recipe), pairs(sets or ()))
+        facts = made(out, seed=seed, log=_lines(view))
+        answer(json.dumps(facts, indent=1, default=str))
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as of
+
+        print(f"gpobench {of('gpobench')}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """The console script: user errors are one line on stderr and exit code 2, a stop asked for is 130."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a shared machine tenfold
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes on optional parts would bury ours
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"gpobench: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("gpobench: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        if type(error).__name__ != "Interrupted":  # its home imports torch, which an early error should not wait for
+            raise
+        print(f"gpobench: {error}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _names(**names: str) -> None:
+    """Refuse a mistyped name before anything heavy is imported."""
+    for kind, name in names.items():
+        known = registry.entries(kind)
+        if name not in known and ".py:" not in name and not (kind == "model" and Path(name).is_dir()):
+            raise registry.unknown(kind, name, known)
+
+
+@contextlib.contextmanager
+def _clean_stdout() -> Iterator[Callable[[Any], None]]:
+    """stdout belongs to the answer: whatever a library prints meanwhile goes to stderr."""
+    answers: list[Any] = []
+    with contextlib.redirect_stdout(sys.stderr):
+        yield answers.append
+    for given in answers:
+        if callable(given):
+            given()
+        else:
+            print(given)
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C lets the iteration at hand end and be saved; the second one does not wait."""
+    asked: list[int] = []
+
+    def hear(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nstopping after this iteration (Ctrl-C again: at once)", file=sys.stderr)
+
+    old = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _console(stderr: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+class _Terminal:
+    """A view as one live line on stderr; plain lines where stderr is no terminal."""
+
+    def __init__(self, progress: Any):
+        self._progress, self._task, self._said = progress, None, -1
+        self._live = progress.console.is_terminal
+
+    def say(self, text: str) -> None:
+        self._progress.console.print(text, highlight=False, markup=False)
+
+    def phase(self, name: str, total: float) -> None:
+        if self._task is not None:
+            self._progress.remove_task(self._task)
+        self._task = self._progress.add_task(name, total=total, note="")
+        if not self._live:
+            self.say(name)
+
+    def advance(self, by: float) -> None:
+        if self._task is not None:
+            self._progress.advance(self._task, by)
+
+    def status(self, fraction: float, numbers: Mapping[str, float]) -> None:
+        reward = numbers.get("reward/mean", float("nan"))
+        note = f"reward {reward:.3f} · {numbers['spent/updates']:.0f} updates · {numbers['spent/images']:,.0f} images"
+        if numbers.get("reward/errors"):
+            note += f" · {numbers['reward/errors']:.0f} not scored"
+        self._progress.update(self._task, completed=fraction, note=note)
+        if not self._live and int(fraction * 20) > self._said:
+            self._said = int(fraction * 20)
+            self.say(f"  {100 * fraction:3.0f} %  {note} · {numbers['spent/seconds']:.0f} s")
+
+
+@contextlib.contextmanager
+def _view() -> Iterator[_Terminal]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=16),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    console = _console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield _Terminal(progress)
+
+
+def _lines(view: _Terminal) -> Callable[[Mapping[str, Any]], None]:
+    def log(facts: Mapping[str, Any]) -> None:
+        view.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()))
+
+    return log
+
+
+def _mapping(mapping: Mapping[str, Any], home: Path) -> Callable[[], None]:
+    def show() -> None:
+        console = _console()
+        for line in _flat(mapping):
+            console.print(line, highlight=False, markup=False)
+        console.print(f"would run in {home}", highlight=False, markup=False, soft_wrap=True)
+
+    return show
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in mapping.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key} = {json.dumps(value)}"
+
+
+def _result(r: Record) -> None:
+    from rich.table import Table
+
+    console = _console()
+    table = Table("scorer", "before", "after", "difference", "p", box=None, pad_edge=False, header_style="bold")
+    for key, d in r.delta.items():
+        mark = {"training": "", "held-out": " *", "further": " +"}[r.scorers[key.partition("/")[0]].role]
+        table.add_row(key + mark, _cell(r.before[key]), _cell(r.after[key]), _cell(d, sign=True), _p(d.p))
+    console.print(f"\n[bold]{r.method}[/] on {r.task}, {r.model}, seed {r.seed}: ended by {r.stop}", highlight=False)
+    console.print(table)
+    n = next(iter(r.delta.values())).n
+    console.print(
+        f"means over {n} test prompts with 95 % intervals; differences paired by prompt\n"
+        "on the same noise; * held out, + a further one: never trained on",
+        style="dim",
+        highlight=False,
+    )
+    if r.flags.hack:
+        console.print("HACK FLAG: the training scorer rose, the held-out ones did not", style="bold red")
+    if r.flags.invalid:
+        console.print("INVALID: more than 0.5 % of the images could not be scored", style="bold red")
+    spent = " · ".join(
+        f"{key} {value:,.0f}" if key != "flops" else f"{key} {value:.2e}" for key, value in r.spent.items()
+    )
+    roles = ", ".join(f"{role} {nfe:,}" for role, nfe in r.nfe_by_role.items())
+    errors = sum(s.errors for s in r.scorers.values())
+    console.print(f"spent: {spent}\nnfe by role: {roles} · images not scored: {errors}", highlight=False)
+    for failure in dict.fromkeys(r.failures[-3:]):
+        console.print(f"  {failure}", highlight=False, markup=False)
+    console.print(
+        f"see {r.run_dir}/: samples/pairs.png, curve.png, adapter/, record.json", highlight=False, soft_wrap=True
+    )
+
+
+def _cell(n: Any, sign: bool = False) -> str:
+    """.450 [.41, .49]: five columns of these fit into 80 characters."""
+    if n.mean is None:
+        return "not scored"
+    plus = "+" if sign else ""
+    low, high = (f"{end:{plus}.2f}".replace("0.", ".", 1) for end in n.ci)
+    return f"{n.mean:{plus}.3f}".replace("0.", ".", 1) + f" [{low}, {high}]"
+
+
+def _p(p: float | None) -> str:
+    return "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".replace("0.", ".", 1)
+
+
+def _scores(done: Mapping[str, Any]) -> None:
+    from rich.table import Table
+
+    table = Table("scorer", "mean", "95 % interval", "prompts", "role", box=None, pad_edge=False, header_style="bold")
+    for key, number in done["scores"].items():
+        role = done["scorers"][key.partition("/")[0]]["role"]
+        table.add_row(
+            key, f"{number['mean']:.3f}", f"[{number['ci'][0]:.3f}, {number['ci'][1]:.3f}]", str(number["n"]), role
+        )
+    _console().print(table, markup=False)
+
+
+def _show(kind: str, name: str) -> None:
+    import dataclasses
+    import inspect
+
+    from rich.table import Table
+
+    from .config import preset_path
+
+    console = _console()
+    made = registry.load(kind, name)
+    source = made if inspect.isclass(made) or inspect.isfunction(made) else type(made)
+    module = inspect.getmodule(source)
+    console.print(f"[bold]{name}[/] ({kind})", highlight=False)
+    if kind != "model":
+        console.print((module.__doc__ or "").strip() if module else "", highlight=False, markup=False)
+    if dataclasses.is_dataclass(made):
+        default = made() if isinstance(made, type) else made
+        table = Table("field", "default", "type", box=None, pad_edge=False, header_style="bold")
+        for key, value, kind_of in _fields(default):
+            table.add_row(key, value, kind_of)
+        console.print(table)
+    if kind == "method" and (preset := preset_path(name)):
+        console.print(f"\npreset {preset}", highlight=False, soft_wrap=True, style="dim")
+        console.print(preset.read_text("utf-8").strip(), highlight=False, markup=False)
+    console.print(f"source {inspect.getsourcefile(source)}\n", highlight=False, soft_wrap=True, style="dim")
+
+
+def _fields(value: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    import dataclasses
+
+    for f in dataclasses.fields(value):
+        own = getattr(value, f.name)
+        if dataclasses.is_dataclass(own):
+            yield from _fields(own, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", str(own), str(f.type)

@@ -1,0 +1,201 @@
+"""From a command line to one resolved, checked and hashable mapping that says everything a run will do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from . import registry
+from .budget import Budget, load_budget
+from .card import Adapter, find
+from .errors import UserError
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a run will do, resolved: the same Config gives the same bytes."""
+
+    method: str
+    task: str
+    model: str
+    seed: int
+    budget: Budget
+    settings: Any  # the method's dataclass, its fields set
+    adapter: Adapter
+    judging: Any  # spec.Judging
+    precision: str  # fp32 | bf16 | fp16
+
+    def mapping(self) -> Table:
+        """Plain, printable, hashable: what --dry-run shows and the record keeps."""
+        return {
+            "method": self.method,
+            "task": self.task,
+            "model": self.model,
+            "seed": self.seed,
+            "budget": {"name": self.budget.name, **self.budget.bounds()},
+            "settings": _plain(asdict(self.settings)),
+            "adapter": _plain(asdict(self.adapter)),
+            "judging": _plain(asdict(self.judging)),
+            "precision": self.precision,
+        }
+
+    def digest(self) -> str:
+        """8 hex digits that name the run."""
+        return hashlib.sha256(json.dumps(self.mapping(), sort_keys=True).encode()).hexdigest()[:8]
+
+    def slug(self) -> str:
+        """The run directory's name."""
+        clean = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(self.model).name)
+        name = Path(self.method.rpartition(":")[0]).stem if ".py:" in self.method else self.method
+        return f"{name}-{Path(self.task).name.replace(':', '-')}-{clean}-s{self.seed}-{self.digest()}"
+
+
+def resolve(
+    method: str,
+    task: str,
+    model: str,
+    *,
+    seed: int = 0,
+    budget: str | None = None,
+    config: Path | None = None,
+    sets: Iterable[str] = (),
+) -> Config:
+    """Field defaults < methods/NAME.toml [model] < [model.task] < --config FILE < --set key=value.
+
+    Raises UserError on an unknown name (with the nearest valid one), a value of the wrong type, an unreadable file.
+    """
+    from .spec import Judging
+
+    kind = registry.load("method", method)
+    exam = registry.load("task", task)()
+    card = find(model)
+    judging: Judging = exam.judging(card.domain)
+    table: Table = {}
+    for layer in (_preset(method, card.preset or card.name, task), _file(config), pairs(sets)):
+        _merge(table, layer)
+    own = {key: table.pop(key, {}) for key in ("adapter", "judging")}
+    precision = table.pop("precision", card.precision)
+    if precision not in ("fp32", "bf16", "fp16"):
+        raise registry.unknown("precision", str(precision), ("fp32", "bf16", "fp16"))
+    if seed < 0:
+        raise UserError(f"--seed must not be negative, got {seed}")
+    return Config(
+        method=method,
+        task=task,
+        model=model,
+        seed=seed,
+        budget=load_budget(budget or card.budget),
+        settings=build(kind, table, extra=("adapter", "judging", "precision")),
+        adapter=build(Adapter, {**asdict(card.adapter), **_table("adapter", own["adapter"])}, prefix="adapter."),
+        judging=build(Judging, {**asdict(judging), **_table("judging", own["judging"])}, prefix="judging."),
+        precision=precision,
+    )
+
+
+def build(kind: Any, table: Mapping[str, Any], *, prefix: str = "", extra: Iterable[str] = ()) -> Any:
+    """A dataclass from a mapping, checked by pydantic; nested dataclasses too; unknown keys refused with a suggestion."""
+    from pydantic import TypeAdapter, ValidationError
+
+    default = kind()
+    values: Table = {}
+    known = {f.name: getattr(default, f.name) for f in fields(kind)}
+    for key, value in table.items():
+        if key not in known:
+            raise registry.unknown("setting", prefix + key, [prefix + k for k in (*known, *extra)])
+        if is_dataclass(known[key]) and not isinstance(known[key], type):
+            inner = {**asdict(known[key]), **_table(prefix + key, value)}  # what is not set keeps this method's default
+            value = build(type(known[key]), inner, prefix=f"{prefix}{key}.")
+        values[key] = value
+    whole = {**{name: value for name, value in known.items() if name not in values}, **values}
+    try:
+        # A dataclass instance would pass unchecked, so nested ones go in as they are and the rest as plain values.
+        return TypeAdapter(kind).validate_python(whole)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = prefix + ".".join(str(part) for part in first["loc"])
+        raise UserError(f"setting {where}: {first['msg']}, got {first['input']!r}") from None
+
+
+def preset_path(method: str) -> Path | None:
+    """The preset TOML that stands beside a method's file, if there is one."""
+    if ".py:" in method:
+        path = Path(method.rpartition(":")[0]).with_suffix(".toml")
+    else:
+        entry = registry.entries("method")[method]
+        package, _, leaf = entry.value.partition(":")[0].rpartition(".")
+        path = Path(str(resources.files(package))) / f"{leaf}.toml" if package else Path(f"{leaf}.toml")
+    return path if path.is_file() else None
+
+
+def _preset(method: str, model: str, task: str) -> Table:
+    path = preset_path(method)
+    section = _file(path).get(model, {}) if path else {}
+    tasks = registry.entries("task")
+    table: Table = {}
+    _merge(table, {key: value for key, value in section.items() if key not in tasks})
+    _merge(table, section.get(task, {}))
+    return table
+
+
+def _file(path: Path | None) -> Table:
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"cannot read config {path}: {error}") from None
+
+
+def pairs(sets: Iterable[str]) -> Table:
+    """`a.b=1` and its like as one nested mapping. Raises UserError on text without an equals sign."""
+    table: Table = {}
+    for text in sets:
+        _merge(table, _pair(text))
+    return table
+
+
+def _pair(text: str) -> Table:
+    key, equals, value = text.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set wants key=value, got {text!r}")
+    try:
+        parsed = tomllib.loads(f"x = {value.strip()}")["x"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # a bare word is a string
+    table: Any = parsed
+    for part in reversed(key.strip().split(".")):
+        table = {part: table}
+    return table
+
+
+def _merge(into: Table, more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)  # type: ignore[arg-type]
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value  # type: ignore[arg-type]
+
+
+def _table(name: str, value: Any) -> Table:
+    if is_dataclass(value) and not isinstance(value, type):
+        return asdict(value)
+    if not isinstance(value, Mapping):
+        raise UserError(f"setting {name} holds several values, set one of them: {name}.KEY=VALUE")
+    return dict(value)  # type: ignore[arg-type]
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+def with_seed(config: Config, seed: int) -> Config:
+    """The same run under another seed."""
+    return replace(config, seed=seed)

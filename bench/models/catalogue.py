@@ -1,0 +1,19 @@
+"""The models that have a name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib import resources
+
+from ..card import Card, find
+
+# The embedded model: made by `gpobench pretrain tiny`, its protocol stands in its own recipe.json.
+tiny = replace(find(str(resources.files(__package__) / "tiny")), name="tiny", licence="Apache-2.0")
+
+sd35m = Card(
+    name="sd35m",
+    source="stabilityai/stable-diffusion-3.5-medium",
+    revision="main",
+    pipeline="StableDiffusion3Pipeline",
+    licence="Stability AI Community License (gated)",
+)

@@ -1,0 +1,157 @@
+"""The record of a run: one JSON file that says all about it, under a published schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from .disk import write_atomically
+from .errors import UserError
+
+SCHEMA = 1
+Key = str  # `scorer/metric`
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="null")
+
+
+class Number(_Part):
+    """An estimate over prompts with its 95 % interval; null where nothing could be scored."""
+
+    mean: float | None
+    ci: tuple[float | None, float | None]
+    n: int = Field(description="prompts")
+
+
+class Difference(Number):
+    """After minus before, paired by prompt on the same noise."""
+
+    p: float | None = Field(description="two-sided sign-flip permutation p")
+    mde: float | None = Field(description="smallest difference this many prompts would show with 80 % power")
+
+
+class Point(_Part):
+    """One look at the validation prompts during training."""
+
+    spent: dict[str, float]
+    scores: dict[Key, Number]
+
+
+class Flags(_Part):
+    hack: bool = Field(description="the training scorer rises while the held-out ones do not")
+    invalid: bool = Field(description="more than 0.5 % of the images of a scorer could not be scored")
+    single_seed: bool = True
+
+
+class ScorerUse(_Part):
+    id: str
+    role: Literal["training", "held-out", "further"]
+    calls: int = Field(description="in training; evaluation is off budget")
+    seconds: float
+    errors: int
+
+
+class Record(_Part):
+    """Everything about one (method, task, model, budget, seed)."""
+
+    schema_version: Literal[1] = SCHEMA
+    kind: Literal["run", "eval"] = "run"
+    method: str
+    task: str
+    model: str
+    seed: int
+    stop: str = Field(description="why training ended")
+    before: dict[Key, Number]
+    after: dict[Key, Number]
+    delta: dict[Key, Difference]
+    spent: dict[str, float] = Field(description="nfe, images, reward_calls, updates, seconds, flops")
+    run_dir: str
+    nfe_by_role: dict[str, int] = Field(default_factory=dict)
+    flags: Flags
+    scorers: dict[str, ScorerUse]
+    curve: list[Point] = Field(default_factory=list)
+    config: dict[str, Any] = Field(description="the resolved mapping; its hash names the run")
+    task_version: str
+    prompts: dict[str, str] = Field(description="split -> sha256 of its texts in order")
+    failures: list[str] = Field(default_factory=list, description="why images could not be scored, the last few")
+    wall: dict[str, float] = Field(description="seconds by phase, on the device named in provenance")
+    provenance: dict[str, Any]
+
+
+def write(path: Path, record: Record) -> None:
+    """record.json, whole or not at all."""
+    write_atomically(path, lambda p: p.write_text(record.model_dump_json(indent=1) + "\n", "utf-8"))
+
+
+def read(path: Path) -> Record:
+    """A record from disk. Raises UserError when it is unreadable, of a newer schema, or not a record."""
+    try:
+        table = json.loads(path.read_text("utf-8"))
+        if isinstance(table, dict) and table.get("schema_version", 0) > SCHEMA:
+            raise UserError(
+                f"{path} has schema {table['schema_version']}; this gpobench reads up to {SCHEMA}: update it"
+            )
+        return Record.model_validate(table)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not a record: {str(error).splitlines()[0]}") from None
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema that record.schema.json publishes."""
+    return Record.model_json_schema()
+
+
+def provenance(**more: Any) -> dict[str, Any]:
+    """Where a number comes from: code revision, versions, machine."""
+    import torch
+
+    names = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "rapidocr", "onnxruntime", "gpobench")
+    versions: dict[str, str] = {"python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "revision": revision(),
+        "versions": versions,
+        "threads": torch.get_num_threads(),
+        "machine": machine(),
+        **more,
+    }
+
+
+def revision() -> str:
+    """The git commit of this package's checkout, `-dirty` when files differ from it; "" when it is no checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        say = ["git", "-C", str(root)]
+        commit = subprocess.run([*say, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        dirty = subprocess.run([*say, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
+        return commit.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def machine() -> str:
+    """What computes: the accelerator's name, or the processor's with its cores."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"

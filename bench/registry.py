@@ -1,0 +1,108 @@
+"""A name becomes an object by one door, for the built-in parts and for a third party's alike."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib.util
+import sys
+from collections.abc import Iterable
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+
+GROUPS = {
+    "method": "gpobench.methods",
+    "task": "gpobench.tasks",
+    "scorer": "gpobench.rewards",
+    "model": "gpobench.models",
+}
+GROUPS["recipe"] = "gpobench.recipes"
+
+
+def unknown(kind: str, name: str, valid: Iterable[str]) -> UserError:
+    """The one-line error for a name that does not exist, with the nearest ones that do."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UserError(f"unknown {kind} {name!r}; {hint}valid: {', '.join(names) or 'none'}")
+
+
+def entries(kind: str) -> dict[str, metadata.EntryPoint]:
+    """The entry points of one kind, by name; a name claimed twice is refused."""
+    found: dict[str, metadata.EntryPoint] = {}
+    for entry in sorted(metadata.entry_points(group=GROUPS[kind]), key=lambda e: (e.name, e.value)):
+        twin = found.get(entry.name)
+        if twin is not None and twin.value != entry.value:
+            raise UserError(f"two packages claim the {kind} {entry.name!r}: {twin.value} and {entry.value}")
+        found[entry.name] = entry
+    return found
+
+
+def load(kind: str, reference: str) -> Any:
+    """The object behind a name, or behind `path/to/file.py:Name`.
+
+    Raises UserError on an unknown name, an unreadable file, or a part that cannot be imported.
+    """
+    if ".py:" in reference:
+        return _from_file(reference)
+    known = entries(kind)
+    if reference not in known:
+        raise unknown(kind, reference, known)
+    try:
+        return known[reference].load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"{kind} {reference!r} cannot be loaded from {known[reference].value}: {error}") from error
+
+
+def scorer(reference: str) -> Any:
+    """The scorer behind `name` or `name:variant`; making it may raise Missing."""
+    if ".py:" in reference:
+        return _from_file(reference)()
+    name, _, variant = reference.partition(":")
+    return load("scorer", name)(variant or None)
+
+
+def caption(kind: str, name: str) -> str:
+    """The first line of the file that holds a part, read as text: nothing is imported."""
+    module = entries(kind)[name].value.partition(":")[0]
+    parent, _, leaf = module.rpartition(".")
+    try:
+        package = import_module(parent) if parent else None
+        spec = importlib.util.find_spec(module) if package is None else None
+        folders = list(getattr(package, "__path__", []))
+        source = (
+            Path(spec.origin)
+            if spec and spec.origin
+            else next(
+                path
+                for folder in folders
+                for path in (Path(folder) / f"{leaf}.py", Path(folder) / leaf / "__init__.py")
+                if path.is_file()
+            )
+        )
+        return (ast.get_docstring(ast.parse(source.read_text("utf-8"))) or "").partition("\n")[0]
+    except (ImportError, OSError, StopIteration, SyntaxError):
+        return ""
+
+
+def _from_file(reference: str) -> Any:
+    file, _, name = reference.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"no such file: {path}")
+    alias = f"gpobench_plugin_{path.stem}"
+    spec = importlib.util.spec_from_file_location(alias, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[alias] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        raise unknown(f"name in {path.name}", name, [n for n in vars(module) if not n.startswith("_")])
+    return getattr(module, name)

@@ -1,0 +1,263 @@
+"""The rig: the one metered door through which a method reaches model, prompts and rewards.
+
+Everything behind it is charged before it is spent, so two methods cannot spend differently unseen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .budget import Meter
+from .flow import Kernel, Path, Step, mix, ode
+from .losses import flow_error
+from .spec import Cond, Groups, Images, Model, Prompt, Scorer, Scores
+
+
+class Rig:
+    """What a method may touch. Its memory is `state` (tensors and numbers), its randomness `noise` and its kin."""
+
+    def __init__(
+        self, model: Model, book: Sequence[Prompt], scorer: Scorer, meter: Meter, *, seed: int = 0, rows: int = 32
+    ):
+        """book: the training prompts; scorer: what a method may optimise; rows: images sampled at once."""
+        self.model, self.book, self.scorer, self.meter, self.rows = model, book, scorer, meter, rows
+        self.rng = torch.Generator().manual_seed(seed)
+        self.state: dict[str, Any] = {}
+        self.iteration = 0
+        self.failures: list[str] = []  # why images could not be scored, the last few
+        self._cache: dict[int, Cond] = {}  # prompt -> its embedding, made once
+        self._keys: Tensor | None = None  # of the rows that a loss is being computed on
+        self._draws = 0
+        self._notes: dict[str, list[Tensor | float]] = defaultdict(list)
+        self._asking = ThreadPoolExecutor(1, thread_name_prefix="scorer")  # scores while the next images are sampled
+
+    @property
+    def path(self) -> Path:
+        return self.model.path
+
+    # Randomness. Inside a loss every row has a key of its own, so that splitting a batch, over micro-batches or over
+    # devices, changes no draw; elsewhere rows take their keys from rng in order.
+
+    def prompts(self, n: int) -> Tensor:
+        """(n,): which prompts, without repeats while there are enough; the handle other calls take in place of text."""
+        book = len(self.book)
+        return torch.cat([torch.randperm(book, generator=self.rng) for _ in range(-(-n // book))])[:n]
+
+    def noise(self, n: int) -> Tensor:
+        """(n, C, h, w) standard normal, on the model's device."""
+        return self._draw(n, lambda g: torch.randn(self.model.shape, generator=g)).to(self.model.device)
+
+    def normal(self, n: int) -> Tensor:
+        """(n,) standard normal."""
+        return self._draw(n, lambda g: torch.randn((), generator=g)).to(self.model.device)
+
+    def uniform(self, n: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """(n,) uniform in [low, high)."""
+        return low + (high - low) * self._draw(n, lambda g: torch.rand((), generator=g)).to(self.model.device)
+
+    def _draw(self, n: int, one: Any) -> Tensor:
+        if self._keys is None:
+            keys = torch.randint(2**62, (n,), generator=self.rng).tolist()
+        else:
+            rows = self._keys.tolist()
+            if n % len(rows):
+                raise ValueError(f"{n} draws for {len(rows)} rows: a loss draws the same number for each of its rows")
+            self._draws += 1
+            keys = [
+                hash((key, self._draws, i)) for key in rows for i in range(n // len(rows))
+            ]  # ints hash the same anywhere
+        generator = torch.Generator()
+        return torch.stack([one(generator.manual_seed((key ^ (key >> 31)) & 0xFFFFFFFF)) for key in keys])
+
+    @contextmanager
+    def keyed(self, keys: Tensor) -> Iterator[None]:
+        """Within: the rows of the batch at hand draw from these keys (rows,)."""
+        self._keys, self._draws = keys, 0
+        try:
+            yield
+        finally:
+            self._keys = None
+
+    # The model
+
+    def texts(self, who: Tensor) -> list[Prompt]:
+        return [self.book[i] for i in who.tolist()]
+
+    def _embed(self, who: Tensor) -> Cond:
+        index = who.tolist()
+        missing = [i for i in dict.fromkeys(index) if i not in self._cache]
+        for start in range(0, len(missing), self.rows):
+            part = missing[start : start + self.rows]
+            made = self.model.encode([self.book[i].text for i in part])
+            for row, i in enumerate(part):
+                self._cache[i] = {key: value[row] for key, value in made.items()}
+        first = self._cache[index[0]]
+        return {key: torch.stack([self._cache[i][key] for i in index]) for key in first}
+
+    def velocity(
+        self, x: Tensor, t: Tensor, who: Tensor, *, by: str = "live", guidance: float = 1.0, role: str = ""
+    ) -> Tensor:
+        """(B, C, h, w), (B,) -> (B, C, h, w). Weights other than "live" carry no gradient.
+
+        by: live | ref | a copy that model.blend made. Charged: 1 a row, 3 where a backward follows, doubled by guidance.
+        """
+        grad = torch.is_grad_enabled() and by == "live"
+        each = (3 if grad else 1) * (1 if guidance == 1.0 else 2)
+        self.meter.charge(nfe=len(x) * each, role=role or ("policy" if grad else by))
+        with torch.set_grad_enabled(grad):
+            return self.model.velocity(x, t, self._embed(who), guidance=guidance, by=by)
+
+    def step(
+        self,
+        kernel: Kernel,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        who: Tensor,
+        *,
+        by: str = "live",
+        guidance: float = 1.0,
+        role: str = "",
+    ) -> Step:
+        """One transition of the walk, charged as one velocity."""
+        return kernel(self.path, x, self.velocity(x, t, who, by=by, guidance=guidance, role=role), t, s)
+
+    @torch.no_grad()
+    def walk(
+        self,
+        x: Tensor,
+        who: Tensor,
+        kernels: Sequence[Kernel],
+        *,
+        start: int = 0,
+        of: int = 0,
+        by: str = "live",
+        guidance: float | None = None,
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Step, Tensor]]:
+        """Walk the kernels from times(of)[start] on; yields (i, x, t, s, step, x_next) for each.
+
+        `of` is the number of steps of the whole grid; 0 lets the walk end at t = 0. guidance None is the protocol's.
+        """
+        times = self.model.times(of or start + len(kernels)).to(x.device)
+        guidance = self.model.guidance if guidance is None else guidance
+        for i, kernel in enumerate(kernels, start):
+            t, s = times[i].expand(len(x)), times[i + 1].expand(len(x))
+            step = self.step(kernel, x, t, s, who, by=by, guidance=guidance, role="rollout")
+            to = step.mean if kernel is ode else step.draw(self.noise(len(x)))
+            yield i, x, t, s, step, to
+            x = to
+
+    def sample(
+        self, x: Tensor, who: Tensor, *, steps: int = 0, start: int = 0, by: str = "live", guidance: float | None = None
+    ) -> Tensor:
+        """(B, C, h, w): the clean latent that the ODE reaches from x; 0 steps is the protocol's number."""
+        steps = steps or self.model.steps
+        end = x
+        for *_, to in self.walk(x, who, [ode] * (steps - start), start=start, of=steps, by=by, guidance=guidance):
+            end = to
+        return end
+
+    def errors(self, x0: Tensor, who: Tensor, t: Tensor, eps: Tensor, *by: str) -> list[Tensor]:
+        """Flow-matching error of x0 (B, C, h, w) noised to t (B,) by eps, under each set of weights; each (B,)."""
+        x, target = mix(self.path, x0, eps, t)
+        return [flow_error(self.velocity(x, t, who, by=name), target) for name in by]
+
+    # Rewards
+
+    def score(self, x0: Tensor, who: Tensor) -> Tensor:
+        """(B,) rewards of the images that x0 decodes to; NaN where an image could not be scored, counted."""
+        return self._answer(self._ask(x0, who))
+
+    @torch.no_grad()
+    def groups(
+        self, prompts: int, group: int, *, steps: int = 0, by: str = "live", guidance: float | None = None
+    ) -> Groups:
+        """Draw prompts, sample a group for each by the ODE and score it, the scorer at work beside the sampler."""
+        who = self.prompts(prompts)
+        each = who.repeat_interleave(group)
+        noise = self.noise(len(each))
+        x0: list[Tensor] = []
+        asked: list[Future[tuple[Scores, float]]] = []
+        for part in torch.arange(len(each)).split(self.rows):
+            x0.append(self.sample(noise[part.to(noise.device)], each[part], steps=steps, by=by, guidance=guidance))
+            asked.append(self._ask(x0[-1], each[part]))
+        reward = torch.cat([self._answer(future) for future in asked])
+        return Groups(torch.cat(x0).unflatten(0, (prompts, group)), who, reward.view(prompts, group))
+
+    def _ask(self, x0: Tensor, who: Tensor) -> Future[tuple[Scores, float]]:
+        self.meter.charge(images=len(x0))
+        self.meter.charge_scorer(self.scorer.name, len(x0))
+        return self._asking.submit(judged, self.scorer, pixels(self.model.decode(x0)), self.texts(who))
+
+    def _answer(self, future: Future[tuple[Scores, float]]) -> Tensor:
+        scores, seconds = future.result()
+        value = scores.value[self.scorer.metrics[0]]
+        self.meter.note_scorer(self.scorer.name, seconds, int(np.isnan(value).sum()))
+        self.failures = [*self.failures, *scores.reasons.values()][-20:]
+        return torch.as_tensor(value, dtype=torch.float32, device=self.model.device)
+
+    # What a method wants seen
+
+    def note(self, name: str, value: Tensor | float) -> None:
+        """Report a number under a path such as `policy/ratio`; values of one iteration are averaged."""
+        self._notes[name].append(value.detach() if isinstance(value, Tensor) else value)
+
+    def mean(self, name: str) -> float:
+        """The mean of one note since the last iteration; NaN where there is none."""
+        values = self._notes.get(name)
+        return float(np.mean([float(v) for v in values])) if values else float("nan")
+
+    def notes(self) -> dict[str, float]:
+        """The means since the last call."""
+        taken, self._notes = self._notes, defaultdict(list)
+        return {name: float(np.mean([float(v) for v in values])) for name, values in taken.items()}
+
+    def close(self) -> None:
+        self._asking.shutdown(wait=True, cancel_futures=True)
+
+
+def pixels(images: Tensor) -> Images:
+    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8, rounded as a PNG of the pipeline would be."""
+    return (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def judged(scorer: Scorer, images: Images, prompts: Sequence[Prompt]) -> tuple[Scores, float]:
+    """Ask a scorer; whatever it does wrong becomes NaN with a reason. Returns the scores and the seconds they took."""
+    began = time.perf_counter()
+    try:
+        scores = _checked(scorer, scorer(images, prompts), len(images))
+    except Exception as error:  # a scorer is foreign code: nothing it does may end or falsify a run
+        nan = {metric: np.full(len(images), np.nan) for metric in scorer.metrics}
+        why = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        scores = Scores(nan, dict.fromkeys(range(len(images)), f"{scorer.name}: {why}"))
+    return scores, time.perf_counter() - began
+
+
+def _checked(scorer: Scorer, scores: Any, n: int) -> Scores:
+    """What a scorer returned, every metric (n,) float64 and every NaN with a reason; raises ValueError when it is no such thing."""
+    if not isinstance(scores, Scores):
+        raise ValueError(f"returned {type(scores).__name__}, not Scores")
+    value: dict[str, np.ndarray[Any, np.dtype[np.float64]]] = {}
+    reasons = dict(scores.reasons)
+    for metric in scorer.metrics:
+        if metric not in scores.value:
+            raise ValueError(f"returned no {metric!r}")
+        column = np.array(scores.value[metric], dtype=np.float64)
+        if column.shape != (n,):
+            raise ValueError(f"returned {metric} of shape {column.shape} for {n} images")
+        for row in np.flatnonzero(~np.isfinite(column)):
+            reasons.setdefault(int(row), f"{scorer.name}: returned {column[row]} for {metric}")
+        column[~np.isfinite(column)] = np.nan
+        value[metric] = column
+    if scores.notes is not None and len(scores.notes) != n:
+        raise ValueError(f"returned {len(scores.notes)} notes for {n} images")
+    return Scores(value, reasons, scores.notes)

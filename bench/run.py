@@ -1,0 +1,497 @@
+"""Where the parts meet: one configuration in, a judged base, a trained adapter, a judged adapter and one record out."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from . import checkpoint, evaluate, pictures, record, registry
+from .budget import Meter
+from .card import Card, find
+from .config import Config
+from .disk import digest, write_atomically
+from .errors import Missing, UserError
+from .evaluate import Judged
+from .models.open import open_model
+from .record import Record
+from .rig import Rig
+from .spec import Scorer, Task
+from .train import optimiser, train
+from .view import View
+
+MARKS = 10  # looks at the validation prompts, and checkpoints, in the course of a budget
+ROOM = 200 * 2**20  # bytes of free disk below which a run does not begin
+
+
+class Interrupted(Exception):
+    """The person asked to stop; everything up to the last complete iteration is on disk."""
+
+
+@dataclass
+class Jury:
+    """A task's scorers, made: the one that trains, those held out, further ones where they are installed."""
+
+    training: Scorer
+    held_out: list[Scorer]
+    further: list[Scorer] = field(default_factory=list[Scorer])
+
+    @property
+    def all(self) -> list[Scorer]:
+        return [self.training, *self.held_out, *self.further]
+
+    @property
+    def key(self) -> str:
+        """The `scorer/metric` that methods are trained on."""
+        return f"{self.training.name}/{self.training.metrics[0]}"
+
+    def role(self, scorer: Scorer) -> Any:
+        return "training" if scorer is self.training else "held-out" if scorer in self.held_out else "further"
+
+
+def jury(task: Task, domain: str, say: Callable[[str], None]) -> Jury:
+    """Make the scorers a task names; a further one that is not installed is left out and said, a needed one is an error."""
+    training, held = task.reward(domain), list(task.held_out(domain))
+    made = Jury(registry.scorer(training), [registry.scorer(name) for name in held])
+    for name in task.scorers(domain):
+        if name not in (training, *held):
+            try:
+                made.further.append(registry.scorer(name))
+            except Missing as missing:
+                say(f"not judged by {name}: {missing}")
+    return made
+
+
+def run(
+    config: Config,
+    *,
+    runs: Path,
+    view: View,
+    fresh: bool = False,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Record:
+    """Do what the configuration says, or go on where an earlier start of the same run was cut off.
+
+    runs: the folder of run directories. fresh: forget what an earlier start of this run left.
+    Raises UserError on what a person can mend, Interrupted when asked to stop.
+    """
+    home = runs / config.slug()
+    with _room(home):
+        home.mkdir(parents=True, exist_ok=True)
+        with _alone(home):
+            if fresh:
+                _forget(home)
+            if (home / "record.json").is_file():
+                view.say(f"this run is already done: {home} (--fresh does it again)")
+                return record.read(home / "record.json")
+            return _run(config, home, view, interrupted)
+
+
+def _run(config: Config, home: Path, view: View, interrupted: Callable[[], bool]) -> Record:
+    wall = _Wall()
+    card, task = find(config.model), registry.load("task", config.task)()
+    with wall("load"):
+        evaluate.refuse_overlap(task, card.domain)
+        judges = jury(task, card.domain, view.say)
+        accelerator = _accelerator(config.precision)
+        model = open_model(
+            card, device=accelerator.device, precision=config.precision, adapter=config.adapter, seed=config.seed
+        )
+        write_atomically(home / "config.toml", lambda p: p.write_text(_toml(config), "utf-8"))
+    book, exam = task.prompts("train", card.domain), task.prompts("test", card.domain)
+    validation = task.prompts("validation", card.domain)
+    judging = config.judging
+
+    def look(split: str, by: str, scorers: Sequence[Scorer], advance: Callable[[int], None]) -> Judged:
+        prompts, images = (exam, judging.test_images) if split == "test" else (validation, judging.validation_images)
+        return evaluate.judge(
+            model, prompts, scorers, images=images, seed=judging.seed, rows=card.rows, by=by, advance=advance
+        )
+
+    with wall("judge"):
+        before = _kept(
+            home / "before",
+            lambda: _watched(
+                view, "judging the base", len(exam) * judging.test_images, lambda a: look("test", "ref", judges.all, a)
+            ),
+        )
+
+    meter = Meter(config.budget, flops_a_forward=model.flops_a_forward())
+    rig = Rig(model, book, judges.training, meter, seed=config.seed, rows=card.rows)
+    adam = optimiser(config.settings, rig)
+    facts = checkpoint.restore(home / "checkpoint", rig, adam, view.say)
+    if facts is None:
+        facts = {"mark": -1, "curve": [], "wall": 0.0}
+    else:
+        view.say(f"going on from update {meter.updates}, {100 * meter.fraction():.0f} % of the budget spent")
+    _cut(home / "metrics.jsonl", rig.iteration)
+    judged_by = "ema" if config.settings.optim.ema else "live"
+    log = _Log(home / "metrics.jsonl")
+
+    def mark() -> None:
+        with wall("judge"):
+            seen = look(
+                "validation",
+                judged_by if judged_by in ("live", *model.weights.copies) else "live",
+                [judges.training, *judges.held_out],
+                lambda _: None,
+            )
+        facts["curve"].append({"spent": meter.spent(), "scores": evaluate.estimates(seen)})
+        facts["mark"] = int(meter.fraction() * MARKS)
+        with wall("checkpoint"):
+            checkpoint.save(home / "checkpoint", rig.iteration, rig, adam, facts)
+
+    def after(numbers: dict[str, float]) -> None:
+        numbers = {
+            "iteration": rig.iteration,
+            **numbers,
+            **{f"spent/{k}": v for k, v in meter.spent().items()},
+            "reward/errors": meter.errors,
+        }
+        log(numbers)
+        view.status(meter.fraction(), numbers)
+        if int(meter.fraction() * MARKS) > facts["mark"]:
+            mark()
+        elif interrupted():
+            with wall("checkpoint"):
+                checkpoint.save(home / "checkpoint", rig.iteration, rig, adam, facts)
+
+    try:
+        if facts["mark"] < 0:
+            mark()
+        view.phase("training", 1.0)
+        with wall("train"):
+            why = train(config.settings, rig, adam, backward=accelerator.backward, after=after, interrupted=interrupted)
+    finally:
+        rig.close()
+        log.close()
+    if why == "interrupted":
+        raise Interrupted(f"stopped after update {meter.updates}; the same command goes on from there")
+    with wall("judge"):
+        done = _watched(
+            view,
+            "judging the result",
+            len(exam) * judging.test_images,
+            lambda a: look("test", judged_by, judges.all, a),
+        )
+        final = look("validation", judged_by, [judges.training, *judges.held_out], lambda _: None)
+    curve = [*facts["curve"], {"spent": meter.spent(), "scores": evaluate.estimates(final)}]
+
+    model.save_adapter(home / "adapter", judged_by)
+    _scores(home / "scores.parquet", before, done)
+    _samples(home, before, done, judges.training, curve, meter)
+    delta = evaluate.differences(before, done)
+    both = pd.concat([before.table, done.table])
+    finished = Record(
+        method=config.method,
+        task=config.task,
+        model=config.model,
+        seed=config.seed,
+        stop=why,
+        before=evaluate.estimates(before),  # type: ignore[arg-type]
+        after=evaluate.estimates(done),  # type: ignore[arg-type]
+        delta=delta,  # type: ignore[arg-type]
+        spent=meter.spent(),
+        run_dir=str(home),
+        nfe_by_role=dict(meter.roles),
+        flags=record.Flags(
+            hack=evaluate.hacked(delta, judges.key, [s.name for s in judges.held_out]),
+            invalid=evaluate.invalid(both) or meter.errors > evaluate.INVALID * max(1, meter.reward_calls),
+        ),
+        scorers=_use(judges, meter),
+        curve=curve,  # type: ignore[arg-type]
+        config=config.mapping(),
+        task_version=task.version,
+        prompts={
+            split: evaluate.prompts_hash(task.prompts(split, card.domain)) for split in ("train", "validation", "test")
+        },
+        failures=rig.failures,
+        wall=wall.seconds,
+        provenance=record.provenance(
+            device=str(accelerator.device), dtype=config.precision, weights=weights_hash(card)
+        ),
+    )
+    write_atomically(home / "README.md", lambda p: p.write_text(_card(finished, card), "utf-8"))
+    record.write(home / "record.json", finished)  # last: its presence says that the run is whole
+    return finished
+
+
+def evaluate_only(
+    task_name: str,
+    model_name: str,
+    *,
+    adapter: Path | None,
+    images: int | None,
+    split: str,
+    view: View,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """Judge a base, or a base with an adapter, on a task: the same prompts, noise and scorers as a run's."""
+    card, task = find(model_name), registry.load("task", task_name)()
+    judges = jury(task, card.domain, view.say)
+    model = open_model(card, device=_accelerator(card.precision).device)
+    if adapter is not None:
+        model.load_adapter(adapter)
+    judging = task.judging(card.domain)
+    prompts = task.prompts(split, card.domain)
+    each = images or (judging.test_images if split == "test" else judging.validation_images)
+    seen = _watched(
+        view,
+        f"judging on {split}",
+        len(prompts) * each,
+        lambda a: evaluate.judge(model, prompts, judges.all, images=each, seed=judging.seed, rows=card.rows, advance=a),
+    )
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "scores.parquet", lambda p: seen.table.to_parquet(p, index=False))
+        _sheet([seen], [split], judges.training).save(out / "samples.png")
+    return {
+        "task": task_name,
+        "task_version": task.version,
+        "model": model_name,
+        "adapter": str(adapter) if adapter else None,
+        "split": split,
+        "images_a_prompt": each,
+        "scores": evaluate.estimates(seen),
+        "scorers": {s.name: {"id": s.id, "role": judges.role(s)} for s in judges.all},
+        "prompts": evaluate.prompts_hash(prompts),
+        "invalid": evaluate.invalid(seen.table),
+        "provenance": record.provenance(weights=weights_hash(card)),
+    }
+
+
+class _Wall:
+    """Seconds by phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        inner = sum(self.seconds.values())
+        try:
+            yield
+        finally:  # a phase inside another is not counted twice
+            spent = time.perf_counter() - began - (sum(self.seconds.values()) - inner)
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+
+
+class _Log:
+    """metrics.jsonl: one line an iteration."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, numbers: dict[str, float]) -> None:
+        self._file.write(json.dumps(numbers) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _accelerator(precision: str) -> Any:
+    from accelerate import Accelerator
+
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision fp16 needs a CUDA device: --set precision=bf16 or fp32")
+    return Accelerator(mixed_precision="no")  # the model casts by itself: differences and latents stay float32
+
+
+def _watched(view: View, name: str, total: float, work: Callable[[Callable[[int], None]], Judged]) -> Judged:
+    view.phase(name, total)
+    return work(view.advance)
+
+
+def _kept(place: Path, make: Callable[[], Judged]) -> Judged:
+    """What `make` returns, or what it returned in an earlier start of this run."""
+    table, images = place.with_suffix(".parquet"), place.with_suffix(".npy")
+    if table.is_file() and images.is_file():
+        return Judged(pd.read_parquet(table), np.load(images, allow_pickle=False))
+    judged = make()
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:  # given a name, numpy would append a suffix
+            np.save(file, judged.images)
+
+    write_atomically(images, write)
+    write_atomically(table, lambda p: judged.table.to_parquet(p, index=False))
+    return judged
+
+
+def _forget(home: Path) -> None:
+    for path in home.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Two processes never write one run directory."""
+    with (home / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is at work on {home}") from None
+        yield
+
+
+@contextmanager
+def _room(home: Path) -> Iterator[None]:
+    """A full disk is said in one line; what was on it stays."""
+    try:
+        near = next(p for p in (home, *home.absolute().parents) if p.exists())
+        free = shutil.disk_usage(near).free
+        if free < ROOM:
+            raise UserError(f"only {free // 2**20} MB are free at {near}; a run needs {ROOM // 2**20} MB")
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"no space left at {home}: the last checkpoint is whole, the same command goes on from it"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise UserError(f"cannot write {error.filename or home}: {error.strerror}") from error
+        raise
+
+
+def _cut(path: Path, iteration: int) -> None:
+    """Drop the lines that were written after the checkpoint a run goes on from."""
+    if path.is_file():
+        kept: list[str] = []
+        for line in path.read_text("utf-8").splitlines():
+            try:
+                if json.loads(line)["iteration"] <= iteration:
+                    kept.append(line)
+            except ValueError:
+                break  # a kill cut this line off
+        write_atomically(path, lambda p: p.write_text("".join(line + "\n" for line in kept), "utf-8"))
+
+
+def _scores(path: Path, before: Judged, after: Judged) -> None:
+    table = pd.concat([before.table.assign(phase="before"), after.table.assign(phase="after")], ignore_index=True)
+    write_atomically(path, lambda p: table.to_parquet(p, index=False))
+
+
+def _samples(
+    home: Path, before: Judged, after: Judged, scorer: Scorer, curve: Sequence[dict[str, Any]], meter: Meter
+) -> None:
+    folder = home / "samples"
+    folder.mkdir(exist_ok=True)
+    for name, versions, titles in (
+        ("before", [before], ["before"]),
+        ("after", [after], ["after"]),
+        ("pairs", [before, after], ["before", "after"]),
+    ):
+        _sheet(versions, titles, scorer).save(folder / f"{name}.png")
+    keys = [key for key in curve[0]["scores"] if key.endswith(f"/{scorer.metrics[0]}") or key.endswith("/exact")]
+    pictures.curve(home / "curve.png", curve, keys, next(iter(meter.budget.bounds())))
+
+
+def _sheet(versions: Sequence[Judged], titles: Sequence[str], scorer: Scorer) -> Any:
+    count = min(len(v.images) for v in versions)
+    metric = "exact" if "exact" in scorer.metrics else scorer.metrics[0]
+    marks: list[list[bool | None]] = []
+    for v in versions:
+        values = v.table[(v.table.scorer == scorer.name) & (v.table.metric == metric)].value.iloc[:count]
+        marks.append([bool(x == 1) if metric == "exact" else None for x in values])
+    return pictures.grid([v.images[:count] for v in versions], [v.notes(scorer.name) for v in versions], marks, titles)
+
+
+def _use(judges: Jury, meter: Meter) -> dict[str, record.ScorerUse]:
+    nothing = {"calls": 0, "seconds": 0.0, "errors": 0}
+    return {
+        s.name: record.ScorerUse(
+            id=s.id,
+            role=judges.role(s),
+            calls=int(meter.scorers.get(s.name, nothing)["calls"]),
+            seconds=meter.scorers.get(s.name, nothing)["seconds"],
+            errors=int(meter.scorers.get(s.name, nothing)["errors"]),
+        )
+        for s in judges.all
+    }
+
+
+def weights_hash(card: Card) -> str:
+    """sha256 over the weight files of a local model, by name; the pinned revision of one from the hub."""
+    folder = Path(card.source)
+    if not folder.is_dir():
+        return str(card.revision)
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        total.update(path.relative_to(folder).as_posix().encode())
+        total.update(digest(path).encode())
+    return total.hexdigest()
+
+
+def _toml(config: Config) -> str:
+    """The settings as a file that --config takes back."""
+    mapping = config.mapping()
+    budget = ",".join(f"{k}={v:g}" for k, v in config.budget.bounds().items())
+    lines = [
+        f"# gpobench run --method {config.method} --task {config.task} --model {config.model} "
+        f"--seed {config.seed} --budget {budget} --config config.toml"
+    ]
+    tables = {
+        "": {**mapping["settings"], "precision": config.precision},
+        "adapter": mapping["adapter"],
+        "judging": mapping["judging"],
+    }
+    tables |= {key: tables[""].pop(key) for key in [k for k, v in tables[""].items() if isinstance(v, dict)]}
+    for name, table in tables.items():
+        lines += ["", f"[{name}]"] if name else [""]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _card(r: Record, card: Card) -> str:
+    """The run's README: what it is, what it did, how to use the adapter."""
+    rows = [
+        f"| {key} | {_show(r.before[key])} | {_show(r.after[key])} | {_show(d)} | {d.p if d.p is None else f'{d.p:.4f}'} |"
+        for key, d in r.delta.items()
+    ]
+    spent = ", ".join(f"{k} {v:,.0f}" for k, v in r.spent.items())
+    return "\n".join(
+        [
+            f"# {r.method} on {r.task}, a LoRA for {r.model}",
+            "",
+            f"Trained by gpobench with seed {r.seed}; ended by {r.stop}. Spent: {spent}.",
+            "",
+            "| scorer/metric | before | after | difference | p |",
+            "|---|---|---|---|---|",
+            *rows,
+            "",
+            "Means over test prompts with 95 % intervals (clustered bootstrap); differences are paired by prompt on the same noise.",
+            "One training seed: the interval does not cover what another seed would change.",
+            "",
+            "```python",
+            "from diffusers import StableDiffusion3Pipeline",
+            f'pipe = StableDiffusion3Pipeline.from_pretrained("{card.source if card.revision else "PATH/TO/" + card.name}")',
+            'pipe.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")',
+            f"image = pipe(PROMPT, height={card.height}, width={card.width}, num_inference_steps={card.steps}, "
+            f"guidance_scale={card.guidance}, max_sequence_length={card.max_sequence_length}).images[0]",
+            "```",
+            "",
+        ]
+    )
+
+
+def _show(n: record.Number) -> str:
+    if n.mean is None or n.ci[0] is None or n.ci[1] is None:
+        return "not scored"
+    return f"{n.mean:.3f} [{n.ci[0]:.3f}, {n.ci[1]:.3f}]"

@@ -1,0 +1,195 @@
+"""The contract on one page: read this file and you can write a method, a task, a scorer or a model.
+
+Letters in shapes: B rows, P prompts, G members of a group, N transitions, (C, h, w) one latent, (H, W, 3) one image.
+Time t runs from 1 (noise) to 0 (image); a step goes from t (time left of it) to s (time right of it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .flow import Path
+
+if TYPE_CHECKING:
+    from .rig import Rig
+
+Split = Literal["train", "validation", "test"]
+Cond = Mapping[str, Tensor]  # what a model made of B prompts: every tensor leads with B; the model's own affair
+Images = np.ndarray[Any, np.dtype[np.uint8]]  # (B, H, W, 3), RGB: what engines and PNG files speak
+Values = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text for the model, and the facts a scorer needs to judge what came of it."""
+
+    text: str
+    meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+class Model(Protocol):
+    """A text-to-image model seen as a velocity field over latents."""
+
+    name: str
+    path: Path
+    shape: tuple[int, ...]  # of one latent, (C, h, w)
+    guidance: float  # of the protocol: what sampling uses unless told otherwise
+    steps: int  # of the protocol
+    device: torch.device
+
+    def times(self, steps: int) -> Tensor:
+        """(steps + 1,): the time grid of the model's own schedule, from 1 down to 0."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Cond: ...
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, by: str = "live") -> Tensor:
+        """(B, C, h, w), (B,) -> (B, C, h, w) float32; guidance other than 1 costs a second evaluation."""
+        ...
+
+    def decode(self, x0: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, 3, H, W) in [0, 1]."""
+        ...
+
+    def latents(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, C, h, w): what decode undoes."""
+        ...
+
+    def parameters(self) -> list[torch.nn.Parameter]: ...
+
+    def blend(self, name: str, decay: float) -> None:
+        """Copy `name` <- decay * `name` + (1 - decay) * live; the copy is made on the first call."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a scorer says of B images; NaN means: could not be scored, and `reasons` says why."""
+
+    value: Mapping[str, Values]  # metric name -> (B,)
+    reasons: Mapping[int, str] = field(default_factory=dict[int, str])  # row -> why it is NaN
+    notes: Sequence[str] | None = None  # what the scorer saw in each image (the text it read), for the record
+
+
+class Scorer(Protocol):
+    """Images and their prompts -> scores, higher is better. It raises only when the caller is at fault."""
+
+    id: str  # rule + engine + weights revision: two numbers compare only when their ids are equal
+    name: str  # the short name in tables
+    metrics: Sequence[str]  # the first is the one a method is trained on
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores: ...
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How a task is judged: images a prompt, and the seed of the evaluation noise."""
+
+    test_images: int = 2
+    validation_images: int = 1
+    seed: int = 20_260_101
+
+
+class Task(Protocol):
+    """Prompts in three disjoint splits, the scorer to train on, and the scorers that judge. Scorers by name only."""
+
+    name: str
+    version: str
+
+    def prompts(self, split: Split, domain: str) -> Sequence[Prompt]: ...
+    def reward(self, domain: str) -> str: ...
+    def scorers(self, domain: str) -> Sequence[str]: ...
+    def held_out(self, domain: str) -> Sequence[str]: ...
+    def judging(self, domain: str) -> Judging: ...
+
+
+@dataclass(frozen=True)
+class Optim:
+    """How the loop fits one collected batch."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    epochs: int = 1  # passes over one collected batch
+    minibatches: int = 2  # optimiser steps per pass
+    micro: int = 0  # rows per backward pass; 0 takes a whole minibatch at once
+    clip: float = 1.0  # of the gradient's norm
+    warmup: int = 0  # updates over which the learning rate rises linearly from 0
+    ema: float = 0.0  # decay of the averaged weights that are judged instead of the last ones; 0 judges the last
+
+
+class Method(Protocol):
+    """A frozen dataclass: its fields are its hyper-parameters; collect pays for experience, loss learns from it."""
+
+    @property
+    def optim(self) -> Optim: ...
+
+    def collect(self, rig: Rig) -> Any:
+        """A batch: a dataclass of tensors that share their first dimension, the rows."""
+        ...
+
+    def loss(self, rig: Rig, batch: Any) -> Tensor:
+        """A MEAN OVER ROWS, so that the loop may split rows for accumulation and data parallelism."""
+        ...
+
+
+# The kinds of experience that methods share.
+
+
+@dataclass(frozen=True)
+class Groups:
+    """P prompts with G images each."""
+
+    x0: Tensor  # (P, G, C, h, w)
+    who: Tensor  # (P,) which prompt
+    reward: Tensor  # (P, G); NaN where the image could not be scored
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """P prompts with a better and a worse image each."""
+
+    win: Tensor  # (P, C, h, w)
+    lose: Tensor  # (P, C, h, w)
+    who: Tensor  # (P,)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """N transitions x at t -> to at s, each with the credit it earned."""
+
+    x: Tensor  # (N, C, h, w)
+    t: Tensor  # (N,)
+    s: Tensor  # (N,)
+    to: Tensor  # (N, C, h, w)
+    mean: Tensor  # (N, C, h, w) under the policy that sampled
+    logp: Tensor  # (N,)
+    adv: Tensor  # (N,)
+    who: Tensor  # (N,)
+
+
+@dataclass(frozen=True)
+class Starts:
+    """N noises with their prompts, for methods that differentiate the sampler."""
+
+    noise: Tensor  # (N, C, h, w)
+    who: Tensor  # (N,)
+
+
+B = TypeVar("B")
+
+
+def take(batch: B, rows: Tensor) -> B:
+    """Some rows of a batch of any kind."""
+    return replace(batch, **{f.name: getattr(batch, f.name)[rows] for f in fields(batch)})  # type: ignore[type-var]
+
+
+def size(batch: Any) -> int:
+    """How many rows a batch has."""
+    return len(getattr(batch, fields(batch)[0].name))

@@ -1,0 +1,100 @@
+"""The one loop that every method shares: collect, fit, until the budget is spent or something is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .budget import Spent
+from .rig import Rig
+from .spec import Method, Optim, size, take
+
+PATIENCE = 25  # iterations without a single group whose rewards differ, before a run is called collapsed
+RATIO = (1e-2, 1e2)  # outside of this the mean policy ratio counts as exploded
+
+
+class Stop(Exception):
+    """Ends training with a reason that goes into the record."""
+
+
+def optimiser(method: Method, rig: Rig) -> torch.optim.Optimizer:
+    """AdamW on the trained parameters, with the method's settings."""
+    o = method.optim
+    return torch.optim.AdamW(rig.model.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
+
+
+def train(
+    method: Method,
+    rig: Rig,
+    adam: torch.optim.Optimizer,
+    *,
+    backward: Callable[[torch.Tensor], None],
+    after: Callable[[dict[str, float]], None],
+    interrupted: Callable[[], bool] = lambda: False,
+) -> str:
+    """Train until the budget is spent; returns why it stopped. The weights are those of the last complete update.
+
+    backward: how a loss is differentiated (the device's scaling is its affair). after: called at the end of every
+    iteration with its numbers, the clock stopped; it writes, judges and checkpoints.
+    """
+    barren = 0
+    try:
+        while True:
+            rig.meter.start()
+            batch = method.collect(rig)
+            rows = size(batch)
+            rig.note("batch/rows", rows)
+            barren = barren + 1 if rows == 0 else 0
+            if barren >= PATIENCE:
+                raise Stop(f"collapsed: the rewards of every group were equal for {PATIENCE} iterations")
+            if rows:
+                _fit(method, rig, adam, batch, rows, backward)
+            rig.iteration += 1
+            rig.meter.stop()
+            after(rig.notes())
+            if interrupted():
+                return "interrupted"
+    except Spent as spent:
+        return f"budget: {spent.currency}"
+    except Stop as stop:
+        return str(stop)
+    finally:
+        rig.meter.stop()
+        adam.zero_grad(set_to_none=True)  # what an unfinished update had gathered is dropped
+
+
+def _fit(
+    method: Method, rig: Rig, adam: torch.optim.Optimizer, batch: Any, rows: int, backward: Callable[..., None]
+) -> None:
+    o = method.optim
+    for _ in range(o.epochs):
+        for part in torch.randperm(rows, generator=rig.rng).chunk(o.minibatches):
+            keys = torch.randint(2**62, (len(part),), generator=rig.rng)
+            for some in torch.arange(len(part)).split(o.micro or len(part)):
+                with rig.keyed(keys[some]):
+                    loss = method.loss(rig, take(batch, part[some]))
+                if not bool(loss.isfinite()):
+                    raise Stop(f"the loss is {float(loss.detach()):g} after {rig.meter.updates} updates")
+                rig.note("policy/loss", loss)
+                backward(loss * (len(some) / len(part)))
+            _update(rig, adam, o)
+            ratio = rig.mean("policy/ratio")
+            if not math.isnan(ratio) and not RATIO[0] < ratio < RATIO[1]:
+                raise Stop(f"exploded: the policy ratio is {ratio:.3g} after {rig.meter.updates} updates")
+
+
+def _update(rig: Rig, adam: torch.optim.Optimizer, o: Optim) -> None:
+    rig.meter.charge(updates=1)
+    norm = torch.nn.utils.clip_grad_norm_(rig.model.parameters(), o.clip)
+    if not bool(norm.isfinite()):
+        raise Stop(f"the gradient's norm is {float(norm):g} after {rig.meter.updates} updates")
+    rig.note("policy/grad_norm", norm)
+    for group in adam.param_groups:
+        group["lr"] = o.lr * min(1.0, rig.meter.updates / o.warmup if o.warmup else 1.0)
+    adam.step()
+    adam.zero_grad(set_to_none=True)
+    if o.ema:
+        rig.model.blend("ema", o.ema)

@@ -1,0 +1,102 @@
+"""The named copies of the trained weights: live, ref (adapter off), old, ema; switched, never duplicated in full."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LIVE = "default"  # peft's name for the adapter that is trained; diffusers' save and load expect it
+
+
+class Weights:
+    """The LoRA adapters of one module. `ref` is the module with all adapters off: it costs no memory."""
+
+    def __init__(self, module: Any, config: Any):
+        """Attach a fresh adapter. module: a diffusers model with peft support; config: a peft LoraConfig."""
+        self.module, self.config = module, config
+        self.copies: list[str] = []
+        module.requires_grad_(False)
+        if not getattr(module, "peft_config", None):
+            module.add_adapter(config, adapter_name=LIVE)
+        self._find()
+        self._current = "live"
+
+    def _find(self) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        self._layers = [m for m in self.module.modules() if isinstance(m, BaseTunerLayer)]
+        self._live = {n: p for n, p in self.module.named_parameters() if f".{LIVE}." in n}
+        for parameter in self._live.values():
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()  # the trained part is float32 whatever the base is
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trained parameters, in a fixed order."""
+        return list(self._live.values())
+
+    def switch(self, name: str) -> None:
+        """Let the module compute with this copy from now on.
+
+        peft's own set_adapter and enable_adapters also flip requires_grad on every parameter, which costs time at each
+        call and would cut the graph of a forward that is still waiting for its backward; only the two flags that the
+        forward reads are set here.
+        """
+        if name == self._current:
+            return
+        if name not in ("live", "ref", *self.copies):
+            raise KeyError(f"no weights named {name!r}: blend them first")
+        for layer in self._layers:
+            layer._disable_adapters = name == "ref"  # pyright: ignore[reportPrivateUsage]
+            layer._active_adapter = [LIVE if name in ("live", "ref") else name]  # pyright: ignore[reportPrivateUsage]
+        self._current = name
+
+    @torch.no_grad()
+    def blend(self, name: str, decay: float) -> None:
+        """copy <- decay * copy + (1 - decay) * live; the first call makes the copy equal to live."""
+        if name not in self.copies:
+            self._add(name)
+            decay = 0.0
+        for own, live in zip(self._of(name), self.parameters(), strict=True):
+            own.lerp_(live, 1 - decay) if decay else own.copy_(live)
+
+    def _add(self, name: str) -> None:
+        current, self._current = self._current, ""
+        with torch.random.fork_rng(devices=[]):  # the copy's own random start is overwritten: leave no trace of it
+            self.module.add_adapter(self.config, adapter_name=name)
+        self.copies.append(name)
+        for parameter in self._of(name):
+            parameter.requires_grad_(False)
+            parameter.data = parameter.data.float()
+        self._find()
+        self.switch(current)
+
+    def _of(self, name: str) -> list[Tensor]:
+        own = dict(self.module.named_parameters())
+        return [own[key.replace(f".{LIVE}.", f".{name}.")] for key in self._live]
+
+    def state(self) -> dict[str, Tensor]:
+        """Every copy's tensors, `copy/parameter` -> tensor, on the CPU."""
+        named = {"live": self.parameters(), **{copy: self._of(copy) for copy in self.copies}}
+        return {
+            f"{copy}/{key}": t.detach().cpu().clone()
+            for copy, ts in named.items()
+            for key, t in zip(self._live, ts, strict=True)
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Undo `state`; copies that are missing are made."""
+        for copy in dict.fromkeys(key.partition("/")[0] for key in state):
+            if copy != "live" and copy not in self.copies:
+                self._add(copy)
+            own = self.parameters() if copy == "live" else self._of(copy)
+            for key, tensor in zip(self._live, own, strict=True):
+                tensor.copy_(state[f"{copy}/{key}"])
+
+    def adapter(self, name: str = "live") -> dict[str, Tensor]:
+        """One copy in peft's own naming: what diffusers saves and loads."""
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(self.module, adapter_name=LIVE if name == "live" else name)

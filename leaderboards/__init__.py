@@ -1,0 +1,1 @@
+"""Tables, curves and verdicts, drawn from the records that runs leave behind."""

@@ -1,0 +1,1 @@
+"""Training algorithms, one file a method: two functions, collect and loss."""

@@ -1,0 +1,127 @@
+"""RapidOCR reads the pictures, the published rule judges what it read: the scorer that methods train on.
+
+Two framings. `line` gives the whole picture to the recogniser, which is what a small picture of one word needs; `page` finds the lines
+first, for real pictures. The engine is RapidOCR 3 (Apache-2.0) with the PP-OCR models that its wheel carries: no download, no
+network. Pictures pass one at a time: on a CPU a batch is no faster (measured at 1, 8, 32 and 64), and in a batch one picture's last
+bits depend on its neighbours. The engine uses one thread and lets go of the interpreter, so it can work beside sampling.
+"""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bench.errors import Missing, UserError
+from ..bench.spec import Images, Prompt, Scores
+from . import rules
+
+DETECTOR, RECOGNISER = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"
+LINE_HEIGHT = 48  # px, what the recogniser was trained on
+
+
+@dataclass(frozen=True)
+class Line:
+    """A picture is one line: squeezed to `width` x 48 and recognised as a whole."""
+
+    width: int = 80  # px; reads clean and worn 64x32 renders as well as 96 (their proportions) does, and takes less time
+
+    def __str__(self) -> str:
+        return f"line-{LINE_HEIGHT}x{self.width}"
+
+
+@dataclass(frozen=True)
+class Page:
+    """A picture of anything: lines are found, and those read with confidence are joined in reading order."""
+
+    side: int = 320  # px; a picture whose shorter side is smaller is enlarged for the detector
+    confidence: float = 0.5  # lines below it are dropped, as the published reward's engine does (drop_score)
+
+    def __str__(self) -> str:
+        return f"page-{self.side}-{self.confidence:g}"
+
+
+FRAMINGS: dict[str, Line | Page] = {"line": Line(), "page": Page()}
+
+
+def _model(name: str) -> Path:
+    """A model file inside the wheel, found without importing it."""
+    spec = util.find_spec("rapidocr")
+    if spec is None or spec.origin is None:
+        raise Missing("the scorer 'rapidocr' needs its engine; install with: pip install 'rapidocr>=3.9,<4' onnxruntime")
+    path = Path(spec.origin).parent / "models" / name
+    if not path.is_file():
+        raise Missing(f"rapidocr {metadata.version('rapidocr')} does not carry {name}; install with: pip install 'rapidocr>=3.10,<4'")
+    return path
+
+
+class RapidOCR:
+    """Reads every picture with RapidOCR and judges the text by the published rule; safe to call from several threads."""
+
+    name = "rapidocr"
+    metrics: Sequence[str] = rules.METRICS
+
+    def __init__(self, framing: Line | Page = FRAMINGS["line"]) -> None:
+        self.framing = framing
+        self._lock = threading.Lock()  # the engine loads its models at the first call and keeps a call's settings on itself
+        models = [_model(name) for name in ((DETECTOR, RECOGNISER) if isinstance(framing, Page) else (RECOGNISER,))]
+        params: dict[str, Any] = {
+            "Global.log_level": "critical",
+            "Global.use_cls": False,
+            "Global.use_det": isinstance(framing, Page),
+            "Rec.model_path": str(models[-1]),
+            "EngineConfig.onnxruntime.intra_op_num_threads": 1,
+            "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        }
+        if isinstance(framing, Page):
+            params |= {"Det.model_path": str(models[0]), "Det.limit_side_len": framing.side, "Global.text_score": framing.confidence}
+        else:
+            params |= {"Rec.rec_img_shape": [3, LINE_HEIGHT, framing.width]}
+        try:
+            from rapidocr import RapidOCR as Engine
+
+            self._engine: Any = Engine(params=params)
+        except ImportError as error:
+            raise Missing(f"the scorer 'rapidocr' needs its engine ({error}); install with: pip install 'rapidocr>=3.9,<4' onnxruntime") from error
+        weights = "+".join(f"{path.stem.replace('_', '-')}@{sha256(path.read_bytes()).hexdigest()[:8]}" for path in models)
+        self.id = f"rapidocr-{metadata.version('rapidocr')}/{weights}/{rules.RULE}/{framing}"
+
+    def read(self, image: np.ndarray) -> str:
+        """(H, W, 3) uint8 RGB -> the text in it, lines joined without a gap. Raises what the engine raises."""
+        bgr = np.ascontiguousarray(image[..., ::-1])  # the channel order the models were trained on
+        if isinstance(self.framing, Line):
+            import cv2
+
+            bgr = cv2.resize(bgr, (self.framing.width, LINE_HEIGHT))
+        with self._lock:
+            found = self._engine(bgr)
+        lines = zip(found.txts or (), found.scores or (), strict=True)
+        return "".join(text for text, score in lines if score > 0)
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        """(B, H, W, 3) and B prompts -> soft and exact; NaN with a reason where the engine failed on a picture."""
+        rules.agree(images, prompts)
+        texts: list[str | None] = []
+        reasons: dict[int, str] = {}
+        for row, image in enumerate(images):
+            try:
+                texts.append(self.read(image))
+            except Exception as error:  # whatever a third party's engine raises must cost one picture, not a run
+                texts.append(None)
+                reasons[row] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[-1]}"
+        return rules.judge(prompts, texts, reasons)
+
+    def self_test(self) -> None:
+        """Reads built-in renders; raises RuntimeError with what it read where one is wrong."""
+        rules.known_answers(self, paged=isinstance(self.framing, Page))
+
+
+def make(variant: str | None = None) -> RapidOCR:
+    """The scorer in the framing `line` (the default) or `page`; Missing where the engine is not installed."""
+    if variant is not None and variant not in FRAMINGS:
+        raise UserError(f"the scorer 'rapidocr' has no variant {variant!r}; valid: {', '.join(FRAMINGS)}")
+    return RapidOCR(FRAMINGS[variant or "line"])

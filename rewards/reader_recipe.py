@@ -1,0 +1,429 @@
+"""How the held-out reader was made: random letters, printed in 18 faces, bent, broken, blurred and coloured, then learnt for minutes.
+
+Two things keep it independent. It never sees DejaVu Sans Mono, the family the embedded model is taught to print; and every string that
+the split rule of `bench/glyphs.py` puts into validation or test is thrown away before it is printed, so its score on test words is a
+score on words it has never met. Step k draws its batch from (seed, k) alone, so an interrupted run continues as if it had not stopped.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ..bench import glyphs
+from ..bench.errors import UserError
+from .reader import ALPHABET, COLUMNS, HEIGHT, WIDTH, network, spell, standardise
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+ZOOM = 2  # coverage is bent at twice the size and averaged down, so that bending does not blur
+SIZES = tuple(range(14, 24))  # px of the em on the 64x32 canvas
+FACES = (
+    *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
+    *(f"DejaVuSerif{style}" for style in ("", "-Bold", "-Italic", "-BoldItalic")),
+    *("STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "STIXGeneralBolIta"),
+    *("cmr10", "cmb10", "cmss10", "cmtt10", "cmti10"),
+    "",  # the face built into PIL
+)
+BOLD = tuple(face for face in FACES if "Bol" in face or face in ("cmb10", ""))  # drawn as often as all others together
+LENGTHS = "1" + "22" + "3" * 8 + "4" * 9 + "5" * 9  # of the strings, as often as they are drawn
+WORDS = Path(__file__).parent.parent / "tasks" / "ocr_words.txt"  # read only to measure, never to learn
+
+
+# Coverage: where there is ink, 0..1
+
+
+def _face_path(name: str) -> Path:
+    return glyphs.default_font().parent / f"{name}.ttf"
+
+
+@lru_cache(maxsize=60_000)
+def _letter(face: str, size: int, zoom: int, letter: str, most: int) -> np.ndarray:
+    """(h, w) coverage of one capital, cropped to its advance and squeezed to at most `most` px; the rows are those of its tallest."""
+    font = ImageFont.truetype(str(_face_path(face)), size * zoom) if face else ImageFont.load_default(size * zoom)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise UserError("the reader is printed in PIL's own face too, which needs a Pillow built with FreeType")
+    _, top, _, bottom = font.getbbox("HQ", anchor="ls")
+    left, _, right, _ = font.getbbox(letter, anchor="ls")
+    wide = max(int(math.ceil(max(right, font.getlength(letter)) - min(left, 0))), 1)
+    sheet = Image.new("L", (wide, int(math.ceil(bottom - top)) + 2), 0)
+    ImageDraw.Draw(sheet).text((-min(left, 0), 1 - top), letter, fill=255, font=font, anchor="ls")
+    if wide > most:
+        sheet = sheet.resize((most, sheet.height), Image.Resampling.BOX)
+    return np.asarray(sheet, dtype=np.float32) / 255
+
+
+def random_letters(rng: np.random.Generator) -> str:
+    """1 to 5 capitals, any after any; never a string of the validation or the test split."""
+    while True:
+        length = int(LENGTHS[int(rng.integers(len(LENGTHS)))])
+        text = "".join(ALPHABET[i] for i in rng.integers(26, size=length))
+        if glyphs.split_of(text) == "train":
+            return text
+
+
+def print_letters(text: str, rng: np.random.Generator) -> np.ndarray:
+    """(2 * 32, 2 * 64) coverage: on the 12 px grid or spaced by the letters' widths, near the middle of the canvas."""
+    if not text:
+        return np.zeros((ZOOM * HEIGHT, ZOOM * WIDTH), np.float32)
+    faces = BOLD if rng.random() < 0.5 else FACES
+    face, size = faces[int(rng.integers(len(faces)))], SIZES[int(rng.integers(len(SIZES)))]
+    native = rng.random() < 0.4  # printed at the size of the canvas, with its hinting, and doubled
+    zoom = 1 if native else ZOOM
+    grid = rng.random() < 0.55
+    # A monospaced face has a narrow M and W: two thirds of the words on the grid have them too, made from faces that do not.
+    most = int(rng.integers(10, 14)) if grid and rng.random() < 0.67 else 99
+    letters = [_letter(face, size, zoom, letter, most * zoom) for letter in text]
+    if grid:
+        pitch = glyphs.CELL * zoom
+        centres = [(i - (len(text) - 1) / 2) * pitch for i in range(len(text))]
+    else:
+        gap = float(rng.uniform(-0.5, 3.0)) * zoom
+        widths = [letter.shape[1] + gap for letter in letters]
+        ends = np.cumsum(widths)
+        centres = [float(end - width / 2 - ends[-1] / 2) for end, width in zip(ends, widths, strict=True)]
+        spread = max(centres[-1] - centres[0] + (widths[0] + widths[-1]) / 2, 1.0)
+        squeeze = min(1.0, (WIDTH - 2) * zoom / spread)
+        centres = [centre * squeeze for centre in centres]
+    high, wide = HEIGHT * zoom, WIDTH * zoom
+    sheet = np.zeros((high + 32 * zoom, wide + 64 * zoom), np.float32)
+    wobble = 0.6 * zoom if rng.random() < 0.4 else 0.0
+    for letter, centre in zip(letters, centres, strict=True):
+        h, w = letter.shape
+        x = int(round(wide / 2 + centre - w / 2 + rng.normal() * wobble)) + 32 * zoom
+        y = int(round((high - h) / 2 + rng.normal() * wobble)) + 16 * zoom
+        x, y = min(max(x, 0), sheet.shape[1] - w), max(y, 0)
+        window = sheet[y : y + h, x : x + w]
+        np.maximum(window, letter[: window.shape[0]], out=window)
+    sheet = sheet[16 * zoom : 16 * zoom + high, 32 * zoom : 32 * zoom + wide]
+    return np.repeat(np.repeat(sheet, 2, 0), 2, 1) if native else sheet
+
+
+# Damage, on a whole batch
+
+
+@lru_cache(maxsize=8)
+def _ramp(few: int, many: int) -> "Tensor":
+    """(many, few): the matrix that draws a smooth line of `many` points through `few`."""
+    import torch
+    import torch.nn.functional as F
+
+    return F.interpolate(torch.eye(few)[None], many, mode="linear", align_corners=True)[0].T.contiguous()
+
+
+def _waves(shape: tuple[int, int, int, int], size: tuple[int, int], g: "torch.Generator") -> "Tensor":
+    """(B, C, *size) slow normal noise, by lines between (h, w) knots."""
+    import torch
+
+    return _ramp(shape[2], size[0]) @ torch.randn(shape, generator=g) @ _ramp(shape[3], size[1]).T
+
+
+def _chance(rows: int, p: float, g: "torch.Generator") -> "Tensor":
+    import torch
+
+    return (torch.rand(rows, 1, 1, 1, generator=g) < p).float()
+
+
+def bend(coverage: "Tensor", g: "torch.Generator", strength: float = 1.0) -> "Tensor":
+    """(B, 1, 64, 128) -> (B, 1, 32, 64): strokes thickened or thinned, turned, scaled, sheared, moved by up to 3 px, warped."""
+    import torch
+    import torch.nn.functional as F
+
+    rows = len(coverage)
+    coverage = coverage.clone()
+    kind = torch.rand(rows, generator=g)
+    for chosen, most in ((kind < 0.12, torch.maximum), ((kind > 0.12) & (kind < 0.22), torch.minimum)):
+        some = coverage[chosen]
+        some[..., 1:] = most(some[..., 1:], some[..., :-1])
+        some[..., 1:, :] = most(some[..., 1:, :], some[..., :-1, :])
+        coverage[chosen] = some
+
+    moved = _chance(rows, 0.75, g) * strength  # the others are only moved by whole pixels
+    u = lambda scale: (torch.rand(rows, generator=g) * 2 - 1) * scale * moved[:, 0, 0, 0]  # noqa: E731
+    turn, shear, zoom, aspect = u(0.10), u(0.15), 1 + u(0.13), 1 + u(0.07)
+    shift = torch.randint(-3, 4, (rows, 2), generator=g).float() * (torch.rand(rows, 1, generator=g) < 0.8)
+    y = ((torch.arange(ZOOM * HEIGHT) + 0.5) / ZOOM - HEIGHT / 2).view(1, -1, 1)  # px from the middle
+    x = ((torch.arange(ZOOM * WIDTH) + 0.5) / ZOOM - WIDTH / 2).view(1, 1, -1)
+    a, b, c, d = (v.view(-1, 1, 1) for v in (turn.cos() * zoom * aspect, shear - turn.sin(), turn.sin(), turn.cos() * zoom))
+    warp = _waves((rows, 2, 4, 7), (ZOOM * HEIGHT, ZOOM * WIDTH), g) * 0.55 * moved * _chance(rows, 0.6, g)  # px
+    to_x = a * x + b * y + shift[:, 0].view(-1, 1, 1) + warp[:, 0]
+    to_y = c * x + d * y + shift[:, 1].view(-1, 1, 1) + warp[:, 1]
+    flow = torch.stack((to_x * (2 / WIDTH), to_y * (2 / HEIGHT)), -1)
+    return F.avg_pool2d(F.grid_sample(coverage, flow, align_corners=False), ZOOM)
+
+
+def _patches(rows: int, largest: float, g: "torch.Generator") -> "Tensor":
+    """(B, 1, 32, 64) in {0, 1}: one ellipse a picture, its half-axes up to `largest` px."""
+    import torch
+
+    y = torch.arange(HEIGHT).view(1, 1, -1, 1) - torch.rand(rows, 1, 1, 1, generator=g) * HEIGHT
+    x = torch.arange(WIDTH).view(1, 1, 1, -1) - torch.rand(rows, 1, 1, 1, generator=g) * WIDTH
+    a, b = (0.8 + torch.rand(rows, 1, 1, 1, generator=g) * (largest - 0.8) for _ in range(2))
+    return ((y / a) ** 2 + (x / b) ** 2 < 1).float()
+
+
+def _soften(x: "Tensor") -> "Tensor":
+    """(B, C, h, w), each pixel 0.46 of itself and 0.27 of its neighbours along both axes: a blur of about 0.7 px."""
+    import torch.nn.functional as F
+
+    x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    x = 0.27 * (x[..., :-2] + x[..., 2:]) + 0.46 * x[..., 1:-1]
+    return 0.27 * (x[..., :-2, :] + x[..., 2:, :]) + 0.46 * x[..., 1:-1, :]
+
+
+def damage(coverage: "Tensor", g: "torch.Generator", strength: float = 1.0) -> "Tensor":
+    """(B, 1, 32, 64) coverage: strokes broken, smeared, ghosted by faint marks, eaten by patches."""
+    import torch
+
+    rows = len(coverage)
+    for largest, p in ((1.8, 0.45), (1.8, 0.35), (1.8, 0.25), (2.8, 0.20)):
+        coverage = coverage * (1 - _patches(rows, largest, g) * _chance(rows, p * strength, g))
+    smeared = _soften(_soften(_soften(coverage)))
+    for _ in range(2):
+        where = _patches(rows, 7.0, g) * _chance(rows, 0.3 * strength, g)
+        coverage = coverage * (1 - where) + smeared * where
+    spots = _patches(rows, 1.8, g) * _chance(rows, 0.25 * strength, g) * torch.rand(rows, 1, 1, 1, generator=g)
+    coverage = torch.maximum(coverage, spots)
+    ghost = coverage.roll(1, 0).roll(int(torch.randint(-8, 9, (1,), generator=g)), 3) * torch.rand(rows, 1, 1, 1, generator=g) * 0.3
+    coverage = torch.maximum(coverage, ghost * _chance(rows, 0.2 * strength, g))
+    fade = _waves((rows, 1, 2, 5), (HEIGHT, WIDTH), g).abs().clamp(max=1)
+    return coverage * (1 - 0.6 * fade * _chance(rows, 0.3 * strength, g))
+
+
+def colour(coverage: "Tensor", g: "torch.Generator", strength: float = 1.0) -> "Tensor":
+    """(B, 1, 32, 64) coverage -> (B, 3, 32, 64) in 0..255: any ink on any paper that differs enough, tinted, blurred, noisy."""
+    import torch
+    import torch.nn.functional as F
+
+    rows = len(coverage)
+    paper = 255 - torch.rand(rows, 3, 1, 1, generator=g) * 70 * torch.rand(rows, 1, 1, 1, generator=g)
+    ink = torch.rand(rows, 3, 1, 1, generator=g) * torch.tensor([70.0, 210.0])[torch.randint(0, 2, (rows, 3, 1, 1), generator=g)]
+    weights = torch.tensor([0.3, 0.6, 0.1]).view(1, 3, 1, 1)
+    short = (45 - ((paper - ink) * weights).sum(1, keepdim=True)).clamp(min=0)  # at least 45 grey levels apart
+    ink = (ink - short).clamp(0, 255)
+    faint = 1 - 0.65 * torch.rand(rows, 1, 1, 1, generator=g) * _chance(rows, 0.3 * strength, g)
+    ink = paper + faint * (ink - paper)
+    swap = _chance(rows, 0.12, g)
+    paper, ink = paper * (1 - swap) + ink * swap, ink * (1 - swap) + paper * swap
+    tint = _waves((rows, 3, 3, 5), (HEIGHT, WIDTH), g)
+    picture = paper + coverage * (ink - paper) + tint * 9 * _chance(rows, 0.4 * strength, g)
+    soft = torch.rand(rows, 1, 1, 1, generator=g) * _chance(rows, 0.5 * strength, g)
+    once = _soften(picture)
+    picture = picture + soft * (once + _chance(rows, 0.3, g) * (_soften(once) - once) - picture)
+    coarse = F.interpolate(F.avg_pool2d(picture, 2), scale_factor=2, mode="bilinear", align_corners=False)
+    picture = picture + 0.6 * torch.rand(rows, 1, 1, 1, generator=g) * _chance(rows, 0.2 * strength, g) * (coarse - picture)
+    grain = torch.randn(picture.shape, generator=g)
+    grain = torch.where(_chance(rows, 0.5, g) > 0, grain, _soften(grain) * 1.8)
+    level = 22 * torch.rand(rows, 1, 1, 1, generator=g) * _chance(rows, 0.6 * strength, g)
+    return (picture + grain * level).clamp(0, 255).round()
+
+
+def draw_batch(rows: int, seed: tuple[int, ...], strength: float = 1.0) -> tuple["Tensor", list[str]]:
+    """(B, 32, 64, 3) in 0..255 and B strings; 4 % are blank paper or shapes, whose string is empty. Pure in (seed, rows)."""
+    import torch
+
+    rng = np.random.default_rng(seed)
+    g = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    texts = ["" if rng.random() < 0.02 else random_letters(rng) for _ in range(rows)]
+    coverage = torch.from_numpy(np.stack([print_letters(text, rng) for text in texts]))[:, None]
+    clean = _chance(rows, 0.15, g)  # some stay as printed
+    bent = bend(coverage, g, strength)
+    worn = damage(bent, g, strength)
+    pictures = colour(worn * (1 - clean) + bent * clean, g, strength).movedim(1, -1)
+    for row in np.flatnonzero(rng.random(rows) < 0.02):
+        kind, count = str(rng.choice(glyphs.SHAPES)), int(rng.integers(1, 6))
+        shade = list(glyphs.SHAPE_COLOURS.values())[int(rng.integers(3))]
+        paper = list(glyphs.PAPERS.values())[int(rng.integers(3))]
+        pictures[row], texts[row] = torch.from_numpy(glyphs.draw_shapes(kind, count, shade, paper, rng)).float(), ""
+    return pictures, texts
+
+
+# Measuring
+
+
+def wilson(hits: int, n: int) -> list[float]:
+    """The 95 % interval of a rate (Wilson, 1927)."""
+    z = 1.959964
+    rate, z2 = hits / n, z * z
+    centre, half = rate + z2 / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+    return [round(max(0.0, (centre - half) / (1 + z2 / n)), 4), round(min(1.0, (centre + half) / (1 + z2 / n)), 4)]
+
+
+def clean_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """(N, 32, 64, 3) uint8 and N words: every test word of the task `ocr`, printed as the embedded model's pictures are."""
+    rng = np.random.default_rng(seed)
+    words = [word for word in WORDS.read_text("ascii").split() if glyphs.split_of(word) == "test"]
+    papers, inks = list(glyphs.PAPERS.values()), list(glyphs.INKS.values())
+    return np.stack(
+        [
+            glyphs.draw_word(word, paper=papers[int(rng.integers(3))], ink=inks[int(rng.integers(3))], dx=int(dx), dy=int(dy))
+            for word, (dx, dy) in zip(words, rng.integers(-1, 2, (len(words), 2)), strict=True)
+        ]
+    ), words
+
+
+def degraded_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
+    """The same words and face, with the wear, the colours, the blur and the grain of the training pictures, unbent."""
+    import torch
+
+    g = torch.Generator().manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    _, words = clean_words()
+    prints = np.stack([glyphs.draw_word(word, dx=int(dx), dy=int(dy)) for word, (dx, dy) in zip(words, rng.integers(-2, 3, (len(words), 2)), strict=True)])
+    grey = torch.from_numpy(prints).float().mean(-1)[:, None]
+    coverage = (255 - grey) / (255 - grey.amin((2, 3), keepdim=True))
+    pictures = colour(damage(coverage, g), g).movedim(1, -1)
+    return pictures.numpy().astype(np.uint8), words
+
+
+def rate(read: Callable[[np.ndarray], list[str]], pictures: np.ndarray, words: list[str]) -> dict[str, Any]:
+    """How many strings are read exactly."""
+    hits = sum(a == b for a, b in zip(read(pictures), words, strict=True))
+    return {"exact": round(hits / len(words), 4), "n": len(words), "ci95": wilson(hits, len(words))}
+
+
+# The recipe
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Trains the reader from nothing: AdamW on random strings, the rate falling along a cosine, weights averaged at the end."""
+
+    steps: int = 1800
+    batch: int = 96
+    lr: float = 2.5e-3
+    weight_decay: float = 0.02
+    warmup: int = 150  # steps
+    average: float = 0.998  # decay of the averaged weights that are shipped
+    save_every: int = 200  # steps
+    threads: int = 1
+
+    def __call__(self, out: Path, *, seed: int, log: Callable[[str], object]) -> dict[str, Any]:
+        """Writes reader.safetensors and reader.json into `out`; a run stopped there before is continued. Returns what reader.json holds."""
+        import torch
+        import torch.nn.functional as F
+        from safetensors.torch import save_file
+
+        out.mkdir(parents=True, exist_ok=True)
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            torch.manual_seed(seed)
+            live, shipped = network().train(), network().eval()
+            shipped.load_state_dict(live.state_dict())
+            optim = torch.optim.AdamW(live.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay)
+            state = out / "reader.state.safetensors"
+            start, seconds = self._resume(state, seed, live, shipped, optim)
+            if start:
+                log(f"reader: continuing at step {start}")
+            began = time.process_time()
+            for step in range(start, self.steps):
+                share = step / self.steps
+                for group in optim.param_groups:
+                    group["lr"] = self.lr * min(1.0, (step + 1) / self.warmup) * (0.5 + 0.5 * math.cos(math.pi * share)) + 1e-6
+                pictures, texts = draw_batch(self.batch, (seed, step), strength=min(1.0, 0.2 + 1.6 * share))
+                with torch.autocast("cpu", torch.bfloat16):
+                    logits = live(standardise(pictures).contiguous(memory_format=torch.channels_last))
+                logp = logits.float().log_softmax(1).permute(2, 0, 1)  # (16, B, 27), as CTC wants it
+                targets = torch.tensor([ALPHABET.index(letter) + 1 for text in texts for letter in text])
+                lengths = torch.tensor([len(text) for text in texts])
+                loss = F.ctc_loss(logp, targets, torch.full((self.batch,), COLUMNS), lengths, zero_infinity=True)
+                if not bool(torch.isfinite(loss.detach())):
+                    raise UserError(f"the reader's loss is {float(loss)} at step {step}; a lower lr may help")
+                optim.zero_grad(set_to_none=True)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(live.parameters(), 2.0)
+                optim.step()
+                with torch.no_grad():
+                    decay = min(self.average, (1 + step) / (10 + step))
+                    for old, new in zip(shipped.state_dict().values(), live.state_dict().values(), strict=True):
+                        old.lerp_(new, 1 - decay) if old.is_floating_point() else old.copy_(new)
+                if (step + 1) % self.save_every == 0 or step + 1 == self.steps:
+                    spent = seconds + time.process_time() - began
+                    self._save(state, seed, step + 1, spent, live, shipped, optim)
+                    probe, wanted = draw_batch(192, (seed + 1, step))
+                    hits = rate(lambda x: _read(shipped, x), probe.numpy(), wanted)["exact"]
+                    log(f"reader: step {step + 1} of {self.steps}, loss {float(loss.detach()):.3f}, {hits:.3f} of hard unseen strings, {spent:.0f} CPU-s")
+            spent = seconds + time.process_time() - began
+            weights = {key: value.half() if value.is_floating_point() else value for key, value in shipped.state_dict().items()}
+            save_file(weights, out / "reader.safetensors")
+            shipped.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in weights.items()})
+            facts = self._facts(shipped, seed, spent)
+            (out / "reader.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+            return facts
+        finally:
+            torch.set_num_threads(before)
+
+    def _facts(self, shipped: "nn.Module", seed: int, spent: float) -> dict[str, Any]:
+        import torch
+
+        hard, strings = draw_batch(2000, (seed + 2, 0))
+        return {
+            "recipe": asdict(self) | {"seed": seed},
+            "cpu_seconds": round(spent),
+            "pictures": self.steps * self.batch,
+            "parameters": sum(p.numel() for p in shipped.parameters()),
+            "torch": torch.__version__,
+            "faces": [face or "PIL built-in" for face in FACES],
+            "never_seen": ["DejaVu Sans Mono (all styles)", "every string whose split is validation or test"],
+            "clean_test_words_in_dejavu_sans_mono_bold": rate(lambda x: _read(shipped, x), *clean_words()),
+            "degraded_test_words_in_dejavu_sans_mono_bold": rate(lambda x: _read(shipped, x), *degraded_words()),
+            "degraded_and_bent_random_strings_in_training_faces": rate(lambda x: _read(shipped, x), hard.numpy(), strings),
+        }
+
+    def _named(self, live: "nn.Module", shipped: "nn.Module", optim: "torch.optim.Optimizer") -> dict[str, "Tensor"]:
+        found = {f"live.{key}": value for key, value in live.state_dict().items()}
+        found |= {f"shipped.{key}": value for key, value in shipped.state_dict().items()}
+        for i, moments in optim.state_dict()["state"].items():
+            found |= {f"optim.{i}.{key}": value for key, value in moments.items()}
+        return found
+
+    def _save(
+        self, path: Path, seed: int, step: int, seconds: float, live: "nn.Module", shipped: "nn.Module", optim: "torch.optim.Optimizer"
+    ) -> None:
+        """Atomically: a run killed while it writes finds the mark before."""
+        from safetensors.torch import save_file
+
+        made_by = {"recipe": json.dumps(asdict(self) | {"seed": seed}), "step": str(step), "seconds": str(seconds)}
+        save_file({k: v.contiguous().clone() for k, v in self._named(live, shipped, optim).items()}, path.with_suffix(".tmp"), made_by)
+        os.replace(path.with_suffix(".tmp"), path)
+
+    def _resume(
+        self, path: Path, seed: int, live: "nn.Module", shipped: "nn.Module", optim: "torch.optim.Optimizer"
+    ) -> tuple[int, float]:
+        """(step, CPU-seconds) of the mark at `path`, loaded; (0, 0) where there is none."""
+        from safetensors import safe_open
+
+        if not path.exists():
+            return 0, 0.0
+        with safe_open(path, "pt") as file:
+            made_by = file.metadata() or {}
+            if json.loads(made_by.get("recipe", "{}")) != asdict(self) | {"seed": seed}:
+                raise UserError(f"{path} was left by another recipe or seed; choose another folder or remove it")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        for prefix, module in (("live.", live), ("shipped.", shipped)):
+            module.load_state_dict({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
+        state: dict[int, dict[str, Any]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optim."):
+                _, i, name = key.split(".")
+                state.setdefault(int(i), {})[name] = value
+        optim.load_state_dict({"state": state, "param_groups": optim.state_dict()["param_groups"]})
+        return int(made_by["step"]), float(made_by["seconds"])
+
+
+def _read(module: "nn.Module", pictures: np.ndarray) -> list[str]:
+    import torch
+
+    with torch.inference_mode():
+        return spell(module(standardise(torch.from_numpy(pictures))).argmax(1).numpy())

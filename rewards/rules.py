@@ -1,0 +1,128 @@
+"""What the published OCR benchmark calls right: a quoted target, a text that was read, and the numbers between them.
+
+Source: Flow-GRPO (arXiv 2505.05470), `flow_grpo/ocr.py` of yifan123/flow_grpo at ac4c86e. Both texts lose their ASCII spaces and
+their case; nothing else is cleaned, so tabs, accents and punctuation count. Its loopholes are kept, because a reward that is mended
+is another reward: text beside the target costs nothing, and a target said twice is said. `exact`, `ned`, `extra_text_ratio` and
+`repeat_count` are there to see what it lets through.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from rapidfuzz.distance import Levenshtein
+
+from ..bench.errors import UserError
+from ..bench.spec import Images, Prompt, Scorer, Scores
+
+RULE = "flow-grpo-ocr-v1"  # goes into the id of every scorer that uses these functions
+
+
+def clean(text: str) -> str:
+    """The text without ASCII spaces (only those), in lower case."""
+    return text.replace(" ", "").lower()
+
+
+def target_of(prompt: str) -> str:
+    """The first segment between straight double quotes, as it stands; UserError where there is none or it is blank."""
+    parts = prompt.split('"')
+    if len(parts) < 3:
+        raise UserError(f"an OCR prompt holds its target in straight double quotes, this one does not: {prompt!r}")
+    if not clean(parts[1]):
+        raise UserError(f"the quoted target is empty: {prompt!r}")
+    return parts[1]
+
+
+def _target(text: str) -> str:
+    cleaned = clean(text)
+    if not cleaned:
+        raise UserError(f"an OCR target needs at least one character that is not a space, got {text!r}")
+    return cleaned
+
+
+def ocr_reward(target: str, recognised: str) -> float:
+    """In [0, 1]: 1 where the target occurs in what was read, else 1 - min(d, n) / n with d the Levenshtein distance, n = |target|."""
+    wanted, read = _target(target), clean(recognised)
+    if wanted in read:
+        return 1.0
+    n = len(wanted)
+    return 1.0 - min(Levenshtein.distance(read, wanted), n) / n
+
+
+def exact(target: str, recognised: str) -> float:
+    """1 where the whole text that was read is the target, else 0."""
+    return float(_target(target) == clean(recognised))
+
+
+def ned(target: str, recognised: str) -> float:
+    """In [0, 1]: 1 - d / (max(|target|, |read|) + 1e-5), which also punishes additions (AnyText, tyxsspa/AnyText at 3d4a260)."""
+    wanted, read = _target(target), clean(recognised)
+    return 1.0 - Levenshtein.distance(read, wanted) / (max(len(wanted), len(read)) + 1e-5)
+
+
+def extra_text_ratio(target: str, recognised: str) -> float:
+    """max(0, |read| - n) / n: how much more was written than asked for, in lengths of the target."""
+    n = len(_target(target))
+    return max(0, len(clean(recognised)) - n) / n
+
+
+def repeat_count(target: str, recognised: str) -> int:
+    """How often the target occurs in what was read, without overlap."""
+    return clean(recognised).count(_target(target))
+
+
+# The same for a batch, shared by every engine.
+
+METRICS = ("soft", "exact")  # soft is what methods are trained on
+
+
+def agree(images: Images, prompts: Sequence[Prompt]) -> None:
+    """ValueError where images are not (B, H, W, 3) uint8 or their number is not the prompts'."""
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise ValueError(f"a scorer takes images of shape (B, H, W, 3) and type uint8, got {images.shape} {images.dtype}")
+    if len(images) != len(prompts):
+        raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+
+
+def judge(prompts: Sequence[Prompt], texts: Sequence[str | None], reasons: Mapping[int, str]) -> Scores:
+    """B prompts and B texts read -> soft (`ocr_reward`) and exact; None is NaN, and `reasons` must say why.
+
+    The target is the prompt's fact `target` where it has one, else its quoted segment.
+    """
+    soft, full = np.full(len(texts), np.nan), np.full(len(texts), np.nan)
+    for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        target = str(prompt.meta["target"]) if "target" in prompt.meta else target_of(prompt.text)
+        if text is None:
+            if row not in reasons:
+                raise ValueError(f"row {row} was not read and nobody says why")
+        else:
+            soft[row], full[row] = ocr_reward(target, text), exact(target, text)
+    return Scores(value={"soft": soft, "exact": full}, reasons=dict(reasons), notes=[text or "" for text in texts])
+
+
+KNOWN = ("ACT", "BOX", "JUDGE", "MILK", "FROWN", "VEST", "TWO", "CHALK")
+KNOWN_PAGE = ("Grand", "Opening", "2024")
+
+
+def known_answers(scorer: Scorer, *, paged: bool = False) -> None:
+    """Lets a scorer read built-in renders, clean words or a page of three lines; RuntimeError with what it read where one is wrong."""
+    from ..bench.glyphs import draw_word
+
+    words = ("".join(KNOWN_PAGE),) if paged else KNOWN
+    images = _page(KNOWN_PAGE)[None] if paged else np.stack([draw_word(word) for word in KNOWN])
+    scores = scorer(images, [Prompt(f'a sign that says "{word}"', {"target": word}) for word in words])
+    wrong = [f"{words[row]} as {scores.reasons.get(row) or (scores.notes or words)[row]!r}" for row in np.flatnonzero(scores.value["exact"] != 1)]
+    if wrong:
+        raise RuntimeError(f"{scorer.id} misread {', '.join(wrong)}")
+
+
+def _page(lines: Sequence[str]) -> Images:
+    """(256, 384, 3): lines of print one below the other."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    from ..bench.glyphs import default_font
+
+    page = Image.new("RGB", (384, 256), (244, 240, 228))
+    font = ImageFont.truetype(str(default_font()), 44)
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(page).text((40, 24 + 72 * i), line, fill=(30, 30, 60), font=font)
+    return np.asarray(page)
