@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 import tomllib
 from collections import Counter
 from dataclasses import dataclass, field, fields
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ class Budget:
         if not bounds:
             raise UserError(f"a budget needs at least one bound: {', '.join(CURRENCIES)}")
         for currency, bound in bounds.items():
-            if not bound > 0:
-                raise UserError(f"budget: {currency} must be above zero, got {bound:g}")
+            if not (bound > 0 and math.isfinite(bound)):
+                raise UserError(f"budget: {currency} must be a finite number above zero, got {bound:g}")
 
     def bounds(self) -> dict[str, float]:
         """The bounds that are set, by currency."""
@@ -127,7 +127,7 @@ class Meter:
 
     def fraction(self) -> float:
         """How much of the bound that binds most is spent, from 0 to 1."""
-        return max(getattr(self, currency) / bound for currency, bound in self.budget.bounds().items())
+        return min(1.0, max(getattr(self, currency) / bound for currency, bound in self.budget.bounds().items()))
 
     def spent(self) -> dict[str, float]:
         """Every currency."""
@@ -153,8 +153,7 @@ class Meter:
 
 def named_budgets() -> dict[str, Path]:
     """The budgets that ship with the package, by name."""
-    folder = Path(str(resources.files(__package__) / "budgets"))
-    return {p.stem: p for p in sorted(folder.glob("*.toml"))}
+    return {p.stem: p for p in sorted((Path(__file__).parent / "budgets").glob("*.toml"))}
 
 
 def load_budget(reference: str) -> Budget:
@@ -195,4 +194,4 @@ def _budget(table: dict[str, Any], name: str) -> Budget:
             raise unknown("currency", key, known)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"budget: {key} must be a number, got {value!r}")
-    return Budget(**table, name=name)
+    return Budget(**{key: float(value) for key, value in table.items()}, name=name)

@@ -67,10 +67,12 @@ def find(reference: str) -> Card:
         raise UserError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     try:
         facts = json.loads(recipe.read_text("utf-8")) if recipe.is_file() else {}
-        pipeline = json.loads(index.read_text("utf-8")).get("_class_name", "")
+        pipeline = dict(json.loads(index.read_text("utf-8"))).get("_class_name", "")
         return Card(name=folder.resolve().name, source=str(folder), pipeline=str(pipeline), **_protocol(facts))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: {error}") from None
+    except KeyError as missing:
+        raise UserError(f"{recipe} does not say {missing}") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} cannot be read: {error}") from None
 
 
 def _protocol(facts: dict[str, Any]) -> dict[str, Any]:

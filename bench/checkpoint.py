@@ -31,12 +31,14 @@ def save(folder: Path, number: int, rig: Rig, optimiser: torch.optim.Optimizer, 
             tensors[f"memory/{key}"] = value.cpu()
         else:
             memory[key] = value
+    for left in folder.glob(".*.tmp"):  # by a kill
+        shutil.rmtree(left, ignore_errors=True)
     temporary = folder / f".{number}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         save_file({key: value.contiguous().clone() for key, value in tensors.items()}, temporary / TENSORS)
-        payload = {"iteration": rig.iteration, "meter": rig.meter.state(), "memory": memory, "facts": facts}
+        payload: dict[str, Any] = {"iteration": rig.iteration, "meter": rig.meter.state(), "memory": memory, "facts": facts}
+        payload |= {"barren": rig.barren, "failures": rig.failures}
         payload["tensors_sha256"] = digest(temporary / TENSORS)
         text = json.dumps(payload)
         whole = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "payload": text})
@@ -75,7 +77,7 @@ def restore(
             continue
         rig.model.weights.restore(_under("weights/", tensors))  # type: ignore[attr-defined]
         rig.rng.set_state(tensors["rng"])
-        rig.iteration = payload["iteration"]
+        rig.iteration, rig.barren, rig.failures = payload["iteration"], payload["barren"], payload["failures"]
         rig.meter.restore(payload["meter"])
         rig.state = {**payload["memory"], **{k: v.to(rig.model.device) for k, v in _under("memory/", tensors).items()}}
         state: dict[int, dict[str, Tensor]] = {}

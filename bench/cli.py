@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -182,7 +182,7 @@ def _names(**names: str) -> None:
 
 
 @contextlib.contextmanager
-def _clean_stdout() -> Iterator[Callable[[Any], None]]:
+def _clean_stdout() -> Generator[Callable[[Any], None]]:
     """stdout belongs to the answer: whatever a library prints meanwhile goes to stderr."""
     answers: list[Any] = []
     with contextlib.redirect_stdout(sys.stderr):
@@ -195,7 +195,7 @@ def _clean_stdout() -> Iterator[Callable[[Any], None]]:
 
 
 @contextlib.contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+def _asked_to_stop() -> Generator[Callable[[], bool]]:
     """The first Ctrl-C lets the iteration at hand end and be saved; the second one does not wait."""
     asked: list[int] = []
 
@@ -252,7 +252,7 @@ class _Terminal:
 
 
 @contextlib.contextmanager
-def _view() -> Iterator[_Terminal]:
+def _view() -> Generator[_Terminal]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (

@@ -48,8 +48,9 @@ class Config:
         }
 
     def digest(self) -> str:
-        """8 hex digits that name the run."""
-        return hashlib.sha256(json.dumps(self.mapping(), sort_keys=True).encode()).hexdigest()[:8]
+        """8 hex digits that name the run; what the budget is called does not matter."""
+        mapping = {**self.mapping(), "budget": self.budget.bounds()}
+        return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()[:8]
 
     def slug(self) -> str:
         """The run directory's name."""

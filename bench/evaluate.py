@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,7 +48,8 @@ class Judged:
 
     def notes(self, scorer: str) -> list[str]:
         """What a scorer saw in each of `images`."""
-        rows = self.table[self.table.scorer == scorer].drop_duplicates(["prompt", "ordinal"])
+        rows: pd.DataFrame = self.table.loc[self.table.scorer == scorer]
+        rows = rows.loc[~rows.duplicated(["prompt", "ordinal"])]
         return [str(note) for note in rows.note.iloc[: len(self.images)]]
 
 
@@ -145,9 +145,15 @@ def _number(estimate: Any) -> dict[str, Any]:
 def hacked(delta: Mapping[str, Mapping[str, Any]], training: str, held_out: Sequence[str]) -> bool:
     """The training scorer rises for sure while no held-out scorer does (design: the hack flag). training: `scorer/metric`."""
     metric = training.partition("/")[2]
-    others = [delta[f"{name}/{metric}"] for name in held_out if f"{name}/{metric}" in delta]
+    others = [delta[key] for key in (_counterpart(delta, name, metric) for name in held_out) if key]
     rises = delta[training]["ci"][0] > 0
     return bool(rises and others and not any(other["ci"][0] > 0 for other in others))
+
+
+def _counterpart(delta: Mapping[str, Any], scorer: str, metric: str) -> str | None:
+    """The scorer's metric of that name, else the first it has."""
+    own = [key for key in delta if key.startswith(f"{scorer}/")]
+    return f"{scorer}/{metric}" if f"{scorer}/{metric}" in own else next(iter(own), None)
 
 
 def invalid(table: pd.DataFrame) -> bool:
@@ -161,7 +167,8 @@ def invalid(table: pd.DataFrame) -> bool:
 
 def fold(prompt: Prompt) -> str:
     """What makes two prompts the same for a split: case, punctuation and spacing do not."""
-    return re.sub(r"[^a-z0-9]", "", str(prompt.meta.get("target") or prompt.text).lower())
+    text = str(prompt.meta.get("target") or prompt.text).casefold()
+    return "".join(character for character in text if character.isalnum()) or text
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:

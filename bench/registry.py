@@ -53,7 +53,9 @@ def load(kind: str, reference: str) -> Any:
         raise unknown(kind, reference, known)
     try:
         return known[reference].load()
-    except (ImportError, AttributeError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a third party's module may fail in any way
         raise UserError(f"{kind} {reference!r} cannot be loaded from {known[reference].value}: {error}") from error
 
 
@@ -103,6 +105,6 @@ def _from_file(reference: str) -> Any:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
-    if not hasattr(module, name):
+    if name not in vars(module):
         raise unknown(f"name in {path.name}", name, [n for n in vars(module) if not n.startswith("_")])
-    return getattr(module, name)
+    return vars(module)[name]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +33,7 @@ class Rig:
         self.rng = torch.Generator().manual_seed(seed)
         self.state: dict[str, Any] = {}
         self.iteration = 0
+        self.barren = 0  # iterations in a row that brought nothing to learn from
         self.failures: list[str] = []  # why images could not be scored, the last few
         self._cache: dict[int, Cond] = {}  # prompt -> its embedding, made once
         self._keys: Tensor | None = None  # of the rows that a loss is being computed on
@@ -79,7 +80,7 @@ class Rig:
         return torch.stack([one(generator.manual_seed((key ^ (key >> 31)) & 0xFFFFFFFF)) for key in keys])
 
     @contextmanager
-    def keyed(self, keys: Tensor) -> Iterator[None]:
+    def keyed(self, keys: Tensor) -> Generator[None]:
         """Within: the rows of the batch at hand draw from these keys (rows,)."""
         self._keys, self._draws = keys, 0
         try:

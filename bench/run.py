@@ -6,9 +6,10 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,20 +132,23 @@ def _run(config: Config, home: Path, view: View, interrupted: Callable[[], bool]
     meter = Meter(config.budget, flops_a_forward=model.flops_a_forward())
     rig = Rig(model, book, judges.training, meter, seed=config.seed, rows=card.rows)
     adam = optimiser(config.settings, rig)
-    facts = checkpoint.restore(home / "checkpoint", rig, adam, view.say)
-    if facts is None:
-        facts = {"mark": -1, "curve": [], "wall": 0.0}
-    else:
+    found = checkpoint.restore(home / "checkpoint", rig, adam, view.say)
+    facts: dict[str, Any] = found or {"mark": -1, "curve": []}
+    if found:
         view.say(f"going on from update {meter.updates}, {100 * meter.fraction():.0f} % of the budget spent")
     _cut(home / "metrics.jsonl", rig.iteration)
-    judged_by = "ema" if config.settings.optim.ema else "live"
+
+    def judged_by() -> str:
+        """The averaged weights, once there are any."""
+        return "ema" if "ema" in model.weights.copies else "live"
+
     log = _Log(home / "metrics.jsonl")
 
     def mark() -> None:
         with wall("judge"):
             seen = look(
                 "validation",
-                judged_by if judged_by in ("live", *model.weights.copies) else "live",
+                judged_by(),
                 [judges.training, *judges.held_out],
                 lambda _: None,
             )
@@ -184,16 +188,15 @@ def _run(config: Config, home: Path, view: View, interrupted: Callable[[], bool]
             view,
             "judging the result",
             len(exam) * judging.test_images,
-            lambda a: look("test", judged_by, judges.all, a),
+            lambda a: look("test", judged_by(), judges.all, a),
         )
-        final = look("validation", judged_by, [judges.training, *judges.held_out], lambda _: None)
+        final = look("validation", judged_by(), [judges.training, *judges.held_out], lambda _: None)
     curve = [*facts["curve"], {"spent": meter.spent(), "scores": evaluate.estimates(final)}]
 
-    model.save_adapter(home / "adapter", judged_by)
+    model.save_adapter(home / "adapter", judged_by())
     _scores(home / "scores.parquet", before, done)
     _samples(home, before, done, judges.training, curve, meter)
     delta = evaluate.differences(before, done)
-    both = pd.concat([before.table, done.table])
     finished = Record(
         method=config.method,
         task=config.task,
@@ -208,7 +211,9 @@ def _run(config: Config, home: Path, view: View, interrupted: Callable[[], bool]
         nfe_by_role=dict(meter.roles),
         flags=record.Flags(
             hack=evaluate.hacked(delta, judges.key, [s.name for s in judges.held_out]),
-            invalid=evaluate.invalid(both) or meter.errors > evaluate.INVALID * max(1, meter.reward_calls),
+            invalid=evaluate.invalid(before.table)
+            or evaluate.invalid(done.table)
+            or meter.errors > evaluate.INVALID * max(1, meter.reward_calls),
         ),
         scorers=_use(judges, meter),
         curve=curve,  # type: ignore[arg-type]
@@ -279,7 +284,7 @@ class _Wall:
         self.seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: str) -> Generator[None]:
         began = time.perf_counter()
         inner = sum(self.seconds.values())
         try:
@@ -296,7 +301,8 @@ class _Log:
         self._file = path.open("a", encoding="utf-8")
 
     def __call__(self, numbers: dict[str, float]) -> None:
-        self._file.write(json.dumps(numbers) + "\n")
+        plain = {key: value if math.isfinite(value) else None for key, value in numbers.items()}  # JSON knows no NaN
+        self._file.write(json.dumps(plain) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -341,7 +347,7 @@ def _forget(home: Path) -> None:
 
 
 @contextmanager
-def _alone(home: Path) -> Iterator[None]:
+def _alone(home: Path) -> Generator[None]:
     """Two processes never write one run directory."""
     with (home / ".lock").open("w") as lock:
         try:
@@ -352,7 +358,7 @@ def _alone(home: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _room(home: Path) -> Iterator[None]:
+def _room(home: Path) -> Generator[None]:
     """A full disk is said in one line; what was on it stays."""
     try:
         near = next(p for p in (home, *home.absolute().parents) if p.exists())
@@ -442,7 +448,7 @@ def weights_hash(card: Card) -> str:
 def _toml(config: Config) -> str:
     """The settings as a file that --config takes back."""
     mapping = config.mapping()
-    budget = ",".join(f"{k}={v:g}" for k, v in config.budget.bounds().items())
+    budget = ",".join(f"{k}={v!r}" for k, v in config.budget.bounds().items())
     lines = [
         f"# gpobench run --method {config.method} --task {config.task} --model {config.model} "
         f"--seed {config.seed} --budget {budget} --config config.toml"
@@ -455,7 +461,7 @@ def _toml(config: Config) -> str:
     tables |= {key: tables[""].pop(key) for key in [k for k, v in tables[""].items() if isinstance(v, dict)]}
     for name, table in tables.items():
         lines += ["", f"[{name}]"] if name else [""]
-        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items()]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 

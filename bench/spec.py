@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import UserError
 from .flow import Path
 
 if TYPE_CHECKING:
@@ -95,6 +96,10 @@ class Judging:
     validation_images: int = 1
     seed: int = 20_260_101
 
+    def __post_init__(self) -> None:
+        if self.test_images < 1 or self.validation_images < 1:
+            raise UserError(f"judging: at least one image a prompt, got {self.test_images} and {self.validation_images}")
+
 
 class Task(Protocol):
     """Prompts in three disjoint splits, the scorer to train on, and the scorers that judge. Scorers by name only."""
@@ -122,6 +127,16 @@ class Optim:
     clip: float = 1.0  # of the gradient's norm
     warmup: int = 0  # updates over which the learning rate rises linearly from 0
     ema: float = 0.0  # decay of the averaged weights that are judged instead of the last ones; 0 judges the last
+
+    def __post_init__(self) -> None:
+        for name, low in {"epochs": 1, "minibatches": 1, "micro": 0, "warmup": 0, "weight_decay": 0}.items():
+            if not getattr(self, name) >= low:
+                raise UserError(f"optim.{name} must be at least {low}, got {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"optim.{name} must be above 0, got {getattr(self, name)}")
+        if not (0 <= self.ema < 1 and all(0 <= beta < 1 for beta in self.betas)):
+            raise UserError(f"optim.ema and optim.betas must lie in [0, 1), got {self.ema} and {self.betas}")
 
 
 class Method(Protocol):

@@ -40,15 +40,14 @@ def train(
     backward: how a loss is differentiated (the device's scaling is its affair). after: called at the end of every
     iteration with its numbers, the clock stopped; it writes, judges and checkpoints.
     """
-    barren = 0
     try:
         while True:
             rig.meter.start()
             batch = method.collect(rig)
             rows = size(batch)
             rig.note("batch/rows", rows)
-            barren = barren + 1 if rows == 0 else 0
-            if barren >= PATIENCE:
+            rig.barren = rig.barren + 1 if rows == 0 else 0
+            if rig.barren >= PATIENCE:
                 raise Stop(f"collapsed: the rewards of every group were equal for {PATIENCE} iterations")
             if rows:
                 _fit(method, rig, adam, batch, rows, backward)
@@ -87,10 +86,10 @@ def _fit(
 
 
 def _update(rig: Rig, adam: torch.optim.Optimizer, o: Optim) -> None:
-    rig.meter.charge(updates=1)
     norm = torch.nn.utils.clip_grad_norm_(rig.model.parameters(), o.clip)
     if not bool(norm.isfinite()):
         raise Stop(f"the gradient's norm is {float(norm):g} after {rig.meter.updates} updates")
+    rig.meter.charge(updates=1)
     rig.note("policy/grad_norm", norm)
     for group in adam.param_groups:
         group["lr"] = o.lr * min(1.0, rig.meter.updates / o.warmup if o.warmup else 1.0)

@@ -13,6 +13,7 @@ with one timestep and one noise for the whole group. "logsigmoid" is the default
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import nan
 from typing import Literal
 
 from torch import Tensor
@@ -44,14 +45,16 @@ class GPO:
             raise UserError(f"gpo: a group needs at least two images to compare, got group={self.group}")
         if self.prompts < 1 or self.beta <= 0:
             raise UserError(f"gpo: prompts must be at least 1 and beta above 0, got {self.prompts} and {self.beta}")
+        if self.steps < 0 or self.guidance < 0 or self.kl < 0:
+            raise UserError("gpo: steps, guidance and kl must not be negative")
 
     def collect(self, rig: Rig) -> Groups:
-        """Sample and score P groups; keep those whose images differ in reward; standardise."""
+        """Sample and score P groups; keep those whose images differ in reward; standardise. An unscored image stays NaN."""
         groups = rig.groups(self.prompts, self.group, steps=self.steps, guidance=self.guidance or None)
         rig.note("reward/mean", groups.reward.nanmean())
         rig.note("groups/informative", informative(groups.reward).float().mean())
-        standard = replace(groups, reward=standardise(groups.reward, self.std))
-        return take(standard, informative(groups.reward))
+        advantage = standardise(groups.reward, self.std).where(groups.reward.isfinite(), nan)
+        return take(replace(groups, reward=advantage), informative(groups.reward))
 
     def loss(self, rig: Rig, batch: Groups) -> Tensor:
         """-log sigmoid(-(beta / G) sum_i A_i s_i) / beta, averaged over groups; s_i from one (t, eps) a group."""
@@ -64,4 +67,6 @@ class GPO:
         rig.note("policy/accuracy", implicit_accuracy(batch.reward, live, ref))
         drift = kl_velocity(v, v_ref).mean()
         rig.note("policy/kl", drift)
-        return gpo(batch.reward, live, ref, self.beta, self.link, gap_weight=self.gap_weight).mean() + self.kl * drift
+        known, advantage = batch.reward.isfinite(), batch.reward.nan_to_num()
+        each = gpo(advantage, live, ref, self.beta, self.link, gap_weight=self.gap_weight, known=known)
+        return each.mean() + self.kl * drift

@@ -28,7 +28,9 @@ LINE_HEIGHT = 48  # px, what the recogniser was trained on
 class Line:
     """A picture is one line: squeezed to `width` x 48 and recognised as a whole."""
 
-    width: int = 80  # px; reads clean and worn 64x32 renders as well as 96 (their proportions) does, and takes less time
+    width: int = (
+        80  # px; reads clean and worn 64x32 renders as well as 96 (their proportions) does, and takes less time
+    )
 
     def __str__(self) -> str:
         return f"line-{LINE_HEIGHT}x{self.width}"
@@ -52,10 +54,14 @@ def _model(name: str) -> Path:
     """A model file inside the wheel, found without importing it."""
     spec = util.find_spec("rapidocr")
     if spec is None or spec.origin is None:
-        raise Missing("the scorer 'rapidocr' needs its engine; install with: pip install 'rapidocr>=3.9,<4' onnxruntime")
+        raise Missing(
+            "the scorer 'rapidocr' needs its engine; install with: pip install 'rapidocr>=3.9,<4' onnxruntime"
+        )
     path = Path(spec.origin).parent / "models" / name
     if not path.is_file():
-        raise Missing(f"rapidocr {metadata.version('rapidocr')} does not carry {name}; install with: pip install 'rapidocr>=3.10,<4'")
+        raise Missing(
+            f"rapidocr {metadata.version('rapidocr')} does not carry {name}; install with: pip install 'rapidocr>=3.10,<4'"
+        )
     return path
 
 
@@ -67,7 +73,9 @@ class RapidOCR:
 
     def __init__(self, framing: Line | Page = FRAMINGS["line"]) -> None:
         self.framing = framing
-        self._lock = threading.Lock()  # the engine loads its models at the first call and keeps a call's settings on itself
+        self._lock = (
+            threading.Lock()
+        )  # the engine loads its models at the first call and keeps a call's settings on itself
         models = [_model(name) for name in ((DETECTOR, RECOGNISER) if isinstance(framing, Page) else (RECOGNISER,))]
         params: dict[str, Any] = {
             "Global.log_level": "critical",
@@ -78,7 +86,11 @@ class RapidOCR:
             "EngineConfig.onnxruntime.inter_op_num_threads": 1,
         }
         if isinstance(framing, Page):
-            params |= {"Det.model_path": str(models[0]), "Det.limit_side_len": framing.side, "Global.text_score": framing.confidence}
+            params |= {
+                "Det.model_path": str(models[0]),
+                "Det.limit_side_len": framing.side,
+                "Global.text_score": framing.confidence,
+            }
         else:
             params |= {"Rec.rec_img_shape": [3, LINE_HEIGHT, framing.width]}
         try:
@@ -86,8 +98,12 @@ class RapidOCR:
 
             self._engine: Any = Engine(params=params)
         except ImportError as error:
-            raise Missing(f"the scorer 'rapidocr' needs its engine ({error}); install with: pip install 'rapidocr>=3.9,<4' onnxruntime") from error
-        weights = "+".join(f"{path.stem.replace('_', '-')}@{sha256(path.read_bytes()).hexdigest()[:8]}" for path in models)
+            raise Missing(
+                f"the scorer 'rapidocr' needs its engine ({error}); install with: pip install 'rapidocr>=3.9,<4' onnxruntime"
+            ) from error
+        weights = "+".join(
+            f"{path.stem.replace('_', '-')}@{sha256(path.read_bytes()).hexdigest()[:8]}" for path in models
+        )
         self.id = f"rapidocr-{metadata.version('rapidocr')}/{weights}/{rules.RULE}/{framing}"
 
     def read(self, image: np.ndarray) -> str:

@@ -34,7 +34,11 @@ def network() -> "nn.Sequential":
     from torch import nn
 
     def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> list[nn.Module]:
-        return [nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+        return [
+            nn.Conv2d(c_in, c_out, kernel, stride, kernel // 2, bias=False),
+            nn.BatchNorm2d(c_out),
+            nn.ReLU(inplace=True),
+        ]
 
     return nn.Sequential(
         *conv(3, 24, 5, stride=2),  # 16 x 32
@@ -82,9 +86,13 @@ class Reader:
         raw = weights.read_bytes()
         self.network = network().eval().requires_grad_(False)
         try:
-            self.network.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in load(raw).items()})
+            self.network.load_state_dict(
+                {key: value.float() if value.is_floating_point() else value for key, value in load(raw).items()}
+            )
         except Exception as error:
-            raise UserError(f"{weights} does not hold the weights of the held-out reader: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"{weights} does not hold the weights of the held-out reader: {str(error).splitlines()[0]}"
+            ) from error
         self.id = f"reader-1/ctc@{sha256(raw).hexdigest()[:8]}/{rules.RULE}"
 
     def logits(self, images: Images) -> "Tensor":

@@ -20,6 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..bench import glyphs
 from ..bench.errors import UserError
+from ..bench.stats import proportion
 from .reader import ALPHABET, COLUMNS, HEIGHT, WIDTH, network, spell, standardise
 
 if TYPE_CHECKING:
@@ -43,16 +44,23 @@ WORDS = Path(__file__).parent.parent / "tasks" / "ocr_words.txt"  # read only to
 # Coverage: where there is ink, 0..1
 
 
-def _face_path(name: str) -> Path:
-    return glyphs.default_font().parent / f"{name}.ttf"
+@lru_cache(maxsize=1)
+def _folder() -> Path:
+    return glyphs.default_font().parent
 
 
-@lru_cache(maxsize=60_000)
-def _letter(face: str, size: int, zoom: int, letter: str, most: int) -> np.ndarray:
-    """(h, w) coverage of one capital, cropped to its advance and squeezed to at most `most` px; the rows are those of its tallest."""
-    font = ImageFont.truetype(str(_face_path(face)), size * zoom) if face else ImageFont.load_default(size * zoom)
+@lru_cache(maxsize=512)
+def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.truetype(str(_folder() / f"{face}.ttf"), size) if face else ImageFont.load_default(size)
     if not isinstance(font, ImageFont.FreeTypeFont):
         raise UserError("the reader is printed in PIL's own face too, which needs a Pillow built with FreeType")
+    return font
+
+
+@lru_cache(maxsize=60_000)  # 4 kB each at most
+def _letter(face: str, size: int, zoom: int, letter: str, most: int) -> np.ndarray:
+    """(h, w) coverage of one capital, cropped to its advance and squeezed to at most `most` px; the rows are those of its tallest."""
+    font = _font(face, size * zoom)
     _, top, _, bottom = font.getbbox("HQ", anchor="ls")
     left, _, right, _ = font.getbbox(letter, anchor="ls")
     wide = max(int(math.ceil(max(right, font.getlength(letter)) - min(left, 0))), 1)
@@ -154,7 +162,9 @@ def bend(coverage: "Tensor", g: "torch.Generator", strength: float = 1.0) -> "Te
     shift = torch.randint(-3, 4, (rows, 2), generator=g).float() * (torch.rand(rows, 1, generator=g) < 0.8)
     y = ((torch.arange(ZOOM * HEIGHT) + 0.5) / ZOOM - HEIGHT / 2).view(1, -1, 1)  # px from the middle
     x = ((torch.arange(ZOOM * WIDTH) + 0.5) / ZOOM - WIDTH / 2).view(1, 1, -1)
-    a, b, c, d = (v.view(-1, 1, 1) for v in (turn.cos() * zoom * aspect, shear - turn.sin(), turn.sin(), turn.cos() * zoom))
+    a, b, c, d = (
+        v.view(-1, 1, 1) for v in (turn.cos() * zoom * aspect, shear - turn.sin(), turn.sin(), turn.cos() * zoom)
+    )
     warp = _waves((rows, 2, 4, 7), (ZOOM * HEIGHT, ZOOM * WIDTH), g) * 0.55 * moved * _chance(rows, 0.6, g)  # px
     to_x = a * x + b * y + shift[:, 0].view(-1, 1, 1) + warp[:, 0]
     to_y = c * x + d * y + shift[:, 1].view(-1, 1, 1) + warp[:, 1]
@@ -194,7 +204,11 @@ def damage(coverage: "Tensor", g: "torch.Generator", strength: float = 1.0) -> "
         coverage = coverage * (1 - where) + smeared * where
     spots = _patches(rows, 1.8, g) * _chance(rows, 0.25 * strength, g) * torch.rand(rows, 1, 1, 1, generator=g)
     coverage = torch.maximum(coverage, spots)
-    ghost = coverage.roll(1, 0).roll(int(torch.randint(-8, 9, (1,), generator=g)), 3) * torch.rand(rows, 1, 1, 1, generator=g) * 0.3
+    ghost = (
+        coverage.roll(1, 0).roll(int(torch.randint(-8, 9, (1,), generator=g)), 3)
+        * torch.rand(rows, 1, 1, 1, generator=g)
+        * 0.3
+    )
     coverage = torch.maximum(coverage, ghost * _chance(rows, 0.2 * strength, g))
     fade = _waves((rows, 1, 2, 5), (HEIGHT, WIDTH), g).abs().clamp(max=1)
     return coverage * (1 - 0.6 * fade * _chance(rows, 0.3 * strength, g))
@@ -207,7 +221,10 @@ def colour(coverage: "Tensor", g: "torch.Generator", strength: float = 1.0) -> "
 
     rows = len(coverage)
     paper = 255 - torch.rand(rows, 3, 1, 1, generator=g) * 70 * torch.rand(rows, 1, 1, 1, generator=g)
-    ink = torch.rand(rows, 3, 1, 1, generator=g) * torch.tensor([70.0, 210.0])[torch.randint(0, 2, (rows, 3, 1, 1), generator=g)]
+    ink = (
+        torch.rand(rows, 3, 1, 1, generator=g)
+        * torch.tensor([70.0, 210.0])[torch.randint(0, 2, (rows, 3, 1, 1), generator=g)]
+    )
     weights = torch.tensor([0.3, 0.6, 0.1]).view(1, 3, 1, 1)
     short = (45 - ((paper - ink) * weights).sum(1, keepdim=True)).clamp(min=0)  # at least 45 grey levels apart
     ink = (ink - short).clamp(0, 255)
@@ -221,7 +238,9 @@ def colour(coverage: "Tensor", g: "torch.Generator", strength: float = 1.0) -> "
     once = _soften(picture)
     picture = picture + soft * (once + _chance(rows, 0.3, g) * (_soften(once) - once) - picture)
     coarse = F.interpolate(F.avg_pool2d(picture, 2), scale_factor=2, mode="bilinear", align_corners=False)
-    picture = picture + 0.6 * torch.rand(rows, 1, 1, 1, generator=g) * _chance(rows, 0.2 * strength, g) * (coarse - picture)
+    picture = picture + 0.6 * torch.rand(rows, 1, 1, 1, generator=g) * _chance(rows, 0.2 * strength, g) * (
+        coarse - picture
+    )
     grain = torch.randn(picture.shape, generator=g)
     grain = torch.where(_chance(rows, 0.5, g) > 0, grain, _soften(grain) * 1.8)
     level = 22 * torch.rand(rows, 1, 1, 1, generator=g) * _chance(rows, 0.6 * strength, g)
@@ -251,14 +270,6 @@ def draw_batch(rows: int, seed: tuple[int, ...], strength: float = 1.0) -> tuple
 # Measuring
 
 
-def wilson(hits: int, n: int) -> list[float]:
-    """The 95 % interval of a rate (Wilson, 1927)."""
-    z = 1.959964
-    rate, z2 = hits / n, z * z
-    centre, half = rate + z2 / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
-    return [round(max(0.0, (centre - half) / (1 + z2 / n)), 4), round(min(1.0, (centre + half) / (1 + z2 / n)), 4)]
-
-
 def clean_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
     """(N, 32, 64, 3) uint8 and N words: every test word of the task `ocr`, printed as the embedded model's pictures are."""
     rng = np.random.default_rng(seed)
@@ -266,7 +277,9 @@ def clean_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
     papers, inks = list(glyphs.PAPERS.values()), list(glyphs.INKS.values())
     return np.stack(
         [
-            glyphs.draw_word(word, paper=papers[int(rng.integers(3))], ink=inks[int(rng.integers(3))], dx=int(dx), dy=int(dy))
+            glyphs.draw_word(
+                word, paper=papers[int(rng.integers(3))], ink=inks[int(rng.integers(3))], dx=int(dx), dy=int(dy)
+            )
             for word, (dx, dy) in zip(words, rng.integers(-1, 2, (len(words), 2)), strict=True)
         ]
     ), words
@@ -279,7 +292,8 @@ def degraded_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
     g = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
     _, words = clean_words()
-    prints = np.stack([glyphs.draw_word(word, dx=int(dx), dy=int(dy)) for word, (dx, dy) in zip(words, rng.integers(-2, 3, (len(words), 2)), strict=True)])
+    moves = rng.integers(-2, 3, (len(words), 2))
+    prints = np.stack([glyphs.draw_word(w, dx=int(dx), dy=int(dy)) for w, (dx, dy) in zip(words, moves, strict=True)])
     grey = torch.from_numpy(prints).float().mean(-1)[:, None]
     coverage = (255 - grey) / (255 - grey.amin((2, 3), keepdim=True))
     pictures = colour(damage(coverage, g), g).movedim(1, -1)
@@ -288,8 +302,8 @@ def degraded_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
 
 def rate(read: Callable[[np.ndarray], list[str]], pictures: np.ndarray, words: list[str]) -> dict[str, Any]:
     """How many strings are read exactly."""
-    hits = sum(a == b for a, b in zip(read(pictures), words, strict=True))
-    return {"exact": round(hits / len(words), 4), "n": len(words), "ci95": wilson(hits, len(words))}
+    found = proportion(sum(a == b for a, b in zip(read(pictures), words, strict=True)), len(words))
+    return {"exact": round(found.mean, 4), "n": len(words), "ci95": [round(found.low, 4), round(found.high, 4)]}
 
 
 # The recipe
@@ -307,12 +321,14 @@ class Reader:
     average: float = 0.998  # decay of the averaged weights that are shipped
     save_every: int = 200  # steps
     threads: int = 1
+    probe: int = 192  # strings read at every mark
+    measured: int = 2000  # strings read at the end
 
-    def __call__(self, out: Path, *, seed: int, log: Callable[[str], object]) -> dict[str, Any]:
+    def __call__(self, out: Path, *, seed: int, log: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         """Writes reader.safetensors and reader.json into `out`; a run stopped there before is continued. Returns what reader.json holds."""
         import torch
         import torch.nn.functional as F
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         out.mkdir(parents=True, exist_ok=True)
         before = torch.get_num_threads()
@@ -325,12 +341,14 @@ class Reader:
             state = out / "reader.state.safetensors"
             start, seconds = self._resume(state, seed, live, shipped, optim)
             if start:
-                log(f"reader: continuing at step {start}")
+                log({"recipe": "reader", "continues_at": start})
             began = time.process_time()
             for step in range(start, self.steps):
                 share = step / self.steps
                 for group in optim.param_groups:
-                    group["lr"] = self.lr * min(1.0, (step + 1) / self.warmup) * (0.5 + 0.5 * math.cos(math.pi * share)) + 1e-6
+                    group["lr"] = (
+                        self.lr * min(1.0, (step + 1) / self.warmup) * (0.5 + 0.5 * math.cos(math.pi * share)) + 1e-6
+                    )
                 pictures, texts = draw_batch(self.batch, (seed, step), strength=min(1.0, 0.2 + 1.6 * share))
                 with torch.autocast("cpu", torch.bfloat16):
                     logits = live(standardise(pictures).contiguous(memory_format=torch.channels_last))
@@ -351,13 +369,26 @@ class Reader:
                 if (step + 1) % self.save_every == 0 or step + 1 == self.steps:
                     spent = seconds + time.process_time() - began
                     self._save(state, seed, step + 1, spent, live, shipped, optim)
-                    probe, wanted = draw_batch(192, (seed + 1, step))
+                    probe, wanted = draw_batch(self.probe, (seed + 1, step))
                     hits = rate(lambda x: _read(shipped, x), probe.numpy(), wanted)["exact"]
-                    log(f"reader: step {step + 1} of {self.steps}, loss {float(loss.detach()):.3f}, {hits:.3f} of hard unseen strings, {spent:.0f} CPU-s")
+                    log(
+                        {
+                            "recipe": "reader",
+                            "step": step + 1,
+                            "of": self.steps,
+                            "loss": float(loss.detach()),
+                            "hard_unseen_strings": hits,
+                            "cpu_seconds": spent,
+                        }
+                    )
             spent = seconds + time.process_time() - began
-            weights = {key: value.half() if value.is_floating_point() else value for key, value in shipped.state_dict().items()}
-            save_file(weights, out / "reader.safetensors")
-            shipped.load_state_dict({key: value.float() if value.is_floating_point() else value for key, value in weights.items()})
+            weights = {
+                key: value.half() if value.is_floating_point() else value for key, value in shipped.state_dict().items()
+            }
+            (out / "reader.safetensors").write_bytes(save(weights))  # save_file would let nobody else read it
+            shipped.load_state_dict(
+                {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
+            )
             facts = self._facts(shipped, seed, spent)
             (out / "reader.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
             return facts
@@ -367,7 +398,7 @@ class Reader:
     def _facts(self, shipped: "nn.Module", seed: int, spent: float) -> dict[str, Any]:
         import torch
 
-        hard, strings = draw_batch(2000, (seed + 2, 0))
+        hard, strings = draw_batch(self.measured, (seed + 2, 0))
         return {
             "recipe": asdict(self) | {"seed": seed},
             "cpu_seconds": round(spent),
@@ -378,7 +409,9 @@ class Reader:
             "never_seen": ["DejaVu Sans Mono (all styles)", "every string whose split is validation or test"],
             "clean_test_words_in_dejavu_sans_mono_bold": rate(lambda x: _read(shipped, x), *clean_words()),
             "degraded_test_words_in_dejavu_sans_mono_bold": rate(lambda x: _read(shipped, x), *degraded_words()),
-            "degraded_and_bent_random_strings_in_training_faces": rate(lambda x: _read(shipped, x), hard.numpy(), strings),
+            "degraded_and_bent_random_strings_in_training_faces": rate(
+                lambda x: _read(shipped, x), hard.numpy(), strings
+            ),
         }
 
     def _named(self, live: "nn.Module", shipped: "nn.Module", optim: "torch.optim.Optimizer") -> dict[str, "Tensor"]:
@@ -389,13 +422,24 @@ class Reader:
         return found
 
     def _save(
-        self, path: Path, seed: int, step: int, seconds: float, live: "nn.Module", shipped: "nn.Module", optim: "torch.optim.Optimizer"
+        self,
+        path: Path,
+        seed: int,
+        step: int,
+        seconds: float,
+        live: "nn.Module",
+        shipped: "nn.Module",
+        optim: "torch.optim.Optimizer",
     ) -> None:
         """Atomically: a run killed while it writes finds the mark before."""
         from safetensors.torch import save_file
 
         made_by = {"recipe": json.dumps(asdict(self) | {"seed": seed}), "step": str(step), "seconds": str(seconds)}
-        save_file({k: v.contiguous().clone() for k, v in self._named(live, shipped, optim).items()}, path.with_suffix(".tmp"), made_by)
+        save_file(
+            {k: v.contiguous().clone() for k, v in self._named(live, shipped, optim).items()},
+            path.with_suffix(".tmp"),
+            made_by,
+        )
         os.replace(path.with_suffix(".tmp"), path)
 
     def _resume(
@@ -412,7 +456,9 @@ class Reader:
                 raise UserError(f"{path} was left by another recipe or seed; choose another folder or remove it")
             tensors = {key: file.get_tensor(key) for key in file.keys()}
         for prefix, module in (("live.", live), ("shipped.", shipped)):
-            module.load_state_dict({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
+            module.load_state_dict(
+                {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            )
         state: dict[int, dict[str, Any]] = {}
         for key, value in tensors.items():
             if key.startswith("optim."):

@@ -78,7 +78,9 @@ METRICS = ("soft", "exact")  # soft is what methods are trained on
 def agree(images: Images, prompts: Sequence[Prompt]) -> None:
     """ValueError where images are not (B, H, W, 3) uint8 or their number is not the prompts'."""
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise ValueError(f"a scorer takes images of shape (B, H, W, 3) and type uint8, got {images.shape} {images.dtype}")
+        raise ValueError(
+            f"a scorer takes images of shape (B, H, W, 3) and type uint8, got {images.shape} {images.dtype}"
+        )
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
 
@@ -110,7 +112,10 @@ def known_answers(scorer: Scorer, *, paged: bool = False) -> None:
     words = ("".join(KNOWN_PAGE),) if paged else KNOWN
     images = _page(KNOWN_PAGE)[None] if paged else np.stack([draw_word(word) for word in KNOWN])
     scores = scorer(images, [Prompt(f'a sign that says "{word}"', {"target": word}) for word in words])
-    wrong = [f"{words[row]} as {scores.reasons.get(row) or (scores.notes or words)[row]!r}" for row in np.flatnonzero(scores.value["exact"] != 1)]
+    read = [scores.reasons.get(row) or note for row, note in enumerate(scores.notes or ())]
+    wrong = [
+        f"{word} as {saw!r}" for word, saw, hit in zip(words, read, scores.value["exact"], strict=True) if hit != 1
+    ]
     if wrong:
         raise RuntimeError(f"{scorer.id} misread {', '.join(wrong)}")
 

@@ -121,7 +121,9 @@ class Tesseract:
         failure: Exception
         try:
             done = _run(str(listing), "stdout", *options, timeout=30 + 5 * len(files))
-            pages = done.stdout.decode("utf-8", "replace").split("\f")  # a form feed between pages, in some versions after the last too
+            pages = done.stdout.decode("utf-8", "replace").split(
+                "\f"
+            )  # a form feed between pages, in some versions after the last too
             if len(pages) == len(files) + 1 and not pages[-1].strip():
                 pages.pop()
             if done.returncode == 0 and len(pages) == len(files):

@@ -11,7 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import json  # noqa: E402
 import socket  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -39,3 +44,137 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+# A small model, a small task, and the real command line at the speed of a fork
+
+
+@pytest.fixture(scope="session")
+def tiny_pipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random StableDiffusion3Pipeline of a few thousand parameters on disk, 16x16 pixels, that states its protocol."""
+    return save_pipe(tmp_path_factory.mktemp("models") / "mini", seed=0)
+
+
+def save_pipe(folder: Path, *, seed: int, layers: int = 2) -> Path:
+    """Write such a pipeline. Unlike a model before its training, nothing in it starts at zero."""
+    import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    from gpobench.bench.models.tiny_recipe import (
+        Tiny,
+        build_parts,
+        build_silent_text,
+        build_silent_tokenizer,
+        build_tokenizer,
+    )
+
+    size: dict[str, Any] = {"layers": layers, "heads": 2, "head_width": 16, "text_widths": (16, 16)}
+    recipe = Tiny(**size, pooled_width=8, autoencoder_widths=(8, 8, 8))
+    with torch.random.fork_rng(devices=[]):
+        parts = build_parts(recipe, seed)
+        for parameter in parts.transformer.parameters():
+            if not bool(parameter.any()):
+                torch.nn.init.normal_(parameter, std=0.1)
+        third = build_silent_text(sum(recipe.text_widths))
+    tokenizer = build_tokenizer()
+    pipe = StableDiffusion3Pipeline(
+        transformer=parts.transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=parts.autoencoder,
+        text_encoder=parts.text_one,
+        tokenizer=tokenizer,
+        text_encoder_2=parts.text_two,
+        tokenizer_2=tokenizer,
+        text_encoder_3=third,
+        tokenizer_3=build_silent_tokenizer(),
+    )
+    pipe.save_pretrained(str(folder), safe_serialization=True)
+    protocol = {"max_sequence_length": 1, "guidance": 1.0, "steps": 4, "height": 16, "width": 16}
+    (folder / "recipe.json").write_text(json.dumps(protocol))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def redness() -> str:
+    """The file of the test task: `redness + ":Paint"` is a task."""
+    return str(Path(__file__).with_name("redness.py"))
+
+
+ZYGOTE = """
+import json, os, sys, traceback
+import diffusers, pandas, peft, pyarrow.parquet, torch
+from diffusers import StableDiffusion3Pipeline
+import gpobench.bench.run as running
+from gpobench.bench import checkpoint
+from gpobench.bench.cli import main
+torch.set_num_threads(1)
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        for fd, path in ((1, job["out"]), (2, job["err"])):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+        sys.argv = ["gpobench", *job["argv"]]
+        try:
+            exec(job["before"])
+            main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a command left behind."""
+
+    code: int  # minus the signal's number where one ended it
+    out: str
+    err: str
+
+
+class Commands:
+    """The command line, forked from a process that has already imported what is heavy: real processes, real kills."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._line() == "ready"
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    def __call__(
+        self, *argv: str | Path, meanwhile: Callable[[int], None] = lambda pid: None, before: str = ""
+    ) -> Ended:
+        """Run `gpobench ARGV`. meanwhile: given the process id while it runs. before: Python run first, in there."""
+        out, err = self._folder / "out", self._folder / "err"
+        job = {"argv": [str(a) for a in argv], "out": str(out), "err": str(err), "before": before}
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        meanwhile(int(self._line()))
+        return Ended(int(self._line()), out.read_text("utf-8"), err.read_text("utf-8"))
+
+    def close(self) -> None:
+        self._process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def gpobench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    """`gpobench("run", "--method", ...)` -> exit code, stdout and stderr."""
+    commands = Commands(tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.close()

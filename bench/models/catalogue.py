@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import resources
+from pathlib import Path
 
 from ..card import Card, find
 
 # The embedded model: made by `gpobench pretrain tiny`, its protocol stands in its own recipe.json.
-tiny = replace(find(str(resources.files(__package__) / "tiny")), name="tiny", licence="Apache-2.0")
+tiny = replace(find(str(Path(__file__).with_name("tiny"))), name="tiny", licence="Apache-2.0")
 
 sd35m = Card(
     name="sd35m",

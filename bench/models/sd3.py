@@ -15,7 +15,7 @@ from torch import Tensor
 from ..card import Adapter, Card
 from ..errors import Missing, UserError
 from ..flow import rectified
-from ..weights import Weights
+from ..weights import LIVE, Weights
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -140,13 +140,11 @@ class SD3:
 
     def save_adapter(self, folder: Path, by: str = "live") -> None:
         """Write the LoRA so that plain `pipe.load_lora_weights(folder)` takes it."""
-        from diffusers.training_utils import _collate_lora_metadata
-
         assert self.weights is not None, "a model without adapter has nothing to save"
         self.pipe.save_lora_weights(
             str(folder),
             transformer_lora_layers=self.weights.adapter(by),
-            **_collate_lora_metadata({"transformer": self.transformer}),
+            transformer_lora_adapter_metadata=self.transformer.peft_config[LIVE].to_dict(),  # rank and alpha, for the loader
         )
 
     def load_adapter(self, folder: Path) -> None:

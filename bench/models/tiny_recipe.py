@@ -1,4 +1,4 @@
-"""A small painter's apprenticeship: from random weights to a Stable-Diffusion-3-class model of a few MB that writes words and counts shapes.
+"""A small painter's apprenticeship: from random weights to a model of a few MB that writes words and counts shapes.
 
 `Tiny()(out, seed=0, log=print)` trains everything from scratch on the pictures of `glyphs` and writes a folder that
 `StableDiffusion3Pipeline.from_pretrained` loads. Three stages, each resumable:
@@ -60,30 +60,32 @@ class Tiny:
     pooled_width: int = 32  # of each text encoder
     autoencoder_widths: tuple[int, ...] = (16, 32, 32)
     # pictures
-    shapes: float = 0.4  # share of counted shapes; the rest are words
+    shapes: float = 0.62  # share of counted shapes; the rest are words. Counting is the slower to learn, so it has a start ...
+    turn: int = 620  # step of stage 2 ...
+    shapes_later: float = 0.4  # from which this is the share
     # stage 1
-    autoencoder_steps: int = 700
+    autoencoder_steps: int = 250
     autoencoder_rate: float = 3e-3
     # stage 2
-    steps: int = 2600
+    steps: int = 1500
     batch: int = 128
     muon_rate: float = 2e-3
     adam_rate: float = 1.5e-3
     warm: int = 20
-    decay: float = 0.5  # share of the steps, at the end, over which the rate falls in a straight line
+    decay: float = 0.4  # share of the steps, at the end, over which the rate falls in a straight line
     floor: float = 0.02  # of the rate, at the last step
     average: float = 0.995  # of the moving average of the weights
     dropped: float = 0.08  # share of the prompts that are left empty, for classifier-free guidance
     # stage 3
-    decoder_steps: int = 500
+    decoder_steps: int = 300
     decoder_rate: float = 1e-3
     drawn: int = 2048  # latents the model draws for the decoder
     # running
     processes: int = 2
     compiled: bool = True
     tell_every: float = 10.0  # seconds
-    save_every: float = 60.0  # seconds
-    look_every: float = 180.0  # seconds between two readings of validation words
+    save_every: float = 25.0  # seconds
+    look_every: float = 100.0  # seconds between two readings of validation words
     looks: int = 200
     readings: int = 2  # pictures of each held-out word in the final measurement; 0 for none
     countings: int = 8  # pictures of each shapes prompt in the final measurement; 0 for none
@@ -93,10 +95,13 @@ class Tiny:
         out = Path(out)
         state = out / ".state"
         state.mkdir(parents=True, exist_ok=True)
-        world = max(1, min(self.processes, SHARDS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1))
+        world = max(1, min(self.processes, SHARDS, _cores()))
         meeting = state / f"meeting-{os.getpid()}-{time.time_ns()}"
         spawn = multiprocessing.get_context("spawn")
-        others = [spawn.Process(target=_accompany, args=(self, out, seed, rank, world, str(meeting)), daemon=True) for rank in range(1, world)]
+        others = [
+            spawn.Process(target=_accompany, args=(self, out, seed, rank, world, str(meeting)), daemon=True)
+            for rank in range(1, world)
+        ]
         threads = torch.get_num_threads()
         for other in others:
             other.start()
@@ -109,6 +114,11 @@ class Tiny:
                 if other.is_alive():
                     other.terminate()
             meeting.unlink(missing_ok=True)
+
+
+def _cores() -> int:
+    """Those this process may use, where the system says."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 # Words
@@ -124,7 +134,9 @@ def word_splits() -> dict[str, list[str]]:
     return splits
 
 
-def sample(rng: np.random.Generator, words: Sequence[str], excluded: frozenset[str], shapes: float) -> tuple[str, np.ndarray]:
+def sample(
+    rng: np.random.Generator, words: Sequence[str], excluded: frozenset[str], shapes: float
+) -> tuple[str, np.ndarray]:
     """One prompt of the domain and its picture, (32, 64, 3) uint8."""
     return glyphs.shapes_sample(rng) if rng.random() < shapes else glyphs.word_sample(rng, words, excluded)
 
@@ -147,22 +159,35 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     specials = ["<pad>", "<unk>", "<begin>", "<end>"]
     vocabulary = {token: i for i, token in enumerate([*specials, '"', *glyphs.ALPHABET, *glyphs.VOCABULARY])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex('[A-Z"]'), "isolated")])
-    core.post_processor = processors.TemplateProcessing(single="<begin> $A <end>", special_tokens=[("<begin>", 2), ("<end>", 3)])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex('[A-Z"]'), "isolated")]
+    )
+    core.post_processor = processors.TemplateProcessing(
+        single="<begin> $A <end>", special_tokens=[("<begin>", 2), ("<end>", 3)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", bos_token="<begin>", eos_token="<end>", model_max_length=TOKENS
+        tokenizer_object=core,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<begin>",
+        eos_token="<end>",
+        model_max_length=TOKENS,
     )
 
 
 def build_silent_tokenizer() -> PreTrainedTokenizerFast:
     """The third slot's: every prompt is one end token."""
     core = Tokenizer(models.WordLevel({"</s>": 0}, unk_token="</s>"))
-    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="</s>", unk_token="</s>", eos_token="</s>", model_max_length=T5_TOKENS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="</s>", unk_token="</s>", eos_token="</s>", model_max_length=T5_TOKENS
+    )
 
 
 def build_silent_text(width: int) -> T5EncoderModel:
     """A T5 encoder that answers zeros: StableDiffusion3Pipeline does not load without one."""
-    model = T5EncoderModel(T5Config(vocab_size=1, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1, pad_token_id=0, eos_token_id=0))
+    model = T5EncoderModel(
+        T5Config(vocab_size=1, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1, pad_token_id=0, eos_token_id=0)
+    )
     nn.init.zeros_(model.encoder.final_layer_norm.weight)
     return model.eval()
 
@@ -305,31 +330,66 @@ def draw(parts: Parts, tokens: Tensor, noise: Tensor, steps: int = 10) -> Tensor
     return torch.cat(latents)
 
 
+class OpenAttention:
+    """Joint attention of text and picture in plain matrix products.
+
+    The fused kernel's backward pass took 30 % of a step on these CPUs at 49 tokens; this one takes a twentieth, compiled.
+    """
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(N, picture tokens, width) and (N, text tokens, width) to the same."""
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        picture, text = hidden_states, encoder_hidden_states
+        q = torch.cat([attn.norm_q(heads(attn.to_q(picture))), attn.norm_added_q(heads(attn.add_q_proj(text)))], dim=2)
+        k = torch.cat([attn.norm_k(heads(attn.to_k(picture))), attn.norm_added_k(heads(attn.add_k_proj(text)))], dim=2)
+        v = torch.cat([heads(attn.to_v(picture)), heads(attn.add_v_proj(text))], dim=2)
+        weights = torch.softmax((q * q.shape[-1] ** -0.5 @ k.mT).float(), dim=-1).to(v.dtype)
+        mixed = (weights @ v).transpose(1, 2).flatten(2)
+        picture, text = mixed.split([picture.shape[1], text.shape[1]], dim=1)
+        return attn.to_out[0](picture), text if attn.context_pre_only else attn.to_add_out(text)
+
+
 # Optimisation
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal by Newton-Schulz, scaled to the size of an Adam step (Jordan 2024; Liu et al. 2025, arXiv:2502.16982)."""
+    """Momentum made orthogonal by Newton-Schulz, scaled to the size of an Adam step (Jordan 2024; Liu et al. 2025, arXiv:2502.16982).
 
-    def __init__(self, params: Sequence[nn.Parameter], lr: float, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    Of `world` processes, each makes its part of the matrices orthogonal and `total` sums what they have into every one's buffer.
+    """
+
+    def __init__(
+        self, params: Sequence[nn.Parameter], lr: float, part: tuple[int, int], total: Callable[[Tensor], None]
+    ):
+        super().__init__(params, {"lr": lr, "momentum": 0.95})
+        self.rank, self.world = part
+        self.total = total
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike.setdefault(p.shape, []).append(p)
-            for shape, members in alike.items():
-                updates = []
-                for p in members:
-                    memory = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    memory.lerp_(p.grad, 1 - group["momentum"])
-                    updates.append(torch.lerp(p.grad, memory, group["momentum"]))
-                size = group["lr"] * 0.2 * math.sqrt(max(shape))
-                for p, update in zip(members, _orthogonal(torch.stack(updates)), strict=True):
-                    p.add_(update, alpha=-size)
+            members = [p for p in group["params"] if p.grad is not None]
+            flat = torch.zeros(sum(p.numel() for p in members))
+            places = [
+                piece.view_as(p) for p, piece in zip(members, flat.split([p.numel() for p in members]), strict=True)
+            ]
+            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            for i, (p, place) in enumerate(zip(members, places, strict=True)):
+                memory = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                memory.lerp_(p.grad, 1 - group["momentum"])
+                if i % self.world == self.rank:
+                    alike.setdefault(p.shape, []).append((place, torch.lerp(p.grad, memory, group["momentum"])))
+            for pairs in alike.values():
+                for (place, _), update in zip(pairs, _orthogonal(torch.stack([u for _, u in pairs])), strict=True):
+                    place.copy_(update)
+            self.total(flat)
+            for p, place in zip(members, places, strict=True):
+                p.add_(place, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
 
 
 def _orthogonal(x: Tensor) -> Tensor:
@@ -354,6 +414,11 @@ class Crew(NamedTuple):
 
     def shards(self) -> range:
         return range(self.rank, SHARDS, self.world)
+
+    def total(self, numbers: Tensor) -> None:
+        """Sums in place over the processes."""
+        if self.world > 1:
+            dist.all_reduce(numbers)
 
     def precise(self) -> Any:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
@@ -402,7 +467,17 @@ def _fit(
     def save(step: int) -> None:
         live = {name: p.detach() for name, p in named.items()}
         elapsed = seconds + time.monotonic() - begun
-        _write(path, {"step": step, "seconds": elapsed, "trace": trace, "live": live, "mean": mean, "optimisers": [o.state_dict() for o in optimisers]})
+        _write(
+            path,
+            {
+                "step": step,
+                "seconds": elapsed,
+                "trace": trace,
+                "live": live,
+                "mean": mean,
+                "optimisers": [o.state_dict() for o in optimisers],
+            },
+        )
 
     total = 0.0
     for step in range(done, steps):
@@ -414,12 +489,13 @@ def _fit(
             loss = loss_of(step, shard) / SHARDS
             loss.backward()
             total += loss.item() * crew.world
-        if crew.world > 1:
-            dist.all_reduce(flat)
+        crew.total(flat)
         for optimiser in optimisers:
             optimiser.step()
         if average:
-            torch._foreach_lerp_(list(mean.values()), [p.detach() for p in params], 1 - min(average, (1 + step) / (10 + step)))
+            torch._foreach_lerp_(
+                list(mean.values()), [p.detach() for p in params], 1 - min(average, (1 + step) / (10 + step))
+            )
         now = time.monotonic()
         if crew.rank == 0:
             if not math.isfinite(total):
@@ -442,6 +518,7 @@ def _fit(
                 trace.append({"step": step + 1, **seen})
                 crew.log({"stage": stage, "step": step + 1, **seen})
                 looked_at = told_at = time.monotonic()
+                told, total = step + 1, 0.0  # the look is no part of the pace
             if now - saved_at > save_every:
                 save(step + 1)
                 saved_at = time.monotonic()
@@ -488,9 +565,21 @@ def _learn(recipe: Tiny, out: Path, seed: int, rank: int, world: int, meeting: s
     torch.set_num_threads(1)
     fast = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
     crew = Crew(rank, world, torch.bfloat16 if fast else torch.float32, log)
-    log({"processes": world, "dtype": str(crew.dtype), "note": "" if fast else "no AVX512-bf16 here: float32, several times slower"})
+    log(
+        {
+            "processes": world,
+            "dtype": str(crew.dtype),
+            "note": "" if fast else "no AVX512-bf16 here: float32, several times slower",
+        }
+    )
     if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{Path(meeting).absolute()}", rank=rank, world_size=world, timeout=timedelta(minutes=10))
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{Path(meeting).absolute()}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(minutes=10),
+        )
     try:
         return _stages(recipe, out, seed, crew)
     finally:
@@ -510,12 +599,15 @@ def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict:
 
     def batch(stage: int, step: int, shard: int) -> tuple[list[str], Tensor]:
         rng = np.random.default_rng([seed, stage, step, shard])
-        prompts, drawings = zip(*(sample(rng, words, excluded, recipe.shapes) for _ in range(share)), strict=True)
+        shapes = recipe.shapes_later if stage == 2 and step >= recipe.turn else recipe.shapes
+        prompts, drawings = zip(*(sample(rng, words, excluded, shapes) for _ in range(share)), strict=True)
         empty = rng.random(share) < recipe.dropped
         return ["" if e else p for p, e in zip(prompts, empty, strict=True)], pixels(np.stack(drawings))
 
     def tokens(prompts: Sequence[str]) -> Tensor:
-        return tokenizer(list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+        return tokenizer(
+            list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
 
     # 1. the autoencoder onto the fixed latent
     autoencoder = parts.autoencoder
@@ -558,7 +650,9 @@ def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict:
     # 2. the flow
     flow = nn.ModuleDict({"transformer": parts.transformer, "text_one": parts.text_one, "text_two": parts.text_two})
     averaged = deepcopy(flow)
-    drawing = Parts(averaged["transformer"], averaged["text_one"], averaged["text_two"], autoencoder)
+    drawing = Parts(averaged["transformer"], averaged["text_one"], averaged["text_two"], _plain(autoencoder))
+    for block in parts.transformer.transformer_blocks:
+        block.attn.set_processor(OpenAttention())
     if recipe.compiled:
         _compile(parts.transformer.transformer_blocks)
 
@@ -578,20 +672,27 @@ def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict:
         averaged.load_state_dict(mean, strict=False)
         chosen = (splits["validation"] * 2)[: recipe.looks]
         prompts = [glyphs.word_prompt(w) for w in chosen] + [p for p, *_ in _shape_prompts()] * 2
-        with crew.precise():
-            z = draw(drawing, tokens(prompts), torch.randn(len(prompts), *_latent_shape(), generator=_generator(seed, 9)))
-            painted = torch.cat([autoencoder.decoder(rows).float() for rows in z.split(64)])
+        with torch.no_grad(), crew.precise():
+            z = draw(
+                drawing, tokens(prompts), torch.randn(len(prompts), *_latent_shape(), generator=_generator(seed, 9))
+            )
+            painted = torch.cat([drawing.autoencoder.decoder(rows).float() for rows in z.split(64)])
         seen = {}
-        for name, images in (("linear", latent.decode(z)), ("decoder", painted.detach())):
+        for name, images in (("linear", latent.decode(z)), ("decoder", painted)):
             shown = pictures(images)
             texts = _read(shown[: len(chosen)])
             seen[f"{name}/exact"] = float(np.mean([text == w for text, w in zip(texts, chosen, strict=True)]))
-            counts = [_count(im, c) == k for im, (_, _, k, c) in zip(shown[len(chosen) :], list(_shape_prompts()) * 2, strict=True)]
+            counts = [
+                _count(im, c) == k
+                for im, (_, _, k, c) in zip(shown[len(chosen) :], list(_shape_prompts()) * 2, strict=True)
+            ]
             seen[f"{name}/count"] = float(np.mean(counts))
         return seen
 
     named = dict(flow.named_parameters())
-    matrices = [p for name, p in named.items() if ".transformer_blocks." in name and p.ndim == 2 and "norm1" not in name]
+    matrices = [
+        p for name, p in named.items() if ".transformer_blocks." in name and p.ndim == 2 and "norm1" not in name
+    ]
     chosen = {id(p) for p in matrices}
     rest = [p for p in named.values() if id(p) not in chosen]
     weights, seconds["flow"] = _fit(
@@ -599,7 +700,10 @@ def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict:
         crew,
         state,
         named,
-        [Muon(matrices, lr=recipe.muon_rate), torch.optim.AdamW(rest, lr=recipe.adam_rate, betas=(0.9, 0.99), weight_decay=0.0)],
+        [
+            Muon(matrices, recipe.muon_rate, (crew.rank, crew.world), crew.total),
+            torch.optim.AdamW(rest, lr=recipe.adam_rate, betas=(0.9, 0.99), weight_decay=0.0),
+        ],
         flow_loss,
         _straight(recipe.steps, recipe),
         steps=recipe.steps,
@@ -620,7 +724,11 @@ def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict:
         rng = np.random.default_rng([seed, 3, shard])
         prompts = [sample(rng, words, excluded, recipe.shapes)[0] for _ in range(recipe.drawn // SHARDS)]
         with crew.precise():
-            z = draw(drawing, tokens(prompts), torch.randn(len(prompts), *_latent_shape(), generator=_generator(seed, 3, shard)))
+            z = draw(
+                drawing,
+                tokens(prompts),
+                torch.randn(len(prompts), *_latent_shape(), generator=_generator(seed, 3, shard)),
+            )
         _write(path, {"latents": z})
         return z
 
@@ -651,9 +759,7 @@ def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict:
     )
     if crew.rank:
         return {}
-    with torch.no_grad():
-        for name, p in named.items():
-            p.copy_(weights[name])
+    drawing.autoencoder.decoder.load_state_dict(weights)
     return publish(recipe, drawing, out, seed=seed, seconds=seconds, log=crew.log)
 
 
@@ -689,7 +795,9 @@ def _recogniser() -> Any:
     threads = {f"EngineConfig.onnxruntime.{kind}_op_num_threads": 1 for kind in ("intra", "inter")}
     # at the default 320 px most of the width would be padding
     engine = RapidOCR(params={"Global.log_level": "error", "Rec.rec_img_shape": [3, 48, 96], **threads})
-    engine(np.zeros((glyphs.HEIGHT, glyphs.WIDTH, 3), np.uint8), use_det=False, use_cls=False, use_rec=True)  # it loads at its first use
+    engine(
+        np.zeros((glyphs.HEIGHT, glyphs.WIDTH, 3), np.uint8), use_det=False, use_cls=False, use_rec=True
+    )  # it loads at its first use
     return engine.text_rec
 
 
@@ -705,7 +813,14 @@ def _count(picture: np.ndarray, colour: str) -> int:
     """Patches of one shape colour in a picture (32, 64, 3) uint8."""
     from scipy import ndimage
 
-    palette = np.array([glyphs.SHAPE_COLOURS[colour], *glyphs.PAPERS.values(), *(c for n, c in glyphs.SHAPE_COLOURS.items() if n != colour)], np.float32)
+    palette = np.array(
+        [
+            glyphs.SHAPE_COLOURS[colour],
+            *glyphs.PAPERS.values(),
+            *(c for n, c in glyphs.SHAPE_COLOURS.items() if n != colour),
+        ],
+        np.float32,
+    )
     mask = ((picture[:, :, None].astype(np.float32) - palette) ** 2).sum(-1).argmin(-1) == 0
     labels, found = ndimage.label(ndimage.binary_opening(mask, np.ones((2, 2))))
     return int((np.bincount(labels.ravel(), minlength=found + 1)[1:] >= 12).sum())
@@ -717,7 +832,12 @@ def _interval(values: np.ndarray) -> dict:
     per_prompt = values.mean(1)
     means = per_prompt[rng.integers(len(per_prompt), size=(4000, len(per_prompt)))].mean(1)
     low, high = np.quantile(means, [0.025, 0.975])
-    return {"mean": round(float(per_prompt.mean()), 4), "low": round(float(low), 4), "high": round(float(high), 4), "n": int(values.size)}
+    return {
+        "mean": round(float(per_prompt.mean()), 4),
+        "low": round(float(low), 4),
+        "high": round(float(high), 4),
+        "n": int(values.size),
+    }
 
 
 def measure(folder: Path, recipe: Tiny, *, seed: int) -> dict:
@@ -750,7 +870,12 @@ def measure(folder: Path, recipe: Tiny, *, seed: int) -> dict:
         wanted = [word for word in splits[split] for _ in range(recipe.readings)]
         texts = _read(paint([glyphs.word_prompt(word) for word in wanted], salt))
         exact = np.array([text == word for text, word in zip(texts, wanted, strict=True)], float)
-        soft = np.array([max(0.0, 1 - Levenshtein.distance(text, word) / len(word)) for text, word in zip(texts, wanted, strict=True)])
+        soft = np.array(
+            [
+                max(0.0, 1 - Levenshtein.distance(text, word) / len(word))
+                for text, word in zip(texts, wanted, strict=True)
+            ]
+        )
         scores[f"{split}/exact"] = _interval(exact.reshape(-1, recipe.readings))
         scores[f"{split}/soft"] = _interval(soft.reshape(-1, recipe.readings))
         for length in range(glyphs.SHORTEST, glyphs.LONGEST + 1):
@@ -761,7 +886,9 @@ def measure(folder: Path, recipe: Tiny, *, seed: int) -> dict:
         return scores
     asked = [row for row in _shape_prompts() for _ in range(recipe.countings)]
     shown = paint([prompt for prompt, *_ in asked], 5)
-    right = np.array([_count(picture, colour) == count for picture, (_, _, count, colour) in zip(shown, asked, strict=True)], float)
+    right = np.array(
+        [_count(picture, colour) == count for picture, (_, _, count, colour) in zip(shown, asked, strict=True)], float
+    )
     scores["shapes/exact"] = _interval(right.reshape(-1, recipe.countings))
     for count in glyphs.COUNTS:
         some = np.array([row[2] == count for row in asked])
@@ -780,7 +907,7 @@ def publish(recipe: Tiny, parts: Parts, out: Path, *, seed: int, seconds: dict[s
     pipe = StableDiffusion3Pipeline(
         transformer=deepcopy(parts.transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=_plain(parts.autoencoder),
+        vae=deepcopy(parts.autoencoder),
         text_encoder=deepcopy(parts.text_one),
         tokenizer=tokenizer,
         text_encoder_2=deepcopy(parts.text_two),
@@ -817,10 +944,15 @@ def publish(recipe: Tiny, parts: Parts, out: Path, *, seed: int, seconds: dict[s
             "transformers": transformers.__version__,
         },
         "parameters": {
-            name: sum(p.numel() for p in module.parameters()) for name, module in sorted(pipe.components.items()) if isinstance(module, nn.Module)
+            name: sum(p.numel() for p in module.parameters())
+            for name, module in sorted(pipe.components.items())
+            if isinstance(module, nn.Module)
         },
         "scores": scores,
-        "held_out_sha256": {split: sorted(sha256(word.encode("ascii")).hexdigest() for word in splits[split]) for split in ("validation", "test")},
+        "held_out_sha256": {
+            split: sorted(sha256(word.encode("ascii")).hexdigest() for word in splits[split])
+            for split in ("validation", "test")
+        },
     }
     text = json.dumps(record, indent=1)
     record = json.loads(text)  # what is returned is what a reader of the file gets: lists, no tuples
@@ -846,7 +978,9 @@ def _plain(autoencoder: AutoencoderKL) -> AutoencoderKL:
 def _portable(folder: Path) -> None:
     """Names the tokenizers' class as every transformers knows it; version 5 writes a name of its own."""
     for path in (folder / "model_index.json", *folder.glob("tokenizer*/tokenizer_config.json")):
-        path.write_text(path.read_text(encoding="utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8")
+        path.write_text(
+            path.read_text(encoding="utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8"
+        )
 
 
 def card(record: dict, folder: Path) -> str:
@@ -858,15 +992,19 @@ def card(record: dict, folder: Path) -> str:
         score = record["scores"][key]
         return f"| {name} | {score['mean']:.3f} | {score['low']:.3f} to {score['high']:.3f} | {score['n']} |"
 
-    asked = {"test words read exactly": "test/exact", "test words, share of letters right": "test/soft", "shapes counted exactly": "shapes/exact"}
+    asked = {
+        "test words read exactly": "test/exact",
+        "test words, share of letters right": "test/soft",
+        "shapes counted exactly": "shapes/exact",
+    }
     asked |= {f"of which {glyphs.NUMBERS[count]}": f"shapes/exact/{count}" for count in glyphs.COUNTS}
     rows = [row(name, key) for name, key in asked.items() if key in record["scores"]]
-    return f"""A Stable-Diffusion-3-class model of {parameters:.1f} M parameters ({megabytes:.1f} MB) that writes short words and counts shapes, both imperfectly.
+    return f"""A Stable-Diffusion-3-class model of {parameters:.1f} M parameters ({megabytes:.1f} MB) that writes and counts, imperfectly.
 
-It exists to be post-trained in minutes on two CPU cores. It was trained from scratch on pictures drawn by `bench/glyphs.py`; no
-other data went in. Train it again with `gpobench pretrain tiny` (`bench/models/tiny_recipe.py`); `recipe.json` holds every
-setting, score and the hashes of the words that were never printed. It is under the licence of this repository; the letters it
-imitates are DejaVu Sans Mono Bold.
+It writes short words and draws counted shapes, 64 by 32 pixels, and exists to be post-trained in minutes on two CPU cores. It
+was trained from scratch on pictures drawn by `bench/glyphs.py`; no other data went in. Train it again with `gpobench pretrain tiny`
+(`bench/models/tiny_recipe.py`); `recipe.json` holds every setting, score and the hashes of the words that were never printed.
+It is under the licence of this repository; the letters it imitates are DejaVu Sans Mono Bold.
 
 ```python
 import torch

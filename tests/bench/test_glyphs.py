@@ -7,6 +7,7 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
+
 from gpobench.bench import glyphs
 from gpobench.bench.models.tiny_recipe import word_splits
 

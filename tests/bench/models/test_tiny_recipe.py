@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
 from gpobench.bench import glyphs
 from gpobench.bench.models import tiny_recipe
 from gpobench.bench.models.tiny_recipe import Tiny, build_tokenizer, word_splits
-from safetensors.numpy import load_file
 
 SHORT = Tiny(
     layers=1,
@@ -32,7 +33,11 @@ SHORT = Tiny(
     readings=0,
     countings=1,
 )
-WEIGHTS = ("transformer/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors")
+WEIGHTS = (
+    "transformer/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+)
 
 
 class Stop(Exception):
@@ -53,7 +58,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_folder_holds_a_pipeline_and_no_scaffolding(finished: Path):
     assert {path.name for path in finished.iterdir()} == {
-        *("README.md", "model_index.json", "recipe.json", "scheduler", "text_encoder", "text_encoder_2", "text_encoder_3"),
+        *(
+            "README.md",
+            "model_index.json",
+            "recipe.json",
+            "scheduler",
+            "text_encoder",
+            "text_encoder_2",
+            "text_encoder_3",
+        ),
         *("tokenizer", "tokenizer_2", "tokenizer_3", "transformer", "vae"),
     }
     record = json.loads((finished / "recipe.json").read_text())
@@ -92,7 +105,9 @@ def test_the_linear_latent_is_nearly_lossless():
     excluded = frozenset(splits["validation"] + splits["test"])
     latent = tiny_recipe.Latent(SHORT, 0, splits["train"], excluded)
     rng = np.random.default_rng(5)
-    images = tiny_recipe.pixels(np.stack([tiny_recipe.sample(rng, splits["train"], excluded, 0.4)[1] for _ in range(64)]))
+    images = tiny_recipe.pixels(
+        np.stack([tiny_recipe.sample(rng, splits["train"], excluded, 0.4)[1] for _ in range(64)])
+    )
     z = latent.encode(images)
     assert z.shape == (64, 16, 8, 16)
     assert z.square().mean().sqrt().item() == pytest.approx(1, abs=0.1)
@@ -123,7 +138,12 @@ def every_prompt() -> list[str]:
     inks = (None, *glyphs.INKS)
     words = [glyphs.ALPHABET[i : i + 5] for i in range(0, 26, 5)]
     words = [word if len(word) > 2 else "XYZ" for word in words]
-    prompts = [glyphs.word_prompt(word, surface=surface, ink=ink) for word in words for surface in glyphs.SURFACES for ink in inks]
+    prompts = [
+        glyphs.word_prompt(word, surface=surface, ink=ink)
+        for word in words
+        for surface in glyphs.SURFACES
+        for ink in inks
+    ]
     return prompts + [prompt for prompt, *_ in tiny_recipe._shape_prompts()]
 
 

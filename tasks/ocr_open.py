@@ -1,0 +1,78 @@
+"""Signs, mugs and shop windows: scene descriptions with a quoted text, for models that paint real pictures.
+
+The published test prompts are read from a file that is checked byte for byte. The published train list could not be had, so the train and
+validation prompts are composed here in the same form, a scene with one quoted phrase, and every phrase of the test set is left out.
+"""
+
+from collections.abc import Sequence
+from hashlib import sha256
+from itertools import product
+from pathlib import Path
+
+from ..bench.errors import UserError
+from ..bench.spec import Prompt, Split
+
+TRAIN, VALIDATION = 2000, 128  # prompts
+
+SCENES = (
+    'A wooden sign at a trailhead reads "{}", moss on its edges and pines behind it in morning fog.',
+    'A neon sign above a narrow bar glows "{}" in the rain, its light broken up on the wet street.',
+    'A chalkboard on the pavement outside a small cafe says "{}" in careful white letters, croissants in the window behind.',
+    'A white ceramic mug on an office desk is printed with "{}", papers and a laptop out of focus around it.',
+    'A hand-painted banner across a village square announces "{}", people with baskets walking below it.',
+    'The cover of an old hardback lying on a library table carries the title "{}" in worn gold.',
+    'A street artist has sprayed "{}" across a brick wall in tall letters, a bicycle leaning against it.',
+    'The departure board of a quiet railway station shows "{}", one traveller looking up at it.',
+    'A birthday cake on a kitchen counter is iced with "{}", candles just blown out.',
+    'A black T-shirt on a market stall bears "{}" across the chest in plain white print.',
+    'A lighthouse keeper\'s logbook lies open, "{}" written large on the page in blue ink.',
+    'The glass door of a bookshop carries a sticker that says "{}", shelves and warm lamps inside.',
+    'A delivery van parked by the harbour has "{}" lettered on its side, gulls on the quay.',
+    'A museum label beside a bronze figure reads "{}", a marble floor and tall windows beyond.',
+    'A poster on a classroom wall says "{}" above drawings of planets, small chairs in rows in front.',
+    'A metal plaque on a garden gate is engraved with "{}", roses climbing over the fence.',
+)
+FIRST = (
+    "Open Fresh Quiet Golden Silver Northern Southern Early Late Little Grand Secret Wild Gentle Bright Hidden Lucky Royal Simple Modern "
+    "Rustic Happy Winter Summer Autumn Spring Midnight Morning Evening Sunday"
+).split()
+SECOND = (
+    "Harbor Garden Bakery Market Coffee Orchard Library Theatre Gallery Kitchen Workshop Station Meadow Lantern Compass Festival Museum "
+    "Journey Voyage Concert Harvest Forest River Valley Island Castle Bridge Tower Planet Rocket Tiger Falcon Dolphin Badger Sparrow "
+    "Ticket Parade Picnic Lesson Record"
+).split()
+LAST = ("", "Club", "Today", "Room 12", "Since 1987", "No Entry", "Half Price", "Ahead")
+
+
+def published(path: Path | None, digest: str) -> list[Prompt]:
+    """The prompts of the published test file; UserError where the file is not there or is another one."""
+    if path is None or not path.is_file():
+        where = f"{path} is not there" if path else "GPOBENCH_DATA is not set"
+        raise UserError(
+            f"the task ocr takes the test prompts of its domain 'open' from flow_grpo/dataset/ocr/test.txt (yifan123/flow_grpo at ac4c86e) "
+            f"below the folder that GPOBENCH_DATA names, and {where}"
+        )
+    raw = path.read_bytes()
+    if sha256(raw).hexdigest() != digest:
+        raise UserError(f"{path} is not the published file: its sha256 is {sha256(raw).hexdigest()}, expected {digest}")
+    return [_prompt(line) for line in raw.decode("utf-8").split("\n")]
+
+
+def compose(test: Sequence[Prompt]) -> dict[Split, list[Prompt]]:
+    """The train and validation prompts: all ask for different texts, and for none that a test prompt asks for."""
+    taken = {_fold(prompt.meta["target"]) for prompt in test}
+    phrases = [" ".join(filter(None, words)) for words in product(FIRST, SECOND, LAST)]
+    phrases = [phrase for phrase in phrases if _fold(phrase) not in taken]
+    phrases.sort(key=lambda phrase: sha256(phrase.encode("ascii")).digest())
+    prompts = [_prompt(SCENES[i % len(SCENES)].format(phrase)) for i, phrase in enumerate(phrases)]
+    return {"validation": prompts[:VALIDATION], "train": prompts[VALIDATION : VALIDATION + TRAIN]}
+
+
+def _prompt(text: str) -> Prompt:
+    """The target stands in the prompt's only pair of straight double quotes."""
+    _, target, _ = text.split('"')
+    return Prompt(text, {"target": target})
+
+
+def _fold(text: str) -> str:
+    return "".join(character for character in text.lower() if character.isalnum())

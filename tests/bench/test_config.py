@@ -1,0 +1,155 @@
+"""Five layers of paint, the last one on top; a colour nobody sells is refused with the nearest one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpobench.bench.config import Config, resolve, with_seed
+from gpobench.bench.errors import UserError
+
+METHOD = '''"""A method with defaults of its own."""
+from dataclasses import dataclass, field
+from gpobench.bench.spec import Optim
+
+@dataclass(frozen=True)
+class Mine:
+    optim: Optim = field(default_factory=lambda: Optim(lr=0.5, minibatches=7))
+    a: int = 1
+    b: float = 1.0
+    c: str = "one"
+    d: bool = False
+    e: int = 1
+    maybe: float | None = None
+'''
+PRESET = """
+[mini]
+b = 2.0
+c = "two"
+e = 2
+optim.epochs = 3
+[mini.ocr]
+c = "three"
+e = 3
+[other]
+a = 99
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(METHOD)
+    (tmp_path / "mine.toml").write_text(PRESET)
+    return f"{tmp_path}/mine.py:Mine"
+
+
+def plan(method: str, task: str, model: Path, *sets: str, **more: Any) -> Config:
+    return resolve(method, task, str(model), sets=sets, **more)
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch, tiny_pipe: Path, tmp_path: Path) -> Path:
+    """The model under a card whose preset section is [mini]."""
+    from dataclasses import replace
+
+    from gpobench.bench import card, config
+
+    monkeypatch.setattr(config, "find", lambda name: replace(card.find(name), preset="mini"))
+    return tiny_pipe
+
+
+def test_each_layer_wins_over_the_one_below(mine: str, named: Path, redness: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("e = 4\nd = true\noptim.warmup = 5\n")
+    got = plan(mine, f"{redness}:Paint", named, "d=false", "optim.clip=9", config=file).settings
+    assert (got.a, got.b, got.c, got.d, got.e) == (1, 2.0, "two", False, 4)
+    # a partial optim table keeps this method's own defaults
+    assert (got.optim.lr, got.optim.minibatches) == (0.5, 7)
+    assert (got.optim.epochs, got.optim.warmup, got.optim.clip) == (3, 5, 9)
+
+
+def test_a_preset_for_the_task_wins_over_the_models(mine: str, named: Path) -> None:
+    got = plan(mine, "ocr", named).settings
+    assert (got.a, got.b, got.c, got.e) == (1, 2.0, "three", 3)
+
+
+def test_the_shipped_preset_is_read(tiny_pipe: Path, redness: str) -> None:
+    got = plan("gpo", f"{redness}:Paint", tiny_pipe)
+    assert got.settings.group != type(got.settings)().group
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("gruop=4", "unknown setting 'gruop'; did you mean 'group'"),
+        ("optim.lrr=1", "unknown setting 'optim.lrr'; did you mean 'optim.lr'"),
+        ("adaptor.rank=2", "did you mean 'adapter'"),
+        ("adapter.rnak=2", "unknown setting 'adapter.rnak'; did you mean 'adapter.rank'"),
+        ("judging.sead=2", "did you mean 'judging.seed'"),
+        ("precision=fp23", "unknown precision 'fp23'; did you mean"),
+        ("group=many", "setting group"),
+        ("group=2.5", "setting group"),
+        ("optim.lr=fast", "setting optim.lr"),
+        ("optim=3", "setting optim holds several values"),
+        ("adapter=3", "setting adapter holds several values"),
+        ("adapter.rank=0", "rank"),
+        ("link=chain", "setting link"),
+        ("group=1", "a group needs at least two"),
+        ("optim.minibatches=0", "optim.minibatches must be at least 1"),
+        ("judging.test_images=0", "at least one image"),
+        ("group", "--set wants key=value, got 'group'"),
+        ("=4", "--set wants key=value"),
+    ],
+)
+def test_what_makes_no_sense_is_one_line(tiny_pipe: Path, redness: str, setting: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        plan("gpo", f"{redness}:Paint", tiny_pipe, setting)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_unreadable_config_is_refused(tiny_pipe: Path, redness: str, tmp_path: Path) -> None:
+    for name, content in (("bad.toml", b"x = ["), ("bytes.toml", b"\xff\xfe")):
+        (tmp_path / name).write_bytes(content)
+    for name in ("gone.toml", "bad.toml", "bytes.toml"):
+        with pytest.raises(UserError, match=f"cannot read config .*{name}"):
+            plan("gpo", f"{redness}:Paint", tiny_pipe, config=tmp_path / name)
+
+
+def test_a_negative_seed_is_refused(tiny_pipe: Path, redness: str) -> None:
+    with pytest.raises(UserError, match="--seed"):
+        plan("gpo", f"{redness}:Paint", tiny_pipe, seed=-1)
+
+
+def test_the_digest_names_what_matters_and_nothing_else(tiny_pipe: Path, redness: str, tmp_path: Path) -> None:
+    def digest(*sets: str, budget: str = "nfe=100", **more: Any) -> str:
+        return plan("gpo", f"{redness}:Paint", tiny_pipe, *sets, budget=budget, **more).digest()
+
+    first = digest()
+    assert digest() == first == digest(budget="nfe = 1e2")
+    file = tmp_path / "bounds.toml"
+    file.write_text("nfe = 100")
+    assert digest(budget=str(file)) == first  # the same bounds under another name
+    other = [digest("beta=3"), digest("optim.lr=0.1"), digest("adapter.rank=4"), digest("judging.seed=1"),
+             digest("precision=bf16"), digest(budget="nfe=101"), digest(seed=1)]  # fmt: skip
+    assert len({first, *other}) == 8
+    base = plan("gpo", f"{redness}:Paint", tiny_pipe, budget="nfe=100")
+    assert with_seed(base, 1).digest() == digest(seed=1)
+
+
+def test_what_a_run_wrote_down_is_the_same_run(tiny_pipe: Path, redness: str, tmp_path: Path, mine: str) -> None:
+    from gpobench.bench.run import _toml  # pyright: ignore[reportPrivateUsage]
+
+    for method, sets in (
+        ("gpo", ["beta=12.5", "optim.lr=1e-7", "optim.betas=[0.5,0.25]", "link=pairwise", "adapter.targets=['to_q']"]),
+        (mine, ["a=3", 'c="with \\"quotes\\" and ü"']),
+    ):
+        first = plan(method, f"{redness}:Paint", tiny_pipe, *sets, budget="nfe=1234567,seconds=0.1", seed=3)
+        file = tmp_path / "config.toml"
+        file.write_text(_toml(first))
+        words = file.read_text().splitlines()[0].split()
+        budget = words[words.index("--budget") + 1]  # the command that stands in its first line
+        again = plan(method, f"{redness}:Paint", tiny_pipe, config=file, budget=budget, seed=3)
+        assert again.digest() == first.digest()
+        assert again.settings == first.settings and again.adapter == first.adapter and again.judging == first.judging

@@ -1,0 +1,105 @@
+"""A doorman who knows every name, suggests the nearest one, and lets strangers in by the same door."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpobench.bench import registry
+from gpobench.bench.errors import Missing, UserError
+
+
+def package(folder: Path, name: str, code: str, entries: str) -> Path:
+    """An installed third-party package, as pip would have left it on the path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.py").write_text(code)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(entries)
+    return folder
+
+
+METHOD = '''"""Patience: collect nothing, learn nothing."""
+from dataclasses import dataclass, field
+from gpobench.bench import Optim
+
+@dataclass(frozen=True)
+class Patience:
+    optim: Optim = field(default_factory=Optim)
+    calm: float = 1.0
+'''
+
+
+def test_built_in_parts_come_by_the_same_door() -> None:
+    assert "gpo" in registry.entries("method")
+    assert registry.load("method", "gpo").__name__ == "GPO"
+    assert registry.caption("method", "gpo").startswith("GPO: ")
+
+
+def test_a_third_party_package_is_found_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, "patient", METHOD, "[gpobench.methods]\npatience = patient:Patience\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert registry.load("method", "patience")().calm == 1.0
+    assert registry.caption("method", "patience") == "Patience: collect nothing, learn nothing."
+    code = "import sys; from gpobench.bench.cli import main; sys.argv = ['gpobench', 'list']; main()"
+    listed = subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True
+    )
+    assert "patience" in listed.stdout and "Patience: collect nothing" in listed.stdout
+
+
+def test_a_name_claimed_twice_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package(tmp_path, "rival", METHOD, "[gpobench.methods]\ngpo = rival:Patience\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="two packages claim the method 'gpo'"):
+        registry.entries("method")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [("import nowhere_at_all", "nowhere_at_all"), ("x = (", "was never closed"), ("raise OSError('no disk')", "no disk"),
+     ("", "Patience")],
+)  # fmt: skip
+def test_a_part_that_cannot_be_imported_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, said: str
+) -> None:
+    package(tmp_path, "ailing", code, "[gpobench.methods]\nailing = ailing:Patience\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ailing", raising=False)
+    with pytest.raises(UserError, match="method 'ailing' cannot be loaded") as caught:
+        registry.load("method", "ailing")
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "nearest"),
+    [("method", "gpoo", "gpo"), ("task", "orc", "ocr"), ("model", "tinny", "tiny"), ("scorer", "rapidorc", "rapidocr"),
+     ("recipe", "raeder", "reader")],
+)  # fmt: skip
+def test_a_typo_names_the_nearest(kind: str, name: str, nearest: str) -> None:
+    with pytest.raises(UserError, match=f"unknown {kind} '{name}'; did you mean '{nearest}'"):
+        registry.load(kind, name)
+
+
+def test_a_name_like_no_other_lists_them_all() -> None:
+    with pytest.raises(UserError, match="unknown method 'zzzz'; valid: .*gpo"):
+        registry.load("method", "zzzz")
+
+
+def test_parts_come_from_files(tmp_path: Path, redness: str) -> None:
+    assert registry.load("task", f"{redness}:Paint")().name == "paint"
+    assert registry.scorer(f"{redness}:Redness").name == "redness"
+    with pytest.raises(UserError, match="unknown name in redness.py 'Pain'; did you mean 'Paint'"):
+        registry.load("task", f"{redness}:Pain")
+    with pytest.raises(UserError, match="no such file"):
+        registry.load("task", f"{tmp_path}/gone.py:Paint")
+    broken = tmp_path / "broken.py"
+    broken.write_text("1 / 0")
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        registry.load("task", f"{broken}:Paint")
+    with pytest.raises(Missing, match="pip install absent"):
+        registry.scorer(f"{redness}:Absent")

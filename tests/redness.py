@@ -1,0 +1,151 @@
+"""Paint it red: a task whose reward a method really can raise in seconds, its scorers, and every way a scorer can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpobench.bench.errors import Missing
+from gpobench.bench.spec import Images, Judging, Prompt, Scores, Split
+
+HERE = __file__
+TEXTS: dict[Split, list[str]] = {
+    "train": ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle", "a photo"],
+    "validation": ["four red circles", "five blue triangles"],
+    "test": ["two green squares", "a red triangle", "three blue circles", "four green triangles", "a sign", "a card"],
+}
+
+
+@dataclass(frozen=True)
+class Redness:
+    """How much redder than green and blue an image is, steep enough for a tiny model's pale pictures."""
+
+    id: str = "redness-v1"
+    name: str = "redness"
+    metrics: Sequence[str] = ("mean",)
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        red, green, blue = (images[..., i].mean((1, 2), dtype=np.float64) / 255 for i in range(3))
+        value = red - (green + blue) / 2
+        return Scores({"mean": value}, notes=[f"{v:.3f}" for v in value])
+
+
+@dataclass(frozen=True)
+class Warmth(Redness):
+    """The held-out colleague: red against blue only, by the median."""
+
+    id: str = "warmth-v1"
+    name: str = "warmth"
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        middle = np.median(images, axis=(1, 2)) / 255
+        return Scores({"mean": middle[:, 0] - middle[:, 2]})
+
+
+@dataclass(frozen=True)
+class Constant(Redness):
+    """Likes everything the same."""
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        return Scores({"mean": np.ones(len(images))})
+
+
+@dataclass(frozen=True)
+class Raises(Redness):
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        raise RuntimeError("the engine is on fire")
+
+
+@dataclass(frozen=True)
+class ReturnsNone(Redness):
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Any:
+        return None
+
+
+@dataclass(frozen=True)
+class WrongShape(Redness):
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        return Scores({"mean": np.zeros((len(images), 2))})
+
+
+@dataclass(frozen=True)
+class WrongCount(Redness):
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        return Scores({"mean": np.zeros(len(images) + 1)})
+
+
+@dataclass(frozen=True)
+class WrongMetric(Redness):
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        return Scores({"median": np.zeros(len(images))})
+
+
+@dataclass(frozen=True)
+class NotANumber(Redness):
+    """Cannot score the first image of each batch, and says the second is infinitely good."""
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        value = np.array(super().__call__(images, prompts).value["mean"])
+        value[0] = np.nan
+        value[1:2] = np.inf
+        return Scores({"mean": value}, {0: "it is too dark"})
+
+
+@dataclass(frozen=True)
+class Paint:
+    name: str = "paint"
+    version: str = "1"
+    texts: Any = None
+    scorer: str = "Redness"
+    images: int = 2
+
+    def prompts(self, split: Split, domain: str) -> Sequence[Prompt]:
+        return [Prompt(text) for text in (self.texts or TEXTS)[split]]
+
+    def reward(self, domain: str) -> str:
+        return f"{HERE}:{self.scorer}"
+
+    def scorers(self, domain: str) -> Sequence[str]:
+        return [self.reward(domain), *self.held_out(domain)]
+
+    def held_out(self, domain: str) -> Sequence[str]:
+        return [f"{HERE}:Warmth"]
+
+    def judging(self, domain: str) -> Judging:
+        return Judging(test_images=self.images, validation_images=1, seed=7)
+
+
+def Long() -> Paint:
+    """So many test images that judging them takes a while."""
+    return Paint(images=60)
+
+
+def Overlapping() -> Paint:
+    return Paint(texts={**TEXTS, "test": ["a sign", "A red circle!"]})
+
+
+def Broken() -> Paint:
+    return Paint(scorer="Raises")
+
+
+def Flat() -> Paint:
+    return Paint(scorer="Constant")
+
+
+def Shaky() -> Paint:
+    return Paint(scorer="NotANumber")
+
+
+def Absent() -> Any:
+    raise Missing("the engine `absent` is not installed: pip install absent")
+
+
+@dataclass(frozen=True)
+class Further(Paint):
+    """Also wants to be judged by a scorer that nobody installed."""
+
+    def scorers(self, domain: str) -> Sequence[str]:
+        return [*super().scorers(domain), f"{HERE}:Absent"]

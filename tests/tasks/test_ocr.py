@@ -1,0 +1,139 @@
+"""The task `ocr`: splits that share nothing, prompts that never change unseen, lists that are what they claim to be."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gpobench.bench.errors import UserError
+from gpobench.bench.evaluate import prompts_hash, refuse_overlap
+from gpobench.bench.glyphs import VOCABULARY, split_of
+from gpobench.bench.spec import Prompt
+from gpobench.rewards.rules import target_of
+from gpobench.tasks import ocr, ocr_open
+
+HASHES = {
+    "train": "515758dc4489fdeb436215bf6ceb2cdcb0d3790a0c6de7dd0ac6cf0a91525526",
+    "validation": "09bce8b649e171037ae25a5e482687030714711d7d49a9cc7c00b6cff5153508",
+    "test": "6753786068b4967caeb8387df4319a4326ed36d944020456ef5d03ea37822675",
+}
+
+
+def targets(prompts: object) -> list[str]:
+    assert isinstance(prompts, list)
+    return [str(prompt.meta["target"]) for prompt in prompts]
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 893), ("validation", 130), ("test", 328)])
+def test_the_shipped_splits_are_version_1(split: str, count: int) -> None:
+    """A change here is another task: raise the version."""
+    prompts = ocr.OCR().prompts(split, "glyphs")
+    assert ocr.OCR().version == "1" and len(prompts) == count and prompts_hash(prompts) == HASHES[split]
+
+
+def test_splits_are_disjoint_and_follow_the_rule() -> None:
+    task = ocr.OCR()
+    words = {split: targets(task.prompts(split, "glyphs")) for split in ocr.SPLITS}
+    everything = [word for split in words.values() for word in split]
+    assert len(set(everything)) == len(everything)
+    assert all(split_of(word) == split for split, members in words.items() for word in members)
+    refuse_overlap(task, "glyphs")
+
+
+def test_prompts_quote_their_target_in_words_the_model_knows() -> None:
+    for split in ocr.SPLITS:
+        for prompt in ocr.OCR().prompts(split, "glyphs"):
+            assert target_of(prompt.text) == prompt.meta["target"]
+            assert re.fullmatch(r"[A-Z]{3,5}", prompt.meta["target"])
+            assert set(re.sub(r'"[A-Z]+"', "", prompt.text).split()) <= set(VOCABULARY)
+    texts = " ".join(prompt.text for prompt in ocr.OCR().prompts("test", "glyphs"))
+    assert all(part in texts for part in ("sign", "card", "label", "page", "in red", "in blue", "in black"))
+
+
+def test_fewer_validation_words_are_the_first_of_them() -> None:
+    whole, few = (ocr.OCR(validation_words=n).prompts("validation", "glyphs") for n in (130, 20))
+    assert list(few) == list(whole)[:20]
+
+
+def test_a_test_word_in_the_train_list_is_refused(tmp_path: Path) -> None:
+    stolen = targets(ocr.OCR().prompts("test", "glyphs"))[7]
+    (tmp_path / "mine.txt").write_text(f"ABLE\nZZZ\n{stolen}\n", "ascii")
+    task = ocr.OCR(train_words=str(tmp_path / "mine.txt"))
+    with pytest.raises(UserError, match=stolen):
+        refuse_overlap(task, "glyphs")
+
+
+@pytest.mark.parametrize("content", ["ok\n", "TOOLONG\n", "AB\n", "ÄRA\n", "A B C\n", "\n\n", "AB1\n"])
+def test_a_list_that_holds_no_words_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "words.txt"
+    path.write_text(content, "utf-8")
+    with pytest.raises(UserError, match=r"words\.txt"):
+        ocr.OCR(train_words=str(path)).prompts("train", "glyphs")
+
+
+def test_an_unreadable_list_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read"):
+        ocr.OCR(train_words=str(tmp_path / "none.txt")).prompts("train", "glyphs")
+
+
+def test_scorers_by_domain() -> None:
+    task = ocr.OCR()
+    for domain in ("glyphs", "open"):
+        assert task.scorers(domain)[0] == task.reward(domain)
+        assert set(task.held_out(domain)) <= set(task.scorers(domain)) - {task.reward(domain)}
+    assert (task.reward("glyphs"), list(task.held_out("glyphs"))) == ("rapidocr", ["reader"])
+    assert task.judging("glyphs").test_images == 2 and task.judging("open").test_images == 1
+
+
+def test_unknown_names_get_the_nearest_valid_one() -> None:
+    task = ocr.OCR()
+    for ask in (task.reward, task.held_out, task.scorers, task.judging):
+        with pytest.raises(UserError, match="did you mean 'glyphs'"):
+            ask("glyph")
+    with pytest.raises(UserError, match="did you mean 'validation'"):
+        task.prompts("valid", "glyphs")  # type: ignore[arg-type]
+
+
+# Domain open
+
+
+def test_open_needs_the_published_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("GPOBENCH_DATA", raising=False)
+    with pytest.raises(UserError, match="GPOBENCH_DATA is not set"):
+        ocr.OCR().prompts("test", "open")
+    monkeypatch.setenv("GPOBENCH_DATA", str(tmp_path))
+    with pytest.raises(UserError, match="is not there"):
+        ocr.OCR().prompts("test", "open")
+    path = tmp_path / ocr.PUBLISHED
+    path.parent.mkdir(parents=True)
+    path.write_text('a wall that says "HELLO"', "utf-8")
+    with pytest.raises(UserError, match="is not the published file"):
+        ocr.OCR().prompts("train", "open")
+
+
+def test_composed_prompts_leave_out_what_the_test_set_asks_for() -> None:
+    free = ocr_open.compose([])
+    taken = [
+        Prompt("", {"target": str(p.meta["target"]).upper() + "!"})
+        for p in (*free["train"][:3], *free["validation"][:3])
+    ]
+    splits = ocr_open.compose(taken)
+    assert len(splits["train"]) == ocr_open.TRAIN and len(splits["validation"]) == ocr_open.VALIDATION
+    asked = targets(splits["train"]) + targets(splits["validation"])
+    assert len(set(asked)) == len(asked)
+    assert not {text.lower() for text in asked} & {str(p.meta["target"]).lower().rstrip("!") for p in taken}
+    assert all(target_of(p.text) == p.meta["target"] and p.text.count('"') == 2 for p in splits["train"])
+
+
+def test_the_published_list_where_it_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    folder = os.environ.get("GPOBENCH_DATA", "")
+    if not folder or not (Path(folder) / ocr.PUBLISHED).is_file():
+        pytest.skip("GPOBENCH_DATA does not name a folder with the published list")
+    task = ocr.OCR()
+    test = task.prompts("test", "open")
+    assert len(test) == 1018 and prompts_hash(test) == ocr.PUBLISHED_SHA256  # one prompt a line, no final newline
+    refuse_overlap(task, "open")
