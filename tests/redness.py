@@ -21,28 +21,30 @@ TEXTS: dict[Split, list[str]] = {
 
 @dataclass(frozen=True)
 class Redness:
-    """How much redder than green and blue an image is, steep enough for a tiny model's pale pictures."""
+    """How much redder the left half of an image is than the right: a random autoencoder's norms hide overall colour."""
 
     id: str = "redness-v1"
     name: str = "redness"
     metrics: Sequence[str] = ("mean",)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        red, green, blue = (images[..., i].mean((1, 2), dtype=np.float64) / 255 for i in range(3))
-        value = red - (green + blue) / 2
+        red, half = images[..., 0], images.shape[2] // 2
+        left, right = (side.mean((1, 2), dtype=np.float64) / 255 for side in (red[:, :, :half], red[:, :, half:]))
+        value = left - right
         return Scores({"mean": value}, notes=[f"{v:.3f}" for v in value])
 
 
 @dataclass(frozen=True)
 class Warmth(Redness):
-    """The held-out colleague: red against blue only, by the median."""
+    """The held-out colleague, who looks at medians."""
 
     id: str = "warmth-v1"
     name: str = "warmth"
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        middle = np.median(images, axis=(1, 2)) / 255
-        return Scores({"mean": middle[:, 0] - middle[:, 2]})
+        red, half = images[..., 0], images.shape[2] // 2
+        left, right = (np.median(side, axis=(1, 2)) / 255 for side in (red[:, :, :half], red[:, :, half:]))
+        return Scores({"mean": left - right})
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ..card import Adapter, Card
@@ -149,15 +150,23 @@ class SD3:
 
     def load_adapter(self, folder: Path) -> None:
         """Judge with a LoRA from a run's `adapter` folder, or any in diffusers format."""
+        from peft import get_peft_model_state_dict
+
         file = folder / LORA_FILE if folder.is_dir() else folder
         if not file.is_file():
             raise UserError(f"no adapter at {file}")
+        misfit = f"adapter {file} does not fit the model {self.name}"
         try:
+            asked: Any = self.pipe.lora_state_dict(str(file.parent), weight_name=file.name)
             self.pipe.load_lora_weights(str(file.parent), weight_name=file.name)
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(
-                f"adapter {file} does not fit the model {self.name}: {str(error).splitlines()[0]}"
-            ) from error
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise UserError(f"{misfit}: {str(error).splitlines()[0]}") from error
+        # diffusers only warns of tensors that have no place, and would let the bare base be judged in their name
+        names = list(getattr(self.transformer, "peft_config", {}))
+        taken = get_peft_model_state_dict(self.transformer, adapter_name=names[-1]) if names else {}
+        wanted = {key.removeprefix("transformer.") for key in asked if not key.startswith("text_encoder")}
+        if not asked or wanted != set(taken):
+            raise UserError(f"{misfit}: {len(wanted - set(taken))} of its {len(asked)} tensors have no place there")
 
     def flops_a_forward(self) -> float:
         """Floating-point operations of one forward of one latent, counted by running it."""

@@ -60,19 +60,19 @@ class Tiny:
     pooled_width: int = 32  # of each text encoder
     autoencoder_widths: tuple[int, ...] = (16, 32, 32)
     # pictures
-    shapes: float = 0.62  # share of counted shapes; the rest are words. Counting is the slower to learn, so it has a start ...
-    turn: int = 620  # step of stage 2 ...
-    shapes_later: float = 0.4  # from which this is the share
+    # (step of stage 2, share of counted shapes from there on; the rest are words): counting is slow and steady, words come
+    # late and then all at once, so that the last share sets how many of them the finished model gets right
+    shapes: tuple[tuple[int, float], ...] = ((0, 0.62), (429, 0.5), (1005, 0.85), (1186, 0.7))
     # stage 1
     autoencoder_steps: int = 250
     autoencoder_rate: float = 3e-3
     # stage 2
-    steps: int = 1500
+    steps: int = 1400
     batch: int = 128
     muon_rate: float = 2e-3
     adam_rate: float = 1.5e-3
     warm: int = 20
-    decay: float = 0.4  # share of the steps, at the end, over which the rate falls in a straight line
+    decay: float = 0.3  # share of the steps, at the end, over which the rate falls in a straight line
     floor: float = 0.02  # of the rate, at the last step
     average: float = 0.995  # of the moving average of the weights
     dropped: float = 0.08  # share of the prompts that are left empty, for classifier-free guidance
@@ -85,7 +85,7 @@ class Tiny:
     compiled: bool = True
     tell_every: float = 10.0  # seconds
     save_every: float = 25.0  # seconds
-    look_every: float = 100.0  # seconds between two readings of validation words
+    look_every: float = 35.0  # seconds between two readings of validation words
     looks: int = 200
     readings: int = 2  # pictures of each held-out word in the final measurement; 0 for none
     countings: int = 8  # pictures of each shapes prompt in the final measurement; 0 for none
@@ -253,6 +253,13 @@ def build_parts(recipe: Tiny, seed: int) -> Parts:
         autoencoder.encoder.conv_out.weight[CHANNELS:] = 0
         autoencoder.encoder.conv_out.bias[CHANNELS:] = -12
     parts = Parts(transformer, text(recipe.text_widths[0]), text(recipe.text_widths[1]), autoencoder)
+    with torch.no_grad():
+        # CLIP's embeddings start at 0.02, less than the bias of the layer that takes them: tokens would look all alike for long
+        for model in (parts.text_one, parts.text_two):
+            for name, p in model.named_parameters():
+                if "embedding" in name:
+                    p.mul_(0.5 / p.std())
+        nn.init.zeros_(transformer.context_embedder.bias)
     for part in parts:
         part.eval()  # no dropout anywhere; eval only keeps it so
     return parts
@@ -263,7 +270,7 @@ class Latent:
 
     def __init__(self, recipe: Tiny, seed: int, words: Sequence[str], excluded: frozenset[str]):
         rng = np.random.default_rng([seed, 0])
-        pictures = np.stack([sample(rng, words, excluded, recipe.shapes)[1] for _ in range(3000)])
+        pictures = np.stack([sample(rng, words, excluded, recipe.shapes[0][1])[1] for _ in range(3000)])
         rows = self._patches(pixels(pictures)).reshape(-1, 3 * PATCH * PATCH).double()
         self.mean = rows.mean(0)
         variance, basis = torch.linalg.eigh(torch.cov(rows.T))
@@ -599,7 +606,8 @@ def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict:
 
     def batch(stage: int, step: int, shard: int) -> tuple[list[str], Tensor]:
         rng = np.random.default_rng([seed, stage, step, shard])
-        shapes = recipe.shapes_later if stage == 2 and step >= recipe.turn else recipe.shapes
+        now = step if stage == 2 else 0
+        shapes = [part for start, part in recipe.shapes if start <= now][-1]
         prompts, drawings = zip(*(sample(rng, words, excluded, shapes) for _ in range(share)), strict=True)
         empty = rng.random(share) < recipe.dropped
         return ["" if e else p for p, e in zip(prompts, empty, strict=True)], pixels(np.stack(drawings))
@@ -722,7 +730,7 @@ def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict:
         if path.exists():
             return torch.load(path, weights_only=True)["latents"]
         rng = np.random.default_rng([seed, 3, shard])
-        prompts = [sample(rng, words, excluded, recipe.shapes)[0] for _ in range(recipe.drawn // SHARDS)]
+        prompts = [sample(rng, words, excluded, recipe.shapes[0][1])[0] for _ in range(recipe.drawn // SHARDS)]
         with crew.precise():
             z = draw(
                 drawing,

@@ -1,0 +1,181 @@
+"""What a person types and what answers: one JSON object, one line of error, one of four exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ISSUE = {"method", "task", "model", "seed", "stop", "before", "after", "delta", "spent", "run_dir"}
+HEAVY = ("torch", "diffusers", "transformers", "pandas", "matplotlib", "pydantic", "scipy")
+
+
+def words(*, method: str = "gpo", task: str, model: Any, **more: Any) -> list[str]:
+    argv = ["run", "--method", method, "--task", task, "--model", str(model)]
+    for key, value in more.items():
+        argv += [f"--{key}", *([] if value is True else [str(value)])]
+    return argv
+
+
+@pytest.fixture
+def argv(redness: str, tiny_pipe: Path, tmp_path: Path) -> Any:
+    def make(**more: Any) -> list[str]:
+        return words(**{"task": f"{redness}:Paint", "model": tiny_pipe, "out": tmp_path, "budget": "nfe=600", **more})
+
+    return make
+
+
+def fresh(*argv: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, which tells on stderr which heavy modules it came to load."""
+    code = (
+        f"import sys; from gpobench.bench.cli import main; sys.argv = ['gpobench', *{list(argv)!r}]\n"
+        f"try: main()\nfinally: print('loaded', [m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_the_console_script_answers() -> None:
+    script = Path(sys.executable).with_name("gpobench")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("gpobench ") and done.stderr == ""
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["list"], ["run", "--help"]])
+def test_a_quick_answer_loads_nothing_heavy(argv: list[str]) -> None:
+    done = fresh(*argv)
+    assert done.returncode == 0 and done.stdout and done.stderr.strip() == "loaded []"
+
+
+def test_a_typo_costs_no_torch() -> None:
+    done = fresh(*words(method="gppo", task="ocr", model="tiny"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == [done.stderr.splitlines()[0], "loaded []"]
+
+
+def test_list_names_every_built_in_part() -> None:
+    listed = fresh("list").stdout
+    for name in ("gpo", "ocr", "tiny", "sd35m", "rapidocr", "reader"):
+        assert name in listed
+
+
+def test_show_says_fields_defaults_preset_and_source(gpobench: Any, redness: str) -> None:
+    ended = gpobench("show", "gpo")
+    assert ended.code == 0
+    for text in ("Group Preference Optimization", "optim.minibatches", "logsigmoid", "[tiny]", "gpo.py"):
+        assert text in ended.out
+    assert "Redness" in gpobench("show", f"{redness}:Redness").out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": "gppo"}, "unknown method 'gppo'; did you mean 'gpo'?"),
+        ({"task": "orc"}, "unknown task 'orc'; did you mean 'ocr'?"),
+        ({"model": "tinny"}, "unknown model 'tinny'; did you mean 'tiny'?"),
+        ({"budget": "tinny"}, "unknown budget 'tinny'; did you mean 'tiny'?"),
+        ({"budget": "nfes=4"}, "unknown currency 'nfes'; did you mean 'nfe'?"),
+        ({"budget": "nfe=0"}, "nfe must be a finite number above zero, got 0"),
+        ({"budget": "nfe=-3"}, "nfe must be a finite number above zero, got -3"),
+        ({"budget": "gone.toml"}, "gone.toml"),
+        ({"set": "gruop=4"}, "unknown setting 'gruop'; did you mean 'group'?"),
+        ({"set": "group=1"}, "a group needs at least two images to compare, got group=1"),
+        ({"set": "group"}, "--set wants key=value, got 'group'"),
+        ({"set": "optim.lr=fast"}, "setting optim.lr"),
+        ({"config": "gone.toml"}, "cannot read config gone.toml"),
+        ({"seed": "-1"}, "--seed must not be negative"),
+        ({"model": "/"}, "no model_index.json"),
+        ({"method": "gone.py:Method"}, "no such file: gone.py"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_code_two(
+    gpobench: Any, argv: Any, change: dict[str, str], said: str
+) -> None:
+    for more in ({}, {"json": True}):
+        ended = gpobench(*argv(**change, **more))
+        assert ended.code == 2 and ended.out == ""
+        assert said in ended.err and len(ended.err.strip().splitlines()) == 1 and ended.err.startswith("gpobench: ")
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [("Overlapping", "test prompt stands in the train split"), ("Pain", "did you mean 'Paint'")],
+)
+def test_a_wrong_task_is_one_line(gpobench: Any, argv: Any, redness: str, task: str, said: str) -> None:
+    ended = gpobench(*argv(task=f"{redness}:{task}"))
+    assert ended.code == 2 and said in ended.err and ended.out == "" and len(ended.err.strip().splitlines()) == 1
+
+
+def test_other_commands_refuse_as_well(gpobench: Any, redness: str, tiny_pipe: Path, tmp_path: Path) -> None:
+    paint, model = f"{redness}:Paint", str(tiny_pipe)
+    for command, said in (
+        (["show", "gppo"], "did you mean 'gpo'"),
+        (["pretrain", "tinny", "--out", "x"], "did you mean 'tiny'"),
+        (["eval", "--task", "orc", "--model", model], "did you mean 'ocr'"),
+        (["eval", "--task", paint, "--model", model, "--split", "tset"], "did you mean 'test'"),
+        (["eval", "--task", paint, "--model", model, "--adapter", str(tmp_path)], "no adapter at"),
+    ):
+        ended = gpobench(*command)
+        assert ended.code == 2 and said in ended.err and ended.out == "", command
+        assert len(ended.err.strip().splitlines()) == 1, ended.err
+
+
+def test_an_option_nobody_knows_is_exit_code_two(gpobench: Any) -> None:
+    ended = gpobench("run", "--mehtod", "gpo")
+    assert ended.code == 2 and ended.out == "" and "Traceback" not in ended.err
+
+
+def test_dry_run_shows_everything_and_does_nothing(gpobench: Any, argv: Any, tmp_path: Path) -> None:
+    ended = gpobench(*argv(**{"dry-run": True, "set": "optim.lr=0.125"}))
+    assert ended.code == 0 and "optim.lr = 0.125" in ended.out and "would run in" in ended.out
+    assert list(tmp_path.iterdir()) == []
+    ended = gpobench(*argv(**{"dry-run": True, "json": True, "set": "optim.lr=0.125"}))
+    assert json.loads(ended.out)["settings"]["optim"]["lr"] == 0.125 and list(tmp_path.iterdir()) == []
+
+
+def test_json_is_one_object_and_all_else_is_on_stderr(gpobench: Any, argv: Any, tmp_path: Path) -> None:
+    ended = gpobench(*argv(json=True))
+    assert ended.code == 0, ended.err
+    answer = json.loads(ended.out)
+    assert answer.keys() >= ISSUE and ended.err
+    assert answer["spent"].keys() >= {"nfe", "images", "reward_calls", "updates", "seconds"}
+    for key in ("before", "after", "delta"):
+        assert set(answer[key]) == {"redness/mean", "warmth/mean"}
+    assert answer["delta"]["warmth/mean"].keys() >= {"mean", "ci", "p"}
+    assert Path(answer["run_dir"]).parent == tmp_path
+    table = gpobench(*argv())  # the same run, for a person
+    assert table.code == 0 and "redness/mean" in table.out and "warmth/mean *" in table.out and "nfe 576" in table.out
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_score_that_is_not_there_is_said_in_words(
+    gpobench: Any, argv: Any, redness: str, again: bool, tmp_path: Path
+) -> None:
+    command = argv(task=f"{redness}:Broken", budget="nfe=100")
+    for _ in range(1 + again):
+        ended = gpobench(*command)
+    assert ended.code == 0, ended.err
+    assert "not scored" in ended.out and "nan" not in ended.out and "INVALID" in ended.out and "on fire" in ended.out
+
+
+def test_eval_judges_a_base_and_an_adapter(gpobench: Any, argv: Any, redness: str, tiny_pipe: Path, tmp_path: Path) -> None:
+    done = json.loads(gpobench(*argv(json=True)).out)
+    look = ["eval", "--task", f"{redness}:Paint", "--model", str(tiny_pipe)]
+    base = json.loads(gpobench(*look, "--json").out)
+    assert base["scores"]["redness/mean"]["mean"] == done["before"]["redness/mean"]["mean"]
+    ended = gpobench(*look, "--adapter", f"{done['run_dir']}/adapter", "--out", tmp_path / "eval")
+    assert ended.code == 0 and "redness/mean" in ended.out
+    assert {p.name for p in (tmp_path / "eval").iterdir()} == {"scores.parquet", "samples.png"}
+    broken = ["eval", "--task", f"{redness}:Broken", "--model", str(tiny_pipe)]
+    answer = json.loads(gpobench(*broken, "--json").out, parse_constant=pytest.fail)
+    assert answer["invalid"] and answer["scores"]["redness/mean"]["mean"] is None
+    assert "not scored" in gpobench(*broken).out
+
+
+def test_where_nothing_may_be_written_is_one_line(gpobench: Any, argv: Any) -> None:
+    ended = gpobench(*argv(out="/proc/nowhere"))
+    assert ended.code == 2 and "Traceback" not in ended.err and ended.out == ""
+    assert len(ended.err.strip().splitlines()) == 1

@@ -1,0 +1,315 @@
+"""A whole run under the eye of an independent counter: what it charges, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from gpobench.bench import evaluate, record
+from gpobench.bench import run as running
+from gpobench.bench.config import Config, resolve
+from gpobench.bench.errors import UserError
+from gpobench.bench.evaluate import COLUMNS
+from gpobench.bench.models.sd3 import SD3
+from gpobench.bench.record import Record
+from gpobench.bench.view import Silent
+
+SETTINGS = ["prompts=4", "group=6", "optim.lr=1e-2", "beta=1000"]
+
+
+class Ears(Silent):
+    """A view that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.fractions: list[float] = []
+        self.done = 0.0
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def advance(self, by: float) -> None:
+        self.done += by
+
+    def status(self, fraction: float, numbers: Any) -> None:
+        self.fractions.append(fraction)
+
+
+@pytest.fixture
+def plan(tiny_pipe: Path, redness: str) -> Callable[..., Config]:
+    def make(*sets: str, task: str = "Paint", budget: str = "nfe=2000", model: Path = tiny_pipe, **more: Any) -> Config:
+        task = task if task.islower() else f"{redness}:{task}"
+        return resolve("gpo", task, str(model), budget=budget, sets=[*SETTINGS, *sets], **more)
+
+    return make
+
+
+class Counter:
+    """Rows times calls of the transformer, three for each row that a backward follows; the judge's apart."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        from diffusers import SD3Transformer2DModel
+
+        self.training = self.judging = 0
+        self._off = 0
+        forward, judge, flops = SD3Transformer2DModel.forward, evaluate.judge, SD3.flops_a_forward
+
+        def counting(module: Any, *args: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+            rows = len(hidden_states) * (3 if torch.is_grad_enabled() else 1)
+            if self._off:
+                self.judging += rows
+            else:
+                self.training += rows
+            return forward(module, *args, hidden_states=hidden_states, **kwargs)
+
+        def apart(function: Any) -> Any:
+            def inner(*args: Any, **kwargs: Any) -> Any:
+                self._off += 1
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    self._off -= 1
+
+            return inner
+
+        monkeypatch.setattr(SD3Transformer2DModel, "forward", counting)
+        monkeypatch.setattr(evaluate, "judge", apart(judge))
+        monkeypatch.setattr(SD3, "flops_a_forward", apart(flops))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_the_meter_is_a_hand_count_of_transformer_calls(
+    plan: Any, tiny_pipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guidance: float
+) -> None:
+    model = tmp_path / "mini"
+    shutil.copytree(tiny_pipe, model)
+    recipe = json.loads((model / "recipe.json").read_text()) | {"guidance": guidance}
+    (model / "recipe.json").write_text(json.dumps(recipe))
+    counter = Counter(monkeypatch)
+    done = running.run(plan(model=model, budget="nfe=1500"), runs=tmp_path, view=Silent())
+    assert done.spent["nfe"] == counter.training == sum(done.nfe_by_role.values()) <= 1500
+    assert counter.judging > 0
+    each, rows = (2 if guidance != 1 else 1), 24
+    whole, rest = divmod(1500, rows * 4 * each + 4 * rows)
+    assert whole >= 5 and done.nfe_by_role["rollout"] >= whole * rows * 4 * each
+    assert done.nfe_by_role["rollout"] % (rows * each) == 0 and rest >= 0
+    assert done.spent["images"] == done.spent["reward_calls"] == done.nfe_by_role["rollout"] // (4 * each * rows) * rows
+
+
+@pytest.mark.parametrize(
+    ("budget", "currency"),
+    [("images=100", "images"), ("reward_calls=100", "reward_calls"), ("updates=5", "updates"), ("nfe=999", "nfe"),
+     ("seconds=0.5", "seconds"), ("flops=2e8", "flops"), ("nfe=100000,updates=3", "updates"), ("nfe=1", "nfe")],
+)  # fmt: skip
+def test_no_bound_is_passed_and_the_one_that_binds_is_named(
+    plan: Any, tmp_path: Path, budget: str, currency: str
+) -> None:
+    config = plan("optim.ema=0.9", budget=budget)
+    ears = Ears()
+    done = running.run(config, runs=tmp_path, view=ears)
+    assert done.stop == f"budget: {currency}"
+    for name, bound in config.budget.bounds().items():
+        if name != "seconds":  # time that has passed cannot be refused: at most one charge is under way
+            assert done.spent[name] <= bound
+    assert all(0 <= f <= 1 for f in ears.fractions)
+    assert json.loads(Path(done.run_dir, "record.json").read_text())["spent"]["nfe"] == done.spent["nfe"]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_pipe: Path, redness: str, tmp_path_factory: pytest.TempPathFactory) -> Record:
+    config = resolve(
+        "gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", sets=[*SETTINGS, "optim.ema=0.5"]
+    )
+    return running.run(config, runs=tmp_path_factory.mktemp("runs"), view=Silent())
+
+
+def test_a_run_leaves_all_that_the_design_names(finished: Record) -> None:
+    home = Path(finished.run_dir)
+    files = {p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file()}
+    assert files >= {
+        "record.json", "metrics.jsonl", "scores.parquet", "config.toml", "README.md", "curve.png",
+        "adapter/pytorch_lora_weights.safetensors", "samples/before.png", "samples/after.png", "samples/pairs.png",
+    }  # fmt: skip
+    assert not [name for name in files if ".tmp" in name]
+    assert record.read(home / "record.json") == Record.model_validate_json(finished.model_dump_json())
+    for name in ("before", "after", "pairs"):
+        with Image.open(home / "samples" / f"{name}.png") as picture:
+            assert picture.size[0] > 100 and np.asarray(picture).std() > 1
+
+
+def test_the_scores_are_one_row_an_image_and_scorer(finished: Record) -> None:
+    table = pd.read_parquet(Path(finished.run_dir) / "scores.parquet")
+    assert list(table.columns) == [*COLUMNS, "phase"] and len(table) == 2 * 6 * 2 * 2
+    assert not table.duplicated(["phase", "prompt", "ordinal", "scorer", "metric"]).any()
+    for phase, numbers in (("before", finished.before), ("after", finished.after)):
+        for name, number in numbers.items():
+            own = table[(table.phase == phase) & (table.scorer == name.partition("/")[0])]
+            assert number.mean == pytest.approx(own.value.mean()) and number.n == 6
+    for name, d in finished.delta.items():
+        assert d.mean == pytest.approx(finished.after[name].mean - finished.before[name].mean)  # type: ignore[operator]
+        assert d.ci[0] <= d.mean <= d.ci[1] and d.p is not None  # type: ignore[operator]
+
+
+def test_the_curve_uses_validation_and_ten_marks(finished: Record) -> None:
+    assert len(finished.curve) == 12 or len(finished.curve) == 11
+    spent = [point.spent["nfe"] for point in finished.curve]
+    assert spent == sorted(spent) and spent[0] == 0 and spent[-1] == finished.spent["nfe"]
+    assert all(point.scores["redness/mean"].n == 2 for point in finished.curve)
+
+
+def test_the_metrics_are_one_json_line_an_iteration(finished: Record) -> None:
+    lines = [json.loads(line) for line in (Path(finished.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
+    assert lines[0].keys() >= {"reward/mean", "policy/loss", "policy/kl", "spent/nfe", "spent/updates"}
+    nfe = [line["spent/nfe"] for line in lines]
+    assert nfe == sorted(nfe) and nfe[-1] <= finished.spent["nfe"]
+
+
+def test_the_record_says_what_was_used(finished: Record) -> None:
+    assert {name: use.role for name, use in finished.scorers.items()} == {"redness": "training", "warmth": "held-out"}
+    assert finished.scorers["redness"].calls == finished.spent["reward_calls"] and finished.scorers["warmth"].calls == 0
+    assert finished.task_version == "1" and set(finished.prompts) == {"train", "validation", "test"}
+    assert len(finished.provenance["weights"]) == 64 and finished.provenance["dtype"] == "fp32"
+    assert {"load", "judge", "train", "checkpoint"} <= finished.wall.keys()
+    assert finished.spent["seconds"] <= finished.wall["train"] * 1.01
+    assert not finished.flags.invalid and finished.flags.single_seed
+
+
+def test_training_on_redness_reddens(finished: Record) -> None:
+    delta = finished.delta["redness/mean"]
+    assert delta.mean is not None and delta.mean > 0
+
+
+def test_the_card_names_the_numbers_and_the_way_to_load(finished: Record) -> None:
+    text = (Path(finished.run_dir) / "README.md").read_text()
+    assert "load_lora_weights" in text and "redness/mean" in text and f"seed {finished.seed}" in text
+
+
+def test_the_saved_adapter_is_what_was_judged(finished: Record, redness: str, tiny_pipe: Path) -> None:
+    again = running.evaluate_only(
+        f"{redness}:Paint", str(tiny_pipe), adapter=Path(finished.run_dir) / "adapter", images=None, split="test",
+        view=Silent(),
+    )  # fmt: skip
+    assert again["scores"]["redness/mean"]["mean"] == pytest.approx(finished.after["redness/mean"].mean, abs=1e-4)
+    base = running.evaluate_only(
+        f"{redness}:Paint", str(tiny_pipe), adapter=None, images=None, split="test", view=Silent()
+    )
+    assert base["scores"]["redness/mean"]["mean"] == finished.before["redness/mean"].mean
+
+
+def test_a_written_config_names_the_same_run(finished: Record, tiny_pipe: Path, redness: str) -> None:
+    home = Path(finished.run_dir)
+    again = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", config=home / "config.toml")
+    assert again.slug() == home.name
+
+
+# What goes wrong
+
+
+def test_a_broken_reward_ends_the_run_and_invents_no_number(plan: Any, tmp_path: Path) -> None:
+    done = running.run(plan(task="Broken", budget="nfe=100000"), runs=tmp_path, view=Silent())
+    assert done.stop.startswith("collapsed") and done.flags.invalid and not done.flags.hack
+    assert done.spent["updates"] == 0 and done.scorers["redness"].errors == done.spent["reward_calls"] > 0
+    assert any("the engine is on fire" in why for why in done.failures)
+    kept = record.read(Path(done.run_dir) / "record.json")
+    assert kept.after["redness/mean"].mean is None and kept.delta["redness/mean"].p is None
+    assert kept.after["warmth/mean"].mean is not None
+    table = pd.read_parquet(Path(done.run_dir) / "scores.parquet")
+    broken = table[table.scorer == "redness"]
+    assert broken.value.isna().all() and broken.reason.str.contains("on fire").all()
+    for line in (Path(done.run_dir) / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["reward/mean"] is None
+
+
+def test_a_flat_reward_is_a_collapse(plan: Any, tmp_path: Path) -> None:
+    done = running.run(plan(task="Flat", budget="nfe=100000"), runs=tmp_path, view=Silent())
+    assert done.stop.startswith("collapsed") and not done.flags.invalid
+
+
+def test_a_shaky_reward_is_counted_and_invalid(plan: Any, tmp_path: Path) -> None:
+    done = running.run(plan(task="Shaky", budget="nfe=1000"), runs=tmp_path, view=Silent())
+    assert done.flags.invalid and 0 < done.scorers["redness"].errors < done.scorers["redness"].calls
+    assert done.spent["updates"] > 0
+
+
+def test_a_test_prompt_in_the_train_split_is_refused(plan: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="test prompt stands in the train split .*'A red circle!'"):
+        running.run(plan(task="Overlapping"), runs=tmp_path, view=Silent())
+
+
+def test_a_further_scorer_that_is_not_there_is_said_and_left_out(plan: Any, tmp_path: Path) -> None:
+    ears = Ears()
+    done = running.run(plan(task="Further", budget="nfe=100"), runs=tmp_path, view=ears)
+    assert any("not judged by" in line and "pip install absent" in line for line in ears.said)
+    assert set(done.scorers) == {"redness", "warmth"} and ears.done > 0
+
+
+def test_fresh_forgets(plan: Any, tmp_path: Path) -> None:
+    config = plan(budget="nfe=100")
+    first = running.run(config, runs=tmp_path, view=Silent())
+    (Path(first.run_dir) / "stray").mkdir()
+    again = running.run(config, runs=tmp_path, view=Silent(), fresh=True)
+    assert again.run_dir == first.run_dir and not (Path(first.run_dir) / "stray").exists()
+    assert again.wall != first.wall
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_place_that_cannot_be_written_is_one_line(plan: Any, tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "place"
+    if kind == "file":
+        place.write_text("in the way")
+    else:
+        place = place / "below" / "a.file"
+        place.parent.mkdir(parents=True)
+        place.write_text("in the way")
+        place = place / "deeper"
+    with pytest.raises(UserError, match="cannot write"):
+        running.run(plan(), runs=place, view=Silent())
+
+
+def test_half_precision_wants_an_accelerator(plan: Any, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("here it has one")
+    with pytest.raises(UserError, match="fp16 needs a CUDA device"):
+        running.run(plan("precision=fp16"), runs=tmp_path, view=Silent())
+
+
+def test_the_metrics_of_a_cut_off_line_are_dropped(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"iteration": 1}\n{"iteration": 2}\n{"iteration": 3}\n{"iterat')
+    running._cut(log, 2)  # pyright: ignore[reportPrivateUsage]
+    assert log.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
+
+
+def test_parts_of_a_strangers_package_run(
+    tiny_pipe: Path, redness: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task and its scorers from an installed package, by name, as the built-in ones."""
+    site = tmp_path / "site"
+    site.mkdir()
+    code = Path(redness).read_text() + (
+        "\n\ndef make(variant):\n    return Redness(id=f'stranger-{variant}')\n\n\n"
+        "@dataclass(frozen=True)\nclass Foreign(Paint):\n    name: str = 'foreign'\n\n"
+        "    def reward(self, domain):\n        return 'stranger:bold'\n"
+    )
+    (site / "stranger.py").write_text(code)
+    info = site / "stranger-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[gpobench.tasks]\nforeign = stranger:Foreign\n\n[gpobench.rewards]\nstranger = stranger:make\n"
+    )
+    monkeypatch.syspath_prepend(site)
+    config = resolve("gpo", "foreign", str(tiny_pipe), budget="nfe=500", sets=SETTINGS)
+    done = running.run(replace(config), runs=tmp_path / "runs", view=Silent())
+    assert done.scorers["redness"].id == "stranger-bold" and done.task == "foreign" and done.spent["updates"] > 0

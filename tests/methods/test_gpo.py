@@ -1,0 +1,194 @@
+"""Group preference optimisation on a real small model: what it equals, what it drops, and that it works."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpobench.bench.budget import Budget, Meter
+from gpobench.bench.card import Adapter, find
+from gpobench.bench.errors import UserError
+from gpobench.bench.flow import mix
+from gpobench.bench.losses import dpo, flow_error
+from gpobench.bench.models.open import open_model
+from gpobench.bench.registry import scorer
+from gpobench.bench.rig import Rig
+from gpobench.bench.spec import Groups, Optim, Prompt
+from gpobench.bench.train import optimiser, train
+from gpobench.methods import gpo as module
+from gpobench.methods.gpo import GPO
+
+BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle", "a photo"]
+
+
+@pytest.fixture
+def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
+    made: list[Rig] = []
+
+    def build(name: str = "Redness", push: float = 0.0, rank: int = 8, **bounds: float) -> Rig:
+        model = open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=rank, alpha=2 * rank), seed=0)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(push * torch.randn(p.shape, generator=generator))
+        meter = Meter(Budget(**bounds or {"nfe": 1e9}))
+        made.append(Rig(model, [Prompt(p) for p in BOOK], scorer(f"{redness}:{name}"), meter, rows=64))
+        return made[-1]
+
+    yield build
+    for rig in made:
+        rig.close()
+
+
+def keyed_loss(method: GPO, rig: Rig, batch: Groups) -> torch.Tensor:
+    with rig.keyed(torch.arange(len(batch.who)) + 5):
+        return method.loss(rig, batch)
+
+
+@pytest.mark.parametrize("beta", [1.0, 100.0])
+def test_at_the_reference_the_loss_is_log_two_over_beta(make: Any, beta: float) -> None:
+    rig, method = make(), GPO(prompts=3, group=4, beta=beta)
+    batch = method.collect(rig)
+    assert float(keyed_loss(method, rig, batch).detach()) == pytest.approx(math.log(2) / beta, rel=1e-6)
+    assert rig.mean("policy/kl") == 0 and rig.mean("policy/accuracy") == 0.5
+
+
+@pytest.mark.parametrize("link", ["logsigmoid", "pairwise"])
+def test_a_group_of_two_is_diffusion_dpo_over_beta(make: Any, link: Any) -> None:
+    """With two images the standardised rewards are +1 and -1, up to the guard in the deviation."""
+    rig = make(push=0.05)
+    method = GPO(prompts=4, group=2, beta=50.0, link=link, gap_weight=False)
+    drawn = method.collect(rig)
+    sign = drawn.reward.sign()
+    batch = Groups(drawn.x0, drawn.who, sign)
+    assert sign.abs().min() == 1
+    got = keyed_loss(method, rig, batch)
+
+    with rig.keyed(torch.arange(len(batch.who)) + 5):  # the same noise and times, one a pair
+        t = rig.normal(len(batch.who)).sigmoid()
+        eps = rig.noise(len(batch.who))
+    better = sign.argmax(1)
+    rows = torch.arange(len(better))
+    errors: dict[str, list[torch.Tensor]] = {}
+    for by in ("live", "ref"):
+        for which in (better, 1 - better):
+            x, target = mix(rig.path, batch.x0[rows, which], eps, t)
+            errors.setdefault(by, []).append(flow_error(rig.velocity(x, t, batch.who, by=by), target))
+    (live_w, live_l), (ref_w, ref_l) = errors["live"], errors["ref"]
+    expected = dpo(live_w, ref_w, live_l, ref_l, 50.0).mean() / 50.0
+    assert float(got.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert abs(float(got.detach()) * 50 - math.log(2)) > 1e-3  # away from the reference it says something
+    for a, b in zip(
+        torch.autograd.grad(got, rig.model.parameters()),
+        torch.autograd.grad(expected, rig.model.parameters()),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_groups_without_spread_are_dropped_and_counted(make: Any) -> None:
+    rig, method = make("Constant"), GPO(prompts=3, group=4)
+    batch = method.collect(rig)
+    assert len(batch.who) == 0 and rig.mean("groups/informative") == 0 and rig.mean("reward/mean") == 1
+    assert rig.meter.images == 12  # paid for all the same
+
+
+def test_a_group_is_informative_when_two_of_its_scored_images_differ(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig, nan = make(), math.nan
+    reward = torch.tensor([[1, 1, 1.0], [0, 1, 2], [nan, nan, 1], [nan, 0, 2], [nan, nan, nan]])
+    x0 = rig.noise(15).unflatten(0, (5, 3))
+    monkeypatch.setattr(rig, "groups", lambda *a, **k: Groups(x0, torch.arange(5), reward))
+    batch = GPO(prompts=5, group=3).collect(rig)
+    assert batch.who.tolist() == [1, 3] and rig.mean("groups/informative") == pytest.approx(0.4)
+    assert torch.equal(batch.x0, x0[[1, 3]])
+    a = math.sqrt(1.5)
+    assert torch.allclose(batch.reward[0], torch.tensor([-a, 0, a]), atol=1e-3)
+    assert batch.reward[1].isnan().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("link", ["logsigmoid", "pairwise", "linear"])
+def test_an_image_without_a_score_teaches_nothing(make: Any, link: Any) -> None:
+    """Changing the picture that could not be scored changes no gradient."""
+    rig = make(push=0.05)
+    method = GPO(prompts=1, group=3, beta=20.0, link=link)
+    x0 = rig.noise(3)[None]
+    other = x0.clone()
+    other[0, 0] += 1
+
+    def gradient(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        batch = Groups(x, torch.tensor([2]), torch.tensor([[math.nan, -1.0, 1.0]]))
+        loss = keyed_loss(method, rig, batch)
+        assert bool(loss.isfinite())
+        return torch.autograd.grad(loss, rig.model.parameters())
+
+    first, second = gradient(x0), gradient(other)
+    assert max(float(g.abs().max()) for g in first) > 1e-6
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("link", ["logsigmoid", "pairwise", "linear"])
+def test_one_step_makes_the_better_image_likelier(make: Any, link: Any) -> None:
+    rig, method = make(), GPO(prompts=4, group=4, beta=100.0, link=link)
+    batch = method.collect(rig)
+    steepest = torch.optim.SGD(rig.model.parameters(), lr=1e-2)
+    keyed_loss(method, rig, batch).backward()
+    steepest.step()
+    rig.notes()
+    after = keyed_loss(method, rig, batch)
+    assert rig.mean("policy/accuracy") > 0.7 and rig.mean("policy/kl") > 0
+    assert bool(after.isfinite())
+
+
+@pytest.mark.parametrize("guidance", [0.0, 4.5])
+def test_the_static_cost_is_what_the_meter_shows(make: Any, guidance: float) -> None:
+    """One iteration: P G steps (twice that with guidance) to sample, then 3 P G with a backward and P G reference."""
+    rig = make(push=0.02)
+    method = GPO(prompts=3, group=4, steps=5, guidance=guidance, optim=Optim(epochs=2, minibatches=1, micro=1))
+    train(
+        method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(),
+        after=lambda numbers: None, interrupted=lambda: True,
+    )  # fmt: skip
+    pg = 12
+    expected = {"rollout": pg * 5 * (2 if guidance else 1), "policy": 2 * 3 * pg, "ref": 2 * pg}
+    assert dict(rig.meter.roles) == expected and rig.meter.images == rig.meter.reward_calls == pg
+
+
+def test_it_makes_the_model_better(make: Any) -> None:
+    rig = make(nfe=14_000, rank=32)
+    method = GPO(prompts=6, group=8, beta=1000.0, optim=Optim(lr=1e-2, weight_decay=0, minibatches=2))
+    means: list[float] = []
+    why = train(
+        method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(),
+        after=lambda numbers: means.append(numbers["reward/mean"]),
+    )  # fmt: skip
+    assert why == "budget: nfe" and len(means) > 20
+    first, last = torch.tensor(means[:8]), torch.tensor(means[-8:])
+    noise = math.sqrt((float(first.var()) + float(last.var())) / 8)
+    assert float(last.mean() - first.mean()) > 3 * noise
+
+
+@pytest.mark.parametrize(
+    "bad", [{"group": 1}, {"group": 0}, {"prompts": 0}, {"beta": 0}, {"beta": -1}, {"steps": -1}, {"guidance": -1}]
+)
+def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"gpo: .*{next(iter(bad))}"):
+        GPO(**bad)
+
+
+def test_the_method_owns_no_loop_optimiser_device_or_file() -> None:
+    source = inspect.getsource(module)
+    words = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    words |= {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    imports = {a.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom | ast.Import) for a in n.names}
+    forbidden = {"cuda", "device", "backward", "Adam", "AdamW", "open", "Path", "save", "step", "randn", "manual_seed"}
+    assert not forbidden & (words | imports)
+    assert "torch.optim" not in source
