@@ -57,7 +57,7 @@ def find(reference: str) -> Card:
     Raises UserError on an unknown name or a folder that is no pipeline.
     """
     folder = Path(reference)
-    if not folder.is_dir():
+    if reference in registry.entries("model") or not folder.is_dir():  # a folder that is called like a model: ./tiny
         card = registry.load("model", reference)
         if not isinstance(card, Card):
             raise UserError(f"model {reference!r} is not a gpobench.bench.card.Card")

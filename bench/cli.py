@@ -140,7 +140,7 @@ def pretrain(
         answer(json.dumps(facts, indent=1, default=str))
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
 ) -> None:

@@ -1,6 +1,6 @@
 """A child with a handful of crayons counts the dots of one colour: nearest crayon, specks wiped off, patches counted."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -32,7 +32,8 @@ def blobs(image: np.ndarray, colour: str) -> list[Blob]:
     """The patches of a colour in a picture (H, W, 3) uint8, after an opening by 2x2 pixels that parts shapes that touch."""
     from scipy import ndimage
 
-    labels, found = ndimage.label(ndimage.binary_opening(masks(image, colour), np.ones((2, 2), bool)))
+    opened = ndimage.binary_opening(masks(image, colour), np.ones((2, 2), bool))
+    labels, found = cast(tuple[np.ndarray, int], ndimage.label(opened))
     areas = np.bincount(labels.ravel(), minlength=found + 1)[1:]
     out = []
     for area, place in zip(areas, ndimage.find_objects(labels), strict=True):

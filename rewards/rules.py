@@ -101,7 +101,8 @@ def judge(prompts: Sequence[Prompt], texts: Sequence[str | None], reasons: Mappi
     return Scores(value={"soft": soft, "exact": full}, reasons=dict(reasons), notes=[text or "" for text in texts])
 
 
-KNOWN = ("ACT", "BOX", "JUDGE", "MILK", "FROWN", "VEST", "TWO", "CHALK")
+# Words that every engine here reads: they show that an engine works where it is installed, not how well it reads.
+KNOWN = ("ACT", "BOX", "JUDGE", "SILK", "FROWN", "VEST", "TWO", "CHALK")
 KNOWN_PAGE = ("Grand", "Opening", "2024")
 
 

@@ -852,7 +852,7 @@ def measure(folder: Path, recipe: Tiny, *, seed: int) -> dict:
     """Reads words and counts shapes in pictures of the exported pipeline: plain diffusers, 10 steps, no guidance."""
     from rapidfuzz.distance import Levenshtein
 
-    pipe = StableDiffusion3Pipeline.from_pretrained(str(folder), torch_dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(str(folder))
     pipe.set_progress_bar_config(disable=True)
 
     def paint(prompts: Sequence[str], salt: int) -> np.ndarray:
@@ -984,11 +984,17 @@ def _plain(autoencoder: AutoencoderKL) -> AutoencoderKL:
 
 
 def _portable(folder: Path) -> None:
-    """Names the tokenizers' class as every transformers knows it; version 5 writes a name of its own."""
-    for path in (folder / "model_index.json", *folder.glob("tokenizer*/tokenizer_config.json")):
-        path.write_text(
-            path.read_text(encoding="utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast"), encoding="utf-8"
-        )
+    """Names the tokenizers' class as every transformers knows it, and lets a plain `from_pretrained` give float32 throughout.
+
+    transformers 5 writes a class name of its own, and loads text encoders in the type they were saved in, where diffusers loads
+    the rest in float32: the two would not fit together.
+    """
+    changes = {"model_index.json": ("TokenizersBackend", "PreTrainedTokenizerFast")}
+    changes["tokenizer*/tokenizer_config.json"] = changes["model_index.json"]
+    changes["text_encoder*/config.json"] = ('"dtype": "float16"', '"dtype": "float32"')
+    for pattern, (old, new) in changes.items():
+        for path in folder.glob(pattern):
+            path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
 
 
 def card(record: dict, folder: Path) -> str:
@@ -1015,10 +1021,9 @@ was trained from scratch on pictures drawn by `bench/glyphs.py`; no other data w
 It is under the licence of this repository; the letters it imitates are DejaVu Sans Mono Bold.
 
 ```python
-import torch
 from diffusers import StableDiffusion3Pipeline
 
-pipe = StableDiffusion3Pipeline.from_pretrained("bench/models/tiny", torch_dtype=torch.float32)
+pipe = StableDiffusion3Pipeline.from_pretrained("bench/models/tiny")
 pipe('a sign that says "HELLO" in blue', height=32, width=64, num_inference_steps=10, guidance_scale=1.0, max_sequence_length=1).images[0]
 ```
 

@@ -203,7 +203,10 @@ def test_plain_diffusers_loads_it_and_it_writes(shipped: Path):
     from diffusers import StableDiffusion3Pipeline
 
     record = json.loads((shipped / "recipe.json").read_text())
-    pipe = StableDiffusion3Pipeline.from_pretrained(str(shipped), torch_dtype=torch.float32)
+    pipe = StableDiffusion3Pipeline.from_pretrained(str(shipped))
+    assert {part.dtype for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_3)} == {
+        torch.float32
+    }
     pipe.set_progress_bar_config(disable=True)
     words = ["CAT", "TREE", "HELLO", "MOON", "SUN", "PAPER", "DOG", "FISH"]
     images = pipe(
