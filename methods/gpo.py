@@ -37,6 +37,7 @@ class GPO:
     std: Literal["group", "global", "none"] = "group"  # what rewards are divided by
     gap_weight: bool = True  # link "pairwise": weigh a pair by its gap; False is plain all-pairs DPO
     kl: float = 0.0  # weight of mean (v_live - v_ref)^2
+    noisy: float = 0.0  # t is drawn from [noisy, 1]: few-step images are a little blurred, low noise would teach that
     steps: int = 0  # of the rollout; 0 is the protocol's number
     guidance: float = 0.0  # of the rollout; 0 is the protocol's
 
@@ -47,6 +48,8 @@ class GPO:
             raise UserError(f"gpo: prompts must be at least 1 and beta above 0, got {self.prompts} and {self.beta}")
         if self.steps < 0 or self.guidance < 0 or self.kl < 0:
             raise UserError("gpo: steps, guidance and kl must not be negative")
+        if not 0 <= self.noisy < 1:
+            raise UserError(f"gpo: noisy is a time in [0, 1), got {self.noisy}")
 
     def collect(self, rig: Rig) -> Groups:
         """Sample and score P groups; keep those whose images differ in reward; standardise. An unscored image stays NaN."""
@@ -58,7 +61,8 @@ class GPO:
 
     def loss(self, rig: Rig, batch: Groups) -> Tensor:
         """-log sigmoid(-(beta / G) sum_i A_i s_i) / beta, averaged over groups; s_i from one (t, eps) a group."""
-        t = rig.normal(len(batch.who)).sigmoid().repeat_interleave(self.group)
+        t = self.noisy + (1 - self.noisy) * rig.normal(len(batch.who)).sigmoid()
+        t = t.repeat_interleave(self.group)
         eps = rig.noise(len(batch.who)).repeat_interleave(self.group, 0)
         who = batch.who.repeat_interleave(self.group)
         x, target = mix(rig.path, batch.x0.flatten(0, 1), eps, t)

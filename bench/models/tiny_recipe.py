@@ -18,7 +18,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -26,7 +26,7 @@ from functools import lru_cache
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import diffusers
 import numpy as np
@@ -40,7 +40,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrained
 
 from .. import glyphs
 
-Log = Callable[[dict], None]
+Log = Callable[[dict[str, Any]], None]
 
 TOKENS = 16  # of a prompt, with its begin and end
 T5_TOKENS = 1  # the third text slot always says the same: one row of zeros
@@ -90,7 +90,7 @@ class Tiny:
     readings: int = 2  # pictures of each held-out word in the final measurement; 0 for none
     countings: int = 8  # pictures of each shapes prompt in the final measurement; 0 for none
 
-    def __call__(self, out: Path, *, seed: int, log: Log) -> dict:
+    def __call__(self, out: Path, *, seed: int, log: Log) -> dict[str, Any]:
         """Trains into `out` and returns what stands in `out/recipe.json`. Run again after a stop, it goes on from `out/.state`."""
         out = Path(out)
         state = out / ".state"
@@ -126,7 +126,7 @@ def _cores() -> int:
 
 def word_splits() -> dict[str, list[str]]:
     """The words of `tasks/ocr_words.txt` by split; only the train split is ever printed."""
-    package = __package__.split(".")[0]
+    package = cast(str, __package__).split(".")[0]  # set, or the relative import above had failed
     text = files(f"{package}.tasks").joinpath("ocr_words.txt").read_text(encoding="ascii")
     splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for word in text.split():
@@ -206,9 +206,9 @@ def build_parts(recipe: Tiny, seed: int) -> Parts:
                 num_hidden_layers=1,
                 num_attention_heads=2,
                 max_position_embeddings=TOKENS,
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=cast(int, tokenizer.pad_token_id),  # this and the next two: one token each
+                bos_token_id=cast(int, tokenizer.bos_token_id),
+                eos_token_id=cast(int, tokenizer.eos_token_id),
             )
         )
 
@@ -229,16 +229,17 @@ def build_parts(recipe: Tiny, seed: int) -> Parts:
     )
     # diffusers starts these at random; from zero every block begins as the identity and the velocity as nothing
     still = [transformer.proj_out, transformer.norm_out.linear]
-    for block in transformer.transformer_blocks:
+    for block in cast(Iterable[Any], transformer.transformer_blocks):  # a ModuleList does not know what it lists
         still += [block.norm1.linear, block.norm1_context.linear]
     for linear in still:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
     depth = len(recipe.autoencoder_widths)
     autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * depth,
-        up_block_types=("UpDecoderBlock2D",) * depth,
-        block_out_channels=recipe.autoencoder_widths,
+        # diffusers writes tuple[str], a tuple of one, where it means tuple[str, ...]
+        down_block_types=("DownEncoderBlock2D",) * depth,  # pyright: ignore[reportArgumentType]
+        up_block_types=("UpDecoderBlock2D",) * depth,  # pyright: ignore[reportArgumentType]
+        block_out_channels=recipe.autoencoder_widths,  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
         latent_channels=CHANNELS,
         norm_num_groups=8,
@@ -251,7 +252,7 @@ def build_parts(recipe: Tiny, seed: int) -> Parts:
     )
     with torch.no_grad():  # the posterior's spread: a constant exp(-6), never trained
         autoencoder.encoder.conv_out.weight[CHANNELS:] = 0
-        autoencoder.encoder.conv_out.bias[CHANNELS:] = -12
+        cast(Tensor, autoencoder.encoder.conv_out.bias)[CHANNELS:] = -12  # a convolution built with its bias
     parts = Parts(transformer, text(recipe.text_widths[0]), text(recipe.text_widths[1]), autoencoder)
     with torch.no_grad():
         # CLIP's embeddings start at 0.02, less than the bias of the layer that takes them: tokens would look all alike for long
@@ -325,7 +326,7 @@ def draw(parts: Parts, tokens: Tensor, noise: Tensor, steps: int = 10) -> Tensor
     """(N, 16, 8, 16) latents: Euler's steps down the grid of the exported scheduler, without guidance."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(steps)
-    sigmas = scheduler.sigmas.tolist()
+    sigmas = cast(Tensor, scheduler.sigmas).tolist()  # set_timesteps made it one
     latents = []
     for rows, start in zip(tokens.split(64), noise.split(64), strict=True):
         context, pooled = embed(parts, rows)
@@ -378,7 +379,7 @@ class Muon(torch.optim.Optimizer):
         self.total = total
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # no closure here
         for group in self.param_groups:
             members = [p for p in group["params"] if p.grad is not None]
             flat = torch.zeros(sum(p.numel() for p in members))
@@ -445,7 +446,7 @@ def _fit(
     tell_every: float,
     save_every: float,
     average: float = 0.0,
-    look: Callable[[dict[str, Tensor], int], dict] | None = None,
+    look: Callable[[dict[str, Tensor], int], dict[str, Any]] | None = None,
     look_every: float = math.inf,
 ) -> tuple[dict[str, Tensor], float]:
     """Descends `loss_of(step, shard)`; returns the averaged weights and the wall seconds of the stage, over all its runs."""
@@ -500,7 +501,7 @@ def _fit(
         for optimiser in optimisers:
             optimiser.step()
         if average:
-            torch._foreach_lerp_(
+            torch._foreach_lerp_(  # pyright: ignore[reportPrivateUsage]  # torch has no public name for it
                 list(mean.values()), [p.detach() for p in params], 1 - min(average, (1 + step) / (10 + step))
             )
         now = time.monotonic()
@@ -539,7 +540,7 @@ def _fit(
     return weights, seconds + time.monotonic() - begun
 
 
-def _write(path: Path, value: dict) -> None:
+def _write(path: Path, value: dict[str, Any]) -> None:
     """Writes beside the place and moves there, so that a stop leaves the old state or the new one."""
     fresh = path.with_suffix(".part")
     torch.save(value, fresh)
@@ -568,7 +569,7 @@ def _accompany(recipe: Tiny, out: Path, seed: int, rank: int, world: int, meetin
     _learn(recipe, out, seed, rank, world, meeting, lambda _: None)
 
 
-def _learn(recipe: Tiny, out: Path, seed: int, rank: int, world: int, meeting: str, log: Log) -> dict:
+def _learn(recipe: Tiny, out: Path, seed: int, rank: int, world: int, meeting: str, log: Log) -> dict[str, Any]:
     torch.set_num_threads(1)
     fast = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
     crew = Crew(rank, world, torch.bfloat16 if fast else torch.float32, log)
@@ -594,7 +595,7 @@ def _learn(recipe: Tiny, out: Path, seed: int, rank: int, world: int, meeting: s
             dist.destroy_process_group()
 
 
-def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict:
+def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict[str, Any]:
     splits = word_splits()
     words, excluded = splits["train"], frozenset(splits["validation"] + splits["test"])
     state = out / ".state"
@@ -658,8 +659,13 @@ def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict:
     # 2. the flow
     flow = nn.ModuleDict({"transformer": parts.transformer, "text_one": parts.text_one, "text_two": parts.text_two})
     averaged = deepcopy(flow)
-    drawing = Parts(averaged["transformer"], averaged["text_one"], averaged["text_two"], _plain(autoencoder))
-    for block in parts.transformer.transformer_blocks:
+    drawing = Parts(  # a ModuleDict knows only that it holds modules
+        cast(SD3Transformer2DModel, averaged["transformer"]),
+        cast(CLIPTextModelWithProjection, averaged["text_one"]),
+        cast(CLIPTextModelWithProjection, averaged["text_two"]),
+        _plain(autoencoder),
+    )
+    for block in cast(Iterable[Any], parts.transformer.transformer_blocks):
         block.attn.set_processor(OpenAttention())
     if recipe.compiled:
         _compile(parts.transformer.transformer_blocks)
@@ -676,7 +682,7 @@ def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict:
             velocity = parts.transformer(x, context, pooled, 1000 * t, return_dict=False)[0]
         return nn.functional.mse_loss(velocity.float(), noise - z)
 
-    def look(mean: dict[str, Tensor], step: int) -> dict:
+    def look(mean: dict[str, Tensor], step: int) -> dict[str, float]:
         averaged.load_state_dict(mean, strict=False)
         chosen = (splits["validation"] * 2)[: recipe.looks]
         prompts = [glyphs.word_prompt(w) for w in chosen] + [p for p, *_ in _shape_prompts()] * 2
@@ -685,7 +691,7 @@ def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict:
                 drawing, tokens(prompts), torch.randn(len(prompts), *_latent_shape(), generator=_generator(seed, 9))
             )
             painted = torch.cat([drawing.autoencoder.decoder(rows).float() for rows in z.split(64)])
-        seen = {}
+        seen: dict[str, float] = {}
         for name, images in (("linear", latent.decode(z)), ("decoder", painted)):
             shown = pictures(images)
             texts = _read(shown[: len(chosen)])
@@ -775,7 +781,7 @@ def _latent_shape() -> tuple[int, int, int]:
     return CHANNELS, glyphs.HEIGHT // PATCH, glyphs.WIDTH // PATCH
 
 
-def _compile(blocks: Sequence[nn.Module]) -> None:
+def _compile(blocks: Iterable[nn.Module]) -> None:
     """Each block by itself: a whole model takes minutes to compile. Without a C++ compiler nothing is compiled."""
     if shutil.which("g++") or shutil.which("clang++"):
         import torch._inductor.config as inductor
@@ -830,11 +836,12 @@ def _count(picture: np.ndarray, colour: str) -> int:
         np.float32,
     )
     mask = ((picture[:, :, None].astype(np.float32) - palette) ** 2).sum(-1).argmin(-1) == 0
-    labels, found = ndimage.label(ndimage.binary_opening(mask, np.ones((2, 2))))
+    # without an output array it is always the pair
+    labels, found = cast(tuple[np.ndarray, int], ndimage.label(ndimage.binary_opening(mask, np.ones((2, 2)))))
     return int((np.bincount(labels.ravel(), minlength=found + 1)[1:] >= 12).sum())
 
 
-def _interval(values: np.ndarray) -> dict:
+def _interval(values: np.ndarray) -> dict[str, Any]:
     """Mean with a 95 % bootstrap interval over prompts; values (prompts, pictures of each)."""
     rng = np.random.default_rng(0)
     per_prompt = values.mean(1)
@@ -848,7 +855,7 @@ def _interval(values: np.ndarray) -> dict:
     }
 
 
-def measure(folder: Path, recipe: Tiny, *, seed: int) -> dict:
+def measure(folder: Path, recipe: Tiny, *, seed: int) -> dict[str, Any]:
     """Reads words and counts shapes in pictures of the exported pipeline: plain diffusers, 10 steps, no guidance."""
     from rapidfuzz.distance import Levenshtein
 
@@ -859,7 +866,7 @@ def measure(folder: Path, recipe: Tiny, *, seed: int) -> dict:
         generator, shown = _generator(seed, 10, salt), []
         for i in range(0, len(prompts), 64):
             some = list(prompts[i : i + 64])
-            images = pipe(
+            painted: Any = pipe(  # an output object, and a tuple only with return_dict=False
                 prompt=some,
                 num_inference_steps=10,
                 guidance_scale=1.0,
@@ -868,8 +875,8 @@ def measure(folder: Path, recipe: Tiny, *, seed: int) -> dict:
                 max_sequence_length=T5_TOKENS,
                 generator=generator,
                 output_type="np",
-            ).images
-            shown.append(np.rint(images * 255).astype(np.uint8))
+            )
+            shown.append(np.rint(painted.images * 255).astype(np.uint8))
         return np.concatenate(shown)
 
     scores: dict[str, Any] = {}
@@ -907,7 +914,7 @@ def measure(folder: Path, recipe: Tiny, *, seed: int) -> dict:
 # The folder
 
 
-def publish(recipe: Tiny, parts: Parts, out: Path, *, seed: int, seconds: dict[str, float], log: Log) -> dict:
+def publish(recipe: Tiny, parts: Parts, out: Path, *, seed: int, seconds: dict[str, float], log: Log) -> dict[str, Any]:
     """Writes the pipeline in float16, measures what was written, and moves it into `out` in one go."""
     fresh = out / ".state" / "pipeline"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -917,9 +924,10 @@ def publish(recipe: Tiny, parts: Parts, out: Path, *, seed: int, seconds: dict[s
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=deepcopy(parts.autoencoder),
         text_encoder=deepcopy(parts.text_one),
-        tokenizer=tokenizer,
+        # the pipeline's annotations know CLIP's own tokenizer only
+        tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
         text_encoder_2=deepcopy(parts.text_two),
-        tokenizer_2=tokenizer,
+        tokenizer_2=tokenizer,  # pyright: ignore[reportArgumentType]
         text_encoder_3=build_silent_text(sum(recipe.text_widths)),
         tokenizer_3=build_silent_tokenizer(),
     )
@@ -978,7 +986,9 @@ def publish(recipe: Tiny, parts: Parts, out: Path, *, seed: int, seconds: dict[s
 
 def _plain(autoencoder: AutoencoderKL) -> AutoencoderKL:
     """A copy without the compiled calls, which cannot be copied."""
-    copy = AutoencoderKL.from_config(autoencoder.config)
+    copy = cast(
+        AutoencoderKL, AutoencoderKL.from_config(autoencoder.config)
+    )  # a pair only where unused kwargs are asked for
     copy.load_state_dict(autoencoder.state_dict())
     return copy.eval()
 
@@ -997,7 +1007,7 @@ def _portable(folder: Path) -> None:
             path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
 
 
-def card(record: dict, folder: Path) -> str:
+def card(record: dict[str, Any], folder: Path) -> str:
     """The model card: what it is, how to call it, how well it does."""
     megabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
     parameters = sum(record["parameters"].values()) / 1e6

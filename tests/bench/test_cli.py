@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 ISSUE = {"method", "task", "model", "seed", "stop", "before", "after", "delta", "spent", "run_dir"}
-HEAVY = ("torch", "diffusers", "transformers", "pandas", "matplotlib", "pydantic", "scipy")
+HEAVY = ("torch", "diffusers", "transformers", "pandas", "matplotlib", "scipy")
 
 
 def words(*, method: str = "gpo", task: str, model: Any, **more: Any) -> list[str]:
