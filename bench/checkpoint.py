@@ -37,7 +37,12 @@ def save(folder: Path, number: int, rig: Rig, optimiser: torch.optim.Optimizer, 
     temporary.mkdir(parents=True)
     try:
         save_file({key: value.contiguous().clone() for key, value in tensors.items()}, temporary / TENSORS)
-        payload: dict[str, Any] = {"iteration": rig.iteration, "meter": rig.meter.state(), "memory": memory, "facts": facts}
+        payload: dict[str, Any] = {
+            "iteration": rig.iteration,
+            "meter": rig.meter.state(),
+            "memory": memory,
+            "facts": facts,
+        }
         payload |= {"barren": rig.barren, "failures": rig.failures}
         payload["tensors_sha256"] = digest(temporary / TENSORS)
         text = json.dumps(payload)
@@ -45,7 +50,7 @@ def save(folder: Path, number: int, rig: Rig, optimiser: torch.optim.Optimizer, 
         (temporary / FACTS).write_text(whole, "utf-8")
         for name in (TENSORS, FACTS):
             sync(temporary / name)
-    except OSError:
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     final = folder / f"{number:08d}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
@@ -54,6 +55,9 @@ def run(
     config: Annotated[Path | None, typer.Option(help="A TOML file of settings; --set wins over it.")] = None,
     out: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier start of this run left.")] = False,
+    track: Annotated[
+        str | None, typer.Option(help="Also log to tensorboard, wandb ... (accelerate's trackers).")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -71,7 +75,7 @@ def run(
             return
         from .run import run as start
 
-        done = start(plan, runs=out, view=view, fresh=fresh, interrupted=stopped)
+        done = start(plan, runs=out, view=view, fresh=fresh, track=track, interrupted=stopped)
         answer(done.model_dump_json(indent=1) if as_json else lambda: _result(done))
 
 
@@ -93,7 +97,7 @@ def eval(
         from .run import evaluate_only
 
         done = evaluate_only(task, model, adapter=adapter, images=images, split=split, view=view, out=out)
-        answer(json.dumps(done, indent=1) if as_json else lambda: _scores(done))
+        answer(json.dumps(_plain(done), indent=1) if as_json else lambda: _scores(done))
 
 
 @app.command("list")
@@ -137,7 +141,7 @@ def pretrain(
 
         made = build(registry.load("recipe", recipe), pairs(sets or ()))
         facts = made(out, seed=seed, log=_lines(view))
-        answer(json.dumps(facts, indent=1, default=str))
+        answer(json.dumps(_plain(facts), indent=1, default=str))
 
 
 @app.callback(invoke_without_command=True)
@@ -163,7 +167,7 @@ def main() -> None:
     except UserError as error:
         print(f"gpobench: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, _AtOnce):
         print("gpobench: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
@@ -194,6 +198,10 @@ def _clean_stdout() -> Generator[Callable[[Any], None]]:
             print(given)
 
 
+class _AtOnce(BaseException):
+    """Asked to stop a second time; typer would swallow a KeyboardInterrupt and what we have to say."""
+
+
 @contextlib.contextmanager
 def _asked_to_stop() -> Generator[Callable[[], bool]]:
     """The first Ctrl-C lets the iteration at hand end and be saved; the second one does not wait."""
@@ -201,7 +209,7 @@ def _asked_to_stop() -> Generator[Callable[[], bool]]:
 
     def hear(number: int, frame: Any) -> None:
         if asked:
-            raise KeyboardInterrupt
+            raise _AtOnce
         asked.append(number)
         print("\nstopping after this iteration (Ctrl-C again: at once)", file=sys.stderr)
 
@@ -304,7 +312,7 @@ def _result(r: Record) -> None:
         table.add_row(key + mark, _cell(r.before[key]), _cell(r.after[key]), _cell(d, sign=True), _p(d.p))
     console.print(f"\n[bold]{r.method}[/] on {r.task}, {r.model}, seed {r.seed}: ended by {r.stop}", highlight=False)
     console.print(table)
-    n = next(iter(r.delta.values())).n
+    n = max(d.n for d in r.delta.values())
     console.print(
         f"means over {n} test prompts with 95 % intervals; differences paired by prompt\n"
         "on the same noise; * held out, + a further one: never trained on",
@@ -330,15 +338,32 @@ def _result(r: Record) -> None:
 
 def _cell(n: Any, sign: bool = False) -> str:
     """.450 [.41, .49]: five columns of these fit into 80 characters."""
-    if n.mean is None:
+    if not _known(n.mean):
         return "not scored"
     plus = "+" if sign else ""
+    mean = f"{n.mean:{plus}.3f}".replace("0.", ".", 1)
+    if not all(_known(end) for end in n.ci):
+        return f"{mean} [too few]"
     low, high = (f"{end:{plus}.2f}".replace("0.", ".", 1) for end in n.ci)
-    return f"{n.mean:{plus}.3f}".replace("0.", ".", 1) + f" [{low}, {high}]"
+    return f"{mean} [{low}, {high}]"
+
+
+def _known(x: float | None) -> bool:
+    """A number: null in a record that was read, NaN in one just made, stand for none."""
+    return x is not None and math.isfinite(x)
+
+
+def _plain(value: Any) -> Any:
+    """NaN and infinity as null: JSON knows neither."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _p(p: float | None) -> str:
-    return "" if p is None else "<.001" if p < 0.001 else f"{p:.3f}".replace("0.", ".", 1)
+    return "" if p is None or not _known(p) else "<.001" if p < 0.001 else f"{p:.3f}".replace("0.", ".", 1)
 
 
 def _scores(done: Mapping[str, Any]) -> None:
@@ -347,9 +372,9 @@ def _scores(done: Mapping[str, Any]) -> None:
     table = Table("scorer", "mean", "95 % interval", "prompts", "role", box=None, pad_edge=False, header_style="bold")
     for key, number in done["scores"].items():
         role = done["scorers"][key.partition("/")[0]]["role"]
-        table.add_row(
-            key, f"{number['mean']:.3f}", f"[{number['ci'][0]:.3f}, {number['ci'][1]:.3f}]", str(number["n"]), role
-        )
+        mean = f"{number['mean']:.3f}" if _known(number["mean"]) else "not scored"
+        ends = ", ".join(f"{end:.3f}" for end in number["ci"] if _known(end))
+        table.add_row(key, mean, f"[{ends}]" if ends else "", str(number["n"]), role)
     _console().print(table, markup=False)
 
 

@@ -46,6 +46,11 @@ class Judged:
         """The `scorer/metric` there are, in order of appearance."""
         return list(dict.fromkeys(self.table.scorer + "/" + self.table.metric))
 
+    def texts(self) -> list[str]:
+        """What was asked for in each of `images`."""
+        rows = self.table.loc[~self.table.duplicated(["prompt", "ordinal"])]
+        return [str(text) for text in rows.text.iloc[: len(self.images)]]
+
     def notes(self, scorer: str) -> list[str]:
         """What a scorer saw in each of `images`."""
         rows: pd.DataFrame = self.table.loc[self.table.scorer == scorer]

@@ -20,23 +20,30 @@ def grid(
     marks: Sequence[Sequence[bool | None]],
     titles: Sequence[str],
     columns: int = 4,
+    prompts: Sequence[str] = (),
 ) -> Image.Image:
     """One cell a sample, holding its versions side by side (same noise: before, after), each with a caption below.
 
     images: versions x (K, H, W, 3); captions and marks: versions x K; a mark colours its caption green or red.
+    prompts: what was asked for, written above each cell.
     """
     count, height, width = images[0].shape[:3]
     scale = max(1, 128 // width)
     w, h = width * scale, height * scale
     cell = len(images) * (w + PAD) + 2 * PAD
     rows = -(-count // columns)
-    sheet = Image.new("RGB", (columns * cell, rows * (h + LINE + PAD) + LINE + 2 * PAD), PAPER)
+    asked = LINE if prompts else 0
+    row = asked + h + LINE + PAD
+    sheet = Image.new("RGB", (columns * cell, rows * row + LINE + 2 * PAD), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for k in range(columns):
         for v, title in enumerate(titles):
             draw.text((k * cell + v * (w + PAD) + PAD, PAD), title, fill=FAINT, font=font)
     for k in range(count):
-        y = LINE + 2 * PAD + (k // columns) * (h + LINE + PAD)
+        y = LINE + 2 * PAD + (k // columns) * row + asked
+        if prompts:
+            words = prompts[k][: (cell - 2 * PAD) // 6]
+            draw.text(((k % columns) * cell + PAD, y - LINE), words, fill=INK, font=font)
         for v, version in enumerate(images):
             x = (k % columns) * cell + v * (w + PAD) + PAD
             sheet.paste(Image.fromarray(version[k]).resize((w, h), Image.Resampling.NEAREST), (x, y))

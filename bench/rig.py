@@ -95,12 +95,9 @@ class Rig:
 
     def _embed(self, who: Tensor) -> Cond:
         index = who.tolist()
-        missing = [i for i in dict.fromkeys(index) if i not in self._cache]
-        for start in range(0, len(missing), self.rows):
-            part = missing[start : start + self.rows]
-            made = self.model.encode([self.book[i].text for i in part])
-            for row, i in enumerate(part):
-                self._cache[i] = {key: value[row] for key, value in made.items()}
+        for i in dict.fromkeys(index):
+            if i not in self._cache:  # one at a time: in another company, after a resume, its last bits would differ
+                self._cache[i] = {key: value[0] for key, value in self.model.encode([self.book[i].text]).items()}
         first = self._cache[index[0]]
         return {key: torch.stack([self._cache[i][key] for i in index]) for key in first}
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 
 from . import checkpoint, evaluate, pictures, record, registry
 from .budget import Meter
@@ -81,11 +82,13 @@ def run(
     runs: Path,
     view: View,
     fresh: bool = False,
+    track: str | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Record:
     """Do what the configuration says, or go on where an earlier start of the same run was cut off.
 
     runs: the folder of run directories. fresh: forget what an earlier start of this run left.
+    track: a tracker that accelerate knows (tensorboard, wandb ...), given the numbers of every iteration.
     Raises UserError on what a person can mend, Interrupted when asked to stop.
     """
     home = runs / config.slug()
@@ -97,10 +100,10 @@ def run(
             if (home / "record.json").is_file():
                 view.say(f"this run is already done: {home} (--fresh does it again)")
                 return record.read(home / "record.json")
-            return _run(config, home, view, interrupted)
+            return _run(config, home, view, track, interrupted)
 
 
-def _run(config: Config, home: Path, view: View, interrupted: Callable[[], bool]) -> Record:
+def _run(config: Config, home: Path, view: View, track: str | None, interrupted: Callable[[], bool]) -> Record:
     wall = _Wall()
     card, task = find(config.model), registry.load("task", config.task)()
     with wall("load"):
@@ -165,6 +168,7 @@ def _run(config: Config, home: Path, view: View, interrupted: Callable[[], bool]
             "reward/errors": meter.errors,
         }
         log(numbers)
+        accelerator.log(numbers, step=rig.iteration)
         view.status(meter.fraction(), numbers)
         if int(meter.fraction() * MARKS) > facts["mark"]:
             mark()
@@ -181,6 +185,7 @@ def _run(config: Config, home: Path, view: View, interrupted: Callable[[], bool]
     finally:
         rig.close()
         log.close()
+        accelerator.end_training()
     if why == "interrupted":
         raise Interrupted(f"stopped after update {meter.updates}; the same command goes on from there")
     with wall("judge"):
@@ -309,12 +314,21 @@ class _Log:
         self._file.close()
 
 
-def _accelerator(precision: str) -> Any:
+def _accelerator(precision: str, track: str | None = None, home: Path | None = None) -> Any:
+    """The device and the trackers. The model casts by itself, so that differences and latents stay float32."""
     from accelerate import Accelerator
 
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("precision fp16 needs a CUDA device: --set precision=bf16 or fp32")
-    return Accelerator(mixed_precision="no")  # the model casts by itself: differences and latents stay float32
+    try:
+        accelerator = Accelerator(mixed_precision="no", log_with=track, project_dir=home)
+    except ValueError as error:
+        raise UserError(f"--track {track}: {error}") from None
+    if track and not accelerator.log_with:  # accelerate leaves out in silence what is not installed
+        raise Missing(f"the tracker {track!r} is not installed; tensorboard comes with: pip install 'gpobench[track]'")
+    if track:
+        accelerator.init_trackers("tracker")
+    return accelerator
 
 
 def _watched(view: View, name: str, total: float, work: Callable[[Callable[[int], None]], Judged]) -> Judged:
@@ -366,14 +380,22 @@ def _room(home: Path) -> Generator[None]:
         if free < ROOM:
             raise UserError(f"only {free // 2**20} MB are free at {near}; a run needs {ROOM // 2**20} MB")
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        if _full(error):
             raise UserError(
                 f"no space left at {home}: the last checkpoint is whole, the same command goes on from it"
             ) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise UserError(f"cannot write {error.filename or home}: {error.strerror}") from error
         raise
+
+
+def _full(error: Exception) -> bool:
+    """Does the error mean a full disk? safetensors says it in words, with the system's number."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"(os error {number})" in str(error) for number in full)
 
 
 def _cut(path: Path, iteration: int) -> None:
@@ -416,7 +438,8 @@ def _sheet(versions: Sequence[Judged], titles: Sequence[str], scorer: Scorer) ->
     for v in versions:
         values = v.table[(v.table.scorer == scorer.name) & (v.table.metric == metric)].value.iloc[:count]
         marks.append([bool(x == 1) if metric == "exact" else None for x in values])
-    return pictures.grid([v.images[:count] for v in versions], [v.notes(scorer.name) for v in versions], marks, titles)
+    images, notes = [v.images[:count] for v in versions], [v.notes(scorer.name) for v in versions]
+    return pictures.grid(images, notes, marks, titles, prompts=versions[0].texts())
 
 
 def _use(judges: Jury, meter: Meter) -> dict[str, record.ScorerUse]:

@@ -98,7 +98,9 @@ class Judging:
 
     def __post_init__(self) -> None:
         if self.test_images < 1 or self.validation_images < 1:
-            raise UserError(f"judging: at least one image a prompt, got {self.test_images} and {self.validation_images}")
+            raise UserError(
+                f"judging: at least one image a prompt, got {self.test_images} and {self.validation_images}"
+            )
 
 
 class Task(Protocol):

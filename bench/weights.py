@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -63,7 +64,11 @@ class Weights:
 
     def _add(self, name: str) -> None:
         current, self._current = self._current, ""
-        with torch.random.fork_rng(devices=[]):  # the copy's own random start is overwritten: leave no trace of it
+        with (
+            torch.random.fork_rng(devices=[]),
+            warnings.catch_warnings(),
+        ):  # its random start is overwritten: leave no trace
+            warnings.simplefilter("ignore", UserWarning)  # peft doubts that a second adapter is meant
             self.module.add_adapter(self.config, adapter_name=name)
         self.copies.append(name)
         for parameter in self._of(name):

@@ -12,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import json  # noqa: E402
+import signal  # noqa: E402
 import socket  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
@@ -168,7 +169,13 @@ class Commands:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        meanwhile(int(self._line()))
+        pid = int(self._line())
+        try:
+            meanwhile(pid)
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)
+            self._line()
+            raise
         return Ended(int(self._line()), out.read_text("utf-8"), err.read_text("utf-8"))
 
     def close(self) -> None:

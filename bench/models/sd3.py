@@ -145,7 +145,9 @@ class SD3:
         self.pipe.save_lora_weights(
             str(folder),
             transformer_lora_layers=self.weights.adapter(by),
-            transformer_lora_adapter_metadata=self.transformer.peft_config[LIVE].to_dict(),  # rank and alpha, for the loader
+            transformer_lora_adapter_metadata=self.transformer.peft_config[
+                LIVE
+            ].to_dict(),  # rank and alpha, for the loader
         )
 
     def load_adapter(self, folder: Path) -> None:

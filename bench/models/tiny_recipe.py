@@ -986,9 +986,8 @@ def publish(recipe: Tiny, parts: Parts, out: Path, *, seed: int, seconds: dict[s
 
 def _plain(autoencoder: AutoencoderKL) -> AutoencoderKL:
     """A copy without the compiled calls, which cannot be copied."""
-    copy = cast(
-        AutoencoderKL, AutoencoderKL.from_config(autoencoder.config)
-    )  # a pair only where unused kwargs are asked for
+    # from_config gives a pair only where the unused arguments are asked for
+    copy = cast(AutoencoderKL, AutoencoderKL.from_config(autoencoder.config))
     copy.load_state_dict(autoencoder.state_dict())
     return copy.eval()
 

@@ -139,7 +139,9 @@ def test_budgets_come_by_name_file_and_text(tmp_path: Path) -> None:
         assert load_budget(name).bounds() and load_budget(name).name == name
     file = tmp_path / "mine.toml"
     file.write_text("nfe = 100\nseconds = 2.5\n")
-    assert load_budget(str(file)).bounds() == load_budget("nfe=100, seconds=2.5").bounds() == {"nfe": 100, "seconds": 2.5}
+    assert (
+        load_budget(str(file)).bounds() == load_budget("nfe=100, seconds=2.5").bounds() == {"nfe": 100, "seconds": 2.5}
+    )
 
 
 @pytest.mark.parametrize(

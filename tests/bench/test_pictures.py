@@ -40,9 +40,7 @@ def test_before_stands_left_of_after() -> None:
     assert left.max() < right.min()
 
 
-@pytest.mark.parametrize(
-    ("mark", "ink"), [(True, pictures.GOOD), (False, pictures.BAD), (None, pictures.INK)]
-)
+@pytest.mark.parametrize(("mark", "ink"), [(True, pictures.GOOD), (False, pictures.BAD), (None, pictures.INK)])
 def test_a_mark_colours_its_caption(mark: bool | None, ink: tuple[int, int, int]) -> None:
     white = solid((255, 255, 255))
     seen = np.array(list(colours(pictures.grid([white], [["HELLO"]], [[mark]], [""], 1))))

@@ -34,7 +34,9 @@ def make(model: Any, redness: str) -> Any:
 
     def build(seed: int = 0, rows: int = 4, name: str = "Redness", **bounds: float) -> Rig:
         judge = scorer(f"{redness}:{name}")
-        rig = Rig(model, [Prompt(p) for p in BOOK], judge, Meter(Budget(**bounds or {"nfe": 1e9})), seed=seed, rows=rows)
+        rig = Rig(
+            model, [Prompt(p) for p in BOOK], judge, Meter(Budget(**bounds or {"nfe": 1e9})), seed=seed, rows=rows
+        )
         made.append(rig)
         return rig
 
@@ -158,9 +160,7 @@ def test_groups_charge_every_image_and_every_reward_call(make: Make) -> None:
     assert rig.meter.images == 24
 
 
-def test_what_was_refused_was_not_done(
-    make: Make, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_refused_was_not_done(make: Make, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, counted = make(nfe=10), count_rows(monkeypatch, model)
     with pytest.raises(Spent):
         rig.groups(1, 3, steps=4)

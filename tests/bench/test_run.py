@@ -127,9 +127,7 @@ def test_no_bound_is_passed_and_the_one_that_binds_is_named(
 
 @pytest.fixture(scope="module")
 def finished(tiny_pipe: Path, redness: str, tmp_path_factory: pytest.TempPathFactory) -> Record:
-    config = resolve(
-        "gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", sets=[*SETTINGS, "optim.ema=0.5"]
-    )
+    config = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", sets=[*SETTINGS, "optim.ema=0.5"])
     return running.run(config, runs=tmp_path_factory.mktemp("runs"), view=Silent())
 
 

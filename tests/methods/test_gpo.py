@@ -190,7 +190,9 @@ def test_the_method_owns_no_loop_optimiser_device_or_file() -> None:
     source = inspect.getsource(module)
     words = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
     words |= {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
-    imports = {a.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom | ast.Import) for a in n.names}
+    imports = {
+        a.name for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom | ast.Import) for a in n.names
+    }
     forbidden = {"cuda", "device", "backward", "Adam", "AdamW", "open", "Path", "save", "step", "randn", "manual_seed"}
     assert not forbidden & (words | imports)
     assert "torch.optim" not in source

@@ -79,9 +79,7 @@ def test_sampling_is_the_pipelines_own(tiny_pipe: Path, theirs: Any, redness: st
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
-def test_the_judge_sees_the_pipelines_own_pictures(
-    tiny_pipe: Path, theirs: Any, redness: str, guidance: float
-) -> None:
+def test_the_judge_sees_the_pipelines_own_pictures(tiny_pipe: Path, theirs: Any, redness: str, guidance: float) -> None:
     model = open_model(replace(find(str(tiny_pipe)), guidance=guidance), device="cpu")
     seen = judge(model, [Prompt(p) for p in PROMPTS], [scorer(f"{redness}:Redness")], images=1, seed=7, rows=2)
     start = torch.stack([noise(p, 0, 7, model.shape) for p in PROMPTS])
