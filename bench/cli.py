@@ -51,6 +51,9 @@ def run(
     budget: Annotated[
         str | None, typer.Option(help="A budget's name, a TOML file, or nfe=200000,seconds=600; default: the model's.")
     ] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="The scorer to train on; default: the task's, which is held out otherwise.")
+    ] = None,
     sets: Sets = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file of settings; --set wins over it.")] = None,
     out: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
@@ -65,11 +68,11 @@ def run(
 
     The same command goes on where it was cut off, and shows the result when it is done.
     """
-    _names(method=method, task=task, model=model)
+    _names(method=method, task=task, model=model, **({"scorer": reward} if reward else {}))
     with _clean_stdout() as answer, _view() as view, _asked_to_stop() as stopped:
         from .config import resolve
 
-        plan = resolve(method, task, model, seed=seed, budget=budget, config=config, sets=sets or ())
+        plan = resolve(method, task, model, seed=seed, budget=budget, reward=reward, config=config, sets=sets or ())
         if dry_run:
             answer(_mapping(plan.mapping(), out / plan.slug()) if not as_json else json.dumps(plan.mapping(), indent=1))
             return
@@ -181,6 +184,7 @@ def _names(**names: str) -> None:
     """Refuse a mistyped name before anything heavy is imported."""
     for kind, name in names.items():
         known = registry.entries(kind)
+        name = name.partition(":")[0] if kind == "scorer" and ".py:" not in name else name  # name:variant
         if name not in known and ".py:" not in name and not (kind == "model" and Path(name).is_dir()):
             raise registry.unknown(kind, name, known)
 

@@ -32,6 +32,7 @@ class Config:
     adapter: Adapter
     judging: Any  # spec.Judging
     precision: str  # fp32 | bf16 | fp16
+    reward: str  # the scorer to train on
 
     def mapping(self) -> Table:
         """Plain, printable, hashable: what --dry-run shows and the record keeps."""
@@ -45,6 +46,7 @@ class Config:
             "adapter": _plain(asdict(self.adapter)),
             "judging": _plain(asdict(self.judging)),
             "precision": self.precision,
+            "reward": self.reward,
         }
 
     def digest(self) -> str:
@@ -66,6 +68,7 @@ def resolve(
     *,
     seed: int = 0,
     budget: str | None = None,
+    reward: str | None = None,
     config: Path | None = None,
     sets: Iterable[str] = (),
 ) -> Config:
@@ -98,6 +101,7 @@ def resolve(
         adapter=build(Adapter, {**asdict(card.adapter), **_table("adapter", own["adapter"])}, prefix="adapter."),
         judging=build(Judging, {**asdict(judging), **_table("judging", own["judging"])}, prefix="judging."),
         precision=precision,
+        reward=reward or exam.reward(card.domain),
     )
 
 

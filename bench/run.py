@@ -63,9 +63,14 @@ class Jury:
         return "training" if scorer is self.training else "held-out" if scorer in self.held_out else "further"
 
 
-def jury(task: Task, domain: str, say: Callable[[str], None]) -> Jury:
-    """Make the scorers a task names; a further one that is not installed is left out and said, a needed one is an error."""
-    training, held = task.reward(domain), list(task.held_out(domain))
+def jury(task: Task, domain: str, say: Callable[[str], None], training: str = "") -> Jury:
+    """Make the scorers a task names; a further one that is not installed is left out and said, a needed one is an error.
+
+    training: the scorer to train on; when it is not the task's own, the task's own is held out.
+    """
+    own = task.reward(domain)
+    training = training or own
+    held = [name for name in dict.fromkeys((own, *task.held_out(domain))) if name != training]
     made = Jury(registry.scorer(training), [registry.scorer(name) for name in held])
     for name in task.scorers(domain):
         if name not in (training, *held):
@@ -108,7 +113,7 @@ def _run(config: Config, home: Path, view: View, track: str | None, interrupted:
     card, task = find(config.model), registry.load("task", config.task)()
     with wall("load"):
         evaluate.refuse_overlap(task, card.domain)
-        judges = jury(task, card.domain, view.say)
+        judges = jury(task, card.domain, view.say, config.reward)
         accelerator = _accelerator(config.precision)
         model = open_model(
             card, device=accelerator.device, precision=config.precision, adapter=config.adapter, seed=config.seed
@@ -474,7 +479,7 @@ def _toml(config: Config) -> str:
     budget = ",".join(f"{k}={v!r}" for k, v in config.budget.bounds().items())
     lines = [
         f"# gpobench run --method {config.method} --task {config.task} --model {config.model} "
-        f"--seed {config.seed} --budget {budget} --config config.toml"
+        f"--reward {config.reward} --seed {config.seed} --budget {budget} --config config.toml"
     ]
     tables = {
         "": {**mapping["settings"], "precision": config.precision},

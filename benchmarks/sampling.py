@@ -58,11 +58,15 @@ def main(rounds: int) -> None:
     rig.close()
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = sorted(r / b for r, b in zip(seconds["rig"], seconds["bare"], strict=True))
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {BATCH}, {STEPS} steps, {rounds} rounds in turn")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, batch {BATCH}, {STEPS} steps, {rounds} rounds in turn"
+    )
     for name, value in middle.items():
         print(f"{name:7s} {1000 * value / BATCH:6.2f} ms an image  {BATCH / value:7.1f} images/s")
     print(f"with decoding {BATCH / (middle['rig'] + middle['decode']):.1f} images/s")
-    print(f"rig / bare: median {statistics.median(ratios):.4f}, quartiles {ratios[len(ratios) // 4]:.4f} {ratios[3 * len(ratios) // 4]:.4f}")
+    print(
+        f"rig / bare: median {statistics.median(ratios):.4f}, quartiles {ratios[len(ratios) // 4]:.4f} {ratios[3 * len(ratios) // 4]:.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -25,22 +25,31 @@ def per_prompt(folder: Path, key: str) -> np.ndarray:
 def main(folders: list[Path]) -> None:
     runs = [(folder, record.read(folder / "record.json")) for folder in folders]
     first = runs[0][1]
-    if any((r.task, r.model, r.prompts, r.config["budget"]) != (first.task, first.model, first.prompts, first.config["budget"]) for _, r in runs):
+    if any(
+        (r.task, r.model, r.prompts, r.config["budget"])
+        != (first.task, first.model, first.prompts, first.config["budget"])
+        for _, r in runs
+    ):
         raise SystemExit("these runs differ in task, model, prompts or budget: not one table")
     print("| seed | scorer/metric | before | after | difference [95 %] | p | updates | images | nfe | training s |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for _, r in runs:
         for key, d in r.delta.items():
             s = r.spent
-            print(
-                f"| {r.seed} | {key} | {r.before[key].mean:.3f} | {r.after[key].mean:.3f} | {d.mean:+.3f} [{d.ci[0]:+.3f}, {d.ci[1]:+.3f}] "
-                f"| {'<.001' if d.p < 0.001 else f'{d.p:.3f}'} | {s['updates']:.0f} | {s['images']:,.0f} | {s['nfe']:,.0f} | {s['seconds']:.0f} |"
+            scores = (
+                f"{r.before[key].mean:.3f} | {r.after[key].mean:.3f} | {d.mean:+.3f} [{d.ci[0]:+.3f}, {d.ci[1]:+.3f}]"
             )
+            spent = f"{s['updates']:.0f} | {s['images']:,.0f} | {s['nfe']:,.0f} | {s['seconds']:.0f}"
+            print(f"| {r.seed} | {key} | {scores} | {'<.001' if d.p < 0.001 else f'{d.p:.3f}'} | {spent} |")
     for key in first.delta:
         over = stats.two_level([per_prompt(folder, key) for folder, _ in runs])
         before, after = (np.mean([getattr(r, phase)[key].mean for _, r in runs]) for phase in ("before", "after"))
-        print(f"| all {len(runs)} | {key} | {before:.3f} | {after:.3f} | {over.mean:+.3f} [{over.low:+.3f}, {over.high:+.3f}] | | | | | |")
-    print(f"\ncommit {first.provenance['revision'][:12]}, budget {first.config['budget']}, {first.provenance['machine']}, torch {first.provenance['versions']['torch']}")
+        interval = f"{over.mean:+.3f} [{over.low:+.3f}, {over.high:+.3f}]"
+        print(f"| all {len(runs)} | {key} | {before:.3f} | {after:.3f} | {interval} | | | | | |")
+    p = first.provenance
+    print(
+        f"\ncommit {p['revision'][:12]}, budget {first.config['budget']}, {p['machine']}, torch {p['versions']['torch']}"
+    )
     print("wall seconds by phase:", {r.seed: {k: round(v) for k, v in r.wall.items()} for _, r in runs})
 
 

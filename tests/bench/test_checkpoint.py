@@ -28,7 +28,17 @@ from gpobench.bench.spec import Optim, Prompt
 from gpobench.bench.train import optimiser
 from gpobench.methods.gpo import GPO
 
-SETTINGS = ("optim.epochs=1", "optim.minibatches=2", "optim.weight_decay=0", "prompts=4", "group=6", "optim.lr=1e-2", "optim.ema=0.5", "optim.warmup=5", "beta=1000")
+SETTINGS = (
+    "optim.epochs=1",
+    "optim.minibatches=2",
+    "optim.weight_decay=0",
+    "prompts=4",
+    "group=6",
+    "optim.lr=1e-2",
+    "optim.ema=0.5",
+    "optim.warmup=5",
+    "beta=1000",
+)
 BUDGET = "nfe=4000"  # some twenty iterations
 METHOD = GPO(optim=Optim(ema=0.5))
 

@@ -72,7 +72,7 @@ def test_nothing_but_the_rigs_own_numbers_is_random(make: Make) -> None:
 def test_draws_have_their_law(make: Make) -> None:
     rig = make()
     u, n, e = rig.uniform(4000, 0.25, 0.5), rig.normal(4000), rig.noise(40)
-    assert 0.25 <= float(u.min()) and float(u.max()) < 0.5 and abs(float(u.mean()) - 0.375) < 0.01
+    assert float(u.min()) >= 0.25 and float(u.max()) < 0.5 and abs(float(u.mean()) - 0.375) < 0.01
     assert abs(float(n.mean())) < 0.06 and abs(float(n.std()) - 1) < 0.05
     assert abs(float(e.mean())) < 0.04 and abs(float(e.std()) - 1) < 0.03
     assert len({round(float(v), 6) for v in n}) > 3900
