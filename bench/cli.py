@@ -111,7 +111,7 @@ def list_() -> None:
     table = Table("kind", "name", "what it is", box=None, pad_edge=False, header_style="bold")
     for kind in ("method", "task", "model", "scorer", "recipe"):
         for name in registry.entries(kind):
-            table.add_row(kind, name, registry.caption(kind, name))
+            table.add_row(kind, name, _model_line(name) if kind == "model" else registry.caption(kind, name))
     _console().print(table)
     _console().print("\nFields, defaults and source of one: [bold]gpobench show NAME[/]", highlight=False)
 
@@ -223,6 +223,13 @@ def _asked_to_stop() -> Generator[Callable[[], bool]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def _model_line(name: str) -> str:
+    from .card import find
+
+    card = find(name)
+    return f"{card.pipeline}, {card.width}x{card.height}, prompts of the domain {card.domain}; {card.licence}"
 
 
 def _console(stderr: bool = False) -> Any:
@@ -395,26 +402,44 @@ def _show(kind: str, name: str) -> None:
     source = made if inspect.isclass(made) or inspect.isfunction(made) else type(made)
     module = inspect.getmodule(source)
     console.print(f"[bold]{name}[/] ({kind})", highlight=False)
-    if kind != "model":
-        console.print((module.__doc__ or "").strip() if module else "", highlight=False, markup=False)
+    if kind != "model" and module:
+        console.print(_reflow(inspect.cleandoc(module.__doc__ or "")), highlight=False, markup=False)
     if dataclasses.is_dataclass(made):
-        default = made() if isinstance(made, type) else made
-        table = Table("field", "default", "type", box=None, pad_edge=False, header_style="bold")
-        for key, value, kind_of in _fields(default):
-            table.add_row(key, value, kind_of)
-        console.print(table)
+        table = Table("field", "default", "meaning", box=None, pad_edge=False, header_style="bold")
+        for row in _fields(made() if isinstance(made, type) else made):
+            table.add_row(*row)
+        console.print()
+        console.print(table, markup=False)
     if kind == "method" and (preset := preset_path(name)):
         console.print(f"\npreset {preset}", highlight=False, soft_wrap=True, style="dim")
-        console.print(preset.read_text("utf-8").strip(), highlight=False, markup=False)
-    console.print(f"source {inspect.getsourcefile(source)}\n", highlight=False, soft_wrap=True, style="dim")
+        console.print(preset.read_text("utf-8").strip(), highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\nsource {inspect.getsourcefile(source)}\n", highlight=False, soft_wrap=True, style="dim")
+
+
+def _reflow(text: str) -> str:
+    """Paragraphs as one line each, for the terminal to wrap at its own width; indented lines stay."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if lines and line and lines[-1] and not line.startswith(" ") and not lines[-1].startswith(" "):
+            lines[-1] += " " + line
+        else:
+            lines.append(line)
+    return "\n".join(lines)
 
 
 def _fields(value: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Name, default and the comment behind it, of a dataclass and those inside it."""
     import dataclasses
+    import inspect
+    import re
 
+    said = dict(re.findall(r"^    (\w+):[^#\n]*?  # (.*)$", inspect.getsource(type(value)), re.MULTILINE))
     for f in dataclasses.fields(value):
         own = getattr(value, f.name)
         if dataclasses.is_dataclass(own):
             yield from _fields(own, f"{prefix}{f.name}.")
         else:
-            yield f"{prefix}{f.name}", str(own), str(f.type)
+            literal = re.match(r"Literal\[(.*)\]", str(f.type))
+            choices = literal[1].replace("'", "").replace('"', "").replace(", ", " | ") if literal else ""
+            meaning = ": ".join(part for part in (choices, said.get(f.name, "")) if part)
+            yield f"{prefix}{f.name}", str(own), meaning

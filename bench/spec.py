@@ -120,9 +120,9 @@ class Task(Protocol):
 class Optim:
     """How the loop fits one collected batch."""
 
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 1e-4
+    lr: float = 3e-4  # of AdamW
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    weight_decay: float = 1e-4  # of AdamW
     epochs: int = 1  # passes over one collected batch
     minibatches: int = 2  # optimiser steps per pass
     micro: int = 0  # rows per backward pass; 0 takes a whole minibatch at once

@@ -24,7 +24,8 @@ from gpobench.bench.models.sd3 import SD3
 from gpobench.bench.record import Record
 from gpobench.bench.view import Silent
 
-SETTINGS = ["prompts=4", "group=6", "optim.lr=1e-2", "beta=1000"]
+SETTINGS = """optim.epochs=1 optim.minibatches=2 optim.weight_decay=0 optim.ema=0 optim.warmup=0 optim.lr=3e-3
+prompts=4 group=6 beta=30 noisy=0""".split()
 
 
 class Ears(Silent):
