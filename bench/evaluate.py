@@ -51,6 +51,10 @@ class Judged:
         rows = self.table.loc[~self.table.duplicated(["prompt", "ordinal"])]
         return [str(text) for text in rows.text.iloc[: len(self.images)]]
 
+    def reasons(self) -> list[str]:
+        """Why images could not be scored, each once."""
+        return [str(why) for why in dict.fromkeys(self.table.reason) if why]
+
     def notes(self, scorer: str) -> list[str]:
         """What a scorer saw in each of `images`."""
         rows: pd.DataFrame = self.table.loc[self.table.scorer == scorer]

@@ -232,7 +232,7 @@ def _run(config: Config, home: Path, view: View, track: str | None, interrupted:
         prompts={
             split: evaluate.prompts_hash(task.prompts(split, card.domain)) for split in ("train", "validation", "test")
         },
-        failures=rig.failures,
+        failures=list(dict.fromkeys([*rig.failures, *before.reasons(), *done.reasons()]))[-20:],
         wall=wall.seconds,
         provenance=record.provenance(
             device=str(accelerator.device), dtype=config.precision, weights=weights_hash(card)

@@ -179,7 +179,17 @@ def test_it_makes_the_model_better(make: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"group": 1}, {"group": 0}, {"prompts": 0}, {"beta": 0}, {"beta": -1}, {"steps": -1}, {"guidance": -1}]
+    "bad",
+    [
+        {"group": 1},
+        {"group": 0},
+        {"prompts": 0},
+        {"beta": 0},
+        {"beta": -1},
+        {"steps": -1},
+        {"guidance": -1},
+        {"noisy": 1.0},
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"gpo: .*{next(iter(bad))}"):
