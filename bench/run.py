@@ -114,7 +114,7 @@ def _run(config: Config, home: Path, view: View, track: str | None, interrupted:
     with wall("load"):
         evaluate.refuse_overlap(task, card.domain)
         judges = jury(task, card.domain, view.say, config.reward)
-        accelerator = _accelerator(config.precision)
+        accelerator = _accelerator(config.precision, track, home)
         model = open_model(
             card, device=accelerator.device, precision=config.precision, adapter=config.adapter, seed=config.seed
         )

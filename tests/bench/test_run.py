@@ -312,3 +312,29 @@ def test_parts_of_a_strangers_package_run(
     config = resolve("gpo", "foreign", str(tiny_pipe), budget="nfe=500", sets=SETTINGS)
     done = running.run(replace(config), runs=tmp_path / "runs", view=Silent())
     assert done.scorers["redness"].id == "stranger-bold" and done.task == "foreign" and done.spent["updates"] > 0
+
+
+def test_another_reward_holds_the_tasks_own_out(plan: Any, redness: str, tmp_path: Path) -> None:
+    config = plan(budget="nfe=300", reward=f"{redness}:Warmth")
+    assert config.digest() != plan(budget="nfe=300").digest()
+    done = running.run(config, runs=tmp_path, view=Silent())
+    assert {name: use.role for name, use in done.scorers.items()} == {"warmth": "training", "redness": "held-out"}
+    assert done.scorers["warmth"].calls == done.spent["images"] > 0 == done.scorers["redness"].calls
+
+
+def test_a_tracker_hears_every_iteration(plan: Any, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = running.run(plan(budget="nfe=600"), runs=tmp_path, view=Silent(), track="tensorboard")
+    events = EventAccumulator(str(next(Path(done.run_dir).rglob("events.out.*")).parent))
+    events.Reload()
+    lines = [json.loads(line) for line in (Path(done.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    heard = {e.step: e.value for e in events.Scalars("reward/mean")}
+    assert heard == pytest.approx({line["iteration"]: line["reward/mean"] for line in lines}) and len(heard) > 1
+
+
+@pytest.mark.parametrize(("track", "said"), [("nosuch", "--track nosuch"), ("comet_ml", "not installed")])
+def test_a_tracker_that_is_not_there_is_one_line(plan: Any, tmp_path: Path, track: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        running.run(plan(budget="nfe=300"), runs=tmp_path, view=Silent(), track=track)
+    assert "\n" not in str(error.value)
