@@ -102,6 +102,7 @@ def run(
         with _alone(home):
             if fresh:
                 _forget(home)
+            _same_ground(config, home)
             if (home / "record.json").is_file():
                 view.say(f"this run is already done: {home} (--fresh does it again)")
                 return record.read(home / "record.json")
@@ -363,6 +364,18 @@ def _forget(home: Path) -> None:
             shutil.rmtree(path)
         elif path.name != ".lock":
             path.unlink()
+
+
+def _same_ground(config: Config, home: Path) -> None:
+    """Refuse to go on, or to show a result, where the model's weights or the task changed behind the same name."""
+    card, task = find(config.model), registry.load("task", config.task)()
+    ground = json.dumps({"task": f"{task.name} {task.version}", "weights": weights_hash(card)})
+    path = home / "ground.json"
+    if path.is_file() and path.read_text("utf-8") != ground:
+        raise UserError(
+            f"the weights of {config.model} or the task {config.task} changed since {home} was begun: --fresh starts over"
+        )
+    write_atomically(path, lambda p: p.write_text(ground, "utf-8"))
 
 
 @contextmanager

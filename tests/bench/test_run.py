@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from gpobench.bench import evaluate, record
 from gpobench.bench import run as running
@@ -338,3 +339,18 @@ def test_a_tracker_that_is_not_there_is_one_line(plan: Any, tmp_path: Path, trac
     with pytest.raises(UserError, match=said) as error:
         running.run(plan(budget="nfe=300"), runs=tmp_path, view=Silent(), track=track)
     assert "\n" not in str(error.value)
+
+
+def test_other_weights_in_the_same_folder_are_another_run(plan: Any, tiny_pipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_pipe, folder)
+    config = plan(budget="nfe=300", model=folder)
+    first = running.run(config, runs=tmp_path / "runs", view=Silent())
+    assert running.run(config, runs=tmp_path / "runs", view=Silent()) == first
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="--fresh starts over"):
+        running.run(config, runs=tmp_path / "runs", view=Silent())
+    again = running.run(config, runs=tmp_path / "runs", view=Silent(), fresh=True)
+    assert again.provenance["weights"] != first.provenance["weights"]
