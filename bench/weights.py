@@ -64,10 +64,8 @@ class Weights:
 
     def _add(self, name: str) -> None:
         current, self._current = self._current, ""
-        with (
-            torch.random.fork_rng(devices=[]),
-            warnings.catch_warnings(),
-        ):  # its random start is overwritten: leave no trace
+        # The copy's own random start is overwritten: it should leave no trace.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # peft doubts that a second adapter is meant
             self.module.add_adapter(self.config, adapter_name=name)
         self.copies.append(name)

@@ -142,12 +142,11 @@ class SD3:
     def save_adapter(self, folder: Path, by: str = "live") -> None:
         """Write the LoRA so that plain `pipe.load_lora_weights(folder)` takes it."""
         assert self.weights is not None, "a model without adapter has nothing to save"
+        settings = self.transformer.peft_config[LIVE].to_dict()  # rank and alpha, for the loader
         self.pipe.save_lora_weights(
             str(folder),
             transformer_lora_layers=self.weights.adapter(by),
-            transformer_lora_adapter_metadata=self.transformer.peft_config[
-                LIVE
-            ].to_dict(),  # rank and alpha, for the loader
+            transformer_lora_adapter_metadata=settings,
         )
 
     def load_adapter(self, folder: Path) -> None:

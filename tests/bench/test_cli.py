@@ -76,6 +76,7 @@ def test_show_says_fields_defaults_preset_and_source(gpobench: Any, redness: str
         ({"method": "gppo"}, "unknown method 'gppo'; did you mean 'gpo'?"),
         ({"task": "orc"}, "unknown task 'orc'; did you mean 'ocr'?"),
         ({"model": "tinny"}, "unknown model 'tinny'; did you mean 'tiny'?"),
+        ({"reward": "raeder"}, "unknown scorer 'raeder'; did you mean 'reader'?"),
         ({"budget": "tinny"}, "unknown budget 'tinny'; did you mean 'tiny'?"),
         ({"budget": "nfes=4"}, "unknown currency 'nfes'; did you mean 'nfe'?"),
         ({"budget": "nfe=0"}, "nfe must be a finite number above zero, got 0"),
