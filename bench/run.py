@@ -371,11 +371,12 @@ def _same_ground(config: Config, home: Path) -> None:
     card, task = find(config.model), registry.load("task", config.task)()
     ground = json.dumps({"task": f"{task.name} {task.version}", "weights": weights_hash(card)})
     path = home / "ground.json"
-    if path.is_file() and path.read_text("utf-8") != ground:
+    if not path.is_file():
+        write_atomically(path, lambda p: p.write_text(ground, "utf-8"))
+    elif path.read_text("utf-8") != ground:
         raise UserError(
             f"the weights of {config.model} or the task {config.task} changed since {home} was begun: --fresh starts over"
         )
-    write_atomically(path, lambda p: p.write_text(ground, "utf-8"))
 
 
 @contextmanager
