@@ -17,7 +17,7 @@ from . import stats
 from .errors import UserError
 from .flow import ode
 from .rig import judged, pixels
-from .spec import Images, Judging, Model, Prompt, Scorer, Scores, Task
+from .spec import Images, Model, Prompt, Scorer, Scores, Task
 
 COLUMNS = ("prompt", "ordinal", "text", "scorer", "metric", "value", "reason", "note")
 INVALID = 0.005  # share of images that could not be scored above which a row is invalid
@@ -206,8 +206,3 @@ def refuse_overlap(task: Task, domain: str) -> None:
         if both:
             shown = "; ".join(repr(these[key]) for key in both[:3])
             raise UserError(f"task {task.name}: a {name} ({len(both)} in all): {shown}")
-
-
-def judging_hash(judging: Judging) -> str:
-    """Names an evaluation protocol."""
-    return hashlib.sha256(repr(judging).encode()).hexdigest()[:8]

@@ -102,14 +102,16 @@ def run(
         with _alone(home):
             if fresh:
                 _forget(home)
-            _same_ground(config, home)
+            weights = _same_ground(config, home)
             if (home / "record.json").is_file():
                 view.say(f"this run is already done: {home} (--fresh does it again)")
                 return record.read(home / "record.json")
-            return _run(config, home, view, track, interrupted)
+            return _run(config, home, weights, view, track, interrupted)
 
 
-def _run(config: Config, home: Path, view: View, track: str | None, interrupted: Callable[[], bool]) -> Record:
+def _run(
+    config: Config, home: Path, weights: str, view: View, track: str | None, interrupted: Callable[[], bool]
+) -> Record:
     wall = _Wall()
     card, task = find(config.model), registry.load("task", config.task)()
     with wall("load"):
@@ -235,9 +237,7 @@ def _run(config: Config, home: Path, view: View, track: str | None, interrupted:
         },
         failures=list(dict.fromkeys([*rig.failures, *before.reasons(), *done.reasons()]))[-20:],
         wall=wall.seconds,
-        provenance=record.provenance(
-            device=str(accelerator.device), dtype=config.precision, weights=weights_hash(card)
-        ),
+        provenance=record.provenance(device=str(accelerator.device), dtype=config.precision, weights=weights),
     )
     write_atomically(home / "README.md", lambda p: p.write_text(_card(finished, card), "utf-8"))
     record.write(home / "record.json", finished)  # last: its presence says that the run is whole
@@ -366,10 +366,14 @@ def _forget(home: Path) -> None:
             path.unlink()
 
 
-def _same_ground(config: Config, home: Path) -> None:
-    """Refuse to go on, or to show a result, where the model's weights or the task changed behind the same name."""
+def _same_ground(config: Config, home: Path) -> str:
+    """Refuse to go on, or to show a result, where the model's weights or the task changed behind the same name.
+
+    Returns the hash of the weights.
+    """
     card, task = find(config.model), registry.load("task", config.task)()
-    ground = json.dumps({"task": f"{task.name} {task.version}", "weights": weights_hash(card)})
+    weights = weights_hash(card)
+    ground = json.dumps({"task": f"{task.name} {task.version}", "weights": weights})
     path = home / "ground.json"
     if not path.is_file():
         write_atomically(path, lambda p: p.write_text(ground, "utf-8"))
@@ -377,6 +381,7 @@ def _same_ground(config: Config, home: Path) -> None:
         raise UserError(
             f"the weights of {config.model} or the task {config.task} changed since {home} was begun: --fresh starts over"
         )
+    return weights
 
 
 @contextmanager
