@@ -10,7 +10,24 @@ if TYPE_CHECKING:
     from .budget import Budget, Meter, Spent
     from .errors import Missing, UserError
     from .rig import Rig
-    from .spec import Groups, Judging, Method, Model, Moves, Optim, Pairs, Prompt, Scorer, Scores, Starts, Task
+    from .spec import (
+        Choice,
+        Even,
+        Groups,
+        Judging,
+        Log,
+        Method,
+        Model,
+        Moves,
+        Optim,
+        Pairs,
+        Prompt,
+        Scorer,
+        Scores,
+        Search,
+        Starts,
+        Task,
+    )
 
 _HOME = {
     "Budget": "budget",
@@ -19,13 +36,19 @@ _HOME = {
     "Missing": "errors",
     "UserError": "errors",
     "Rig": "rig",
-    **dict.fromkeys("Groups Judging Method Model Moves Optim Pairs Prompt Scorer Scores Starts Task".split(), "spec"),
+    **dict.fromkeys(
+        "Choice Even Groups Judging Log Method Model Moves Optim Pairs Prompt Scorer Scores Search Starts Task".split(),
+        "spec",
+    ),
 }
 
 __all__ = [
     "Budget",
+    "Choice",
+    "Even",
     "Groups",
     "Judging",
+    "Log",
     "Meter",
     "Method",
     "Missing",
@@ -37,6 +60,7 @@ __all__ = [
     "Rig",
     "Scorer",
     "Scores",
+    "Search",
     "Spent",
     "Starts",
     "Task",

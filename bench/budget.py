@@ -125,6 +125,18 @@ class Meter:
             if more and getattr(self, currency) + more > bound:
                 raise Spent(currency)
 
+    def affords(self, **each: float) -> int:
+        """How many times a spend of so much, by currency, still fits under every bound (seconds cannot be foreseen)."""
+        each = {**each, "flops": each.get("nfe", 0) * self.flops_a_forward}
+        fits = [
+            int((bound - getattr(self, currency)) // each[currency])
+            for currency, bound in self.budget.bounds().items()
+            if each.get(currency)
+        ]
+        if not fits:
+            raise UserError(f"the budget sets no bound on {', '.join(each)}: it affords any number of them")
+        return max(0, min(fits))
+
     def fraction(self) -> float:
         """How much of the bound that binds most is spent, from 0 to 1."""
         return min(1.0, max(getattr(self, currency) / bound for currency, bound in self.budget.bounds().items()))

@@ -184,7 +184,7 @@ def _names(**names: str) -> None:
     """Refuse a mistyped name before anything heavy is imported."""
     for kind, name in names.items():
         known = registry.entries(kind)
-        name = name.partition(":")[0] if kind == "scorer" and ".py:" not in name else name  # name:variant
+        name = name.partition(":")[0] if kind in ("scorer", "method") and ".py:" not in name else name  # name:variant
         if name not in known and ".py:" not in name and not (kind == "model" and Path(name).is_dir()):
             raise registry.unknown(kind, name, known)
 

@@ -57,7 +57,7 @@ class Config:
     def slug(self) -> str:
         """The run directory's name."""
         clean = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(self.model).name)
-        name = Path(self.method.rpartition(":")[0]).stem if ".py:" in self.method else self.method
+        name = Path(self.method.rpartition(":")[0]).stem if ".py:" in self.method else self.method.replace(":", "-")
         return f"{name}-{Path(self.task).name.replace(':', '-')}-{clean}-s{self.seed}-{self.digest()}"
 
 
@@ -74,10 +74,12 @@ def resolve(
 ) -> Config:
     """Field defaults < methods/NAME.toml [model] < [model.task] < --config FILE < --set key=value.
 
+    A method's name may carry a variant, `flow-grpo:fast`: then [fast], [fast.model] and [fast.model.task] come after [model.task].
     Raises UserError on an unknown name (with the nearest valid one), a value of the wrong type, an unreadable file.
     """
     from .spec import Judging
 
+    method = registry.canonical("method", method)
     kind = registry.load("method", method)
     exam = registry.load("task", task)()
     card = find(model)
@@ -134,7 +136,7 @@ def preset_path(method: str) -> Path | None:
     if ".py:" in method:
         path = Path(method.rpartition(":")[0]).with_suffix(".toml")
     else:
-        entry = registry.entries("method")[method]
+        entry = registry.entries("method")[method.partition(":")[0]]
         package, _, leaf = entry.value.partition(":")[0].rpartition(".")
         path = Path(str(resources.files(package))) / f"{leaf}.toml" if package else Path(f"{leaf}.toml")
     return path if path.is_file() else None
@@ -142,12 +144,31 @@ def preset_path(method: str) -> Path | None:
 
 def _preset(method: str, model: str, task: str) -> Table:
     path = preset_path(method)
-    section = _file(path).get(model, {}) if path else {}
-    tasks = registry.entries("task")
+    presets = _file(path) if path else {}
+    table = _section(presets, model, task)
+    variant = "" if ".py:" in method else method.partition(":")[2]
+    if variant:
+        if variant not in variants(method):
+            raise registry.unknown(f"variant of {method.partition(':')[0]}", variant, variants(method))
+        models = {*registry.entries("model"), model}
+        _merge(table, {key: value for key, value in presets[variant].items() if key not in models})
+        _merge(table, _section(presets[variant], model, task))
+    return table
+
+
+def _section(presets: Mapping[str, Any], model: str, task: str) -> Table:
+    """[model] without its tasks, then [model.task]."""
+    section, tasks = presets.get(model, {}), registry.entries("task")
     table: Table = {}
     _merge(table, {key: value for key, value in section.items() if key not in tasks})
     _merge(table, section.get(task, {}))
     return table
+
+
+def variants(method: str) -> list[str]:
+    """The variants a method's preset file names: its sections that are no model."""
+    path = preset_path(method)
+    return [key for key in (_file(path) if path else {}) if key not in registry.entries("model")]
 
 
 def _file(path: Path | None) -> Table:

@@ -12,6 +12,8 @@ Every kernel lands at  alpha(s) x0_hat + q eps_hat  and adds Gaussian noise of w
     cps    q = sqrt(sigma(s)^2 - std^2)            std = sigma(s) sin(eta pi / 2)                            Flow-CPS
     ddim   the same                                std = eta * the ancestral width                           DDPO
 
+`dpm2` is the ODE too, with a memory of one step.
+
 Coefficients are computed in float64 on (B,) times, tensors in float32 or better: half precision is raised first.
 Pure functions of tensors. Shapes: x, v, x0, eps (B, ...); t, s (B,) or (); t = time left of a step, s = time right of it.
 """
@@ -307,7 +309,30 @@ class Ddim:
         return land(path, x, v, t, a1, (s1**2 - std**2).clamp(min=0).sqrt(), std)
 
 
-ode = Ode()
+@dataclass(frozen=True)
+class Dpm2:
+    """DPM-Solver++(2M), midpoint (arXiv 2211.01095, Algorithm 2): the ODE with the last two estimates of x0.
+
+    With lambda = log(alpha / sigma), h = lambda(s) - lambda(t) and h' = lambda(t) - lambda(t') of the step before:
+    x_s = ode + (alpha(s) - sigma(s) alpha / sigma) (h / h') (x0_hat - x0_hat') / 2. A walk begins it, and ends it at
+    t = 0, with the first order, which is `ode`.
+    """
+
+    def __call__(self, path: Path, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Step:
+        return ode(path, x, v, t, s)
+
+    def second(self, path: Path, x: Tensor, v: Tensor, t: Tensor, s: Tensor, before: tuple[Tensor, Tensor]) -> Step:
+        """The second order; before = (x0_hat (B, ...), time (B,)) of the step before."""
+        x0, past = before
+        (a, sig, _, _), a1, s1, _ = _ends(path, t, s)
+        a2, sig2, _, _ = path(precise(past))
+        now, then, past_ = (alpha.log() - sigma.log() for alpha, sigma in ((a, sig), (a1, s1), (a2, sig2)))
+        factor = (a1 - s1 * a / sig) * (then - now) / (now - past_) / 2  # past at pure noise: (...) / inf = 0
+        first = ode(path, x, v, t, s)
+        return Step(first.mean + like(factor, x) * (split(path, x, v, t)[0] - x0), first.std)
+
+
+ode, dpm2 = Ode(), Dpm2()
 sde, dance, cps, ddim = Sde, Dance, Cps, Ddim
 
 

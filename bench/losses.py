@@ -55,6 +55,17 @@ def _mean(r: Tensor, finite: Tensor) -> Tensor:
 # Policy gradient
 
 
+def guarded(live_mean: Tensor, old_mean: Tensor, to: Tensor, std: Tensor) -> Tensor:
+    """(N,): GRPO-Guard's log-ratio, -mean (mu_old - mu_live) eps with eps = (to - mu_old) / std, of one transition each.
+
+    It is std (log rho + mean (mu_old - mu_live)^2 / (2 std^2)): centred, and of one scale on every step (arXiv 2510.22319).
+    A mean over elements of each transition, as verl-omni implements it; the authors' code averages over the whole batch.
+    to, old_mean and std (N, 1, ..., 1) are constants.
+    """
+    live, old = wide(live_mean), wide(old_mean.detach())
+    return -((old - live) * (wide(to.detach()) - old) / std.detach()).flatten(1).mean(1)
+
+
 def clipped(ratio: Tensor, adv: Tensor, eps: float) -> Tensor:
     """(N,): PPO's pessimistic surrogate as a loss, max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) (arXiv 1707.06347, Eq. 7)."""
     return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - eps, 1 + eps))
@@ -71,6 +82,67 @@ def flow_error(v: Tensor, target: Tensor) -> Tensor:
 def weighted_error(error: Tensor, weight: Tensor) -> Tensor:
     """(N,): weight * error with a constant weight: 1 = SFT, f(R) = RWR, an advantage = AWM at ratio 1 (arXiv 2509.25050)."""
     return weight.detach() * error
+
+
+def fits(
+    error: Tensor, t: Tensor, form: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber", p: float = 0.25
+) -> Tensor:
+    """(N,): AWM's stand-in for a log-likelihood, from flow errors d (N,) at times t (N,) (arXiv 2509.25050 and its code):
+
+    uniform -d        t -t d        t2 -t^2 d        huber -t (sqrt(d + 1e-10) - 1e-5)        ghuber -(t / p) ((d + 1e-10)^p - 1e-10^p)
+
+    The paper finds uniform best, the code's default is ghuber. Raises ValueError for another word.
+    """
+    d, t = wide(error), t.to(wide(error))
+    if form == "uniform":
+        return -d
+    if form in ("t", "t2"):
+        return -(t if form == "t" else t**2) * d
+    if form == "huber":
+        return -t * ((d + 1e-10).sqrt() - 1e-5)
+    if form != "ghuber":
+        raise ValueError(f"unknown form {form!r}: uniform, t, t2, huber or ghuber")
+    return -(t / p) * ((d + 1e-10) ** p - 1e-10**p)
+
+
+def reflected(plus: Tensor, minus: Tensor, x0: Tensor, good: Tensor) -> Tensor:
+    """(N,): DiffusionNFT's r l+ + (1 - r) l-, l = mean (x0_hat - x0)^2 / w with w = mean |x0_hat - x0| held constant.
+
+    plus, minus (N, ...): the estimates of x0 under v_old + b (v_live - v_old) and under its mirror image v_old - b (...);
+    good (N,): r, the probability that the image is a good one (arXiv 2509.16117, Eq. 5; the weight w is its code's).
+    """
+    return good * _self_normalised(plus, x0) + (1 - good) * _self_normalised(minus, x0)
+
+
+def _self_normalised(estimate: Tensor, x0: Tensor) -> Tensor:
+    gap = (wide(estimate) - wide(x0.detach())).flatten(1)
+    weight = precise(gap.detach()).abs().mean(1).clamp(min=1e-5).to(gap)
+    return gap.square().mean(1) / weight
+
+
+def goodness(advantage: Tensor, bound: float = 5.0) -> Tensor:
+    """Advantages of any shape -> r in [0, 1], 0 -> 1/2: clamp(A / (2 bound) + 1/2, 0, 1) (DiffusionNFT's code, bound 5)."""
+    return (wide(advantage).detach().clamp(-bound, bound) / (2 * bound) + 0.5).clamp(0, 1)
+
+
+def likelihood_weights(reward: Tensor, temperature: float) -> Tensor:
+    """(P, G): softmax of reward / temperature inside the group, times its number of known members: mean 1. NaN members get 0.
+
+    Reward-weighted regression as Flow-GRPO's paper defines its baseline (arXiv 2505.05470, App. C.1); its code weighs by the raw
+    reward instead. Raises ValueError when temperature is not above 0.
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, not {temperature}")
+    known = reward.isfinite()
+    logits = (wide(reward) / temperature).masked_fill(~known, -torch.inf)
+    weight = (logits - logits.amax(1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)).exp()
+    return weight * known.sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1e-30)
+
+
+def best(reward: Tensor) -> Tensor:
+    """(P, G) bool: the members at the group's maximum, all of them where several tie; NaN members never."""
+    known = reward.masked_fill(~reward.isfinite(), -torch.inf)
+    return reward.isfinite() & (known == known.amax(1, keepdim=True))
 
 
 def kl_velocity(live: Tensor, ref: Tensor) -> Tensor:
@@ -99,6 +171,7 @@ def gpo(
     *,
     gap_weight: bool = True,
     known: Tensor | None = None,
+    apart: Tensor | None = None,
 ) -> Tensor:
     """(P,): group preference optimisation from advantages and errors, all (P, G), all with the group's one (t, eps).
 
@@ -112,7 +185,8 @@ def gpo(
     s = 0 independent of beta (half the mean of A_i grad e_i: linear is twice that), so beta only sets how soon the loss
     saturates. With G = 2 and A = +1, -1, logsigmoid and unweighted pairwise are dpo / beta. A group with A = 0 has gradient
     0 exactly (and the constant loss log 2 / beta under logsigmoid). known (P, G) bool marks the members whose reward is a number:
-    pairwise leaves the others out of its pairs (their A = 0 is no rank); the other forms need no mask.
+    pairwise leaves the others out of its pairs (their A = 0 is no rank); the other forms need no mask. apart (P, G, G) bool
+    marks the pairs that pairwise may use, say those whose rewards differ enough.
     Raises ValueError for another link or beta <= 0.
     """
     if beta <= 0:
@@ -128,8 +202,30 @@ def gpo(
     pair = gap if gap_weight else (gap > 0).to(gap)
     if known is not None:
         pair = pair * (known[:, :, None] & known[:, None, :])
+    if apart is not None:
+        pair = pair * apart
     each = -logsigmoid(-beta / 2 * (s[:, :, None] - s[:, None, :])) / beta
     return 2 / (g * max(g - 1, 1)) * (pair * each).sum((1, 2))
+
+
+def dgpo(
+    advantage: Tensor, live: Tensor, ref: Tensor, beta: float, *, old: Tensor | None = None, clip: float = 0.0
+) -> Tensor:
+    """(P,): DGPO, mean_i w A_i e_i with w = sigmoid((beta / G) sum_i A_i s_i) held constant (arXiv 2510.08425, its code).
+
+    All (P, G), one (t, eps) a group. Its gradient is that of `gpo(link="logsigmoid")`; the value is not. With old (P, G) and
+    clip > 0, a member whose ratio exp(e_old - e_live) has already moved its own way by more than clip is held constant.
+    Raises ValueError when beta is not above 0.
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be positive, not {beta}")
+    a, live, g = wide(advantage).detach(), wide(live), live.shape[1]
+    weight = torch.sigmoid(beta / g * (a * (live - wide(ref)).detach()).sum(1, keepdim=True))
+    if old is not None and clip > 0:
+        ratio = (wide(old) - live).detach().exp()
+        moved = ((a > 0) & (ratio > 1 + clip)) | ((a <= 0) & (ratio < 1 - clip))
+        live = torch.where(moved, live.detach(), live)
+    return (weight * a * live).mean(1)
 
 
 def implicit_accuracy(reward: Tensor, live: Tensor, ref: Tensor) -> Tensor:

@@ -41,6 +41,28 @@ def entries(kind: str) -> dict[str, metadata.EntryPoint]:
     return found
 
 
+def canonical(kind: str, name: str) -> str:
+    """The name behind an alias: of several entry points with one target, the one that its file is called after.
+
+    `dpo` and `diffusion-dpo` are one method, methods/diffusion_dpo.py; a variant behind a colon stays: `dpo:offline`.
+    """
+    if ".py:" in name:
+        return name
+    base, colon, variant = name.partition(":")
+    known = entries(kind)
+    if base not in known:
+        return name
+    target = known[base].value
+    twins = [other for other, entry in known.items() if entry.value == target]
+    leaf = target.partition(":")[0].rpartition(".")[2].replace("_", "-")
+    return (leaf if leaf in twins else base) + colon + variant
+
+
+def aliases(kind: str, name: str) -> list[str]:
+    """The other names of a part."""
+    return [other for other in entries(kind) if other != name and canonical(kind, other) == name]
+
+
 def load(kind: str, reference: str) -> Any:
     """The object behind a name, or behind `path/to/file.py:Name`.
 
@@ -49,6 +71,9 @@ def load(kind: str, reference: str) -> Any:
     if ".py:" in reference:
         return _from_file(reference)
     known = entries(kind)
+    reference = (
+        reference.partition(":")[0] if kind == "method" else reference
+    )  # the variant is a matter of its settings
     if reference not in known:
         raise unknown(kind, reference, known)
     try:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .budget import Meter
-from .flow import Kernel, Path, Step, mix, ode
-from .losses import flow_error
-from .spec import Cond, Groups, Images, Model, Prompt, Scorer, Scores
+from .flow import Kernel, Path, Step, dpm2, error_scale, like, mix, ode, split
+from .losses import flow_error, informative
+from .spec import Cond, Groups, Images, Model, Moves, Prompt, Scorer, Scores
 
 
 class Rig:
@@ -102,17 +103,26 @@ class Rig:
         return {key: torch.stack([self._cache[i][key] for i in index]) for key in first}
 
     def velocity(
-        self, x: Tensor, t: Tensor, who: Tensor, *, by: str = "live", guidance: float = 1.0, role: str = ""
+        self,
+        x: Tensor,
+        t: Tensor,
+        who: Tensor,
+        *,
+        by: str = "live",
+        guidance: float = 1.0,
+        detach: bool = False,
+        role: str = "",
     ) -> Tensor:
         """(B, C, h, w), (B,) -> (B, C, h, w). Weights other than "live" carry no gradient.
 
-        by: live | ref | a copy that model.blend made. Charged: 1 a row, 3 where a backward follows, doubled by guidance.
+        by: live | ref | a copy that model.blend made. detach: no gradient through the unconditional branch of guidance.
+        Charged: 1 a row, 3 where a backward follows, doubled by guidance.
         """
         grad = torch.is_grad_enabled() and by == "live"
         each = (3 if grad else 1) * (1 if guidance == 1.0 else 2)
         self.meter.charge(nfe=len(x) * each, role=role or ("policy" if grad else by))
         with torch.set_grad_enabled(grad):
-            return self.model.velocity(x, t, self._embed(who), guidance=guidance, by=by)
+            return self.model.velocity(x, t, self._embed(who), guidance=guidance, by=by, detach=detach)
 
     def step(
         self,
@@ -124,10 +134,12 @@ class Rig:
         *,
         by: str = "live",
         guidance: float = 1.0,
+        detach: bool = False,
         role: str = "",
     ) -> Step:
         """One transition of the walk, charged as one velocity."""
-        return kernel(self.path, x, self.velocity(x, t, who, by=by, guidance=guidance, role=role), t, s)
+        v = self.velocity(x, t, who, by=by, guidance=guidance, detach=detach, role=role)
+        return kernel(self.path, x, v, t, s)
 
     @torch.no_grad()
     def walk(
@@ -138,36 +150,66 @@ class Rig:
         *,
         start: int = 0,
         of: int = 0,
+        times: Tensor | None = None,
         by: str = "live",
         guidance: float | None = None,
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Step, Tensor]]:
         """Walk the kernels from times(of)[start] on; yields (i, x, t, s, step, x_next) for each.
 
-        `of` is the number of steps of the whole grid; 0 lets the walk end at t = 0. guidance None is the protocol's.
+        `of` is the number of steps of the whole grid; 0 lets the walk end at t = 0. times (start + len(kernels) + 1,) is a
+        grid of one's own instead. guidance None is the protocol's.
         """
-        times = self.model.times(of or start + len(kernels)).to(x.device)
+        grid = (self.model.times(of or start + len(kernels)) if times is None else times).to(x.device)
         guidance = self.model.guidance if guidance is None else guidance
+        before: tuple[Tensor, Tensor] | None = (
+            None  # the last estimate of x0 and its time, for the solver that has a memory
+        )
         for i, kernel in enumerate(kernels, start):
-            t, s = times[i].expand(len(x)), times[i + 1].expand(len(x))
-            step = self.step(kernel, x, t, s, who, by=by, guidance=guidance, role="rollout")
-            to = step.mean if kernel is ode else step.draw(self.noise(len(x)))
+            t, s = grid[i].expand(len(x)), grid[i + 1].expand(len(x))
+            v = self.velocity(x, t, who, by=by, guidance=guidance, role="rollout")
+            if kernel == dpm2 and before is not None and float(grid[i + 1]) > 0:
+                step = dpm2.second(self.path, x, v, t, s, before)
+            else:
+                step = kernel(self.path, x, v, t, s)
+            before = (split(self.path, x, v, t)[0], t) if kernel == dpm2 else None
+            to = step.draw(self.noise(len(x))) if stochastic(kernel) else step.mean
             yield i, x, t, s, step, to
             x = to
 
     def sample(
-        self, x: Tensor, who: Tensor, *, steps: int = 0, start: int = 0, by: str = "live", guidance: float | None = None
+        self,
+        x: Tensor,
+        who: Tensor,
+        *,
+        steps: int = 0,
+        start: int = 0,
+        by: str = "live",
+        guidance: float | None = None,
+        kernel: Kernel = ode,
     ) -> Tensor:
-        """(B, C, h, w): the clean latent that the ODE reaches from x; 0 steps is the protocol's number."""
+        """(B, C, h, w): the clean latent that the kernel, the ODE by default, reaches from x; 0 steps is the protocol's number."""
         steps = steps or self.model.steps
         end = x
-        for *_, to in self.walk(x, who, [ode] * (steps - start), start=start, of=steps, by=by, guidance=guidance):
+        for *_, to in self.walk(x, who, [kernel] * (steps - start), start=start, of=steps, by=by, guidance=guidance):
             end = to
         return end
 
+    def error(self, v: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """(B,): mean squared difference of two velocities at t, in the units of what the model predicts.
+
+        An epsilon model's is the epsilon error: published betas and loss scales refer to it (`flow.error_scale`).
+        """
+        error = flow_error(v, target)
+        return (
+            error
+            if self.model.prediction == "velocity"
+            else error * like(error_scale(self.path, t, self.model.prediction), error)
+        )
+
     def errors(self, x0: Tensor, who: Tensor, t: Tensor, eps: Tensor, *by: str) -> list[Tensor]:
-        """Flow-matching error of x0 (B, C, h, w) noised to t (B,) by eps, under each set of weights; each (B,)."""
+        """Denoising error of x0 (B, C, h, w) noised to t (B,) by eps, under each set of weights; each (B,)."""
         x, target = mix(self.path, x0, eps, t)
-        return [flow_error(self.velocity(x, t, who, by=name), target) for name in by]
+        return [self.error(self.velocity(x, t, who, by=name), target, t) for name in by]
 
     # Rewards
 
@@ -177,19 +219,77 @@ class Rig:
 
     @torch.no_grad()
     def groups(
-        self, prompts: int, group: int, *, steps: int = 0, by: str = "live", guidance: float | None = None
+        self,
+        prompts: int,
+        group: int,
+        *,
+        steps: int = 0,
+        by: str = "live",
+        guidance: float | None = None,
+        kernel: Kernel = ode,
     ) -> Groups:
-        """Draw prompts, sample a group for each by the ODE and score it, the scorer at work beside the sampler."""
+        """Draw prompts, sample a group for each, by the ODE unless told otherwise, and score it, the scorer at work beside the sampler."""
         who = self.prompts(prompts)
         each = who.repeat_interleave(group)
         noise = self.noise(len(each))
         x0: list[Tensor] = []
         asked: list[Future[tuple[Scores, float]]] = []
         for part in torch.arange(len(each)).split(self.rows):
-            x0.append(self.sample(noise[part.to(noise.device)], each[part], steps=steps, by=by, guidance=guidance))
+            start = noise[part.to(noise.device)]
+            x0.append(self.sample(start, each[part], steps=steps, by=by, guidance=guidance, kernel=kernel))
             asked.append(self._ask(x0[-1], each[part]))
-        reward = torch.cat([self._answer(future) for future in asked])
-        return Groups(torch.cat(x0).unflatten(0, (prompts, group)), who, reward.view(prompts, group))
+        reward = torch.cat([self._answer(future) for future in asked]).view(prompts, group)
+        self._note_groups(reward)
+        return Groups(torch.cat(x0).unflatten(0, (prompts, group)), who, reward)
+
+    @torch.no_grad()
+    def moves(
+        self,
+        prompts: int,
+        group: int,
+        kernels: Sequence[Kernel],
+        *,
+        keep: Sequence[int] | None = None,
+        times: Tensor | None = None,
+        drop: bool = False,
+        shared: bool = False,
+        by: str = "live",
+        guidance: float | None = None,
+    ) -> tuple[Moves, Tensor]:
+        """Draw prompts, walk a group for each along the kernels, score the ends; (kept transitions, reward (P, G)).
+
+        keep: which steps are kept, the stochastic ones unless told otherwise. drop: log-probabilities in Flow-CPS's form
+        (`flow.Step.logp`). shared: one initial noise for the whole group. The advantages are 0 until `spec.credit` gives them.
+        Raises ValueError when a step without noise is to be kept: it has no log-probability.
+        """
+        keep = [i for i, kernel in enumerate(kernels) if stochastic(kernel)] if keep is None else keep
+        if not keep or not all(0 <= i < len(kernels) and stochastic(kernels[i]) for i in keep):
+            raise ValueError(f"steps {list(keep)} cannot be kept: a step without noise has no log-probability")
+        who = self.prompts(prompts)
+        each = who.repeat_interleave(group)
+        noise = self.noise(prompts).repeat_interleave(group, 0) if shared else self.noise(len(each))
+        kept: list[Moves] = []
+        asked: list[Future[tuple[Scores, float]]] = []
+        for part in torch.arange(len(each)).split(self.rows):
+            to = start = noise[part.to(noise.device)]
+            for i, x, t, s, step, to in self.walk(start, each[part], kernels, times=times, by=by, guidance=guidance):
+                if i in keep:
+                    kept.append(
+                        Moves(x, t, s, to, step.mean, step.logp(to, drop), torch.zeros_like(t), each[part], part)
+                    )
+            asked.append(self._ask(to, each[part]))
+        reward = torch.cat([self._answer(future) for future in asked]).view(prompts, group)
+        self._note_groups(reward)
+        return Moves(*(torch.cat([getattr(m, f.name) for m in kept]) for f in fields(Moves))), reward
+
+    def _note_groups(self, reward: Tensor) -> None:
+        self.note("reward/mean", reward.nanmean())
+        self.note("reward/spread", (reward - reward.nanmean(1, keepdim=True)).square().nanmean().sqrt())
+        self.note("groups/informative", informative(reward).float().mean())
+
+    def affords(self, **each: int) -> int:
+        """How many times this spend (nfe, images, reward_calls ...) still fits into the budget."""
+        return self.meter.affords(**each)
 
     def _ask(self, x0: Tensor, who: Tensor) -> Future[tuple[Scores, float]]:
         self.meter.charge(images=len(x0))
@@ -221,6 +321,11 @@ class Rig:
 
     def close(self) -> None:
         self._asking.shutdown(wait=True, cancel_futures=True)
+
+
+def stochastic(kernel: Kernel) -> bool:
+    """Does a step of this kernel draw noise?"""
+    return kernel not in (ode, dpm2)
 
 
 def pixels(images: Tensor) -> Images:

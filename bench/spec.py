@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import UserError
-from .flow import Path
+from .flow import Path, Prediction
 
 if TYPE_CHECKING:
     from .rig import Rig
@@ -39,6 +39,7 @@ class Model(Protocol):
 
     name: str
     path: Path
+    prediction: Prediction  # what its network says: errors are measured in these units
     shape: tuple[int, ...]  # of one latent, (C, h, w)
     guidance: float  # of the protocol: what sampling uses unless told otherwise
     steps: int  # of the protocol
@@ -50,8 +51,13 @@ class Model(Protocol):
 
     def encode(self, prompts: Sequence[str]) -> Cond: ...
 
-    def velocity(self, x: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, by: str = "live") -> Tensor:
-        """(B, C, h, w), (B,) -> (B, C, h, w) float32; guidance other than 1 costs a second evaluation."""
+    def velocity(
+        self, x: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, by: str = "live", detach: bool = False
+    ) -> Tensor:
+        """(B, C, h, w), (B,) -> (B, C, h, w) float32; guidance other than 1 costs a second evaluation.
+
+        detach: the unconditional branch of guidance is a constant.
+        """
         ...
 
     def decode(self, x0: Tensor) -> Tensor:
@@ -90,11 +96,12 @@ class Scorer(Protocol):
 
 @dataclass(frozen=True)
 class Judging:
-    """How a task is judged: images a prompt, and the seed of the evaluation noise."""
+    """How a task is judged: on which prompts, with how many images a prompt, and the seed of the evaluation noise."""
 
     test_images: int = 2
     validation_images: int = 1
     seed: int = 20_260_101
+    split: Literal["test", "validation"] = "test"  # what the result is judged on; settings are chosen on validation
 
     def __post_init__(self) -> None:
         if self.test_images < 1 or self.validation_images < 1:
@@ -141,11 +148,43 @@ class Optim:
             raise UserError(f"optim.ema and optim.betas must lie in [0, 1), got {self.ema} and {self.betas}")
 
 
+@dataclass(frozen=True)
+class Log:
+    """A number whose logarithm is uniform in [low, high]: learning rates, betas, clips."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Even:
+    """A number that is uniform in [low, high]."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of these, equally likely."""
+
+    options: tuple[Any, ...]
+
+
+Range = Log | Even | Choice
+
+
 class Method(Protocol):
     """A frozen dataclass: its fields are its hyper-parameters; collect pays for experience, loss learns from it."""
 
+    space: ClassVar[Mapping[str, Range]]  # what `gpobench tune` may draw: the key of a --set -> its range
+
     @property
     def optim(self) -> Optim: ...
+
+    def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
+        """Static nfe an image by role, every group teaching: what the meter must show. steps, guidance: the protocol's."""
+        ...
 
     def collect(self, rig: Rig) -> Any:
         """A batch: a dataclass of tensors that share their first dimension, the rows."""
@@ -153,6 +192,18 @@ class Method(Protocol):
 
     def loss(self, rig: Rig, batch: Any) -> Tensor:
         """A MEAN OVER ROWS, so that the loop may split rows for accumulation and data parallelism."""
+        ...
+
+
+@runtime_checkable
+class Search(Protocol):
+    """A method without training: it spends the budget on drawing better images at inference."""
+
+    def answer(self, rig: Rig, noise: Tensor, who: Tensor, images: int) -> Tensor:
+        """(B, C, h, w): latents for prompts who (B,), from this noise (B, C, h, w) and any more it draws.
+
+        images: how many will be asked for in all, so that the budget can be shared out.
+        """
         ...
 
 
@@ -179,7 +230,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Moves:
-    """N transitions x at t -> to at s, each with the credit it earned."""
+    """N transitions x at t -> to at s of the images of a rollout, each with the credit it earned."""
 
     x: Tensor  # (N, C, h, w)
     t: Tensor  # (N,)
@@ -189,6 +240,20 @@ class Moves:
     logp: Tensor  # (N,)
     adv: Tensor  # (N,)
     who: Tensor  # (N,)
+    image: Tensor  # (N,) which image of the rollout, p G + g
+
+
+def credit(moves: Moves, advantage: Tensor) -> Moves:
+    """The transitions with their image's advantage (P, G); those of images with advantage 0 are dropped.
+
+    Such an image lies in a group without spread, was not scored, or earned exactly the mean: a policy gradient would
+    multiply its transitions by 0 (Flow-GRPO's code drops them too).
+    """
+    each = advantage.flatten().cpu()
+    learn = (each != 0).nonzero().flatten()
+    rows = torch.isin(moves.image.cpu(), learn).nonzero().flatten()
+    kept = take(moves, rows)
+    return replace(kept, adv=each[kept.image.cpu()].to(moves.adv))
 
 
 @dataclass(frozen=True)
@@ -203,8 +268,12 @@ B = TypeVar("B")
 
 
 def take(batch: B, rows: Tensor) -> B:
-    """Some rows of a batch of any kind."""
-    return replace(batch, **{f.name: getattr(batch, f.name)[rows] for f in fields(batch)})  # type: ignore[type-var]
+    """Some rows of a batch of any kind, by index or by mask; batch and rows may lie on different devices."""
+    return replace(batch, **{f.name: _rows(getattr(batch, f.name), rows) for f in fields(batch)})  # type: ignore[type-var]
+
+
+def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    return tensor[rows.to(tensor.device)]
 
 
 def size(batch: Any) -> int:

@@ -25,6 +25,7 @@ class SD3:
     """A StableDiffusion3Pipeline behind the contract of `spec.Model`."""
 
     path = staticmethod(rectified)
+    prediction = "velocity"
 
     def __init__(self, card: Card, *, device: Any, precision: str, adapter: Adapter | None, seed: int = 0):
         self.card, self.name, self.device = card, card.name, torch.device(device)
@@ -88,7 +89,14 @@ class SD3:
         return {"text": embeds, "pooled": pooled}
 
     def velocity(
-        self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor], *, guidance: float = 1.0, by: str = "live"
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Mapping[str, Tensor],
+        *,
+        guidance: float = 1.0,
+        by: str = "live",
+        detach: bool = False,
     ) -> Tensor:
         """(B, C, h, w), (B,) -> (B, C, h, w) float32."""
         if self.weights is not None:
@@ -100,6 +108,7 @@ class SD3:
             torch.cat([empty[key].expand_as(cond[key]), cond[key]]) for key in ("text", "pooled")
         ]  # one pass for both branches, as the pipeline does
         plain, asked = self._forward(torch.cat([x, x]), torch.cat([t, t]), *both).chunk(2)
+        plain = plain.detach() if detach else plain
         return plain + guidance * (asked - plain)
 
     def _forward(self, x: Tensor, t: Tensor, text: Tensor, pooled: Tensor) -> Tensor:
