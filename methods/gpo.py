@@ -12,23 +12,38 @@ with one timestep and one noise for the whole group. "logsigmoid" is the default
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from math import nan
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from ..bench.errors import UserError
 from ..bench.flow import mix
-from ..bench.losses import flow_error, gpo, implicit_accuracy, informative, kl_velocity, standardise
+from ..bench.losses import gpo, implicit_accuracy, informative, standardise
 from ..bench.rig import Rig
-from ..bench.spec import Groups, Optim, take
+from ..bench.spec import Even, Log, Optim, Range, take
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """P groups of G images with what each image weighs."""
+
+    x0: Tensor  # (P, G, C, h, w)
+    who: Tensor  # (P,)
+    reward: Tensor  # (P, G); NaN where the image could not be scored
+    adv: Tensor  # (P, G); 0 there
 
 
 @dataclass(frozen=True)
 class GPO:
     """The fields are the hyper-parameters; `collect` is the algorithm, `loss` its equation."""
 
+    space: ClassVar[Mapping[str, Range]] = {
+        "optim.lr": Log(1e-4, 1e-3),
+        "beta": Log(10, 1000),
+        "noisy": Even(0, 0.8),
+    }
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-5))
     prompts: int = 8  # groups an iteration
     group: int = 24  # images a prompt
@@ -36,6 +51,7 @@ class GPO:
     link: Literal["logsigmoid", "pairwise", "linear"] = "logsigmoid"
     std: Literal["group", "global", "none"] = "group"  # what rewards are divided by
     gap_weight: bool = True  # link "pairwise": weigh a pair by its gap; False is plain all-pairs DPO
+    gap: float = 0.0  # link "pairwise": only pairs whose rewards differ by more than this
     kl: float = 0.0  # weight of mean (v_live - v_ref)^2
     noisy: float = 0.0  # t is drawn from [noisy, 1]: few-step images are a little blurred, low noise would teach that
     steps: int = 0  # of the rollout; 0 is the protocol's number
@@ -46,20 +62,22 @@ class GPO:
             raise UserError(f"gpo: a group needs at least two images to compare, got group={self.group}")
         if self.prompts < 1 or self.beta <= 0:
             raise UserError(f"gpo: prompts must be at least 1 and beta above 0, got {self.prompts} and {self.beta}")
-        if self.steps < 0 or self.guidance < 0 or self.kl < 0:
-            raise UserError("gpo: steps, guidance and kl must not be negative")
+        if self.steps < 0 or self.guidance < 0 or self.kl < 0 or self.gap < 0:
+            raise UserError("gpo: steps, guidance, kl and gap must not be negative")
         if not 0 <= self.noisy < 1:
             raise UserError(f"gpo: noisy is a time in [0, 1), got {self.noisy}")
 
-    def collect(self, rig: Rig) -> Groups:
-        """Sample and score P groups; keep those whose images differ in reward; standardise. An unscored image stays NaN."""
-        groups = rig.groups(self.prompts, self.group, steps=self.steps, guidance=self.guidance or None)
-        rig.note("reward/mean", groups.reward.nanmean())
-        rig.note("groups/informative", informative(groups.reward).float().mean())
-        advantage = standardise(groups.reward, self.std).where(groups.reward.isfinite(), nan)
-        return take(replace(groups, reward=advantage), informative(groups.reward))
+    def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
+        passes, t = 1 if (self.guidance or guidance) == 1 else 2, self.optim.epochs
+        return {"rollout": (self.steps or steps) * passes, "policy": 3 * t, "ref": t}
 
-    def loss(self, rig: Rig, batch: Groups) -> Tensor:
+    def collect(self, rig: Rig) -> Weighed:
+        """Sample and score P groups; keep those whose images differ in reward; standardise."""
+        groups = rig.groups(self.prompts, self.group, steps=self.steps, guidance=self.guidance or None)
+        batch = Weighed(groups.x0, groups.who, groups.reward, standardise(groups.reward, self.std))
+        return take(batch, informative(groups.reward))
+
+    def loss(self, rig: Rig, batch: Weighed) -> Tensor:
         """-log sigmoid(-(beta / G) sum_i A_i s_i) / beta, averaged over groups; s_i from one (t, eps) a group."""
         t = self.noisy + (1 - self.noisy) * rig.normal(len(batch.who)).sigmoid()
         t = t.repeat_interleave(self.group)
@@ -67,10 +85,13 @@ class GPO:
         who = batch.who.repeat_interleave(self.group)
         x, target = mix(rig.path, batch.x0.flatten(0, 1), eps, t)
         v, v_ref = (rig.velocity(x, t, who, by=by) for by in ("live", "ref"))
-        live, ref = (flow_error(u, target).view_as(batch.reward) for u in (v, v_ref))
+        live, ref = (rig.error(u, target, t).view_as(batch.reward) for u in (v, v_ref))
         rig.note("policy/accuracy", implicit_accuracy(batch.reward, live, ref))
-        drift = kl_velocity(v, v_ref).mean()
+        drift = rig.error(v, v_ref, t).mean()
         rig.note("policy/kl", drift)
-        known, advantage = batch.reward.isfinite(), batch.reward.nan_to_num()
-        each = gpo(advantage, live, ref, self.beta, self.link, gap_weight=self.gap_weight, known=known)
+        known, gaps = batch.reward.isfinite(), batch.reward[:, :, None] - batch.reward[:, None, :]
+        each = gpo(
+            batch.adv, live, ref, self.beta, self.link,
+            gap_weight=self.gap_weight, known=known, apart=gaps > self.gap,
+        )  # fmt: skip
         return each.mean() + self.kl * drift

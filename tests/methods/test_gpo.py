@@ -16,14 +16,14 @@ from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.card import SMALL, Adapter, find
 from gpobench.bench.errors import UserError
 from gpobench.bench.flow import mix
-from gpobench.bench.losses import dpo, flow_error
+from gpobench.bench.losses import dpo, flow_error, standardise
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.rig import Rig
-from gpobench.bench.spec import Groups, Optim, Prompt
+from gpobench.bench.spec import Optim, Prompt
 from gpobench.bench.train import optimiser, train
 from gpobench.methods import gpo as module
-from gpobench.methods.gpo import GPO
+from gpobench.methods.gpo import GPO, Weighed
 
 BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle", "a photo"]
 
@@ -47,7 +47,7 @@ def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
         rig.close()
 
 
-def keyed_loss(method: GPO, rig: Rig, batch: Groups) -> torch.Tensor:
+def keyed_loss(method: GPO, rig: Rig, batch: Weighed) -> torch.Tensor:
     with rig.keyed(torch.arange(len(batch.who)) + 5):
         return method.loss(rig, batch)
 
@@ -66,8 +66,8 @@ def test_a_group_of_two_is_diffusion_dpo_over_beta(make: Any, link: Any) -> None
     rig = make(push=0.05)
     method = GPO(prompts=4, group=2, beta=50.0, link=link, gap_weight=False)
     drawn = method.collect(rig)
-    sign = drawn.reward.sign()
-    batch = Groups(drawn.x0, drawn.who, sign)
+    sign = drawn.adv.sign()
+    batch = Weighed(drawn.x0, drawn.who, sign, sign)
     assert sign.abs().min() == 1
     got = keyed_loss(method, rig, batch)
 
@@ -105,14 +105,14 @@ def test_a_group_is_informative_when_two_of_its_scored_images_differ(
 ) -> None:
     rig, nan = make(), math.nan
     reward = torch.tensor([[1, 1, 1.0], [0, 1, 2], [nan, nan, 1], [nan, 0, 2], [nan, nan, nan]])
-    x0 = rig.noise(15).unflatten(0, (5, 3))
-    monkeypatch.setattr(rig, "groups", lambda *a, **k: Groups(x0, torch.arange(5), reward))
+    monkeypatch.setattr(rig, "_answer", lambda future: reward.flatten())
+    monkeypatch.setattr(rig, "prompts", lambda n: torch.arange(n))
     batch = GPO(prompts=5, group=3).collect(rig)
     assert batch.who.tolist() == [1, 3] and rig.mean("groups/informative") == pytest.approx(0.4)
-    assert torch.equal(batch.x0, x0[[1, 3]])
+    assert torch.equal(batch.reward.nan_to_num(-1), reward[[1, 3]].nan_to_num(-1))
     a = math.sqrt(1.5)
-    assert torch.allclose(batch.reward[0], torch.tensor([-a, 0, a]), atol=1e-3)
-    assert batch.reward[1].isnan().tolist() == [True, False, False]
+    assert torch.allclose(batch.adv[0], torch.tensor([-a, 0, a]), atol=1e-3)
+    assert batch.reward[1].isnan().tolist() == [True, False, False] and batch.adv[1, 0] == 0
 
 
 @pytest.mark.parametrize("link", ["logsigmoid", "pairwise", "linear"])
@@ -125,7 +125,8 @@ def test_an_image_without_a_score_teaches_nothing(make: Any, link: Any) -> None:
     other[0, 0] += 1
 
     def gradient(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        batch = Groups(x, torch.tensor([2]), torch.tensor([[math.nan, -1.0, 1.0]]))
+        reward = torch.tensor([[math.nan, -1.0, 1.0]])
+        batch = Weighed(x, torch.tensor([2]), reward, standardise(reward))
         loss = keyed_loss(method, rig, batch)
         assert bool(loss.isfinite())
         return torch.autograd.grad(loss, rig.model.parameters())
@@ -148,6 +149,22 @@ def test_one_step_makes_the_better_image_likelier(make: Any, link: Any) -> None:
     assert bool(after.isfinite())
 
 
+def test_pairs_closer_than_the_gap_are_left_out(make: Any) -> None:
+    """Of the rewards 0, 0.1 and 1 a gap of 0.2 leaves the two pairs with the last one."""
+    rig, method = make(push=0.05), GPO(prompts=1, group=3, beta=20.0, link="pairwise", gap_weight=False, gap=0.2)
+    reward = torch.tensor([[0.0, 0.1, 1.0]])
+    batch = Weighed(rig.noise(3)[None], torch.tensor([2]), reward, standardise(reward))
+    loss = keyed_loss(method, rig, batch)
+    with rig.keyed(torch.arange(1) + 5):
+        t = rig.normal(1).sigmoid().repeat(3)
+        eps = rig.noise(1).repeat_interleave(3, 0)
+    live, ref = rig.errors(batch.x0[0], torch.tensor([2, 2, 2]), t, eps, "live", "ref")
+    pairs = [dpo(live[2:], ref[2:], live[i : i + 1], ref[i : i + 1], 20.0) / 20.0 for i in (0, 1)]
+    assert float(loss.detach()) == pytest.approx(float(sum(pairs).detach() / 3), rel=1e-4)  # type: ignore[union-attr]
+    wide = GPO(prompts=1, group=3, beta=20.0, link="pairwise", gap_weight=False, gap=2.0)
+    assert float(keyed_loss(wide, rig, batch).detach()) == 0
+
+
 @pytest.mark.parametrize("guidance", [0.0, 4.5])
 def test_the_static_cost_is_what_the_meter_shows(make: Any, guidance: float) -> None:
     """One iteration: P G steps (twice that with guidance) to sample, then 3 P G with a backward and P G reference."""
@@ -159,6 +176,7 @@ def test_the_static_cost_is_what_the_meter_shows(make: Any, guidance: float) -> 
     )  # fmt: skip
     pg = 12
     expected = {"rollout": pg * 5 * (2 if guidance else 1), "policy": 2 * 3 * pg, "ref": 2 * pg}
+    assert expected == {role: pg * each for role, each in method.cost(rig.model.steps, rig.model.guidance).items()}
     assert dict(rig.meter.roles) == expected and rig.meter.images == rig.meter.reward_calls == pg
 
 
