@@ -111,7 +111,9 @@ def list_() -> None:
     table = Table("kind", "name", "what it is", box=None, pad_edge=False, header_style="bold")
     for kind in ("method", "task", "model", "scorer", "recipe"):
         for name in registry.entries(kind):
-            table.add_row(kind, name, _model_line(name) if kind == "model" else registry.caption(kind, name))
+            if registry.canonical(kind, name) == name:
+                said = _model_line(name) if kind == "model" else registry.caption(kind, name)
+                table.add_row(kind, name, said + _also(kind, name))
     _console().print(table)
     _console().print("\nFields, defaults and source of one: [bold]gpobench show NAME[/]", highlight=False)
 
@@ -223,6 +225,15 @@ def _asked_to_stop() -> Generator[Callable[[], bool]]:
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+
+
+def _also(kind: str, name: str) -> str:
+    """The other names of a part, and the variants of a method."""
+    from .config import variants
+
+    parts = [f"alias {alias}" for alias in registry.aliases(kind, name)]
+    parts += [f"{name}:{variant}" for variant in (variants(name) if kind == "method" else ())]
+    return f" [{', '.join(parts)}]".replace("[", "\\[") if parts else ""
 
 
 def _model_line(name: str) -> str:

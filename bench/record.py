@@ -130,10 +130,13 @@ def provenance(**more: Any) -> dict[str, Any]:
 
 
 def revision() -> str:
-    """The git commit of this package's checkout, `-dirty` when files differ from it; "" when it is no checkout."""
+    """The git commit of this package's checkout, `-dirty` when files differ from it.
+
+    Where it is no checkout (a container, a wheel), what the environment's GPOBENCH_REVISION says; "" when that is silent too.
+    """
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return ""
+        return os.environ.get("GPOBENCH_REVISION", "")
     try:
         say = ["git", "-C", str(root)]
         commit = subprocess.run([*say, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)

@@ -155,3 +155,32 @@ def test_what_a_run_wrote_down_is_the_same_run(tiny_pipe: Path, redness: str, tm
         assert again.digest() == first.digest()
         assert asdict(again.settings) == asdict(first.settings)  # a file is loaded anew, its classes are new too
         assert again.adapter == first.adapter and again.judging == first.judging
+
+
+def test_a_variant_is_the_preset_with_its_section_on_top() -> None:
+    plain, variant = (resolve(name, "ocr", "tiny") for name in ("gpo", "gpo:unstandardised"))
+    assert plain.settings.std == "group" and variant.settings.std == "none"
+    assert variant.settings.noisy == plain.settings.noisy  # what [tiny] says still holds
+    assert variant.digest() != plain.digest() and variant.slug().startswith("gpo-unstandardised-ocr-tiny-s0-")
+    assert resolve("gpo:unstandardised", "ocr", "tiny", sets=["std=global"]).settings.std == "global"
+    with pytest.raises(UserError, match="unknown variant of gpo 'unstandardized'; did you mean 'unstandardised'"):
+        resolve("gpo:unstandardized", "ocr", "tiny")
+
+
+def test_a_variant_has_sections_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpobench.bench import config
+
+    file = tmp_path / "gpo.toml"
+    file.write_text(
+        "[tiny]\nbeta = 1\nkl = 1\ngroup = 4\n[tiny.ocr]\nkl = 2\nnoisy = 0.5\n"
+        "[fast]\nbeta = 3\ngroup = 6\nnoisy = 0.1\n[fast.tiny]\ngroup = 7\n[fast.tiny.ocr]\nnoisy = 0.2\n[fast.sd35m]\nbeta = 9\n"
+    )
+    monkeypatch.setattr(config, "preset_path", lambda method: file)
+    s = resolve("gpo:fast", "ocr", "tiny").settings
+    assert (s.beta, s.kl, s.group, s.noisy) == (3, 2, 7, 0.2)
+    assert config.variants("gpo") == ["fast"]
+
+
+def test_an_alias_is_the_same_run() -> None:
+    first, second = (resolve(name, "ocr", "tiny") for name in ("diffusion-dpo", "dpo"))
+    assert first.slug() == second.slug() and first.mapping() == second.mapping()

@@ -103,3 +103,14 @@ def test_parts_come_from_files(tmp_path: Path, redness: str) -> None:
         registry.load("task", f"{broken}:Paint")
     with pytest.raises(Missing, match="pip install absent"):
         registry.scorer(f"{redness}:Absent")
+
+
+def test_an_alias_is_the_same_part_under_its_own_name() -> None:
+    assert registry.canonical("method", "dpo") == registry.canonical("method", "diffusion-dpo") == "diffusion-dpo"
+    assert registry.canonical("method", "grpo:fast") == "flow-grpo:fast"
+    assert registry.canonical("method", "gpo") == "gpo" and registry.canonical("model", "tiny") == "tiny"
+    assert registry.canonical("method", "a/file.py:Name") == "a/file.py:Name"
+    assert registry.canonical("method", "no-such-name") == "no-such-name"
+    assert registry.aliases("method", "diffusion-nft") == ["nft"] and registry.aliases("method", "gpo") == []
+    for name in registry.entries("method"):  # no chain of aliases
+        assert registry.canonical("method", registry.canonical("method", name)) == registry.canonical("method", name)

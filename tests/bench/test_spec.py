@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gpobench.bench.errors import UserError
-from gpobench.bench.spec import Groups, Judging, Moves, Optim, Pairs, Prompt, Starts, size, take
+from gpobench.bench.spec import Groups, Judging, Moves, Optim, Pairs, Prompt, Starts, credit, size, take
 
 
 def batch(kind: Any, rows: int) -> Any:
@@ -44,3 +44,24 @@ def test_a_judge_without_images_is_refused(bad: dict[str, int]) -> None:
 
 def test_prompts_do_not_share_their_facts() -> None:
     assert Prompt("a").meta is not Prompt("b").meta
+
+
+def test_rows_are_taken_by_index_and_by_mask_from_any_device() -> None:
+    batch = Groups(torch.arange(12.0).view(3, 4), torch.arange(3), torch.zeros(3, 4))
+    assert take(batch, torch.tensor([2, 0])).who.tolist() == [2, 0]
+    assert take(batch, torch.tensor([True, False, True])).who.tolist() == [0, 2] and size(batch) == 3
+    far = Groups(
+        torch.empty(3, 4, device="meta"), torch.arange(3), torch.zeros(3, 4)
+    )  # latents elsewhere than the prompts
+    part = take(far, torch.tensor([1, 2]))
+    assert part.x0.device.type == "meta" and part.x0.shape == (2, 4) and part.who.tolist() == [1, 2]
+
+
+def test_credit_gives_each_transition_its_images_advantage() -> None:
+    n, image = 6, torch.tensor([0, 1, 2, 0, 1, 2])
+    zeros = torch.zeros(n)
+    moves = Moves(torch.arange(n), zeros, zeros, zeros, zeros, zeros, zeros, image, image)
+    kept = credit(moves, torch.tensor([[0.5, 0.0, -2.0]]))
+    assert kept.image.tolist() == [0, 2, 0, 2] and kept.adv.tolist() == [0.5, -2.0, 0.5, -2.0]
+    assert kept.x.tolist() == [0, 2, 3, 5]
+    assert size(credit(moves, torch.zeros(1, 3))) == 0

@@ -1,0 +1,347 @@
+"""Every method on one task and one model under one budget, several seeds: the runs, and docs/methods.md made of them.
+
+    python benchmarks/methods.py run --jobs 2          # all rows, three seeds; goes on where it was cut off
+    python benchmarks/methods.py table                 # docs/methods.md, docs/methods.png, docs/near-ties.png
+    python benchmarks/methods.py run --only gpo,sft --seeds 1 --budget nfe=20000
+
+The runs judge on validation prompts: methods are compared while they are developed, and the test prompts stay unseen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import re
+import subprocess
+import sys
+import tokenize
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from gpobench.bench import config, record, registry, stats
+from gpobench.bench.card import find
+from gpobench.bench.spec import Search
+
+TASK, MODEL, IMAGES = "ocr", "tiny", 4
+HERE = Path(__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-c", "from gpobench.bench.cli import main; main()"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: a label, a method (with its variant) and the settings that make it another one."""
+
+    label: str
+    method: str
+    sets: tuple[str, ...] = ()
+
+
+METHODS = [
+    Row("gpo", "gpo"),
+    Row("dgpo", "dgpo"),
+    Row("diffusion-dpo", "diffusion-dpo"),
+    Row("diffusion-nft", "diffusion-nft"),
+    Row("awm", "awm"),
+    Row("flow-grpo", "flow-grpo"),
+    Row("flow-grpo:fast", "flow-grpo:fast"),
+    Row("mix-grpo", "mix-grpo"),
+    Row("mix-grpo:flash", "mix-grpo:flash"),
+    Row("grpo-guard", "grpo-guard"),
+    Row("sft", "sft"),
+    Row("rwr", "rwr"),
+    Row("best-of-n", "best-of-n"),
+]
+# The claim of GPO's abstract: near-tie pairs hurt DPO; standardised groups need no selection of data. One learning rate, one
+# noise range, one number of images and of updates for all of them.
+CLAIM = [
+    Row("DPO, a random pair of the group", "diffusion-dpo", ("choose=random",)),
+    Row("DPO, a random pair above a gap", "diffusion-dpo", ("choose=random", "gap=0.25")),
+    Row("DPO, all pairs", "diffusion-dpo", ("choose=all",)),
+    Row("DPO, all pairs above a gap", "diffusion-dpo", ("choose=all", "gap=0.25")),
+    Row("DPO, best against worst", "diffusion-dpo"),
+    Row("GPO without standardisation", "gpo", ("std=none",)),
+    Row("GPO", "gpo"),
+]
+
+
+def arguments(row: Row, seed: int, budget: str, out: Path) -> list[str]:
+    """The command line of one run."""
+    sets = [*row.sets, "judging.split=validation", f"judging.validation_images={IMAGES}"]
+    line = ["run", "--method", row.method, "--task", TASK, "--model", MODEL, "--seed", str(seed), "--budget", budget]
+    return [*line, "--out", str(out), *(part for s in sets for part in ("--set", s))]
+
+
+def home(row: Row, seed: int, budget: str, out: Path) -> Path:
+    """The run directory of one run."""
+    sets = [*row.sets, "judging.split=validation", f"judging.validation_images={IMAGES}"]
+    return out / config.resolve(row.method, TASK, MODEL, seed=seed, budget=budget, sets=sets).slug()
+
+
+def run(rows: list[Row], seeds: int, budget: str, out: Path, jobs: int) -> int:
+    """All runs, `jobs` at a time, each in a process of its own; returns how many failed."""
+    out.mkdir(parents=True, exist_ok=True)
+    todo = {home(row, s, budget, out): arguments(row, s, budget, out) for s in range(seeds) for row in rows}
+
+    def one(item: tuple[Path, list[str]]) -> int:
+        place, line = item
+        with (out / f"{place.name}.log").open("w") as log:
+            code = subprocess.run([*COMMAND, *line], stdout=log, stderr=log, cwd=HERE).returncode
+        print(f"{'done' if code == 0 else f'FAILED ({code})'}  {place.name}", flush=True)
+        return code
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // jobs)))
+    with ThreadPoolExecutor(jobs) as pool:
+        return sum(code != 0 for code in pool.map(one, todo.items()))
+
+
+# Reading runs
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The finished seeds of one row."""
+
+    row: Row
+    folders: list[Path]
+    records: list[record.Record]
+
+    def gains(self, key: str) -> list[np.ndarray]:
+        """For each seed (prompts,): after minus before of one `scorer/metric`."""
+        return [_gain(pd.read_parquet(f / "scores.parquet"), key, "phase", "after", "before") for f in self.folders]
+
+    def gains_at(self, key: str, currency: str, spend: float) -> list[np.ndarray]:
+        """For each seed (prompts,): the gain at an equal spend, between the two validation marks around it."""
+        return [_between(f, r, key, currency, spend) for f, r in zip(self.folders, self.records, strict=True)]
+
+    def spent(self, currency: str) -> float:
+        """The mean over seeds."""
+        return float(np.mean([r.spent[currency] for r in self.records]))
+
+
+def _gain(table: pd.DataFrame, key: str, column: str, after: object, before: object) -> np.ndarray:
+    scorer, _, metric = key.partition("/")
+    mine = table[(table.scorer == scorer) & (table.metric == metric)]
+    means = mine.groupby([column, "prompt"]).value.mean().unstack(column)
+    return (means[after] - means[before]).to_numpy()
+
+
+def _between(folder: Path, r: record.Record, key: str, currency: str, spend: float) -> np.ndarray:
+    marks = pd.read_parquet(folder / "curve.parquet")
+    at = np.array([point.spent[currency] for point in r.curve])
+    right = int(np.searchsorted(at, spend).clip(1, len(at) - 1))
+    share = float(np.clip((spend - at[right - 1]) / max(at[right] - at[right - 1], 1e-9), 0, 1))
+    ends = [_gain(marks, key, "mark", k, 0) if k else 0.0 for k in (right - 1, right)]
+    return np.asarray((1 - share) * ends[0] + share * ends[1])
+
+
+def read(rows: list[Row], seeds: int, budget: str, out: Path) -> list[Seen]:
+    """The rows that have runs; what is missing is said on stderr."""
+    found: list[Seen] = []
+    for row in rows:
+        folders = [home(row, s, budget, out) for s in range(seeds)]
+        whole = [f for f in folders if (f / "record.json").is_file()]
+        if len(whole) < len(folders):
+            print(f"{row.label}: {len(folders) - len(whole)} of {len(folders)} seeds are missing", file=sys.stderr)
+        if whole:
+            found.append(Seen(row, whole, [record.read(f / "record.json") for f in whole]))
+    return found
+
+
+# Tables
+
+
+def cell(gains: list[np.ndarray]) -> str:
+    """+12.3 [+8.1, +16.5] in points, over seeds and prompts."""
+    e = stats.two_level([100 * g for g in gains])
+    return f"{e.mean:+.1f} [{e.low:+.1f}, {e.high:+.1f}]"
+
+
+def code_lines(path: Path) -> int:
+    """Lines that hold code: no blank lines, comments or docstrings."""
+    kept: set[int] = set()
+    before = tokenize.NEWLINE
+    for token in tokenize.generate_tokens(io.StringIO(path.read_text("utf-8")).readline):
+        if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING):
+            continue
+        doc = token.type == tokenize.STRING and before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+        if token.type not in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER) and not doc:
+            kept.update(range(token.start[0], token.end[0] + 1))
+        before = token.type
+    return len(kept)
+
+
+def facts(row: Row) -> tuple[str, int]:
+    """The paper's arXiv link and the lines of code of a method's file."""
+    value = registry.entries("method")[row.method.partition(":")[0]].value
+    path = HERE / "methods" / f"{value.partition(':')[0].rpartition('.')[2]}.py"
+    paper = re.search(r"arXiv[: ](\d{4}\.\d{4,5})", path.read_text("utf-8"))
+    return (f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else "-"), code_lines(path)
+
+
+def passes(row: Row, seen: Seen) -> str:
+    """F and B an image: what the method declares, and what the runs spent (groups without spread are not learnt from)."""
+    card = find(MODEL)
+    settings = config.resolve(row.method, TASK, MODEL, sets=row.sets).settings
+    roles, images = seen.records[0].nfe_by_role, seen.records[0].spent["images"]
+    static = settings.cost(card.steps, card.guidance)
+    said, done = (
+        (sum(v for k, v in r.items() if k != "policy") + r.get("policy", 0) / 3, r.get("policy", 0) / 3)
+        for r in (dict(static), {k: v / images for k, v in roles.items()})
+    )
+    if isinstance(settings, Search):
+        return f"{said[0]:g}F / {done[0]:.1f}F"
+    return f"{said[0]:g}F + {said[1]:g}B / {done[0]:.1f}F + {done[1]:.1f}B"
+
+
+def training_table(rows: list[Seen], training: str, held_out: str) -> list[str]:
+    lines = [
+        "| method | paper | lines | passes an image: declared / spent | training scorer | held-out scorer "
+        "| images | updates | seconds | stop |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for seen in sorted(rows, key=lambda s: -np.mean(s.gains(training))):
+        paper, lines_of_code = facts(seen.row)
+        stops = {r.stop for r in seen.records}
+        flags = "".join(" **hack**" for r in seen.records if r.flags.hack)
+        lines.append(
+            f"| {seen.row.label} | {paper} | {lines_of_code} | {passes(seen.row, seen)} | {cell(seen.gains(training))} "
+            f"| {cell(seen.gains(held_out))}{flags} | {seen.spent('images'):,.0f} | {seen.spent('updates'):,.0f} "
+            f"| {seen.spent('seconds'):,.0f} | {'; '.join(sorted(stops))} |"
+        )
+    return lines
+
+
+def equal_table(rows: list[Seen], training: str) -> list[str]:
+    """The training scorer's gain at an equal spend in each currency: the least that any of these methods spent."""
+    trained = [s for s in rows if (s.folders[0] / "curve.parquet").is_file() and s.records[0].spent["updates"]]
+    currencies = ("nfe", "images", "updates", "seconds")
+    least = {c: min(r.spent[c] for s in trained for r in s.records) for c in currencies}
+    heads = " | ".join(f"{least[c]:,.0f} {c}" for c in currencies)
+    lines = [f"| method | {heads} |", "|---" * (len(currencies) + 1) + "|"]
+    for seen in sorted(trained, key=lambda s: -np.mean(s.gains(training))):
+        gains = " | ".join(cell(seen.gains_at(training, c, least[c])) for c in currencies)
+        lines.append(f"| {seen.row.label} | {gains} |")
+    return lines
+
+
+def claim_table(rows: list[Seen], training: str, held_out: str) -> list[str]:
+    base = next(s for s in rows if s.row.label == "GPO")
+    lines = ["| what learns | training scorer | held-out scorer | against GPO |", "|---|---|---|---|"]
+    for seen in rows:
+        against = [a - b for a, b in zip(seen.gains(training), base.gains(training), strict=False)]
+        lines.append(
+            f"| {seen.row.label} | {cell(seen.gains(training))} | {cell(seen.gains(held_out))} "
+            f"| {'' if seen is base else cell(against)} |"
+        )
+    return lines
+
+
+def picture(path: Path, rows: list[Seen], training: str, held_out: str) -> None:
+    """Gain on the training and on the held-out scorer against nfe: the mean of the seeds, a band from lowest to highest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), dpi=120, sharey=True)
+    colours = pyplot.get_cmap("tab20")
+    trained = [s for s in rows if s.records[0].spent["updates"]]
+    for axis, key, title in zip(axes, (training, held_out), ("trained on", "held out"), strict=True):
+        for k, seen in enumerate(trained):
+            grid = np.linspace(0, min(r.spent["nfe"] for r in seen.records), 21)
+            gains = np.array([[100 * g.mean() for g in seen.gains_at(key, "nfe", x)] for x in grid])
+            axis.plot(grid / 1000, gains.mean(1), color=colours(k % 20), label=seen.row.label, linewidth=1.6)
+            axis.fill_between(grid / 1000, gains.min(1), gains.max(1), color=colours(k % 20), alpha=0.12, linewidth=0)
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.set_title(f"{key}, {title}", fontsize=10)
+        axis.set_xlabel("spent, thousand nfe")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("points above the base, validation")
+    axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def table(seeds: int, budget: str, out: Path, docs: Path, metric: str) -> None:
+    methods, claim = read(METHODS, seeds, budget, out), read(CLAIM, seeds, budget, out)
+    first = methods[0].records[0]
+    names = {use.role: name for name, use in reversed(first.scorers.items())}
+    training, held_out = f"{names['training']}/{metric}", f"{names['held-out']}/{metric}"
+    picture(docs / "methods.png", methods, training, held_out)
+    if claim:
+        picture(docs / "near-ties.png", claim, training, held_out)
+    p, prompts = first.provenance, first.delta[training].n
+    notes = docs / "methods.notes.md"
+    parts = [
+        "# The methods, compared",
+        "",
+        f"Made by `python benchmarks/methods.py run` and `python benchmarks/methods.py table`: task {TASK}, model {MODEL}, "
+        f"{max(len(s.folders) for s in methods)} seeds, budget {first.config['budget']}, commit "
+        f"{(p['revision'] or 'unknown')[:12]}, {p['machine']}, torch {p['versions']['torch']}.",
+        "",
+        f"Points are hundredths of `{metric}`, the share of images whose text is the word asked for, gained over the base on {prompts} "
+        f"validation prompts x {IMAGES} images, paired on the same noise; 95 % intervals over seeds and prompts together (two-level "
+        f"bootstrap). {training} is trained on, {held_out} never was. Base: {100 * first.before[training].mean:.1f} and "
+        f"{100 * first.before[held_out].mean:.1f}.",
+        "",
+        "## At equal nfe",
+        "",
+        *training_table(methods, training, held_out),
+        "",
+        "Passes: F a forward, B a backward of one latent an image generated, as `cost()` declares them when every group teaches, and as "
+        "metered: groups whose images all score the same teach nothing and are not paid for twice. Seconds are of runs that shared the "
+        "machine with others. best-of-n is chosen by the training scorer itself, so only its held-out column tells what it gains.",
+        "",
+        "![gain against spend](methods.png)",
+        "",
+        "## At equal spend in every currency",
+        "",
+        f"The gain of {training}, read between the validation marks, where each method had spent as much as the thriftiest of "
+        "them at its end.",
+        "",
+        *equal_table(methods, training),
+        "",
+    ]
+    if claim:
+        parts += [
+            "## Do near-tie pairs hurt?",
+            "",
+            "What GPO's abstract says (arXiv 2505.11070), with one learning rate, noise range and spend for all rows:",
+            "",
+            *claim_table(claim, training, held_out),
+            "",
+            "![near ties](near-ties.png)",
+            "",
+        ]
+    if notes.is_file():
+        parts += [notes.read_text("utf-8").strip(), ""]
+    (docs / "methods.md").write_text("\n".join(parts), "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "table"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--budget", default="tiny")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--docs", type=Path, default=HERE / "docs")
+    parser.add_argument("--metric", default="exact")
+    parser.add_argument("--only", default="", help="labels or methods, by comma")
+    a = parser.parse_args()
+    if a.what == "table":
+        table(a.seeds, a.budget, a.out, a.docs, a.metric)
+        return
+    wanted = set(filter(None, a.only.split(",")))
+    rows = [r for r in [*METHODS, *CLAIM] if not wanted or {r.label, r.method} & wanted]
+    sys.exit(1 if run(rows, a.seeds, a.budget, a.out, a.jobs) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Where a method's training time goes: model, scorer, decoder, optimiser, and what is left, the harness itself.
+
+For every trained method a few iterations on the embedded model after one to warm up. Times are wall seconds of the main
+thread: forwards, backwards, decoding, encoding, and waiting for the scorer (which works beside the sampler); optimiser = the
+gradient's norm, AdamW and the averaged weights. The last column is everything else. Prints Markdown.
+Run: python benchmarks/overhead.py [iterations] [method ...]
+"""
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from gpobench.bench import config, registry, train
+from gpobench.bench.budget import Budget, Meter
+from gpobench.bench.card import find
+from gpobench.bench.models.open import open_model
+from gpobench.bench.rig import Rig
+from gpobench.bench.spec import Search
+
+PARTS = ("forward", "backward", "scorer", "decode", "encode", "optimiser")
+
+
+@dataclass
+class Clock:
+    """Wall seconds by part; a part inside another counts for the inner one only."""
+
+    seconds: Counter[str] = field(default_factory=Counter[str])
+
+    def on(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*a: Any, **k: Any) -> Any:
+            inner, began = sum(self.seconds.values()), time.perf_counter()
+            try:
+                return work(*a, **k)
+            finally:
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                self.seconds[part] += time.perf_counter() - began - (sum(self.seconds.values()) - inner)
+
+        return timed
+
+
+def profile(name: str, iterations: int) -> tuple[Counter[str], float]:
+    """(seconds by part, seconds in all) of `iterations` iterations."""
+    plan, card = config.resolve(name, "ocr", "tiny"), find("tiny")
+    model: Any = open_model(
+        card, device="cuda" if torch.cuda.is_available() else "cpu", adapter=plan.adapter, precision=plan.precision
+    )
+    book = registry.load("task", "ocr")().prompts("train", card.domain)
+    rig = Rig(model, book, registry.scorer(plan.reward), Meter(Budget(nfe=1e12)), rows=card.rows)
+    clock, total = Clock(), [0.0]
+    model.velocity, model.decode = clock.on("forward", model.velocity), clock.on("decode", model.decode)
+    model.encode = clock.on("encode", model.encode)
+    rig._answer = clock.on("scorer", rig._answer)  # pyright: ignore
+    update = clock.on("optimiser", train._update)  # pyright: ignore
+    began = [0.0]
+
+    def after(numbers: dict[str, float]) -> None:
+        if rig.iteration == 1:  # what the first one pays once: the scorer's model, the allocator, the optimiser's state
+            clock.seconds.clear()
+            began[0] = time.perf_counter()
+        total[0] = time.perf_counter() - began[0]
+
+    original, train._update = train._update, update  # pyright: ignore
+    try:
+        train.train(
+            plan.settings, rig, train.optimiser(plan.settings, rig),
+            backward=clock.on("backward", lambda loss: loss.backward()), after=after,
+            interrupted=lambda: rig.iteration > iterations,
+        )  # fmt: skip
+    finally:
+        train._update = original  # pyright: ignore
+        rig.close()
+    return clock.seconds, total[0]
+
+
+def main(iterations: int, names: list[str]) -> None:
+    names = names or [n for n in registry.entries("method") if registry.canonical("method", n) == n]
+    print(f"| method | s an iteration | {' | '.join(PARTS)} | the rest |")
+    print("|---" * (len(PARTS) + 3) + "|")
+    for name in names:
+        if isinstance(config.resolve(name, "ocr", "tiny").settings, Search):
+            continue
+        seconds, total = profile(name, iterations)
+        shares = " | ".join(f"{100 * seconds[p] / total:.1f} %" for p in PARTS)
+        print(
+            f"| {name} | {total / iterations:.2f} | {shares} | {100 * (1 - sum(seconds.values()) / total):.1f} % |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 4, sys.argv[2:])
