@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from . import registry
 from .errors import UserError
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTION = (*UNET_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 FEED_FORWARD = ("net.0.proj", "net.2")
 
 
@@ -41,7 +42,7 @@ class Card:
     width: int = 512
     steps: int = 40
     guidance: float = 4.5  # 1 is none
-    max_sequence_length: int = 128  # tokens of the T5 slot
+    max_sequence_length: int = 128  # tokens of the T5 slot, where there is one
     licence: str = "its own"
     budget: str = "sd35m"  # the bounds a run gets when it names none
     precision: str = "bf16"
@@ -50,10 +51,22 @@ class Card:
     adapter: Adapter = field(default_factory=Adapter)
 
 
+# What differs from the defaults of Card by pipeline class. StableDiffusionPipeline: 50 steps of DDIM at guidance 7.5, the
+# pipeline's own defaults; a U-Net's attention has no second stream to adapt.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": {
+        "steps": 50,
+        "guidance": 7.5,
+        "max_sequence_length": 77,
+        "adapter": Adapter(targets=UNET_ATTENTION),
+    },
+}
+
+
 def find(reference: str) -> Card:
     """The card behind a name, or behind a local folder in diffusers format.
 
-    A folder that `gpobench pretrain` wrote states its own protocol in recipe.json.
+    A folder gets the protocol of its pipeline's class; one that `gpobench pretrain` wrote states its own in recipe.json.
     Raises UserError on an unknown name or a folder that is no pipeline.
     """
     folder = Path(reference)
@@ -67,19 +80,23 @@ def find(reference: str) -> Card:
         raise UserError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     try:
         facts = json.loads(recipe.read_text("utf-8")) if recipe.is_file() else {}
-        pipeline = dict(json.loads(index.read_text("utf-8"))).get("_class_name", "")
-        return Card(name=folder.resolve().name, source=str(folder), pipeline=str(pipeline), **_protocol(facts))
+        pipeline = str(dict(json.loads(index.read_text("utf-8"))).get("_class_name", ""))
+        protocol = _protocol(pipeline, facts)
+        return Card(name=folder.resolve().name, source=str(folder), pipeline=pipeline, **protocol)
     except KeyError as missing:
         raise UserError(f"{recipe} does not say {missing}") from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder} cannot be read: {error}") from None
 
 
-def _protocol(facts: dict[str, Any]) -> dict[str, Any]:
+def _protocol(pipeline: str, facts: dict[str, Any]) -> dict[str, Any]:
+    protocol = PROTOCOLS.get(pipeline, {})
     if not facts:
-        return {}
+        return protocol
     known = ("height", "width", "steps", "guidance", "max_sequence_length")
-    return {"domain": "glyphs", **{key: facts[key] for key in known}, **SMALL}
+    attention: Adapter = protocol.get("adapter", Adapter())
+    adapter = replace(SMALL["adapter"], targets=attention.targets + FEED_FORWARD)
+    return {"domain": "glyphs", **{key: facts[key] for key in known}, **SMALL, "adapter": adapter}
 
 
 # What suits a model of a few million parameters on a CPU.

@@ -8,7 +8,7 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -149,6 +149,115 @@ def pretrain(
         answer(json.dumps(_plain(facts), indent=1, default=str))
 
 
+@app.command(
+    epilog="Example: `gpobench pairs --model tiny --task ocr --out pairs`, then `gpobench run --method dpo:offline "
+    "--set pairs=pairs --model tiny --task ocr`"
+)
+def pairs(
+    task: TaskName,
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="The folder to write pairs.parquet in.")],
+    scorer: Annotated[str | None, typer.Option(help="Whose scores decide; default: the task's reward.")] = None,
+    prompts: Annotated[int, typer.Option(help="Training prompts, a group of images for each.")] = 64,
+    group: Annotated[int, typer.Option(help="Images a prompt.")] = 8,
+    choose: Annotated[str, typer.Option(help="extremes | random | all: which pairs of a group.")] = "extremes",
+    gap: Annotated[float, typer.Option(help="Scores of a pair differ by more than this.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of prompts, noise, random pairs and the winner's side.")] = 0,
+    adapter: Annotated[Path | None, typer.Option(help="A LoRA folder; without it the base makes the images.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a set of preference pairs from a model's images and a scorer, in the columns of Pick-a-Pic."""
+    _names(task=task, model=model, **({"scorer": scorer} if scorer else {}))
+    if choose not in ("extremes", "random", "all"):
+        raise registry.unknown("choice", choose, ("extremes", "random", "all"))
+    with _clean_stdout() as answer, _view() as view:
+        from .make_pairs import make_pairs
+
+        done = make_pairs(
+            model, task, out, view=view, scorer_name=scorer or "", prompts=prompts, group=group, choose=choose, gap=gap,
+            seed=seed, adapter=adapter,
+        )  # fmt: skip
+        answer(json.dumps(_plain(done), indent=1) if as_json else lambda: _pairs(done))
+
+
+@app.command(
+    epilog="Example: `gpobench tune --method gpo --task ocr --model tiny --trials 8 --jobs 2`, then `gpobench run ... --config "
+    "runs/tune/gpo-ocr-tiny/best.toml`"
+)
+def tune(
+    method: MethodName,
+    task: TaskName,
+    model: ModelName,
+    trials: Annotated[int, typer.Option(help="Draws from the method's search space, its preset as the first.")],
+    budget: Annotated[str | None, typer.Option(help="Of each trial: a name, a file, or nfe=200000.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws and of every trial's training.")] = 0,
+    reward: Annotated[str | None, typer.Option(help="The scorer to train on; default: the task's.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value for every trial; such a key is not drawn; repeatable.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Trials at once, each in a process of its own.")] = 1,
+    out: Annotated[Path, typer.Option(help="Where METHOD-TASK-MODEL/ is made.")] = Path("runs/tune"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the draws and stop.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a method's settings on validation prompts, by the same rule and at the same price for every method.
+
+    The same command goes on where it was cut off.
+    """
+    _names(method=method, task=task, model=model, **({"scorer": reward} if reward else {}))
+    with _clean_stdout() as answer, _view() as view, _asked_to_stop() as stopped:
+        from . import tune as tuning
+
+        what = tuning.Tuning(method, task, model, trials, seed, budget, reward, sets or ())
+        if dry_run:
+            drawn = [{"trial": t.number, "settings": t.settings, "loses": t.failed} for t in tuning.plan(what)]
+            answer(json.dumps(drawn, indent=1) if as_json else lambda: _trials(drawn, None))
+            return
+        done = tuning.tune(what, out=out, view=view, jobs=jobs, interrupted=stopped)
+        answer(json.dumps(done, indent=1) if as_json else lambda: _tuned(done))
+
+
+@app.command(epilog="Examples: `gpobench check --method gpo` · `gpobench check --method mine.py:Mine --set group=8`")
+def check(
+    method: MethodName,
+    sets: Sets = None,
+    model: Annotated[str, typer.Option(help="The families of miniatures to try: sd3 | sd15 | both.")] = "both",
+    as_json: AsJson = False,
+) -> None:
+    """Try the laws that every method must keep, on two miniature models, offline; exit code 1 when one is broken."""
+    _names(method=method)
+    if model not in ("sd3", "sd15", "both"):
+        raise registry.unknown("family", model, ("sd3", "sd15", "both"))
+    with _clean_stdout() as answer, _view() as view:
+        from .check import FAMILIES
+        from .check import check as laws
+
+        view.phase(f"the laws on {method}", 0)
+        verdicts = laws(method, sets=sets or (), families=FAMILIES if model == "both" else (model,), say=view.about)
+        plain = [{**vars(verdict), "broken": verdict.broken} for verdict in verdicts]
+        answer(json.dumps({"method": method, "laws": plain}, indent=1) if as_json else lambda: _verdicts(plain))
+    if any(verdict.broken for verdict in verdicts):
+        raise typer.Exit(1)
+
+
+new = typer.Typer(no_args_is_help=True, help="Begin a part of your own from a template that works.")
+app.add_typer(new, name="new")
+
+
+@new.command("method", epilog="Example: `gpobench new method my-method --out methods`")
+def new_method(
+    name: Annotated[str, typer.Argument(help="Lower-case words with dashes between: my-method.")],
+    out: Annotated[Path, typer.Option(help="The folder to write in.")] = Path("."),
+) -> None:
+    """Write a method that works, and its presets, to change from there."""
+    from .new import new_method as write
+
+    file, kind = write(name, out)
+    print(f"wrote {file} and {file.with_suffix('.toml')}; next:")
+    print(f"  gpobench check --method {file}:{kind}")
+    print(f"  gpobench run --method {file}:{kind} --task ocr --model tiny")
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
@@ -270,6 +379,11 @@ class _Terminal:
         if self._task is not None:
             self._progress.advance(self._task, by)
 
+    def about(self, text: str) -> None:
+        """What the phase is busy with, of which nobody knows how long it takes."""
+        if self._task is not None:
+            self._progress.update(self._task, total=None, note=text)
+
     def status(self, fraction: float, numbers: Mapping[str, float]) -> None:
         reward = numbers.get("reward/mean", float("nan"))
         note = f"reward {reward:.3f} · {numbers['spent/updates']:.0f} updates · {numbers['spent/images']:,.0f} images"
@@ -334,10 +448,10 @@ def _result(r: Record) -> None:
         table.add_row(key + mark, _cell(r.before[key]), _cell(r.after[key]), _cell(d, sign=True), _p(d.p))
     console.print(f"\n[bold]{r.method}[/] on {r.task}, {r.model}, seed {r.seed}: ended by {r.stop}", highlight=False)
     console.print(table)
-    n = max(d.n for d in r.delta.values())
+    n, split = max(d.n for d in r.delta.values()), r.config["judging"].get("split", "test")
     console.print(
-        f"means over {n} test prompts with 95 % intervals; differences paired by prompt\n"
-        "on the same noise; * held out, + a further one: never trained on",
+        f"means over {n} {split} prompts with 95 % intervals; differences paired by\n"
+        "prompt on the same noise; * held out, + a further one: never trained on",
         style="dim",
         highlight=False,
     )
@@ -353,8 +467,9 @@ def _result(r: Record) -> None:
     console.print(f"spent: {spent}\nnfe by role: {roles} · images not scored: {errors}", highlight=False)
     for failure in dict.fromkeys(r.failures[-3:]):
         console.print(f"  {failure}", highlight=False, markup=False)
+    adapter = "adapter/, " if Path(r.run_dir, "adapter").is_dir() else ""  # a search trains none
     console.print(
-        f"see {r.run_dir}/: samples/pairs.png, curve.png, adapter/, record.json", highlight=False, soft_wrap=True
+        f"see {r.run_dir}/: samples/pairs.png, curve.png, {adapter}record.json", highlight=False, soft_wrap=True
     )
 
 
@@ -398,6 +513,73 @@ def _scores(done: Mapping[str, Any]) -> None:
         ends = ", ".join(f"{end:.3f}" for end in number["ci"] if _known(end))
         table.add_row(key, mean, f"[{ends}]" if ends else "", str(number["n"]), role)
     _console().print(table, markup=False)
+
+
+def _pairs(done: Mapping[str, Any]) -> None:
+    spent = " · ".join(f"{key} {value:,}" for key, value in done["spent"].items())
+    _console().print(
+        f"{done['pairs']:,} pairs from {done['groups']:,} groups; {done['flat_groups']:,} groups had no spread, "
+        f"{done['not_scored']:,} images were not scored\nspent: {spent}\nsee {done['path']}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    for failure in done["failures"][-3:]:
+        _console().print(f"  {failure}", highlight=False, markup=False)
+
+
+def _trials(trials: Sequence[Mapping[str, Any]], best: int | None) -> None:
+    """One line a trial; the chosen one is marked."""
+    from rich.table import Table
+
+    keys = list(dict.fromkeys(key for t in trials for key in t["settings"]))
+    judged = ["difference", "nfe", "ended by"] if any("gain" in t for t in trials) else []
+    table = Table("", "trial", *keys, *judged, "", box=None, pad_edge=False, header_style="bold")
+    for t in trials:
+        values = [f"{t['settings'][key]}" if key in t["settings"] else "preset" for key in keys]
+        if judged and "gain" in t:
+            gain = t["gain"]
+            ends = [end for end in gain["ci"] if _known(end)]
+            low_high = f" [{', '.join(f'{end:+.2f}' for end in ends)}]" if ends else ""
+            cell = f"{gain['mean']:+.3f}{low_high}" if _known(gain["mean"]) else "not scored"
+            values += [cell, f"{t['spent']['nfe']:,.0f}", t["stop"]]
+        elif judged:
+            values += ["", "", ""]
+        mark = ">" if t["trial"] == best else ""
+        table.add_row(mark, str(t["trial"]), *values, t["loses"], style="bold" if mark else None)
+    _console().print(table, markup=False)
+
+
+def _tuned(done: Mapping[str, Any]) -> None:
+    _trials(done["trials"], done["best"])
+    spent = " · ".join(f"{key} {value:,.0f}" for key, value in done["spent"].items() if key != "flops")
+    _console().print(
+        f"{done['objective']}, 95 % intervals, one seed\nspent on tuning: {spent}\n"
+        f"to use it: --config {done['home']}/best.toml",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> None:
+    """One line a law and family; what was broken, and why a law was skipped, below it."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("law", "model", "verdict", "seconds", box=None, pad_edge=False, header_style="bold")
+    for v in verdicts:
+        word, style = (
+            ("BROKEN", "bold red") if v["broken"] else ("warning", "yellow") if not v["ok"] else ("holds", "green")
+        )
+        word, style = ("skipped", "dim") if v["skipped"] else (word, style)
+        table.add_row(v["law"], v["family"], f"[{style}]{word}[/]", f"{v['seconds']:.1f}")
+        for line in (v["detail"], v["skipped"]):
+            if line:
+                table.add_row(f"[dim]  {escape(line)}[/]")
+    console = _console()
+    console.print(table)
+    broken, warned = sum(v["broken"] for v in verdicts), sum(not v["ok"] and not v["broken"] for v in verdicts)
+    tail = f", {warned} warning{'s' if warned > 1 else ''}" if warned else ""
+    console.print(
+        f"\n{len(verdicts)} verdicts, {broken} broken{tail}", highlight=False, style="bold red" if broken else "bold"
+    )
 
 
 def _show(kind: str, name: str) -> None:

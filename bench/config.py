@@ -6,13 +6,13 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from . import registry
-from .budget import Budget, load_budget
+from .budget import CURRENCIES, Budget, load_budget
 from .card import Adapter, find
 from .errors import UserError
 
@@ -33,9 +33,10 @@ class Config:
     judging: Any  # spec.Judging
     precision: str  # fp32 | bf16 | fp16
     reward: str  # the scorer to train on
+    tuned: Table = field(default_factory=dict[str, Any])  # how the settings were chosen: trials, spent, command
 
     def mapping(self) -> Table:
-        """Plain, printable, hashable: what --dry-run shows and the record keeps."""
+        """Plain, printable, hashable: what --dry-run shows and the record keeps; how settings were chosen is no part of it."""
         return {
             "method": self.method,
             "task": self.task,
@@ -85,9 +86,10 @@ def resolve(
     card = find(model)
     judging: Judging = exam.judging(card.domain)
     table: Table = {}
-    for layer in (_preset(method, card.preset or card.name, task), _file(config), pairs(sets)):
+    for layer in (preset(method, card.preset or card.name, task), _file(config), pairs(sets)):
         _merge(table, layer)
     own = {key: table.pop(key, {}) for key in ("adapter", "judging")}
+    tuned = _tuned(table.pop("tuned", {}))
     precision = table.pop("precision", card.precision)
     if precision not in ("fp32", "bf16", "fp16"):
         raise registry.unknown("precision", str(precision), ("fp32", "bf16", "fp16"))
@@ -104,7 +106,28 @@ def resolve(
         judging=build(Judging, {**asdict(judging), **_table("judging", own["judging"])}, prefix="judging."),
         precision=precision,
         reward=reward or exam.reward(card.domain),
+        tuned=tuned,
     )
+
+
+def _tuned(marker: Any) -> Table:
+    """{trials, spent, command} from the flat table `tuned` that `gpobench tune` writes beside the settings it chose."""
+    if not isinstance(marker, Mapping):
+        raise UserError(f"tuned is a table of trials, command and what was spent, got {marker!r}")
+    table: Table = dict(marker)  # type: ignore[arg-type]
+    if not table:
+        return {}
+    trials, command = table.pop("trials", None), table.pop("command", "")
+    if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1 or not isinstance(command, str):
+        raise UserError(f"tuned wants a number of trials and the command, got {trials!r} and {command!r}")
+    for key, value in table.items():
+        if key not in CURRENCIES:
+            raise registry.unknown(
+                "setting", f"tuned.{key}", [f"tuned.{c}" for c in ("trials", "command", *CURRENCIES)]
+            )
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise UserError(f"tuned.{key} must be a number, got {value!r}")
+    return {"trials": trials, "command": command, "spent": table}
 
 
 def build(kind: Any, table: Mapping[str, Any], *, prefix: str = "", extra: Iterable[str] = ()) -> Any:
@@ -142,7 +165,8 @@ def preset_path(method: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def _preset(method: str, model: str, task: str) -> Table:
+def preset(method: str, model: str, task: str) -> Table:
+    """The settings of a method's preset file for a model and a task, those of its variant last."""
     path = preset_path(method)
     presets = _file(path) if path else {}
     table = _section(presets, model, task)

@@ -17,16 +17,40 @@ from . import stats
 from .errors import UserError
 from .flow import ode
 from .rig import judged, pixels
-from .spec import Images, Model, Prompt, Scorer, Scores, Task
+from .spec import Images, Model, Prompt, Scorer, Scores, Task, fold_text
 
 COLUMNS = ("prompt", "ordinal", "text", "scorer", "metric", "value", "reason", "note")
 INVALID = 0.005  # share of images that could not be scored above which a row is invalid
+Asked = tuple[int, int]  # which prompt, and the ordinal of the image among those of the prompt
 
 
 def noise(prompt: str, ordinal: int, seed: int, shape: tuple[int, ...]) -> Tensor:
     """Standard normal (C, h, w) that depends on nothing but (prompt, image ordinal, evaluation seed)."""
     digest = hashlib.sha256(f"{seed}\n{ordinal}\n{prompt}".encode()).digest()
     return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")))
+
+
+def asked(prompts: Sequence[Prompt], images: int) -> list[Asked]:
+    """Every image that a look asks for, in order."""
+    return [(i, o) for i in range(len(prompts)) for o in range(images)]
+
+
+def starts(model: Model, prompts: Sequence[Prompt], part: Sequence[Asked], seed: int) -> Tensor:
+    """(B, C, h, w): the noise of these images, on the model's device."""
+    return torch.stack([noise(prompts[i].text, o, seed, model.shape) for i, o in part]).to(model.device)
+
+
+@torch.no_grad()
+def protocol(model: Model, x: Tensor, prompts: Sequence[Prompt], by: str = "live") -> Tensor:
+    """(B, C, h, w): the clean latent that the protocol's ODE reaches from noise x, one prompt a row."""
+    times = model.times(model.steps).to(model.device)
+    # Each text by itself, as the rig does it: in another company the last bits of an embedding would differ.
+    each = {text: model.encode([text]) for text in dict.fromkeys(p.text for p in prompts)}
+    cond = {key: torch.cat([each[p.text][key] for p in prompts]) for key in each[prompts[0].text]}
+    for t, s in zip(times[:-1], times[1:], strict=True):
+        v = model.velocity(x, t.expand(len(x)), cond, guidance=model.guidance, by=by)
+        x = ode(model.path, x, v, t.expand(len(x)), s.expand(len(x))).mean
+    return x
 
 
 @dataclass(frozen=True)
@@ -74,27 +98,23 @@ def judge(
     by: str = "live",
     keep: int = 32,
     advance: Callable[[int], None] = lambda _: None,
+    draw: Callable[[Tensor, Sequence[Asked]], Tensor] | None = None,
 ) -> Judged:
-    """Sample `images` a prompt by the protocol's ODE and let every scorer score them, each in a thread of its own.
+    """Sample `images` a prompt and let every scorer score them, each in a thread of its own.
 
     by: which weights are judged. keep: how many images to return. advance: told how many images are done.
+    draw: how clean latents come from the noise (B, C, h, w) of these images; the protocol's ODE unless told otherwise.
     """
-    asked = [(i, o) for i in range(len(prompts)) for o in range(images)]
-    times = model.times(model.steps).to(model.device)
+    every = asked(prompts, images)
     kept: list[Images] = []
     threads = {scorer.name: ThreadPoolExecutor(1, thread_name_prefix=scorer.name) for scorer in scorers}
-    answers: list[tuple[list[tuple[int, int]], Scorer, Future[tuple[Scores, float]]]] = []
+    answers: list[tuple[list[Asked], Scorer, Future[tuple[Scores, float]]]] = []
     try:
-        for start in range(0, len(asked), rows):
-            part = asked[start : start + rows]
+        for start in range(0, len(every), rows):
+            part = every[start : start + rows]
             mine = [prompts[i] for i, _ in part]
-            cond = model.encode([p.text for p in mine])
-            x = torch.stack([noise(p.text, o, seed, model.shape) for p, (_, o) in zip(mine, part, strict=True)]).to(
-                model.device
-            )
-            for t, s in zip(times[:-1], times[1:], strict=True):
-                v = model.velocity(x, t.expand(len(x)), cond, guidance=model.guidance, by=by)
-                x = ode(model.path, x, v, t.expand(len(x)), s.expand(len(x))).mean
+            x = starts(model, prompts, part, seed)
+            x = protocol(model, x, mine, by) if draw is None else draw(x, part)
             pictures = pixels(model.decode(x))
             kept.append(pictures[: max(0, keep - start)])
             answers += [
@@ -108,7 +128,7 @@ def judge(
     return Judged(table, np.concatenate(kept))
 
 
-def _table(prompts: Sequence[Prompt], answers: Iterable[tuple[list[tuple[int, int]], Scorer, Scores]]) -> pd.DataFrame:
+def _table(prompts: Sequence[Prompt], answers: Iterable[tuple[list[Asked], Scorer, Scores]]) -> pd.DataFrame:
     rows = [
         (
             i,
@@ -176,8 +196,7 @@ def invalid(table: pd.DataFrame) -> bool:
 
 def fold(prompt: Prompt) -> str:
     """What makes two prompts the same for a split: case, punctuation and spacing do not."""
-    text = str(prompt.meta.get("target") or prompt.text).casefold()
-    return "".join(character for character in text if character.isalnum()) or text
+    return fold_text(str(prompt.meta.get("target") or prompt.text))
 
 
 def prompts_hash(prompts: Sequence[Prompt]) -> str:

@@ -84,6 +84,10 @@ class Record(_Part):
     failures: list[str] = Field(default_factory=list, description="why images could not be scored, the last few")
     wall: dict[str, float] = Field(description="seconds by phase, on the device named in provenance")
     provenance: dict[str, Any]
+    tuning: dict[str, Any] = Field(
+        default_factory=dict,
+        description="how the settings were chosen: trials, spent by currency, the command; {} if by hand",
+    )
 
 
 def write(path: Path, record: Record) -> None:

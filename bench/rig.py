@@ -6,7 +6,7 @@ Everything behind it is charged before it is spent, so two methods cannot spend 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,9 +18,13 @@ import torch
 from torch import Tensor
 
 from .budget import Meter
+from .errors import UserError
 from .flow import Kernel, Path, Step, dpm2, error_scale, like, mix, ode, split
 from .losses import flow_error, informative
-from .spec import Cond, Groups, Images, Model, Moves, Prompt, Scorer, Scores
+from .pairs import PairSet, open_pairs
+from .spec import Cond, Groups, Images, Model, Moves, Pairs, Prompt, Scorer, Scores, fold_text
+
+CAPTIONS = 1024  # embeddings kept for the captions of pairs, besides those of the training book
 
 
 class Rig:
@@ -37,6 +41,10 @@ class Rig:
         self.barren = 0  # iterations in a row that brought nothing to learn from
         self.failures: list[str] = []  # why images could not be scored, the last few
         self._cache: dict[int, Cond] = {}  # prompt -> its embedding, made once
+        self.sealed: frozenset[str] = frozenset()  # folded texts that judge: no data set may teach them
+        self._captions: list[Prompt] = []  # of sets of pairs: prompts with handles from len(book) on
+        self._size: tuple[int, int] | None = None  # of an image in pixels, height and width
+        self._sets: dict[str, tuple[PairSet, int]] = {}  # opened sets of pairs, with the handle of their first caption
         self._keys: Tensor | None = None  # of the rows that a loss is being computed on
         self._draws = 0
         self._notes: dict[str, list[Tensor | float]] = defaultdict(list)
@@ -92,13 +100,16 @@ class Rig:
     # The model
 
     def texts(self, who: Tensor) -> list[Prompt]:
-        return [self.book[i] for i in who.tolist()]
+        return [self._prompt(i) for i in who.tolist()]
+
+    def _prompt(self, i: int) -> Prompt:
+        return self.book[i] if i < len(self.book) else self._captions[i - len(self.book)]
 
     def _embed(self, who: Tensor) -> Cond:
         index = who.tolist()
         for i in dict.fromkeys(index):
             if i not in self._cache:  # one at a time: in another company, after a resume, its last bits would differ
-                self._cache[i] = {key: value[0] for key, value in self.model.encode([self.book[i].text]).items()}
+                self._cache[i] = {key: value[0] for key, value in self.model.encode([self._prompt(i).text]).items()}
         first = self._cache[index[0]]
         return {key: torch.stack([self._cache[i][key] for i in index]) for key in first}
 
@@ -281,6 +292,79 @@ class Rig:
         reward = torch.cat([self._answer(future) for future in asked]).view(prompts, group)
         self._note_groups(reward)
         return Moves(*(torch.cat([getattr(m, f.name) for m in kept]) for f in fields(Moves))), reward
+
+    # Preferences
+
+    @torch.no_grad()
+    def pairs(self, reference: str, n: int) -> Pairs:
+        """n pairs of a data set (`bench/pairs.py`), without repeats while there are enough, as latents.
+
+        Its captions become prompts behind the training book; `prompts` never draws them. What the set says its making cost is
+        charged once a run, before the first draw: nfe under the role "data", its images, its reward calls. A row whose images
+        turn out unreadable is counted and another one drawn.
+        Raises UserError on a set that cannot serve, or that is not the one this run began with.
+        """
+        found, first = self._opened(reference)
+        if self._size is None:
+            blank = self.model.decode(torch.zeros(1, *self.model.shape, device=self.model.device))
+            self._size = blank.shape[2], blank.shape[3]
+        height, width = self._size
+        bad: dict[str, str] = self.state[f"pairs/{reference}"]["bad"]
+        rows: list[int] = []
+        images: list[Images] = []  # (2, H, W, 3) each
+        while len(rows) < n:
+            before = len(rows)
+            for row in torch.randperm(len(found), generator=self.rng).tolist():
+                two = bad.get(str(row)) or found.images(row, height, width)
+                if isinstance(two, str):
+                    bad[str(row)] = two
+                else:
+                    rows.append(row)
+                    images.append(two)
+                if len(rows) == n:
+                    break
+            if len(rows) == before:
+                raise UserError(f"pairs {reference}: no usable pair: of its {len(found)} rows no image could be used")
+        self._tell_skipped(found, bad)
+        own = {i: cond for i, cond in self._cache.items() if i < len(self.book)}
+        if len(self._cache) > len(own) + CAPTIONS:  # a set may have more captions than memory holds embeddings
+            self._cache = own
+        stacked = np.stack(images, 1).reshape(2 * n, height, width, 3)  # the winners, then the losers
+        flat = torch.from_numpy(stacked).permute(0, 3, 1, 2)
+        x0 = [self.model.latents(part.to(self.model.device) / 255) for part in flat.split(self.rows)]
+        win, lose = torch.cat(x0).chunk(2)
+        return Pairs(win, lose, torch.as_tensor(found.caption[rows]) + first)
+
+    def _opened(self, reference: str) -> tuple[PairSet, int]:
+        if reference not in self._sets:
+            found = open_pairs(reference)
+            taught = [caption for caption in found.captions if fold_text(caption) in self.sealed]
+            if taught:
+                raise UserError(
+                    f"pairs {reference}: {len(taught)} of its captions are prompts that judge, such as {taught[0]!r}"
+                )
+            memory = self.state.get(f"pairs/{reference}")
+            if memory is None:
+                spent = found.spent()
+                self.meter.charge(nfe=spent.get("nfe", 0), images=spent.get("images", 0), role="data")
+                if spent.get("reward_calls"):
+                    self.meter.charge_scorer("data", spent["reward_calls"])
+                self.state[f"pairs/{reference}"] = {"sha256": found.sha256, "bad": {}}
+            elif memory["sha256"] != found.sha256:
+                raise UserError(f"pairs {reference}: the set changed since this run was begun; --fresh starts over")
+            self._sets[reference] = found, len(self.book) + len(self._captions)
+            self._captions += [Prompt(caption) for caption in found.captions]
+        return self._sets[reference]
+
+    def _tell_skipped(self, found: PairSet, bad: dict[str, str]) -> None:
+        skipped = found.skipped + Counter(bad.values())
+        self.note("pairs/usable", len(found) - len(bad))
+        self.note("pairs/skipped", skipped.total())
+        if skipped:
+            begins = f"pairs {found.reference}: skipped "
+            why = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
+            others = [line for line in self.failures if not line.startswith(begins)]
+            self.failures = [*others, f"{begins}{skipped.total()} of {len(found) + found.skipped.total()}: {why}"][-20:]
 
     def _note_groups(self, reward: Tensor) -> None:
         self.note("reward/mean", reward.nanmean())

@@ -1,4 +1,4 @@
-"""Where the parts meet: one configuration in, a judged base, a trained adapter, a judged adapter and one record out."""
+"""Where the parts meet: one configuration in, a judged base, training or a search, a judged result and one record out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from . import checkpoint, evaluate, pictures, record, registry
 from .budget import Meter
@@ -27,10 +29,11 @@ from .config import Config
 from .disk import digest, write_atomically
 from .errors import Missing, UserError
 from .evaluate import Judged
-from .models.open import open_model
+from .models.open import open_model, usage
 from .record import Record
 from .rig import Rig
-from .spec import Scorer, Task
+from .search import answers, search, share
+from .spec import Judging, Prompt, Scorer, Search, Task, fold_text
 from .train import optimiser, train
 from .view import View
 
@@ -105,7 +108,11 @@ def run(
             weights = _same_ground(config, home)
             if (home / "record.json").is_file():
                 view.say(f"this run is already done: {home} (--fresh does it again)")
-                return record.read(home / "record.json")
+                done = record.read(home / "record.json")
+                if config.tuned and done.tuning != config.tuned:  # the price of settings found only now, or found anew
+                    done = done.model_copy(update={"tuning": config.tuned})
+                    record.write(home / "record.json", done)
+                return done
             return _run(config, home, weights, view, track, interrupted)
 
 
@@ -122,53 +129,69 @@ def _run(
             card, device=accelerator.device, precision=config.precision, adapter=config.adapter, seed=config.seed
         )
         write_atomically(home / "config.toml", lambda p: p.write_text(_toml(config), "utf-8"))
-    book, exam = task.prompts("train", card.domain), task.prompts("test", card.domain)
-    validation = task.prompts("validation", card.domain)
+    book, validation = task.prompts("train", card.domain), task.prompts("validation", card.domain)
     judging = config.judging
+    # Settings are chosen on the validation split: then no test prompt is touched.
+    exam = validation if judging.split == "validation" else task.prompts("test", card.domain)
+    each = judging.validation_images if judging.split == "validation" else judging.test_images
 
-    def look(split: str, by: str, scorers: Sequence[Scorer], advance: Callable[[int], None]) -> Judged:
-        prompts, images = (exam, judging.test_images) if split == "test" else (validation, judging.validation_images)
+    def look(
+        prompts: Sequence[Prompt],
+        images: int,
+        by: str,
+        scorers: Sequence[Scorer],
+        advance: Callable[[int], None] = lambda _: None,
+        found: Tensor | None = None,
+    ) -> Judged:
+        """found: the images' latents, where a search has them already."""
+        draw = None
+        if found is not None:
+            place = {one: k for k, one in enumerate(evaluate.asked(prompts, images))}
+            draw = lambda _, part: found[[place[one] for one in part]].to(model.device)
         return evaluate.judge(
-            model, prompts, scorers, images=images, seed=judging.seed, rows=card.rows, by=by, advance=advance
+            model, prompts, scorers, images=images, seed=judging.seed, rows=card.rows, by=by, advance=advance, draw=draw
         )
 
     with wall("judge"):
         before = _kept(
             home / "before",
             lambda: _watched(
-                view, "judging the base", len(exam) * judging.test_images, lambda a: look("test", "ref", judges.all, a)
+                view, "judging the base", len(exam) * each, lambda a: look(exam, each, "ref", judges.all, a)
             ),
         )
 
     meter = Meter(config.budget, flops_a_forward=model.flops_a_forward())
-    rig = Rig(model, book, judges.training, meter, seed=config.seed, rows=card.rows)
-    adam = optimiser(config.settings, rig)
+    method, searching = config.settings, isinstance(config.settings, Search)
+    rig = Rig(model, exam if searching else book, judges.training, meter, seed=config.seed, rows=card.rows)
+    rig.sealed = frozenset(fold_text(p.text) for s in ("validation", "test") for p in task.prompts(s, card.domain))
+    # A search moves no weight; its checkpoints hold its answers, and an optimiser that never stepped.
+    adam = torch.optim.AdamW(model.parameters()) if searching else optimiser(method, rig)
     found = checkpoint.restore(home / "checkpoint", rig, adam, view.say)
     facts: dict[str, Any] = found or {"mark": -1, "curve": []}
     if found:
-        view.say(f"going on from update {meter.updates}, {100 * meter.fraction():.0f} % of the budget spent")
+        where = f"image {len(answers(rig))}" if searching else f"update {meter.updates}"
+        view.say(f"going on from {where}, {100 * meter.fraction():.0f} % of the budget spent")
     _cut(home / "metrics.jsonl", rig.iteration)
 
     def judged_by() -> str:
         """The averaged weights, once there are any."""
         return "ema" if "ema" in model.weights.copies else "live"
 
-    log = _Log(home / "metrics.jsonl")
+    log, shown = _Log(home / "metrics.jsonl"), [judges.training, *judges.held_out]
 
-    def mark() -> None:
-        with wall("judge"):
-            seen = look(
-                "validation",
-                judged_by(),
-                [judges.training, *judges.held_out],
-                lambda _: None,
-            )
-        facts["curve"].append({"spent": meter.spent(), "scores": evaluate.estimates(seen)})
-        facts["mark"] = int(meter.fraction() * MARKS)
+    def save() -> None:
         with wall("checkpoint"):
             checkpoint.save(home / "checkpoint", rig.iteration, rig, adam, facts)
 
-    def after(numbers: dict[str, float]) -> None:
+    def mark() -> None:
+        with wall("judge"):
+            seen = look(validation, judging.validation_images, judged_by(), shown)
+        _keep_mark(home / "curve.parquet", len(facts["curve"]), seen)
+        facts["curve"].append({"spent": meter.spent(), "scores": evaluate.estimates(seen)})
+        facts["mark"] = int(meter.fraction() * MARKS)
+        save()
+
+    def tell(done: float, numbers: dict[str, float]) -> None:
         numbers = {
             "iteration": rig.iteration,
             **numbers,
@@ -177,36 +200,58 @@ def _run(
         }
         log(numbers)
         accelerator.log(numbers, step=rig.iteration)
-        view.status(meter.fraction(), numbers)
+        view.status(done, numbers)
+
+    def after(numbers: dict[str, float]) -> None:
+        tell(meter.fraction(), numbers)
         if int(meter.fraction() * MARKS) > facts["mark"]:
             mark()
         elif interrupted():
-            with wall("checkpoint"):
-                checkpoint.save(home / "checkpoint", rig.iteration, rig, adam, facts)
+            save()
+
+    def after_answers(done: float, numbers: dict[str, float]) -> None:
+        tell(done, numbers)
+        if int(done * MARKS) > facts["mark"] or interrupted():
+            facts["mark"] = int(done * MARKS)
+            save()
 
     try:
         if facts["mark"] < 0:
             mark()
-        view.phase("training", 1.0)
-        with wall("train"):
-            why = train(config.settings, rig, adam, backward=accelerator.backward, after=after, interrupted=interrupted)
+        view.phase("searching" if searching else "training", 1.0)
+        seeds = {"noise_seed": judging.seed, "seed": config.seed}
+        with wall("search" if searching else "train"):
+            why = (
+                search(method, rig, each, **seeds, after=after_answers, interrupted=interrupted)
+                if searching
+                else train(method, rig, adam, backward=accelerator.backward, after=after, interrupted=interrupted)
+            )
+        final = None  # the curve's last point
+        if searching and exam is not validation and why != "interrupted":
+            final = _off_budget(method, rig, validation, judging, len(exam) * each, config.seed, view, interrupted)
     finally:
         rig.close()
         log.close()
         accelerator.end_training()
     if why == "interrupted":
-        raise Interrupted(f"stopped after update {meter.updates}; the same command goes on from there")
+        where = f"image {len(answers(rig))}" if searching else f"update {meter.updates}"
+        raise Interrupted(f"stopped after {where}; the same command goes on from there")
     with wall("judge"):
         done = _watched(
             view,
             "judging the result",
-            len(exam) * judging.test_images,
-            lambda a: look("test", judged_by(), judges.all, a),
+            len(exam) * each,
+            lambda a: look(exam, each, judged_by(), judges.all, a, answers(rig) if searching else None),
         )
-        final = look("validation", judged_by(), [judges.training, *judges.held_out], lambda _: None)
-    curve = [*facts["curve"], {"spent": meter.spent(), "scores": evaluate.estimates(final)}]
+        last = (
+            done if exam is validation else look(validation, judging.validation_images, judged_by(), shown, found=final)
+        )
+    scores = {key: number for key, number in evaluate.estimates(last).items() if key in facts["curve"][0]["scores"]}
+    _keep_mark(home / "curve.parquet", len(facts["curve"]), last)
+    curve = [*facts["curve"], {"spent": meter.spent(), "scores": scores}]
 
-    model.save_adapter(home / "adapter", judged_by())
+    if not searching:
+        model.save_adapter(home / "adapter", judged_by())
     _scores(home / "scores.parquet", before, done)
     _samples(home, before, done, judges.training, curve, meter)
     delta = evaluate.differences(before, done)
@@ -238,10 +283,39 @@ def _run(
         failures=list(dict.fromkeys([*rig.failures, *before.reasons(), *done.reasons()]))[-20:],
         wall=wall.seconds,
         provenance=record.provenance(device=str(accelerator.device), dtype=config.precision, weights=weights),
+        tuning=config.tuned,
     )
-    write_atomically(home / "README.md", lambda p: p.write_text(_card(finished, card), "utf-8"))
+    write_atomically(home / "README.md", lambda p: p.write_text(_card(finished, card, not searching), "utf-8"))
     record.write(home / "record.json", finished)  # last: its presence says that the run is whole
     return finished
+
+
+def _off_budget(
+    method: Search,
+    rig: Rig,
+    validation: Sequence[Prompt],
+    judging: Judging,
+    judged: int,
+    seed: int,
+    view: View,
+    interrupted: Callable[[], bool],
+) -> Tensor:
+    """What the same search finds for the validation prompts, with as much to spend on an image as it had: the curve's end."""
+    images = judging.validation_images
+    budget = share(rig.meter.budget, len(validation) * images, judged)
+    meter = Meter(budget, flops_a_forward=rig.meter.flops_a_forward)
+    other = Rig(rig.model, validation, rig.scorer, meter, seed=seed, rows=rig.rows)
+    view.phase("searching for validation prompts, off budget", len(validation) * images)
+    try:
+        why = search(
+            method, other, images, noise_seed=judging.seed, seed=seed,
+            after=lambda done, numbers: view.advance(rig.rows), interrupted=interrupted,
+        )  # fmt: skip
+    finally:
+        other.close()
+    if why == "interrupted":
+        raise Interrupted("stopped after the search; the same command goes on from there")
+    return answers(other)
 
 
 def evaluate_only(
@@ -321,7 +395,10 @@ class _Log:
 
 
 def _accelerator(precision: str, track: str | None = None, home: Path | None = None) -> Any:
-    """The device and the trackers. The model casts by itself, so that differences and latents stay float32."""
+    """The device and the trackers. The model casts by itself, so that differences and latents stay float32.
+
+    On a GPU, kernels that add in a changing order are asked for their repeatable twins: the same command, the same bytes.
+    """
     from accelerate import Accelerator
 
     if precision == "fp16" and not torch.cuda.is_available():
@@ -330,6 +407,9 @@ def _accelerator(precision: str, track: str | None = None, home: Path | None = N
         accelerator = Accelerator(mixed_precision="no", log_with=track, project_dir=home)
     except ValueError as error:
         raise UserError(f"--track {track}: {error}") from None
+    if accelerator.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrices are multiplied
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if track and not accelerator.log_with:  # accelerate leaves out in silence what is not installed
         raise Missing(f"the tracker {track!r} is not installed; tensorboard comes with: pip install 'gpobench[track]'")
     if track:
@@ -440,6 +520,14 @@ def _scores(path: Path, before: Judged, after: Judged) -> None:
     write_atomically(path, lambda p: table.to_parquet(p, index=False))
 
 
+def _keep_mark(path: Path, mark: int, seen: Judged) -> None:
+    """Every validation score of one point of the curve, behind those of the points before it; later ones are of a start cut off."""
+    new = seen.table.drop(columns=["text", "reason", "note"]).assign(mark=mark)
+    old = pd.read_parquet(path) if mark and path.is_file() else None
+    table = new if old is None else pd.concat([old[old.mark < mark], new], ignore_index=True)
+    write_atomically(path, lambda p: table.to_parquet(p, index=False))
+
+
 def _samples(
     home: Path, before: Judged, after: Judged, scorer: Scorer, curve: Sequence[dict[str, Any]], meter: Meter
 ) -> None:
@@ -505,6 +593,8 @@ def _toml(config: Config) -> str:
         "adapter": mapping["adapter"],
         "judging": mapping["judging"],
     }
+    if config.tuned:
+        tables["tuned"] = {**config.tuned, **config.tuned["spent"], "spent": None}
     tables |= {key: tables[""].pop(key) for key in [k for k, v in tables[""].items() if isinstance(v, dict)]}
     for name, table in tables.items():
         lines += ["", f"[{name}]"] if name else [""]
@@ -512,34 +602,37 @@ def _toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _card(r: Record, card: Card) -> str:
-    """The run's README: what it is, what it did, how to use the adapter."""
+def _card(r: Record, card: Card, adapter: bool) -> str:
+    """The run's README: what it is, what it did, how to use the adapter, if there is one."""
     rows = [
         f"| {key} | {_show(r.before[key])} | {_show(r.after[key])} | {_show(d)} | {d.p if d.p is None else f'{d.p:.4f}'} |"
         for key, d in r.delta.items()
     ]
     spent = ", ".join(f"{k} {v:,.0f}" for k, v in r.spent.items())
+    trained = f"a LoRA for {r.model}" if adapter else f"{r.model} as it is"
+    done = "Trained" if adapter else "Searched for, without training,"
+    chosen = "" if adapter else " The training scorer chose the images, so only the held-out ones say what was gained."
+    use = [
+        "```python",
+        *usage(card),
+        "```",
+    ]
+    tuning = f" Its settings were chosen in {r.tuning['trials']} trials, which are not in that." if r.tuning else ""
     return "\n".join(
         [
-            f"# {r.method} on {r.task}, a LoRA for {r.model}",
+            f"# {r.method} on {r.task}, {trained}",
             "",
-            f"Trained by gpobench with seed {r.seed}; ended by {r.stop}. Spent: {spent}.",
+            f"{done} by gpobench with seed {r.seed}; ended by {r.stop}. Spent: {spent}.{tuning}",
             "",
             "| scorer/metric | before | after | difference | p |",
             "|---|---|---|---|---|",
             *rows,
             "",
-            "Means over test prompts with 95 % intervals (clustered bootstrap); differences are paired by prompt on the same noise.",
-            "One training seed: the interval does not cover what another seed would change.",
+            f"Means over {r.config['judging']['split']} prompts with 95 % intervals (clustered bootstrap); "
+            "differences are paired by prompt on the same noise.",
+            f"One training seed: the interval does not cover what another seed would change.{chosen}",
             "",
-            "```python",
-            "from diffusers import StableDiffusion3Pipeline",
-            f'pipe = StableDiffusion3Pipeline.from_pretrained("{card.source if card.revision else "PATH/TO/" + card.name}")',
-            'pipe.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")',
-            f"image = pipe(PROMPT, height={card.height}, width={card.width}, num_inference_steps={card.steps}, "
-            f"guidance_scale={card.guidance}, max_sequence_length={card.max_sequence_length}).images[0]",
-            "```",
-            "",
+            *([*use, ""] if adapter else []),
         ]
     )
 

@@ -34,6 +34,11 @@ class Prompt:
     meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
+def fold_text(text: str) -> str:
+    """What makes two texts the same prompt: case, punctuation and spacing do not."""
+    return "".join(character for character in text.casefold() if character.isalnum()) or text.casefold()
+
+
 class Model(Protocol):
     """A text-to-image model seen as a velocity field over latents."""
 

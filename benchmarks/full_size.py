@@ -18,7 +18,7 @@ import torch
 from gpobench.bench import config, registry, train
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.card import find
-from gpobench.bench.models import sd3
+from gpobench.bench.models import common, sd3
 from gpobench.bench.models.tiny_recipe import build_silent_tokenizer, build_tokenizer
 from gpobench.bench.rig import Rig
 from gpobench.bench.spec import Prompt, Scores, Search
@@ -103,7 +103,7 @@ def main(names: list[str]) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this needs a GPU")
     card = find("sd35m")
-    sd3._pipeline = lambda card, dtype: pipeline(dtype)  # pyright: ignore
+    common.pipeline = lambda kind, card, dtype: pipeline(dtype)
     began = time.perf_counter()
     model = sd3.SD3(card, device="cuda", precision="bf16", adapter=card.adapter)
     count = sum(p.numel() for p in model.transformer.parameters()) / 1e9

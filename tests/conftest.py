@@ -59,6 +59,14 @@ def tiny_pipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for the other family: a random StableDiffusionPipeline, a U-Net that predicts the noise."""
+    from gpobench.bench.models.mini import write_sd15
+
+    return write_sd15(tmp_path_factory.mktemp("models") / "mini-unet", seed=0)
+
+
+@pytest.fixture(scope="session")
 def redness() -> str:
     """The file of the test task: `redness + ":Paint"` is a task."""
     return str(Path(__file__).with_name("redness.py"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..card import Card, find
+from ..card import PROTOCOLS, Card, find
 
 # The embedded model: made by `gpobench pretrain tiny`, its protocol stands in its own recipe.json.
 tiny = replace(find(str(Path(__file__).with_name("tiny"))), name="tiny", licence="Apache-2.0")
@@ -16,4 +16,13 @@ sd35m = Card(
     revision="main",
     pipeline="StableDiffusion3Pipeline",
     licence="Stability AI Community License (gated)",
+)
+
+sd15 = Card(
+    name="sd15",
+    source="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    revision="main",
+    pipeline="StableDiffusionPipeline",
+    licence="CreativeML OpenRAIL-M",
+    **PROTOCOLS["StableDiffusionPipeline"],
 )

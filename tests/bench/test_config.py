@@ -184,3 +184,33 @@ def test_a_variant_has_sections_of_its_own(tmp_path: Path, monkeypatch: pytest.M
 def test_an_alias_is_the_same_run() -> None:
     first, second = (resolve(name, "ocr", "tiny") for name in ("diffusion-dpo", "dpo"))
     assert first.slug() == second.slug() and first.mapping() == second.mapping()
+
+
+def test_how_settings_were_chosen_is_kept_beside_them(mine: str, named: Path, tmp_path: Path) -> None:
+    preset = tmp_path / "mine.toml"
+    plain = plan(mine, "ocr", named)
+    marked = PRESET.replace(
+        "[mini.ocr]", 'tuned = { trials = 8, nfe = 960_000, command = "gpobench tune" }\n[mini.ocr]'
+    )
+    preset.write_text(marked)
+    got = plan(mine, "ocr", named)
+    assert got.tuned == {"trials": 8, "command": "gpobench tune", "spent": {"nfe": 960_000}} and plain.tuned == {}
+    assert got.digest() == plain.digest() and "tuned" not in got.mapping() and got.settings.c == "three"
+
+
+@pytest.mark.parametrize(
+    ("marker", "said"),
+    [
+        ("8", "tuned is a table"),
+        ("{ nfe = 3 }", "tuned wants a number of trials"),
+        ("{ trials = 0 }", "tuned wants a number of trials"),
+        ("{ trials = 2, nfes = 3 }", "unknown setting 'tuned.nfes'; did you mean 'tuned.nfe'"),
+        ('{ trials = 2, nfe = "many" }', "tuned.nfe must be a number"),
+    ],
+)
+def test_a_marker_that_says_nothing_is_refused(mine: str, named: Path, tmp_path: Path, marker: str, said: str) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(f"tuned = {marker}\n")
+    with pytest.raises(UserError) as caught:
+        plan(mine, "ocr", named, config=file)
+    assert said in str(caught.value) and "\n" not in str(caught.value)

@@ -23,6 +23,7 @@ from gpobench.bench.flow import (
     ddim,
     ddim_grid,
     ddpm,
+    dpm2,
     dynamic_grid,
     error_scale,
     linear_grid,
@@ -443,6 +444,85 @@ def test_ddim_is_the_ode_of_the_table():
     truth = CENTRE + WIDTH * (0.7 - a * CENTRE) / math.sqrt(a**2 * WIDTH**2 + s**2)
     errors = [abs(float(end(n)) - truth) for n in (25, 100, 400)]
     assert errors[0] > 2 * errors[1] > 4 * errors[2] and errors[2] < 2e-2
+
+
+def outputs(x: Tensor, t: Tensor) -> Tensor:
+    """What a network might say: smooth in x and t, and far from any exact answer."""
+    return 0.4 * x.roll(1, -1) - 0.3 * x + 0.5 * torch.sin(3 * t).to(x) * x.cos()
+
+
+def solved(path: Path, grid: Tensor, x: Tensor, say: Any) -> list[Tensor]:
+    """Every point of a walk of dpm2, as `rig.walk` makes it."""
+    points, before = [x], None
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        t, s, x = t.expand(2), s.expand(2), points[-1]
+        v = say(x, t)
+        second = before is not None and float(s[0]) > 0
+        points.append((dpm2.second(path, x, v, t, s, before) if second else dpm2(path, x, v, t, s)).mean)  # type: ignore[arg-type]
+        before = split(path, x, v, t)[0], t
+    return points
+
+
+@pytest.mark.parametrize("steps,by", [(1, 3.0), (2, 3.0), (3, 1.0), (10, 3.0), (20, 5.0)])
+def test_dpm2_is_diffusers_multistep_solver_on_flows(steps: int, by: float):
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=by, solver_order=2,
+        algorithm_type="dpmsolver++", solver_type="midpoint", lower_order_final=True, final_sigmas_type="zero",
+    )  # fmt: skip
+    scheduler.set_timesteps(steps)
+    grid, theirs = scheduler.sigmas, normal(2, 4, dtype=torch.float32)
+    ours = solved(rectified, grid, theirs, lambda x, t: outputs(x, t[0]))
+    for k, time in enumerate(scheduler.timesteps):
+        theirs = scheduler.step(outputs(theirs, grid[k]), time, theirs, return_dict=False)[0]
+        assert torch.allclose(ours[k + 1], theirs, atol=1e-5), k
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_dpm2_is_diffusers_multistep_solver_on_tables(prediction: Any):
+    from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction, steps_offset=1,
+        timestep_spacing="leading", solver_order=2, solver_type="midpoint", final_sigmas_type="zero",
+    )  # fmt: skip
+    scheduler.set_timesteps(20)
+    path = ddpm(scheduler.alphas_cumprod)
+    grid = torch.cat([(scheduler.timesteps + 1) / 1000, torch.zeros(1)])
+    theirs = normal(2, 4, dtype=torch.float32)
+    ours = solved(path, grid, theirs, lambda x, t: to_velocity(path, x, t, outputs(x, t[0]), prediction))
+    for k, time in enumerate(scheduler.timesteps):
+        theirs = scheduler.step(outputs(theirs, grid[k]), time, theirs, return_dict=False)[0]
+        assert torch.allclose(ours[k + 1], theirs, atol=5e-4, rtol=1e-4), k
+
+
+@every_path
+def test_dpm2_is_of_order_two(path: Path):
+    """From a first step of order 1, halving the steps quarters the error; Euler's is halved."""
+
+    def end(second: bool, steps: int) -> float:
+        grid = torch.linspace(0.9, 0.2, steps + 1, dtype=torch.float64)
+        x = torch.full((2, 1), 0.7, dtype=torch.float64)
+        if second:
+            return float(solved(path, grid, x, lambda x, t: exact(path, x, t[0]))[-1][0, 0])
+        for t, s in zip(grid[:-1], grid[1:], strict=True):
+            x = ode(path, x, exact(path, x, t), t, s).mean
+        return float(x[0, 0])
+
+    (a, b, *_), (a1, b1, *_) = (path(torch.tensor(t, dtype=torch.float64)) for t in (0.9, 0.2))
+    width = [math.sqrt(float(alpha) ** 2 * WIDTH**2 + float(sigma) ** 2) for alpha, sigma in ((a, b), (a1, b1))]
+    truth = float(a1) * CENTRE + (0.7 - float(a) * CENTRE) * width[1] / width[0]  # the ODE keeps a Gaussian's quantiles
+    two, four = (abs(end(True, n) - truth) for n in (100, 200))
+    assert 3 < two / four < 5 and two < 0.3 * abs(end(False, 100) - truth)
+
+
+def test_dpm2_forgets_what_was_pure_noise():
+    """At t = 1 nothing is known of x0 in units of noise: the step after it is of the first order, and finite."""
+    x, v = normal(2, 4), normal(2, 4, seed=1)
+    t, s, one = (torch.full((2,), value, dtype=torch.float64) for value in (0.9, 0.8, 1.0))
+    step = dpm2.second(rectified, x, v, t, s, (normal(2, 4, seed=2), one))
+    assert torch.allclose(step.mean, ode(rectified, x, v, t, s).mean, atol=1e-12)
 
 
 # Grids

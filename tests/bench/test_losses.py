@@ -14,13 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gpobench.bench.losses import (
+    best,
     clipped,
+    dgpo,
     dpo,
+    fits,
     flow_error,
+    goodness,
     gpo,
+    guarded,
     implicit_accuracy,
     informative,
     kl_velocity,
+    likelihood_weights,
+    reflected,
     standardise,
     weighted_error,
 )
@@ -109,6 +116,30 @@ def test_clipped_is_the_four_cases(ratio: float, adv: float, eps: float):
     assert float(loss.detach()) == pytest.approx(-min(adv * ratio, adv * min(max(ratio, 1 - eps), 1 + eps)))
     outside = (adv > 0 and ratio > 1 + eps) or (adv < 0 and ratio < 1 - eps)
     assert float(grad(loss, r)) == pytest.approx(0 if outside else -adv)
+
+
+@pytest.mark.parametrize("std", [0.006, 0.7])
+def test_guarded_is_the_centred_and_scaled_log_ratio(std: float):
+    """arXiv 2510.22319: std (log rho + mean (mu_then - mu)^2 / (2 std^2)), one transition at a time."""
+    old, live, eps = normal(4, 2, 3), normal(4, 2, 3, seed=1).requires_grad_(), normal(4, 2, 3, seed=2)
+    widths = std * torch.tensor([0.5, 1, 2, 3], dtype=torch.float64).view(4, 1, 1)
+    to = (old + widths * eps).requires_grad_()
+    got = guarded(live, old, to, widths)
+    for i in range(4):
+        s = float(widths[i])
+        log_ratio = (((to[i] - old[i]) ** 2 - (to[i] - live[i]) ** 2) / (2 * s**2)).mean()
+        expected = s * (log_ratio + ((old[i] - live[i]) ** 2).mean() / (2 * s**2))
+        assert float(got[i].detach()) == pytest.approx(float(expected.detach()), rel=1e-9)
+        assert torch.equal(guarded(live[i : i + 1], old[i : i + 1], to[i : i + 1], widths[i : i + 1]), got[i : i + 1])
+    assert torch.allclose(grad(got, live), eps / 6)  # whatever the width: the scale is gone
+    assert not guarded(live, live, to, widths).any()
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(guarded(live.detach(), old, to, widths).sum(), to)  # what was drawn is a constant
+
+
+def test_guarded_raises_half_precision():
+    half = normal(3, 5).to(torch.bfloat16)
+    assert guarded(half, half + 1, half, torch.ones(3, 1)).dtype == torch.float32
 
 
 # Errors
@@ -270,3 +301,160 @@ def test_implicit_accuracy_counts_ordered_pairs():
     assert float(implicit_accuracy(reward, live, ref)) == pytest.approx(2 / 3)
     assert float(implicit_accuracy(reward, ref, ref)) == 0.5
     assert implicit_accuracy(torch.ones(2, 3), live, ref).isnan()
+
+
+# Advantage weighted matching
+
+
+FORMS: list[Any] = ["uniform", "t", "t2", "huber", "ghuber"]
+
+
+@given(st.sampled_from(FORMS), st.floats(0.0, 50.0), st.floats(0.01, 1.0), st.sampled_from([0.1, 0.25, 0.5]))
+def test_fits_are_their_formulas(form: Any, d: float, t: float, p: float):
+    got = fits(torch.tensor([d], dtype=torch.float64), torch.tensor([t], dtype=torch.float64), form, p)
+    want = {
+        "uniform": -d,
+        "t": -t * d,
+        "t2": -(t**2) * d,
+        "huber": -t * (math.sqrt(d + 1e-10) - 1e-5),
+        "ghuber": -(t / p) * ((d + 1e-10) ** p - 1e-10**p),
+    }
+    assert float(got) == pytest.approx(want[form], abs=1e-12)
+    assert float(got) <= 1e-12  # 0 where the error is 0, below it elsewhere
+
+
+def test_ghuber_weighs_an_error_by_its_power():
+    """The gradient on d is -t d^(p - 1), finite at d = 0; p = 1/2 is twice the huber form's, p = 1 the t form's."""
+    d, t = torch.tensor([1e-3, 0.2, 3.0], dtype=torch.float64, requires_grad=True), torch.tensor([0.2, 0.9, 1.0])
+    for p in (0.25, 0.5, 1.0):
+        assert torch.allclose(grad(fits(d, t, "ghuber", p), d), -t.double() * d.detach() ** (p - 1), rtol=1e-5)
+    assert torch.allclose(fits(d, t, "ghuber", 0.5), 2 * fits(d, t, "huber"))
+    assert torch.allclose(fits(d, t, "ghuber", 1.0), fits(d, t, "t"))
+    zero = torch.zeros(1, requires_grad=True)
+    assert all(grad(fits(zero, torch.ones(1), form), zero).isfinite().all() for form in FORMS)
+    assert fits(d.bfloat16(), t).dtype == torch.float32
+    with pytest.raises(ValueError, match="unknown form"):
+        fits(d, t, "cauchy")  # type: ignore
+
+
+# DiffusionNFT
+
+
+@given(st.floats(0.0, 1.0), st.sampled_from([0.1, 0.5, 1.0]), st.integers(0, 2**31))
+def test_reflected_is_its_closed_form_where_nothing_is_normalised(r: float, b: float, seed: int):
+    """r l(v+) + (1 - r) l(v-) = b^2 |v - [v_old + (a / b)(v* - v_old)]|^2 + const, a = 2 r - 1 (a derivation)."""
+    live, old, target = (normal(1, 12, seed=seed + i) for i in range(3))
+    a, one = 2 * r - 1, torch.ones(1, dtype=torch.float64)
+
+    def side(estimate: Tensor) -> Tensor:
+        """What `reflected` makes of one side, its weight taken out again."""
+        return reflected(estimate, estimate, target, one) * (estimate - target).detach().abs().mean(1)
+
+    def two_sides(v: Tensor) -> Tensor:
+        return r * side(old + b * (v - old)) + (1 - r) * side(old - b * (v - old))
+
+    def closed(v: Tensor) -> Tensor:
+        return b**2 * ((v - (old + (a / b) * (target - old))) ** 2).mean(1)
+
+    live.requires_grad_()
+    assert torch.allclose(grad(two_sides(live), live), grad(closed(live), live), atol=1e-9)
+    constants = [float((two_sides(v) - closed(v)).detach()) for v in (live, live + 1, old)]
+    assert constants == pytest.approx([constants[0]] * 3, abs=1e-9)
+    start = old.clone().requires_grad_()
+    assert torch.allclose(grad(two_sides(start), start), -2 * a * b * (target - old) / 12, atol=1e-9)
+
+
+def test_reflected_divides_by_a_constant_mean_gap():
+    plus, minus, x0 = normal(3, 2, 5, seed=1), normal(3, 2, 5, seed=2), normal(3, 2, 5, seed=3)
+    plus.requires_grad_()
+    good = torch.tensor([1.0, 0.3, 0.0], dtype=torch.float64)
+    got = reflected(plus, minus, x0, good)
+    for n in range(3):
+        sides = [(side[n] - x0[n]).detach().numpy() for side in (plus, minus)]
+        each = [(gap**2).mean() / np.abs(gap).mean() for gap in sides]
+        assert float(got[n].detach()) == pytest.approx(float(good[n]) * each[0] + float(1 - good[n]) * each[1])
+        expected = float(good[n]) * 2 * sides[0] / 10 / np.abs(sides[0]).mean()
+        assert np.allclose(grad(got[n], plus)[n].numpy(), expected)
+    same = x0.clone().requires_grad_()
+    assert grad(reflected(same, same, x0, good), same).eq(0).all()  # no division by 0 at a perfect estimate
+
+
+@given(st.lists(st.floats(-20, 20), min_size=1, max_size=6), st.sampled_from([1.0, 5.0]))
+def test_goodness_is_a_probability(advantages: list[float], bound: float):
+    a = torch.tensor(advantages, dtype=torch.float64)
+    r = goodness(a, bound)
+    assert torch.allclose(r, torch.tensor([min(1.0, max(0.0, x / (2 * bound) + 0.5)) for x in advantages]).double())
+    assert torch.allclose(goodness(-a, bound), 1 - r) and ((r >= 0) & (r <= 1)).all()
+    assert float(goodness(torch.zeros(()))) == 0.5
+
+
+# SFT and reward-weighted regression
+
+
+def rewards(values: list[float]) -> Any:
+    group = st.lists(st.sampled_from(values), min_size=4, max_size=4)
+    return st.lists(group, min_size=1, max_size=3)
+
+
+@given(rewards([nan, 0.0, 0.25, 1.0, -3.0, 26.1]), st.sampled_from([0.01, 1.0, 30.0]))
+def test_likelihood_weights_are_a_softmax_of_mean_one(rows: list[list[float]], temperature: float):
+    got = likelihood_weights(torch.tensor(rows, dtype=torch.float64), temperature)
+    for row, weight in zip(rows, got.tolist(), strict=True):
+        known = [r for r in row if not math.isnan(r)]
+        whole = sum(math.exp((r - max(known)) / temperature) for r in known)
+        want = [0 if math.isnan(r) else len(known) * math.exp((r - max(known)) / temperature) / whole for r in row]
+        assert weight == pytest.approx(want, rel=1e-9, abs=1e-12)
+        assert sum(weight) == pytest.approx(len(known))
+
+
+def test_likelihood_weights_at_the_ends_of_the_scale():
+    reward = torch.tensor([[0.0, 1.0, nan, 1.0]])
+    assert torch.allclose(likelihood_weights(reward, 1e-3), torch.tensor([[0, 1.5, 0, 1.5]]))  # the best only: SFT
+    assert torch.allclose(likelihood_weights(reward, 1e6), torch.tensor([[1.0, 1, 0, 1]]), atol=1e-5)  # all alike
+    assert torch.equal(likelihood_weights(torch.full((1, 3), nan), 1.0), torch.zeros(1, 3))
+    for bad in (0.0, -1.0):
+        with pytest.raises(ValueError, match="positive"):
+            likelihood_weights(reward, bad)
+
+
+@given(rewards([nan, 0.0, 1.0, -3.0]))
+def test_best_marks_the_maximum_and_its_ties(rows: list[list[float]]):
+    got = best(torch.tensor(rows, dtype=torch.float64)).tolist()
+    for row, marks in zip(rows, got, strict=True):
+        known = [r for r in row if not math.isnan(r)]
+        assert marks == [bool(known) and r == max(known) for r in row]
+
+
+# DGPO
+
+
+@pytest.mark.parametrize("beta", [0.5, 100.0, 5000.0])
+def test_without_a_clip_dgpo_has_the_gradient_of_gpo(beta: float):
+    (live, ref), a, g = errors(3, 5), standardise(normal(3, 5, seed=7)), 5
+    loss = dgpo(a, live, ref, beta)
+    assert torch.allclose(grad(loss, live), grad(gpo(a, live, ref, beta), live))
+    u = beta / g * (a * (live - ref)).sum(1)
+    assert torch.allclose(loss, (torch.sigmoid(u)[:, None] * a * live).mean(1))  # its code's value is another
+    same = dgpo(a, live, ref, beta, old=ref, clip=0.0), dgpo(a, live, ref, beta, old=live.detach(), clip=1e-3)
+    assert all(torch.equal(grad(one, live), grad(loss, live)) for one in same)  # no clip, or no move
+
+
+def test_dgpo_holds_constant_whoever_has_moved_far_enough():
+    """Ratios exp(old - live) of 1 +- 0.02 against a clip of 0.01: liked and likelier, or disliked and less likely."""
+    live = torch.full((1, 6), 1.0, dtype=torch.float64, requires_grad=True)
+    ratio = torch.tensor([[1.02, 1.005, 0.98, 0.98, 0.995, 1.02]], dtype=torch.float64)
+    a = torch.tensor([[1.0, 1, 1, -1, -1, -1]], dtype=torch.float64)
+    loss = dgpo(a, live, live.detach(), 10.0, old=live.detach() + ratio.log(), clip=0.01)
+    assert (grad(loss, live) != 0).tolist() == [[False, True, True, False, True, True]]
+    assert float(loss.detach()) == pytest.approx(float(dgpo(a, live, live.detach(), 10.0).detach()))  # the value stays
+
+
+def test_dgpo_ignores_groups_without_spread_and_refuses_no_beta():
+    live, ref = errors(2, 4)
+    reward = torch.tensor([[0.3] * 4, [nan, 0.0, 1.0, 0.5]], dtype=torch.float64)
+    got = grad(dgpo(standardise(reward), live, ref, 10.0), live)
+    assert (got[0] == 0).all() and got[1, 0] == 0 and (got[1, 1:3] != 0).all()
+    half = dgpo(standardise(torch.rand(2, 4)), live.detach().bfloat16(), ref.bfloat16(), 1e4)
+    assert half.isfinite().all() and half.dtype == torch.float32
+    with pytest.raises(ValueError, match="positive"):
+        dgpo(ref, live, ref, 0.0)

@@ -13,11 +13,12 @@ import torch
 
 from gpobench.bench.budget import Budget, Meter, Spent
 from gpobench.bench.card import Adapter, find
-from gpobench.bench.flow import ode, sde
+from gpobench.bench.errors import UserError
+from gpobench.bench.flow import cps, dpm2, ode, sde
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.rig import Rig, judged, pixels
-from gpobench.bench.spec import Prompt
+from gpobench.bench.rig import Rig, judged, pixels, stochastic
+from gpobench.bench.spec import Prompt, take
 
 BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle"]
 Make = Callable[..., Rig]
@@ -192,6 +193,97 @@ def test_a_walk_is_the_kernels_in_order(make: Make) -> None:
     for (*_, to), (_, at, *_) in zip(walked[:-1], walked[1:], strict=True):
         assert torch.equal(to, at)
     assert torch.equal(walked[0][5], walked[0][4].mean) and not torch.equal(walked[1][5], walked[1][4].mean)
+
+
+# Transitions
+
+
+@pytest.mark.parametrize("rows", [2, 64])
+@pytest.mark.parametrize("drop", [False, True])
+def test_moves_are_the_transitions_of_what_was_scored(make: Make, rows: int, drop: bool) -> None:
+    rig = make(rows=rows)
+    kernels = [sde(0.7), ode, cps(0.8), sde(0.5), ode]
+    moves, reward = rig.moves(2, 3, kernels, drop=drop)
+    grid = rig.model.times(5)
+    assert reward.shape == (2, 3) and len(moves.t) == 3 * 6 and not moves.adv.any()
+    assert rig.meter.roles == {"rollout": 30} and rig.meter.images == rig.meter.reward_calls == 6
+    for k, kernel in enumerate(kernels):
+        at = moves.t == grid[k]
+        if kernel == ode:
+            assert not at.any()
+            continue
+        part = take(moves, at)
+        assert sorted(part.image.tolist()) == list(range(6)) and torch.equal(part.s, grid[k + 1].expand(6))
+        step = rig.step(kernel, part.x, part.t, part.s, part.who)
+        assert torch.allclose(step.mean, part.mean, atol=1e-5) and not torch.isclose(part.to, part.mean).all()
+        assert torch.allclose(step.logp(part.to, drop), part.logp, atol=1e-4)
+    for i in range(6):  # each image's steps follow one another, and the last one's end is what was scored
+        own = take(moves, moves.image == i)
+        first, third, fourth = (take(own, own.t == grid[k]) for k in (0, 2, 3))
+        who = own.who[:1]
+        assert len(own.who.unique()) == 1 and torch.equal(third.to, fourth.x)
+        ends = [list(rig.walk(a, who, [ode], start=k, of=5))[-1][-1] for a, k in ((first.to, 1), (fourth.to, 4))]
+        assert torch.allclose(ends[0], third.x, atol=1e-5)
+        assert torch.allclose(rig.score(ends[1], who), reward.flatten()[i], atol=5e-3)
+        assert int(who) == int(moves.who[moves.image == i - i % 3][0])
+    assert int(moves.who.unique().numel()) == 2
+
+
+def test_moves_keep_what_they_are_told_and_nothing_without_noise(make: Make) -> None:
+    rig = make()
+    kernels = [sde(0.7)] * 4
+    moves, _ = rig.moves(1, 2, kernels, keep=range(2))
+    assert sorted(set(moves.t.tolist())) == sorted(rig.model.times(4)[:2].tolist())
+    spent = rig.meter.nfe
+    wrong: list[tuple[list[Any], Any]] = [
+        ([ode] * 3, None), ([sde(0.7), ode], [1]), ([sde(0.7), dpm2], [0, 1]), (kernels, [4]), (kernels, [-1]), (kernels, []),
+    ]  # fmt: skip
+    for kinds, keep in wrong:
+        with pytest.raises(ValueError, match="cannot be kept"):
+            rig.moves(1, 2, kinds, keep=keep)
+    assert rig.meter.nfe == spent
+
+
+def test_a_group_may_share_its_first_noise(make: Make) -> None:
+    for shared in (True, False):
+        moves, _ = make().moves(2, 3, [sde(0.7)] * 2, shared=shared)
+        start = take(moves, moves.t == 1)
+        x = start.x[start.image.argsort()].unflatten(0, (2, 3))
+        assert torch.equal(x[:, 0], x[:, 1]) == torch.equal(x[:, 0], x[:, 2]) == shared
+        assert not torch.equal(x[0], x[1]) and not torch.equal(start.to[0], start.to[1])
+
+
+def test_moves_follow_a_grid_of_ones_own(make: Make) -> None:
+    rig, times = make(), torch.tensor([1.0, 0.75, 0.3, 0.0])
+    moves, _ = rig.moves(1, 2, [sde(0.7), sde(0.7), dpm2], times=times)
+    assert sorted({*moves.t.tolist(), *moves.s.tolist()}) == pytest.approx([0.3, 0.75, 1.0])
+    guided, _ = rig.moves(1, 2, [sde(0.7), ode], guidance=3.0)
+    assert rig.meter.roles == {"rollout": 6 + 8} and len(guided.t) == 2
+
+
+def test_the_two_step_solver_remembers_one_step(make: Make) -> None:
+    """A walk of dpm2 begins and ends with the ODE's step and differs from it between; another kernel makes it forget."""
+    rig = make()
+    x, who = rig.noise(2), rig.prompts(2)
+    walked = list(rig.walk(x, who, [dpm2, dpm2, ode, dpm2, dpm2, dpm2], start=1, of=7))
+    same: list[bool] = []
+    for _, at, t, s, step, _ in walked:
+        same.append(torch.allclose(step.mean, rig.step(ode, at, t, s, who, by="ref").mean, atol=1e-5))
+    assert same == [True, False, True, True, False, True]
+
+
+def test_which_kernels_draw_noise() -> None:
+    assert [stochastic(k) for k in (ode, dpm2, sde(0.7), cps(0.8), sde(1e-9))] == [False, False, True, True, True]
+
+
+def test_what_the_budget_still_affords(make: Make) -> None:
+    rig = make(nfe=100, images=7)
+    assert rig.affords(nfe=8) == 12 and rig.affords(nfe=8, images=1) == 7 and rig.affords(images=8) == 0
+    rig.noise(1)
+    rig.velocity(rig.noise(2), torch.ones(2), rig.prompts(2), by="ref")
+    assert rig.affords(nfe=49) == 2 and rig.affords(nfe=50) == 1
+    with pytest.raises(UserError, match="updates"):
+        rig.affords(updates=1)
 
 
 # Failing scorers

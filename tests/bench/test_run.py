@@ -354,3 +354,43 @@ def test_other_weights_in_the_same_folder_are_another_run(plan: Any, tiny_pipe: 
         running.run(config, runs=tmp_path / "runs", view=Silent())
     again = running.run(config, runs=tmp_path / "runs", view=Silent(), fresh=True)
     assert again.provenance["weights"] != first.provenance["weights"]
+
+
+def test_on_the_validation_split_no_test_prompt_is_touched(
+    plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpobench.bench.models.sd3 import SD3
+
+    texts: list[str] = []
+    encode = SD3.encode
+    monkeypatch.setattr(SD3, "encode", lambda self, prompts: [texts.extend(prompts), encode(self, prompts)][1])
+    ears = Ears()
+    config = plan("judging.split=validation", "judging.validation_images=3", budget="nfe=600")
+    done = running.run(config, runs=tmp_path, view=ears)
+    shown = {"four red circles", "five blue triangles"}
+    table = pd.read_parquet(Path(done.run_dir) / "scores.parquet")
+    assert set(table.text) == shown and len(table) == 2 * 2 * 3 * 2 and ears.done == 2 * 2 * 3
+    assert not {"two green squares", "a sign", "a card"} & set(texts) and shown <= set(texts)
+    for numbers in (done.before, done.after, done.delta):
+        assert {n.n for n in numbers.values()} == {2}
+    assert done.after["redness/mean"] == done.curve[-1].scores["redness/mean"]
+    assert done.config["judging"]["split"] == "validation"
+    assert "Means over validation prompts" in (Path(done.run_dir) / "README.md").read_text()
+    assert config.digest() != plan("judging.validation_images=3", budget="nfe=600").digest()
+
+
+def test_what_the_settings_cost_to_find_stands_in_the_record(plan: Any, tmp_path: Path) -> None:
+    file = tmp_path / "best.toml"
+    file.write_text('beta = 31.0\ntuned = { trials = 4, nfe = 8000, command = "gpobench tune" }\n')
+    config = plan(budget="nfe=100", config=file)
+    done = running.run(config, runs=tmp_path, view=Silent())
+    assert done.tuning == {"trials": 4, "command": "gpobench tune", "spent": {"nfe": 8000}}
+    assert "chosen in 4 trials" in (Path(done.run_dir) / "README.md").read_text()
+    written = Path(done.run_dir) / "config.toml"
+    again = resolve(config.method, config.task, config.model, budget="nfe=100", config=written)
+    assert again.digest() == config.digest() and again.tuned == config.tuned
+    by_hand = plan("beta=31.0", budget="nfe=100")  # the same settings without the file: --set wins over it
+    tuned = replace(by_hand, tuned=config.tuned)
+    assert running.run(by_hand, runs=tmp_path / "other", view=Silent()).tuning == {}
+    assert running.run(tuned, runs=tmp_path / "other", view=Silent()).tuning == done.tuning
+    assert running.run(by_hand, runs=tmp_path / "other", view=Silent()).tuning == done.tuning  # a price stays paid

@@ -65,3 +65,14 @@ def test_credit_gives_each_transition_its_images_advantage() -> None:
     assert kept.image.tolist() == [0, 2, 0, 2] and kept.adv.tolist() == [0.5, -2.0, 0.5, -2.0]
     assert kept.x.tolist() == [0, 2, 3, 5]
     assert size(credit(moves, torch.zeros(1, 3))) == 0
+
+
+def test_credit_finds_images_that_were_sampled_in_parts() -> None:
+    """Parts of a rollout come one after the other, so an image's place among the rows is not its number."""
+    image = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5])  # two parts of three images, two steps each
+    column = torch.arange(12.0)
+    moves = Moves(column[:, None], column, column, *[column[:, None]] * 2, column, torch.zeros(12), image // 3, image)
+    given = credit(moves, torch.tensor([[1.0, 0.0, 3.0], [4.0, 5.0, 0.0]]))
+    assert given.adv.tolist() == [image + 1 for image in given.image.tolist()] == [1, 3, 1, 3, 4, 5, 4, 5]
+    assert given.t.tolist() == [0, 2, 3, 5, 6, 7, 9, 10]
+    assert not moves.adv.any() and size(credit(moves, torch.zeros(2, 3))) == 0

@@ -23,7 +23,7 @@ def test_a_folder_opens_with_and_without_adapter(tiny_pipe: Path) -> None:
 
 def test_a_class_without_adapter_is_refused(tiny_pipe: Path) -> None:
     card = replace(find(str(tiny_pipe)), pipeline="StableDiffusion2Pipeline")
-    with pytest.raises(UserError, match="unknown pipeline class .*did you mean 'StableDiffusion3Pipeline'"):
+    with pytest.raises(UserError, match="unknown pipeline class .*did you mean 'StableDiffusionPipeline'"):
         open_model(card, device="cpu")
 
 

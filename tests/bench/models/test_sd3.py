@@ -18,8 +18,8 @@ from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.card import Adapter, find
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluate import judge, noise
+from gpobench.bench.models.common import LORA_FILE
 from gpobench.bench.models.open import open_model
-from gpobench.bench.models.sd3 import LORA_FILE
 from gpobench.bench.registry import scorer
 from gpobench.bench.rig import Rig, pixels
 from gpobench.bench.spec import Prompt

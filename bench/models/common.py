@@ -1,0 +1,196 @@
+"""The tool rack of the adapters: what the models of all pipeline classes do alike, as functions.
+
+An adapter in here is a LoRA on the one network that is trained; `module` is that network.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..card import Adapter, Card
+from ..errors import Missing, UserError
+from ..spec import Cond
+from ..weights import Weights
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# (x (B, C, h, w), t (B,), cond) -> what the model says, (B, C, h, w)
+Forward = Callable[[Tensor, Tensor, Cond], Tensor]
+
+
+# Loading
+
+
+def pipeline(kind: Any, card: Card, dtype: torch.dtype, given: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """The pipeline of this class from a folder or the hub's cache, nothing in it trainable, no dropout.
+
+    Safetensors only, and every tensor must be there: the libraries would fill a gap with random numbers. given: parts that
+    stand in for the folder's own. Raises UserError on a folder of another class, Missing when the weights are not there.
+    """
+    import diffusers.utils.logging as theirs
+    import transformers.utils.logging as text
+
+    theirs.disable_progress_bar()
+    text.disable_progress_bar()
+    local = Path(card.source).is_dir() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+    where: dict[str, Any] = {"revision": card.revision, "local_files_only": local}
+    misfit = f"the weights of {card.name} ({card.source}) cannot be loaded"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch_dtype has a new name that older ones do not know
+            index = kind.load_config(card.source, **where)
+            found = index.get("_class_name")
+            if found != kind.__name__:
+                raise UserError(f"{card.source} holds a {found}, not the {kind.__name__} that {card.name} stands for")
+            parts = dict(given)
+            for name, entry in index.items():
+                if isinstance(entry, (list, tuple)) and entry[0] == "transformers" and name not in parts:
+                    part = _text_model(entry[1], card.source, name, where, dtype)
+                    parts |= {} if part is None else {name: part}
+            pipe = kind.from_pretrained(card.source, **parts, torch_dtype=dtype, use_safetensors=True, **where)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise Missing(f"{misfit}: {str(error).strip().splitlines()[0]}") from error
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            gaps = [key for key, tensor in part.named_parameters() if tensor.is_meta]
+            if gaps:  # diffusers leaves what it did not find without storage
+                raise Missing(f"{misfit}: {name} lacks {len(gaps)} tensors, {gaps[0]} first")
+            part.requires_grad_(False).eval()  # T5 comes with dropout on: a reloaded model would differ
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _text_model(kind: str, source: str, name: str, where: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A part of the pipeline that transformers makes, or None where it is no network.
+
+    Loaded apart, because only so does transformers say which tensors it did not find; to the pipeline it only warns.
+    """
+    import transformers
+
+    found: Any = getattr(transformers, kind, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        return None
+    answer: Any = found.from_pretrained(
+        source, subfolder=name, dtype=dtype, use_safetensors=True, output_loading_info=True, **where
+    )
+    part, told = answer
+    gaps = sorted(told["missing_keys"])
+    if gaps:
+        raise ValueError(f"{name} lacks {len(gaps)} tensors, {gaps[0]} first")
+    return part
+
+
+# The trained part
+
+
+def attach(module: Any, adapter: Adapter, name: str, seed: int) -> Weights:
+    """Put a fresh LoRA on the network; its second factor is zero, so the model is unchanged at first."""
+    from peft import LoraConfig
+
+    targets, names = list(adapter.targets), [n for n, _ in module.named_modules()]
+    for target in targets:
+        if not any(n == target or n.endswith("." + target) for n in names):
+            raise UserError(f"adapter.targets: the model {name} has no module {target!r}")
+    config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, init_lora_weights="gaussian", target_modules=targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Weights(module, config)
+
+
+def load_adapter(pipe: Any, module: Any, part: str, folder: Path, name: str) -> None:
+    """A LoRA file in diffusers format into the pipeline; part: what its keys call the network, transformer or unet."""
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+    from peft import get_peft_model_state_dict
+
+    file = folder / LORA_FILE if folder.is_dir() else folder
+    if not file.is_file():
+        raise UserError(f"no adapter at {file}")
+    misfit = f"adapter {file} does not fit the model {name}"
+    try:
+        asked: Any = pipe.lora_state_dict(str(file.parent), weight_name=file.name)
+        asked = asked[0] if isinstance(asked, tuple) else asked  # the U-Net's mixin returns its alphas as well
+        pipe.load_lora_weights(str(file.parent), weight_name=file.name)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise UserError(f"{misfit}: {str(error).splitlines()[0]}") from error
+    # diffusers only warns of tensors that have no place, and would let the bare base be judged in their name
+    names = list(getattr(module, "peft_config", {}))
+    taken = get_peft_model_state_dict(module, adapter_name=names[-1]) if names else {}
+    keys = convert_unet_state_dict_to_peft(asked)  # the older spelling, lora.down and lora.up, is taken too
+    wanted = {key.removeprefix(f"{part}.") for key in keys if not key.startswith("text_encoder")}
+    if not asked or wanted != set(taken):
+        raise UserError(f"{misfit}: {len(wanted - set(taken))} of its {len(asked)} tensors have no place there")
+
+
+# Sampling
+
+
+def guided(
+    forward: Forward, x: Tensor, t: Tensor, cond: Cond, empty: Callable[[], Cond], guidance: float, detach: bool
+) -> Tensor:
+    """(B, C, h, w): the forward under classifier-free guidance, both branches in one pass, as the pipelines do.
+
+    empty: the unconditional prompt's embedding, one row. detach: no gradient through that branch.
+    """
+    if guidance == 1.0:
+        return forward(x, t, cond)
+    none = empty()
+    both = {key: torch.cat([none[key].expand_as(value), value]) for key, value in cond.items()}
+    plain, asked = forward(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+    plain = plain.detach() if detach else plain
+    return plain + guidance * (asked - plain)
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Half precision where the weights are in it."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+
+
+# The autoencoder: latents are (mode - shift) * scale
+
+
+def shape(channels: int, card: Card, factor: int) -> tuple[int, int, int]:
+    """(C, h, w) of one latent of the card's protocol; factor: pixels a latent's side."""
+    return channels, card.height // factor, card.width // factor
+
+
+def _scaling(vae: Any) -> tuple[float, float]:
+    return float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
+
+
+@torch.no_grad()
+def decode(vae: Any, x0: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, 3, H, W) in [0, 1], as the pipelines decode."""
+    scale, shift = _scaling(vae)
+    out = vae.decode((x0 / scale + shift).to(vae.dtype), return_dict=False)[0]
+    return (out.float() / 2 + 0.5).clamp(0, 1)
+
+
+@torch.no_grad()
+def latents(vae: Any, images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [0, 1] -> (B, C, h, w): the mode of the autoencoder's posterior."""
+    scale, shift = _scaling(vae)
+    mode = vae.encode((images * 2 - 1).to(vae.device, vae.dtype)).latent_dist.mode()
+    return (mode.float() - shift) * scale
+
+
+# The price
+
+
+def flops(forward: Forward, x: Tensor, cond: Cond) -> float:
+    """Floating-point operations of one forward of one latent x (1, C, h, w), counted by running it."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as count:
+        forward(x, torch.full((1,), 0.5, device=x.device), cond)
+    return float(count.get_total_flops())

@@ -1,0 +1,109 @@
+"""Diffusion-DPO: of two images of one prompt the better becomes likelier, relative to a reference, and the worse less likely.
+
+Diffusion Model Alignment Using Direct Preference Optimization, Wallace et al., arXiv 2311.12908, Eq. 14; for flow models arXiv
+2501.13918, Eq. 6 with a constant beta (its time-dependent one hacks the reward, Tables 3 and 4):
+  s = e_live - e_ref,      loss = -log sigmoid(-(beta / 2) (s_win - s_lose)) / beta,
+e the MEAN squared error over a latent's elements at one timestep and one noise that the two images share. beta is thus that of
+SalesforceAIResearch/DiffusionDPO train.py and of yifan123/flow_grpo scripts/train_sd3_dpo.py. The division by beta is this
+file's own: it keeps the gradient at the reference, and so the learning rate, independent of beta. Published learning rates were
+found without it: with AdamW they carry over, since it divides a constant factor out again; a clip of the gradient's norm does not.
+
+Online the pairs come from the model's own groups, as in Flow-GRPO's comparison (arXiv 2505.05470, App. C.1). In its code one
+adapter, `ref`, both draws the images and anchors the loss, and becomes the learner every `ref_update_step` updates: here that is
+collector = "reference" with refresh = 40 (its online DPO) or 0 (its offline DPO, on the pretrained model's images). Its code
+makes a pair of two equal rewards; here such a group is left out. Offline in the first paper's sense, `pairs` names a data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ..bench.errors import UserError
+from ..bench.flow import mix
+from ..bench.losses import dpo, implicit_accuracy
+from ..bench.pairs import compare
+from ..bench.rig import Rig
+from ..bench.spec import Even, Log, Optim, Pairs, Range
+
+
+@dataclass(frozen=True)
+class DiffusionDPO:
+    """The fields are the hyper-parameters; `collect` finds the pairs, `loss` is the equation above."""
+
+    space: ClassVar[Mapping[str, Range]] = {
+        "optim.lr": Log(1e-4, 1e-3),
+        "beta": Log(10, 5000),
+        "noisy": Even(0, 0.8),
+    }
+    optim: Optim = field(default_factory=lambda: Optim(lr=1e-5, minibatches=1))  # epochs: timesteps a pair is seen at
+    prompts: int = 8  # groups an iteration; with `pairs`, pairs an iteration
+    group: int = 24  # images a prompt
+    beta: float = 100.0  # how soon the sigmoid saturates, mean-and-half; the raw loss is divided by it
+    choose: Literal["extremes", "random", "all"] = "extremes"  # of a group: best and worst, any one, or all
+    gap: float = 0.0  # rewards of a pair differ by more than this; closer ones are dropped
+    collector: Literal["live", "reference"] = "live"  # who draws the images: the policy, or what anchors the loss
+    refresh: int = 0  # iterations after which the policy becomes the reference; 0 keeps the base
+    pairs: str = ""  # a data set of pairs (bench/pairs.py) to learn from; none are sampled then
+    times: Literal["logit-normal", "uniform"] = "logit-normal"  # of t: Flow-GRPO's; DiffusionDPO's, for epsilon models
+    noisy: float = 0.0  # t is drawn from [noisy, 1]: few-step images are a little blurred, low noise would teach that
+    steps: int = 0  # of the rollout; 0 is the protocol's number
+    guidance: float = 0.0  # of the rollout; 0 is the protocol's
+
+    def __post_init__(self) -> None:
+        if self.group < 2:
+            raise UserError(f"diffusion-dpo: a pair needs at least two images, got group={self.group}")
+        if self.prompts < 1 or self.beta <= 0:
+            got = f"{self.prompts} and {self.beta}"
+            raise UserError(f"diffusion-dpo: prompts must be at least 1 and beta above 0, got {got}")
+        if self.gap < 0 or self.refresh < 0 or self.steps < 0 or self.guidance < 0:
+            raise UserError("diffusion-dpo: gap, refresh, steps and guidance must not be negative")
+        if not 0 <= self.noisy < 1:
+            raise UserError(f"diffusion-dpo: noisy is a time in [0, 1), got {self.noisy}")
+
+    @property
+    def anchor(self) -> str:
+        """The weights of the reference: the base, or the copy that `refresh` makes."""
+        return "old" if self.refresh else "ref"
+
+    def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
+        """An image is in 2 / G pairs on average, in G - 1 of "all"; with a data set: for each IMAGE OF A PAIR, none sampled."""
+        if self.pairs:
+            return {"policy": 3 * self.optim.epochs, self.anchor: self.optim.epochs}
+        each = self.optim.epochs * (self.group - 1 if self.choose == "all" else 2 / self.group)
+        passes = 1 if (self.guidance or guidance) == 1 else 2
+        return {"rollout": (self.steps or steps) * passes, "policy": 3 * each, self.anchor: each}
+
+    def collect(self, rig: Rig) -> Pairs:
+        """Draw pairs from the data set; or sample and score P groups and pair their images."""
+        if (
+            self.refresh and rig.iteration % self.refresh == 0
+        ):  # the first one, at iteration 0, copies the untrained policy
+            rig.model.blend("old", 0.0)
+        if self.pairs:
+            return rig.pairs(self.pairs, self.prompts)
+        by = "live" if self.collector == "live" else self.anchor
+        groups = rig.groups(self.prompts, self.group, steps=self.steps, by=by, guidance=self.guidance or None)
+        which, win, lose = compare(groups.reward, self.choose, self.gap, rig.uniform(self.prompts))
+        rig.note("pairs/kept", len(which))
+        return Pairs(groups.x0[which, win], groups.x0[which, lose], groups.who[which])
+
+    def loss(self, rig: Rig, batch: Pairs) -> Tensor:
+        """-log sigmoid(-(beta / 2) (s_win - s_lose)) / beta, averaged over pairs; one (t, eps) a pair."""
+        n = len(batch.who)
+        u = rig.normal(n).sigmoid() if self.times == "logit-normal" else rig.uniform(n)
+        t = (self.noisy + (1 - self.noisy) * u).repeat(2)
+        eps, who = rig.noise(n).repeat(2, 1, 1, 1), batch.who.repeat(2)
+        x, target = mix(rig.path, torch.cat([batch.win, batch.lose]), eps, t)
+        v, v_ref = (rig.velocity(x, t, who, by=by) for by in ("live", self.anchor))
+        live, ref = (rig.error(u, target, t).view(2, n) for u in (v, v_ref))
+        better = torch.tensor([1.0, 0.0]).to(live).expand(n, 2)
+        rig.note("policy/accuracy", implicit_accuracy(better, live.T, ref.T))
+        rig.note("policy/kl", rig.error(v, v_ref, t).mean())
+        rig.note("policy/error_win", live[0].mean())  # both errors are known to grow (DiffusionDPO issue 17)
+        rig.note("policy/error_lose", live[1].mean())
+        return dpo(live[0], ref[0], live[1], ref[1], self.beta).mean() / self.beta

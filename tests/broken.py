@@ -1,0 +1,216 @@
+"""One sound method and many that each break a law: what the laws are for, in its shortest form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gpobench.bench.budget import Spent
+from gpobench.bench.losses import informative
+from gpobench.bench.rig import Rig
+from gpobench.bench.spec import Choice, Groups, Log, Optim, Range, take
+
+
+@dataclass(frozen=True)
+class Sound:
+    """Every image of a group is learnt, the better ones more."""
+
+    space: ClassVar[Mapping[str, Range]] = {"optim.lr": Log(1e-4, 1e-2), "group": Choice((4, 8))}
+    optim: Optim = field(default_factory=lambda: Optim(lr=3e-3, minibatches=1))
+    prompts: int = 3
+    group: int = 4
+
+    def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
+        return {"rollout": steps * (1 if guidance == 1 else 2), "policy": 3}
+
+    def collect(self, rig: Rig) -> Groups:
+        groups = rig.groups(self.prompts, self.group)
+        return take(groups, informative(groups.reward))
+
+    def weights(self, reward: Tensor) -> Tensor:
+        return (reward / 0.1).nan_to_num(nan=-torch.inf).softmax(1)
+
+    def loss(self, rig: Rig, batch: Groups) -> Tensor:
+        n = batch.reward.numel()
+        t, eps, who = rig.uniform(n, 0.02, 0.98), rig.noise(n), batch.who.repeat_interleave(batch.reward.shape[1])
+        (error,) = rig.errors(batch.x0.flatten(0, 1), who, t, eps, "live")
+        return (self.weights(batch.reward) * error.view_as(batch.reward)).sum(1).mean()
+
+
+@dataclass(frozen=True)
+class Sums(Sound):
+    def loss(self, rig: Rig, batch: Groups) -> Tensor:
+        return Sound.loss(self, rig, batch) * len(batch.who)
+
+
+@dataclass(frozen=True)
+class Compares(Sound):
+    """Weighs each row by what the other rows of the batch happen to be."""
+
+    def loss(self, rig: Rig, batch: Groups) -> Tensor:
+        return Sound.loss(self, rig, batch) * batch.reward.nan_to_num().std().detach()
+
+
+@dataclass(frozen=True)
+class LearnsTies(Sound):
+    def collect(self, rig: Rig) -> Groups:
+        return rig.groups(self.prompts, self.group)
+
+    def weights(self, reward: Tensor) -> Tensor:
+        return torch.where(reward.isfinite(), reward, 0.0) / self.group
+
+
+@dataclass(frozen=True)
+class TakesNaNForZero(Sound):
+    def weights(self, reward: Tensor) -> Tensor:
+        return (reward / 0.1).nan_to_num(nan=0.0).softmax(1)
+
+
+@dataclass(frozen=True)
+class KeepsNaN(Sound):
+    def weights(self, reward: Tensor) -> Tensor:
+        return (reward / 0.1).softmax(1)
+
+
+@dataclass(frozen=True)
+class Ratio(Sound):
+    def loss(self, rig: Rig, batch: Groups) -> Tensor:
+        rig.note("policy/ratio", 1.00001)
+        return Sound.loss(self, rig, batch)
+
+
+@dataclass(frozen=True)
+class Accuracy(Sound):
+    def loss(self, rig: Rig, batch: Groups) -> Tensor:
+        rig.note("policy/accuracy", 0.51)
+        return Sound.loss(self, rig, batch)
+
+
+@dataclass(frozen=True)
+class Drift(Sound):
+    def loss(self, rig: Rig, batch: Groups) -> Tensor:
+        rig.note("policy/kl", 1e-6)
+        return Sound.loss(self, rig, batch)
+
+
+@dataclass(frozen=True)
+class Chance(Sound):
+    """Reads the randomness of the whole process, which no checkpoint holds."""
+
+    def collect(self, rig: Rig) -> Groups:
+        groups = Sound.collect(self, rig)
+        return Groups(torch.nn.Dropout(0.3)(groups.x0), groups.who, groups.reward)
+
+
+@dataclass(frozen=True)
+class Smuggles(Sound):
+    """Asks the network without paying."""
+
+    def collect(self, rig: Rig) -> Groups:
+        with torch.no_grad():
+            rig.model.velocity(torch.ones(1, *rig.model.shape), torch.ones(1), rig.model.encode(["a sign"]))
+        return Sound.collect(self, rig)
+
+
+@dataclass(frozen=True)
+class Peeks(Sound):
+    """Shows images to the scorer without paying."""
+
+    def collect(self, rig: Rig) -> Groups:
+        groups = Sound.collect(self, rig)
+        images = torch.zeros(len(groups.who), 16, 16, 3, dtype=torch.uint8).numpy()
+        rig.scorer(images, rig.texts(groups.who))
+        return groups
+
+
+@dataclass(frozen=True)
+class Remembers(Sound):
+    """Keeps what it saw on the class."""
+
+    memory: ClassVar[list[int]] = []
+
+    def collect(self, rig: Rig) -> Groups:
+        self.memory.append(rig.iteration)
+        return Sound.collect(self, rig)
+
+
+@dataclass(frozen=True)
+class Counts(Sound):
+    """Keeps what it must know in a field, where no checkpoint looks."""
+
+    seen: dict[str, float] = field(default_factory=dict[str, float])
+
+    def collect(self, rig: Rig) -> Groups:
+        groups = Sound.collect(self, rig)
+        self.seen["rounds"] = self.seen.get("rounds", 0.0) + 1
+        return Groups(groups.x0 * self.seen["rounds"], groups.who, groups.reward)
+
+
+@dataclass(frozen=True)
+class Lies(Sound):
+    def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
+        return {"rollout": steps, "policy": 3}  # guidance costs nothing?
+
+
+@dataclass(frozen=True)
+class GoesOn(Sound):
+    """Takes the end of the budget for a bad day."""
+
+    def collect(self, rig: Rig) -> Groups:
+        try:
+            return Sound.collect(self, rig)
+        except Spent:
+            x = torch.zeros(0, self.group, *rig.model.shape)
+            return Groups(x, torch.zeros(0, dtype=torch.long), torch.zeros(0, self.group))
+
+
+@dataclass(frozen=True)
+class Wide(Sound):
+    """Offers to be tuned where it cannot be."""
+
+    space: ClassVar[Mapping[str, Range]] = {"optim.lr": Log(1e-4, 1e-2), "groop": Choice((1, 2))}
+
+
+@dataclass(frozen=True)
+class Loose(Sound):
+    temperature = 0.1  # no annotation: no setting
+
+
+@dataclass
+class Soft:
+    """Anything may change it."""
+
+    optim: Optim = field(default_factory=Optim)
+
+
+@dataclass(frozen=True)
+class Backwards(Sound):
+    """Keeps every law and learns the worst."""
+
+    def weights(self, reward: Tensor) -> Tensor:
+        return (-reward / 0.1).nan_to_num(nan=-torch.inf).softmax(1)
+
+
+@dataclass(frozen=True)
+class First:
+    """A search that shows what it was given."""
+
+    space: ClassVar[Mapping[str, Range]] = {}
+
+    def answer(self, rig: Rig, noise: Tensor, who: Tensor, images: int) -> Tensor:
+        return rig.sample(noise, who, by="ref")
+
+
+@dataclass(frozen=True)
+class Overwrites:
+    """A search that spoils the noise others are compared on."""
+
+    space: ClassVar[Mapping[str, Range]] = {}
+
+    def answer(self, rig: Rig, noise: Tensor, who: Tensor, images: int) -> Tensor:
+        x: Any = rig.sample(noise, who, by="ref")
+        return noise.copy_(x)

@@ -1,0 +1,45 @@
+"""Reward-weighted regression: what each image weighs, and that learning is flow matching times that."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from gpobench.methods.rwr import RWR, Weighted
+
+nan = float("nan")
+
+
+@pytest.mark.parametrize("weights, temperature", [("softmax", 1.0), ("softmax", 0.1), ("raw", 1.0)])
+def test_the_weights_are_by_hand(lab: Any, monkeypatch: pytest.MonkeyPatch, weights: Any, temperature: float) -> None:
+    rig, reward = lab.rig(), [[0.1, 0.7, 0.3], [0.4, 0.4, 0.4], [nan, 0.2, 0.1]]
+    drawn = lab.groups(rig, reward, monkeypatch)
+    batch = RWR(prompts=3, group=3, weights=weights, temperature=temperature, timesteps=2).collect(rig)
+    assert batch.who.tolist() == [0] * 6 + [2] * 4
+    expected: list[float] = []
+    for p, members in ((0, [0, 1, 2]), (2, [1, 2])):
+        whole = sum(math.exp(reward[p][g] / temperature) for g in members)
+        for g in members:
+            softmax = len(members) * math.exp(reward[p][g] / temperature) / whole
+            expected += [softmax if weights == "softmax" else reward[p][g]] * 2
+    assert batch.weight.tolist() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(batch.x0[-1], drawn.x0[2, 2]) and torch.equal(batch.x0[2], drawn.x0[0, 1])
+
+
+@pytest.mark.parametrize("kl, noisy", [(0.0, 0.0), (0.4, 0.6)])
+def test_the_loss_and_its_gradient_are_the_equation(lab: Any, kl: float, noisy: float) -> None:
+    rig = lab.rig(push=0.05)
+    batch = Weighted(rig.noise(4), torch.tensor([1, 1, 4, 0]), torch.tensor([0.0, 1.7, 2.0, 0.3]))
+    with rig.keyed(lab.keys(batch)):
+        t = noisy + (1 - noisy) * rig.normal(4).sigmoid()  # logit-normal
+        eps = rig.noise(4).double()
+    s, x0 = t.double()[:, None, None, None], batch.x0.double()
+    v, ref = (rig.velocity(((1 - s) * x0 + s * eps).float(), t, batch.who, by=by).double() for by in ("live", "ref"))
+    square = ((v - (eps - x0)) ** 2).mean((1, 2, 3))
+    expected = sum(w * e for w, e in zip(batch.weight.double(), square)) / 4 + kl * ((v - ref) ** 2).mean()
+    before = rig.meter.roles["ref"]
+    lab.agree(rig, lab.loss(RWR(kl=kl, noisy=noisy), rig, batch), expected)
+    assert (rig.meter.roles["ref"] > before) == (kl > 0)
