@@ -136,7 +136,7 @@ def _settings(reference: str, kind: Any, own: Mapping[str, Any], **changes: Any)
     changes: by field, `optim` as a mapping; they give way to what the person set.
     """
     table = config.preset(registry.canonical("method", reference), str(SMALL["preset"]), "")
-    for key in ("adapter", "judging", "precision"):
+    for key in ("adapter", "judging", "precision", "tuned"):
         table.pop(key, None)
     names = {f.name for f in fields(kind)}
     for layer in ({**SHRUNK, **changes}, own):

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..card import Adapter, Card
 from ..errors import Missing, UserError
 from ..spec import Cond
-from ..weights import Weights
+from ..weights import LIVE, Weights
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -194,3 +194,9 @@ def flops(forward: Forward, x: Tensor, cond: Cond) -> float:
     with torch.no_grad(), FlopCounterMode(display=False) as count:
         forward(x, torch.full((1,), 0.5, device=x.device), cond)
     return float(count.get_total_flops())
+
+
+def settings(module: Any) -> dict[str, Any]:
+    """A LoRA's own settings as they go into its file; sets sorted: their order changes from process to process."""
+    own = module.peft_config[LIVE].to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in own.items()}

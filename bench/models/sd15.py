@@ -12,7 +12,7 @@ from torch import Tensor
 from ..card import Adapter, Card
 from ..errors import UserError
 from ..flow import Prediction, ddim_grid, ddpm, timestep, to_velocity
-from ..weights import LIVE, Weights
+from ..weights import Weights
 from . import common
 
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v_prediction", "sample")
@@ -125,7 +125,7 @@ class SD15:
     def save_adapter(self, folder: Path, by: str = "live") -> None:
         """Write the LoRA so that plain `pipe.load_lora_weights(folder)` takes it."""
         assert self.weights is not None, "a model without adapter has nothing to save"
-        settings = self.unet.peft_config[LIVE].to_dict()  # rank and alpha, for the loader
+        settings = common.settings(self.unet)  # rank and alpha, for the loader
         self.pipe.save_lora_weights(
             str(folder), unet_lora_layers=self.weights.adapter(by), unet_lora_adapter_metadata=settings
         )

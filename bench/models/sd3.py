@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..card import Adapter, Card
 from ..flow import rectified
-from ..weights import LIVE, Weights
+from ..weights import Weights
 from . import common
 
 
@@ -107,7 +107,7 @@ class SD3:
     def save_adapter(self, folder: Path, by: str = "live") -> None:
         """Write the LoRA so that plain `pipe.load_lora_weights(folder)` takes it."""
         assert self.weights is not None, "a model without adapter has nothing to save"
-        settings = self.transformer.peft_config[LIVE].to_dict()  # rank and alpha, for the loader
+        settings = common.settings(self.transformer)  # rank and alpha, for the loader
         self.pipe.save_lora_weights(
             str(folder),
             transformer_lora_layers=self.weights.adapter(by),

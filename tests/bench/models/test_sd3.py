@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -226,3 +229,17 @@ def fresh_noise() -> Iterator[None]:
     """No test here may depend on torch's own random numbers."""
     with torch.random.fork_rng(devices=[]):
         yield
+
+
+def test_a_saved_adapter_is_the_same_bytes_in_every_process(tiny_pipe: Path, tmp_path: Path) -> None:
+    """Python orders a set anew in each process, and peft keeps the targets in one."""
+    code = (
+        "import sys; from pathlib import Path; from gpobench.bench.card import find; "
+        "from gpobench.bench.models.open import open_model; card = find(sys.argv[1]); "
+        "open_model(card, device='cpu', adapter=card.adapter).save_adapter(Path(sys.argv[2]))"
+    )
+    for seed in ("1", "2"):
+        command = [sys.executable, "-c", code, str(tiny_pipe), str(tmp_path / seed)]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True)
+    first, second = ((tmp_path / seed / LORA_FILE).read_bytes() for seed in ("1", "2"))
+    assert first == second
