@@ -5,6 +5,7 @@ An adapter in here is a LoRA on the one network that is trained; `module` is tha
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..card import Adapter, Card
+from ..disk import write_atomically
 from ..errors import Missing, UserError
 from ..spec import Cond
 from ..weights import LIVE, Weights
@@ -200,3 +202,17 @@ def settings(module: Any) -> dict[str, Any]:
     """A LoRA's own settings as they go into its file; sets sorted: their order changes from process to process."""
     own = module.peft_config[LIVE].to_dict()
     return {key: sorted(value) if isinstance(value, set) else value for key, value in own.items()}
+
+
+def order(path: Path) -> None:
+    """Put the entries of a safetensors file's metadata in order: its library writes them as its hash table has them.
+
+    The header is JSON behind its length, 8 bytes little-endian; the tensors' places count from its end.
+    """
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps({"__metadata__": header.pop("__metadata__"), **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_atomically(path, lambda p: p.write_bytes(len(text).to_bytes(8, "little") + text + whole[8 + size :]))

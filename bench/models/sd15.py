@@ -129,6 +129,7 @@ class SD15:
         self.pipe.save_lora_weights(
             str(folder), unet_lora_layers=self.weights.adapter(by), unet_lora_adapter_metadata=settings
         )
+        common.order(folder / common.LORA_FILE)
 
     def load_adapter(self, folder: Path) -> None:
         """Judge with a LoRA from a run's `adapter` folder, or any in diffusers format."""

@@ -113,6 +113,7 @@ class SD3:
             transformer_lora_layers=self.weights.adapter(by),
             transformer_lora_adapter_metadata=settings,
         )
+        common.order(folder / common.LORA_FILE)
 
     def load_adapter(self, folder: Path) -> None:
         """Judge with a LoRA from a run's `adapter` folder, or any in diffusers format."""
