@@ -185,7 +185,7 @@ def _run(
 
     def mark() -> None:
         with wall("judge"):
-            seen = look(validation, judging.validation_images, judged_by(), shown)
+            seen = look(validation, judging.curve_images, judged_by(), shown)
         _keep_mark(home / "curve.parquet", len(facts["curve"]), seen)
         facts["curve"].append({"spent": meter.spent(), "scores": evaluate.estimates(seen)})
         facts["mark"] = int(meter.fraction() * MARKS)
@@ -244,7 +244,9 @@ def _run(
             lambda a: look(exam, each, judged_by(), judges.all, a, answers(rig) if searching else None),
         )
         last = (
-            done if exam is validation else look(validation, judging.validation_images, judged_by(), shown, found=final)
+            Judged(done.table[done.table.ordinal < judging.curve_images], done.images)
+            if exam is validation
+            else look(validation, judging.curve_images, judged_by(), shown, found=final)
         )
     scores = {key: number for key, number in evaluate.estimates(last).items() if key in facts["curve"][0]["scores"]}
     _keep_mark(home / "curve.parquet", len(facts["curve"]), last)
@@ -301,7 +303,7 @@ def _off_budget(
     interrupted: Callable[[], bool],
 ) -> Tensor:
     """What the same search finds for the validation prompts, with as much to spend on an image as it had: the curve's end."""
-    images = judging.validation_images
+    images = judging.curve_images
     budget = share(rig.meter.budget, len(validation) * images, judged)
     meter = Meter(budget, flops_a_forward=rig.meter.flops_a_forward)
     other = Rig(rig.model, validation, rig.scorer, meter, seed=seed, rows=rig.rows)

@@ -104,14 +104,16 @@ class Judging:
     """How a task is judged: on which prompts, with how many images a prompt, and the seed of the evaluation noise."""
 
     test_images: int = 2
-    validation_images: int = 1
+    validation_images: int = 1  # where validation prompts judge the result
+    curve_images: int = 1  # at every tenth of the budget, on validation prompts
     seed: int = 20_260_101
     split: Literal["test", "validation"] = "test"  # what the result is judged on; settings are chosen on validation
 
     def __post_init__(self) -> None:
-        if self.test_images < 1 or self.validation_images < 1:
+        if min(self.test_images, self.validation_images, self.curve_images) < 1:
             raise UserError(
-                f"judging: at least one image a prompt, got {self.test_images} and {self.validation_images}"
+                f"judging: at least one image a prompt, got {self.test_images}, {self.validation_images} "
+                f"and {self.curve_images}"
             )
 
 

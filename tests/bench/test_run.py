@@ -365,7 +365,7 @@ def test_on_the_validation_split_no_test_prompt_is_touched(
     encode = SD3.encode
     monkeypatch.setattr(SD3, "encode", lambda self, prompts: [texts.extend(prompts), encode(self, prompts)][1])
     ears = Ears()
-    config = plan("judging.split=validation", "judging.validation_images=3", budget="nfe=600")
+    config = plan("judging.split=validation", "judging.validation_images=3", "judging.curve_images=3", budget="nfe=600")
     done = running.run(config, runs=tmp_path, view=ears)
     shown = {"four red circles", "five blue triangles"}
     table = pd.read_parquet(Path(done.run_dir) / "scores.parquet")
@@ -377,6 +377,25 @@ def test_on_the_validation_split_no_test_prompt_is_touched(
     assert done.config["judging"]["split"] == "validation"
     assert "Means over validation prompts" in (Path(done.run_dir) / "README.md").read_text()
     assert config.digest() != plan("judging.validation_images=3", budget="nfe=600").digest()
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_the_curve_keeps_every_score(plan: Any, tmp_path: Path, split: str) -> None:
+    more = "judging.validation_images=2"  # judged with two images a prompt, the curve with one
+    done = running.run(plan(f"judging.split={split}", more, budget="nfe=1500"), runs=tmp_path, view=Silent())
+    table = pd.read_parquet(Path(done.run_dir) / "curve.parquet")
+    assert sorted(table.mark.unique()) == list(range(len(done.curve))) and len(done.curve) >= 3
+    assert set(table.ordinal) == {0} and set(table.columns) == {
+        "prompt",
+        "ordinal",
+        "scorer",
+        "metric",
+        "value",
+        "mark",
+    }
+    for k, point in enumerate(done.curve):
+        own = table[(table.mark == k) & (table.scorer == "redness")]
+        assert len(own) == 2 and own.value.mean() == pytest.approx(point.scores["redness/mean"].mean)
 
 
 def test_what_the_settings_cost_to_find_stands_in_the_record(plan: Any, tmp_path: Path) -> None:

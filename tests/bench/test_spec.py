@@ -36,7 +36,7 @@ def test_a_fit_that_makes_no_sense_is_refused(bad: dict[str, Any]) -> None:
         Optim(**bad)
 
 
-@pytest.mark.parametrize("bad", [{"test_images": 0}, {"validation_images": 0}])
+@pytest.mark.parametrize("bad", [{"test_images": 0}, {"validation_images": 0}, {"curve_images": 0}])
 def test_a_judge_without_images_is_refused(bad: dict[str, int]) -> None:
     with pytest.raises(UserError, match="at least one image"):
         Judging(**bad)
