@@ -37,7 +37,8 @@ class RWR:
     """The fields are the hyper-parameters; `collect` is the algorithm, `loss` its equation."""
 
     space: ClassVar[Mapping[str, Range]] = {
-        "optim.lr": Log(1e-4, 1e-3),
+        "optim.lr": Log(3e-5, 3e-4),
+        "kl": Choice((0.0, 1.0, 4.0)),
         "temperature": Log(0.02, 1),
         "noisy": Even(0, 0.8),
         "timesteps": Choice((1, 2, 4)),
