@@ -134,13 +134,15 @@ def provenance(**more: Any) -> dict[str, Any]:
 
 
 def revision() -> str:
-    """The git commit of this package's checkout, `-dirty` when files differ from it.
+    """The git commit of this package's checkout, `-dirty` when files differ from it; "" when it is no checkout.
 
-    Where it is no checkout (a container, a wheel), what the environment's GPOBENCH_REVISION says; "" when that is silent too.
+    What the environment's GPOBENCH_REVISION says wins: a copy of the files (a container, a wheel) has no history of its own.
     """
+    if said := os.environ.get("GPOBENCH_REVISION"):
+        return said
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
-        return os.environ.get("GPOBENCH_REVISION", "")
+        return ""
     try:
         say = ["git", "-C", str(root)]
         commit = subprocess.run([*say, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)

@@ -96,3 +96,10 @@ def test_provenance_names_code_versions_and_machine() -> None:
     assert facts["device"] == "cpu" and facts["machine"] and facts["threads"] >= 1
     assert {"python", "torch", "diffusers", "gpobench"} <= facts["versions"].keys()
     json.dumps(facts)
+
+
+def test_a_copy_without_history_is_told_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPOBENCH_REVISION", "abc123")
+    assert record.revision() == "abc123" and record.provenance()["revision"] == "abc123"
+    monkeypatch.delenv("GPOBENCH_REVISION")
+    assert record.revision() != "abc123"
