@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .disk import digest, write_atomically
 from .errors import Missing, UserError
 from .evaluate import Judged
 from .models.open import open_model, usage
+from .pairs import open_pairs
 from .record import Record
 from .rig import Rig
 from .search import answers, search, share
@@ -129,6 +130,7 @@ def _run(
             card, device=accelerator.device, precision=config.precision, adapter=config.adapter, seed=config.seed
         )
         write_atomically(home / "config.toml", lambda p: p.write_text(_toml(config), "utf-8"))
+        _fits(config.settings, model)
     book, validation = task.prompts("train", card.domain), task.prompts("validation", card.domain)
     judging = config.judging
     # Settings are chosen on the validation split: then no test prompt is touched.
@@ -290,6 +292,16 @@ def _run(
     write_atomically(home / "README.md", lambda p: p.write_text(_card(finished, card, not searching), "utf-8"))
     record.write(home / "record.json", finished)  # last: its presence says that the run is whole
     return finished
+
+
+def _fits(settings: Any, model: Any) -> None:
+    """Say what cannot work with this model, or is not there, before minutes go into judging the base."""
+    cost = getattr(type(settings), "cost", None)  # a method may do without; `gpobench check` asks for it
+    if cost is not None:
+        cost(settings, model.steps, model.guidance)
+    pairs = asdict(settings).get("pairs")
+    if isinstance(pairs, str) and pairs:
+        open_pairs(pairs)
 
 
 def _off_budget(

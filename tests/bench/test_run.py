@@ -413,3 +413,17 @@ def test_what_the_settings_cost_to_find_stands_in_the_record(plan: Any, tmp_path
     assert running.run(by_hand, runs=tmp_path / "other", view=Silent()).tuning == {}
     assert running.run(tuned, runs=tmp_path / "other", view=Silent()).tuning == done.tuning
     assert running.run(by_hand, runs=tmp_path / "other", view=Silent()).tuning == done.tuning  # a price stays paid
+
+
+@pytest.mark.parametrize(
+    ("method", "sets", "said"),
+    [("mix-grpo", ["window=4"], "window must be shorter than the 4 steps"),
+     ("diffusion-dpo", ["pairs=nowhere"], "no such path: nowhere")],
+)  # fmt: skip
+def test_what_cannot_work_is_said_before_the_base_is_judged(
+    method: str, sets: list[str], said: str, tiny_pipe: Path, redness: str, tmp_path: Path
+) -> None:
+    config = resolve(method, f"{redness}:Paint", str(tiny_pipe), budget="nfe=500", sets=[*sets, "steps=0"])
+    with pytest.raises(UserError, match=said):
+        running.run(config, runs=tmp_path, view=Silent())
+    assert not list(tmp_path.glob("*/before.parquet"))
