@@ -49,9 +49,13 @@ def test_the_names_here_are_those_of_the_laws() -> None:
     assert {law.name for law in LAWS if law.on != "search"} == named
 
 
+# On `tiny` these two are held back by a KL and a low rate, for its long run; on a miniature's short one they may learn.
+BOLD = {name: ("kl=0", "noisy=0", "optim.lr=3e-4") for name in ("rwr", "sft")}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_built_in_method_keeps_the_laws_and_learns(name: str) -> None:
-    verdicts = check(name)
+    verdicts = check(name, sets=BOLD.get(name, ()))
     assert not failed(verdicts, soft=True)
     assert {v.family for v in verdicts} == {"", "sd3", "sd15"}
 

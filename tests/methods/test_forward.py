@@ -70,7 +70,7 @@ def test_the_published_settings_cost_what_was_published(name: str, cost: dict[st
 @every
 def test_presets_resolve_and_the_search_space_fits(name: str) -> None:
     method = resolve(name, "ocr", "tiny").settings
-    assert (method.prompts, method.group, method.optim.warmup, method.optim.ema) == (8, 8, 20, 0.9)
+    assert (method.prompts, method.optim.warmup, method.optim.ema) == (8, 20, 0.9) and method.group in (8, 16)
     for key, range_ in KINDS[name].space.items():
         owner, _, leaf = key.rpartition(".")
         assert leaf in {f.name for f in fields(Optim if owner else KINDS[name])}
