@@ -246,7 +246,7 @@ def _run(
             lambda a: look(exam, each, judged_by(), judges.all, a, answers(rig) if searching else None),
         )
         last = (
-            Judged(done.table[done.table.ordinal < judging.curve_images], done.images)
+            Judged(done.table.loc[done.table.ordinal < judging.curve_images], done.images)
             if exam is validation
             else look(validation, judging.curve_images, judged_by(), shown, found=final)
         )
