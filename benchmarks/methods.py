@@ -111,6 +111,11 @@ class Seen:
     folders: list[Path]
     records: list[record.Record]
 
+    @property
+    def label(self) -> str:
+        """The row's, and that it rests on one seed where it does: such an interval knows nothing of their spread."""
+        return self.row.label + (" (one seed)" if len(self.records) == 1 else "")
+
     def gains(self, key: str) -> list[np.ndarray]:
         """For each seed (prompts,): after minus before of one `scorer/metric`."""
         return [_gain(pd.read_parquet(f / "scores.parquet"), key, "phase", "after", "before") for f in self.folders]
@@ -210,7 +215,7 @@ def training_table(rows: list[Seen], reward: str, training: str, held_out: str) 
         stops = {r.stop for r in seen.records}
         flags = "".join(" **hack**" for r in seen.records if r.flags.hack)
         lines.append(
-            f"| {seen.row.label} | {paper} | {lines_of_code} | {passes(seen.row, seen)} | {cell(seen.gains(reward))} "
+            f"| {seen.label} | {paper} | {lines_of_code} | {passes(seen.row, seen)} | {cell(seen.gains(reward))} "
             f"| {cell(seen.gains(training))} | {cell(seen.gains(held_out))}{flags} "
             f"| {seen.spent('images'):,.0f} | {seen.spent('updates'):,.0f} "
             f"| {seen.spent('seconds'):,.0f} | {'; '.join(sorted(stops))} |"
@@ -227,7 +232,7 @@ def equal_table(rows: list[Seen], training: str) -> list[str]:
     lines = [f"| method | {heads} |", "|---" * (len(currencies) + 1) + "|"]
     for seen in sorted(trained, key=lambda s: -np.mean(s.gains(training))):
         gains = " | ".join(cell(seen.gains_at(training, c, least[c])) for c in currencies)
-        lines.append(f"| {seen.row.label} | {gains} |")
+        lines.append(f"| {seen.label} | {gains} |")
     return lines
 
 
@@ -237,7 +242,7 @@ def claim_table(rows: list[Seen], training: str, held_out: str) -> list[str]:
     for seen in rows:
         against = [a - b for a, b in zip(seen.gains(training), base.gains(training), strict=False)]
         lines.append(
-            f"| {seen.row.label} | {cell(seen.gains(training))} | {cell(seen.gains(held_out))} "
+            f"| {seen.label} | {cell(seen.gains(training))} | {cell(seen.gains(held_out))} "
             f"| {'' if seen is base else cell(against)} |"
         )
     return lines
@@ -321,7 +326,9 @@ def table(seeds: int, budget: str, out: Path, docs: Path, metric: str) -> None:
         parts += [
             "## Do near-tie pairs hurt?",
             "",
-            "What GPO's abstract says (arXiv 2505.11070), with one learning rate, noise range and spend for all rows:",
+            f"What GPO's abstract says (arXiv 2505.11070), with one learning rate, noise range and beta for all rows, and one spend: "
+            f"{_words(claim[0].records[0].config['budget'])} each, {max(len(s.folders) for s in claim)} seeds, commit "
+            f"{claim[0].records[0].provenance['revision'][:12]}, {claim[0].records[0].provenance['machine']}.",
             "",
             *claim_table(claim, training, held_out),
             "",
