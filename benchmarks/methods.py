@@ -327,8 +327,8 @@ def table(seeds: int, budget: str, out: Path, docs: Path, metric: str) -> None:
             "## Do near-tie pairs hurt?",
             "",
             f"What GPO's abstract says (arXiv 2505.11070), with one learning rate, noise range and beta for all rows, and one spend: "
-            f"{_words(claim[0].records[0].config['budget'])} each, {max(len(s.folders) for s in claim)} seeds, commit "
-            f"{claim[0].records[0].provenance['revision'][:12]}, {claim[0].records[0].provenance['machine']}.",
+            f"{_words(claim[0].records[0].config['budget'])} each, {max(len(s.folders) for s in claim)} seeds, "
+            f"{claim[0].records[0].provenance['machine']}.",
             "",
             *claim_table(claim, training, held_out),
             "",
