@@ -249,8 +249,7 @@ class Rig:
             start = noise[part.to(noise.device)]
             x0.append(self.sample(start, each[part], steps=steps, by=by, guidance=guidance, kernel=kernel))
             asked.append(self._ask(x0[-1], each[part]))
-        reward = torch.cat([self._answer(future) for future in asked]).view(prompts, group)
-        self._note_groups(reward)
+        reward = self._rewards(asked, prompts, group)
         return Groups(torch.cat(x0).unflatten(0, (prompts, group)), who, reward)
 
     @torch.no_grad()
@@ -289,8 +288,7 @@ class Rig:
                         Moves(x, t, s, to, step.mean, step.logp(to, drop), torch.zeros_like(t), each[part], part)
                     )
             asked.append(self._ask(to, each[part]))
-        reward = torch.cat([self._answer(future) for future in asked]).view(prompts, group)
-        self._note_groups(reward)
+        reward = self._rewards(asked, prompts, group)
         return Moves(*(torch.cat([getattr(m, f.name) for m in kept]) for f in fields(Moves))), reward
 
     # Preferences
@@ -366,10 +364,13 @@ class Rig:
             others = [line for line in self.failures if not line.startswith(begins)]
             self.failures = [*others, f"{begins}{skipped.total()} of {len(found) + found.skipped.total()}: {why}"][-20:]
 
-    def _note_groups(self, reward: Tensor) -> None:
+    def _rewards(self, asked: Sequence[Future[tuple[Scores, float]]], prompts: int, group: int) -> Tensor:
+        """(P, G): what the scorer answered, and its statistics noted."""
+        reward = torch.cat([self._answer(future) for future in asked]).view(prompts, group)
         self.note("reward/mean", reward.nanmean())
         self.note("reward/spread", (reward - reward.nanmean(1, keepdim=True)).square().nanmean().sqrt())
         self.note("groups/informative", informative(reward).float().mean())
+        return reward
 
     def affords(self, **each: int) -> int:
         """How many times this spend (nfe, images, reward_calls ...) still fits into the budget."""

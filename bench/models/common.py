@@ -110,6 +110,13 @@ def attach(module: Any, adapter: Adapter, name: str, seed: int) -> Weights:
         return Weights(module, config)
 
 
+def save_adapter(pipe: Any, module: Any, layers: dict[str, Tensor], part: str, folder: Path) -> None:
+    """Write a LoRA of the pipeline's `part` with its rank and alpha, as diffusers loads it; the same bytes each time."""
+    metadata = {f"{part}_lora_adapter_metadata": settings(module)}
+    pipe.save_lora_weights(str(folder), **{f"{part}_lora_layers": layers}, **metadata)
+    order(folder / LORA_FILE)
+
+
 def load_adapter(pipe: Any, module: Any, part: str, folder: Path, name: str) -> None:
     """A LoRA file in diffusers format into the pipeline; part: what its keys call the network, transformer or unet."""
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft

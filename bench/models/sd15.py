@@ -125,11 +125,7 @@ class SD15:
     def save_adapter(self, folder: Path, by: str = "live") -> None:
         """Write the LoRA so that plain `pipe.load_lora_weights(folder)` takes it."""
         assert self.weights is not None, "a model without adapter has nothing to save"
-        settings = common.settings(self.unet)  # rank and alpha, for the loader
-        self.pipe.save_lora_weights(
-            str(folder), unet_lora_layers=self.weights.adapter(by), unet_lora_adapter_metadata=settings
-        )
-        common.order(folder / common.LORA_FILE)
+        common.save_adapter(self.pipe, self.unet, self.weights.adapter(by), "unet", folder)
 
     def load_adapter(self, folder: Path) -> None:
         """Judge with a LoRA from a run's `adapter` folder, or any in diffusers format."""

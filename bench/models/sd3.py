@@ -107,13 +107,7 @@ class SD3:
     def save_adapter(self, folder: Path, by: str = "live") -> None:
         """Write the LoRA so that plain `pipe.load_lora_weights(folder)` takes it."""
         assert self.weights is not None, "a model without adapter has nothing to save"
-        settings = common.settings(self.transformer)  # rank and alpha, for the loader
-        self.pipe.save_lora_weights(
-            str(folder),
-            transformer_lora_layers=self.weights.adapter(by),
-            transformer_lora_adapter_metadata=settings,
-        )
-        common.order(folder / common.LORA_FILE)
+        common.save_adapter(self.pipe, self.transformer, self.weights.adapter(by), "transformer", folder)
 
     def load_adapter(self, folder: Path) -> None:
         """Judge with a LoRA from a run's `adapter` folder, or any in diffusers format."""

@@ -87,3 +87,22 @@ def lab(tiny_pipe: Path, redness: str) -> Iterator[Lab]:
     yield made
     for rig in made.made:
         rig.close()
+
+
+@pytest.fixture
+def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
+    made: list[Rig] = []
+
+    def build(name: str = "Redness", push: float = 0.0, adapter: Adapter = Adapter(rank=8), **bounds: float) -> Rig:
+        model = open_model(find(str(tiny_pipe)), device="cpu", adapter=adapter, seed=0)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(push * torch.randn(p.shape, generator=generator))
+        meter = Meter(Budget(**bounds or {"nfe": 1e9}))
+        made.append(Rig(model, [Prompt(p) for p in BOOK], scorer(f"{redness}:{name}"), meter, rows=64))
+        return made[-1]
+
+    yield build
+    for rig in made:
+        rig.close()

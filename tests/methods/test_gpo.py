@@ -5,46 +5,21 @@ from __future__ import annotations
 import ast
 import inspect
 import math
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import SMALL, Adapter, find
+from gpobench.bench.card import SMALL
 from gpobench.bench.errors import UserError
 from gpobench.bench.flow import mix
 from gpobench.bench.losses import dpo, flow_error, standardise
-from gpobench.bench.models.open import open_model
-from gpobench.bench.registry import scorer
 from gpobench.bench.rig import Rig
-from gpobench.bench.spec import Optim, Prompt
+from gpobench.bench.spec import Optim
 from gpobench.bench.train import optimiser, train
 from gpobench.methods import gpo as module
 from gpobench.methods.gpo import GPO, Weighed
-
-BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle", "a photo"]
-
-
-@pytest.fixture
-def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
-    made: list[Rig] = []
-
-    def build(name: str = "Redness", push: float = 0.0, adapter: Adapter = Adapter(rank=8), **bounds: float) -> Rig:
-        model = open_model(find(str(tiny_pipe)), device="cpu", adapter=adapter, seed=0)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.add_(push * torch.randn(p.shape, generator=generator))
-        meter = Meter(Budget(**bounds or {"nfe": 1e9}))
-        made.append(Rig(model, [Prompt(p) for p in BOOK], scorer(f"{redness}:{name}"), meter, rows=64))
-        return made[-1]
-
-    yield build
-    for rig in made:
-        rig.close()
 
 
 def keyed_loss(method: GPO, rig: Rig, batch: Weighed) -> torch.Tensor:
