@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from . import checkpoint, evaluate, pictures, record, registry
+from . import checkpoint, evaluate, looks, pictures, record, registry
 from .budget import Meter
 from .card import Card, find
 from .config import Config
@@ -57,7 +57,8 @@ from .spec import (
 from .train import optimiser, train
 from .view import Silent, View
 
-MARKS = 10  # looks at the validation prompts, and checkpoints, in the course of a budget
+SAVES = 10  # checkpoints in the course of a budget, beside those at the marks of the curve
+BASES = ".bases"  # in the folder of runs: looks at the base that several runs have in common
 ROOM = 200 * 2**20  # bytes of free disk below which a run does not begin
 
 
@@ -147,7 +148,7 @@ def run(
     """
     home, crew = runs / config.slug(), _crew()
     if not crew.leads:
-        return _follow(config, home, crew, interrupted)
+        return _follow(config, home, runs / BASES, crew, interrupted)
     with _room(home):
         home.mkdir(parents=True, exist_ok=True)
         with _alone(home):
@@ -164,7 +165,7 @@ def run(
                     record.write(home / "record.json", done)
                 return done
             crew.gather("everybody has seen where the run stands")
-            return _run(config, home, weights, view, track, interrupted, crew)
+            return _run(config, home, runs / BASES, weights, view, track, interrupted, crew)
 
 
 def _crew() -> Crew:
@@ -177,7 +178,7 @@ def _crew() -> Crew:
     return Crew(state.process_index, state.num_processes)
 
 
-def _follow(config: Config, home: Path, crew: Crew, interrupted: Callable[[], bool]) -> Record:
+def _follow(config: Config, home: Path, bases: Path, crew: Crew, interrupted: Callable[[], bool]) -> Record:
     """The same run in a further process: it goes on from the same checkpoint and writes into a folder that is thrown away."""
     there, weights = crew.lead(lambda: (False, ""))  # what the first process says
     if there:
@@ -186,12 +187,13 @@ def _follow(config: Config, home: Path, crew: Crew, interrupted: Callable[[], bo
         own_home = Path(folder, home.name)
         shutil.copytree(home, own_home, ignore=shutil.ignore_patterns(".lock", "samples", "adapter"))
         crew.gather("everybody has seen where the run stands")
-        return _run(config, own_home, weights, Silent(), None, interrupted, crew)
+        return _run(config, own_home, bases, weights, Silent(), None, interrupted, crew)
 
 
 def _run(
     config: Config,
     home: Path,
+    bases: Path,
     weights: str,
     view: View,
     track: str | None,
@@ -207,7 +209,9 @@ def _run(
         with wall("load"):
             accelerator = _accelerator(config.precision, track, home)
         try:
-            return _judged_run(config, card, task, home, weights, view, accelerator, interrupted, crew, wall, judges)
+            return _judged_run(
+                config, card, task, home, bases, weights, view, accelerator, interrupted, crew, wall, judges
+            )
         finally:
             accelerator.end_training()  # the trackers', and the end of the talk between several processes
     finally:
@@ -219,6 +223,7 @@ def _judged_run(
     card: Card,
     task: Task,
     home: Path,
+    bases: Path,
     weights: str,
     view: View,
     accelerator: Any,
@@ -258,17 +263,27 @@ def _judged_run(
             spread=judges.spread if columns else (), drift=judges.drift if columns else (), crew=crew,
         )  # fmt: skip
 
-    with wall("judge"):
-        before = _kept(
-            home / "before",
+    def base(prompts: Sequence[Prompt], images: int, scorers: Sequence[Scorer], columns: bool) -> Judged:
+        """A look at the base, which the runs of one folder have in common."""
+        place = bases / looks.ground(
+            card, task, prompts, [*scorers, *(judges.spread if columns else ())], judges.drift if columns else (),
+            images=images, seed=judging.seed, rows=rows, precision=config.precision, weights=weights,
+            device=str(accelerator.device),
+        )  # fmt: skip
+        return looks.kept(
+            place,
             lambda: _watched(
                 view,
                 "judging the base",
-                len(exam) * each,
-                lambda a: look(exam, each, "ref", judges.all, a, columns=True),
+                len(prompts) * images,
+                lambda advance: look(prompts, images, "ref", scorers, advance, columns=columns),
             ),
-            [e.name for e in judges.drift],
+            judges.drift if columns else (),
+            crew,
         )
+
+    with wall("judge"):
+        before = looks.kept(home / "before", lambda: base(exam, each, judges.all, columns=True), judges.drift, crew)
 
     meter = Meter(config.budget, flops_a_forward=model.flops_a_forward())
     method, searching = config.settings, isinstance(config.settings, Search)
@@ -288,17 +303,24 @@ def _judged_run(
         return "ema" if "ema" in model.weights.copies else "live"
 
     log, shown = _Log(home / "metrics.jsonl"), [judges.training, *judges.held_out]
+    saved = 0
 
     def save() -> None:
+        nonlocal saved
+        saved = int(meter.fraction() * SAVES)
         with wall("checkpoint"):
             checkpoint.save(home / "checkpoint", rig.iteration, rig, adam, facts)
 
     def mark() -> None:
         with wall("judge"):
-            seen = look(validation, judging.curve_images, judged_by(), shown)
+            seen = (
+                base(validation, judging.curve_images, shown, columns=False)
+                if facts["mark"] < 0
+                else look(validation, judging.curve_images, judged_by(), shown)
+            )
         _keep_mark(home / "curve.parquet", len(facts["curve"]), seen)
         facts["curve"].append({"spent": meter.spent(), "scores": evaluate.estimates(seen)})
-        facts["mark"] = int(meter.fraction() * MARKS)
+        facts["mark"] = int(meter.fraction() * judging.marks)
         save()
 
     def tell(done: float, numbers: dict[str, float]) -> None:
@@ -314,15 +336,15 @@ def _judged_run(
 
     def after(numbers: dict[str, float]) -> None:
         tell(meter.fraction(), numbers)
-        if int(meter.fraction() * MARKS) > facts["mark"]:
+        if int(meter.fraction() * judging.marks) > facts["mark"]:
             mark()
-        elif crew.any(interrupted()):
+        elif int(meter.fraction() * SAVES) > saved or crew.any(interrupted()):
             save()
 
     def after_answers(done: float, numbers: dict[str, float]) -> None:
         tell(done, numbers)
-        if int(done * MARKS) > facts["mark"] or interrupted():
-            facts["mark"] = int(done * MARKS)
+        if int(done * SAVES) > facts["mark"] or interrupted():
+            facts["mark"] = int(done * SAVES)
             save()
 
     try:
@@ -579,30 +601,6 @@ def _accelerator(precision: str, track: str | None = None, home: Path | None = N
 def _watched(view: View, name: str, total: float, work: Callable[[Callable[[int], None]], Judged]) -> Judged:
     view.phase(name, total)
     return work(view.advance)
-
-
-def _kept(place: Path, make: Callable[[], Judged], embedders: Sequence[str]) -> Judged:
-    """What `make` returns, or what it returned in an earlier start of this run; embedders: whose vectors it holds."""
-    table, images, vectors = (place.with_suffix(suffix) for suffix in (".parquet", ".npy", ".npz"))
-    if table.is_file() and images.is_file() and vectors.is_file():
-        with np.load(vectors, allow_pickle=False) as kept:
-            if set(kept.files) == set(embedders):
-                found = {name: kept[name] for name in kept.files}
-                return Judged(pd.read_parquet(table), np.load(images, allow_pickle=False), found)
-    judged = make()
-
-    def write(path: Path) -> None:
-        with path.open("wb") as file:  # given a name, numpy would append a suffix
-            np.save(file, judged.images)
-
-    def write_vectors(path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez(file, **judged.vectors)  # type: ignore[arg-type]
-
-    write_atomically(images, write)
-    write_atomically(vectors, write_vectors)
-    write_atomically(table, lambda p: judged.table.to_parquet(p, index=False))
-    return judged
 
 
 def _forget(home: Path) -> None:

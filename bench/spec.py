@@ -147,7 +147,8 @@ class Judging:
 
     test_images: int = 2
     validation_images: int = 1  # where validation prompts judge the result
-    curve_images: int = 1  # at every tenth of the budget, on validation prompts
+    curve_images: int = 1  # at every mark of the budget, on validation prompts
+    marks: int = 10  # looks at the validation prompts in the course of a budget, beside the one before it
     seed: int = 20_260_101
     split: Literal["test", "validation"] = "test"  # what the result is judged on; settings are chosen on validation
 
@@ -157,6 +158,8 @@ class Judging:
                 f"judging: at least one image a prompt, got {self.test_images}, {self.validation_images} "
                 f"and {self.curve_images}"
             )
+        if self.marks < 1:
+            raise UserError(f"judging: the curve needs at least one mark, got {self.marks}")
 
 
 class Task(Protocol):

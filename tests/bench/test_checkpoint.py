@@ -183,7 +183,7 @@ def command(tiny_pipe: Path, redness: str, out: Path, seed: int = 0, task: str =
 
 
 def home_of(out: Path) -> Path:
-    (home,) = out.iterdir()
+    (home,) = (path for path in out.iterdir() if not path.name.startswith("."))
     return home
 
 

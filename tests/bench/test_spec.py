@@ -76,3 +76,8 @@ def test_credit_finds_images_that_were_sampled_in_parts() -> None:
     assert given.adv.tolist() == [image + 1 for image in given.image.tolist()] == [1, 3, 1, 3, 4, 5, 4, 5]
     assert given.t.tolist() == [0, 2, 3, 5, 6, 7, 9, 10]
     assert not moves.adv.any() and size(credit(moves, torch.zeros(2, 3))) == 0
+
+
+def test_a_curve_without_a_mark_is_refused() -> None:
+    with pytest.raises(UserError, match="at least one mark"):
+        Judging(marks=0)
