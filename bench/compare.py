@@ -20,7 +20,7 @@ from typing import Any
 
 from . import record, registry
 from .budget import CURRENCIES, Budget
-from .config import Config, resolve
+from .config import EXECUTION, Config, resolve
 from .disk import write_atomically
 from .errors import Interrupted, UserError
 from .jobs import Job, apart, folder, here, spent
@@ -30,7 +30,7 @@ from .spec import Search
 from .view import Silent, View
 
 MANDATORY = ("sft", "best-of-n")  # what any method must beat; the base is in every record
-COMMON = ("adapter", "judging", "precision", "scorer", "tuned")  # settings that every method has
+COMMON = ("adapter", "judging", "precision", "scorer", "tuned", *EXECUTION)  # settings that every method has
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ from typing import Any
 
 from . import registry
 from .budget import CURRENCIES, Budget, load_budget
-from .card import Adapter, find
+from .card import Adapter, Card, find
 from .disk import digest as file_digest
 from .errors import UserError
 
 Table = dict[str, Any]
+# Fields of a card that a run may set: they change memory and speed, and a result by its rounding only.
+EXECUTION = ("rows", "checkpointing", "offload", "compile")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Config:
     judging: Any  # spec.Judging
     precision: str  # fp32 | bf16 | fp16
     reward: str  # the scorer to train on
-    rows: int = 0  # images sampled at once; 0 is the card's number
+    execution: Table = field(default_factory=dict[str, Any])  # of EXECUTION, what is not as the model's card has it
     tuned: Table = field(default_factory=dict[str, Any])  # how the settings were chosen: trials, spent, command
     places: Mapping[str, Any] = field(default_factory=dict[str, Any])  # scorer -> scorers.Place, where it lives
     prompts: Mapping[Any, Path] = field(default_factory=dict[Any, Path])  # split -> the person's own file
@@ -57,8 +59,12 @@ class Config:
             "precision": self.precision,
             "reward": self.reward,
             **({"prompts": files} if files else {}),
-            **({"rows": self.rows} if self.rows else {}),
+            **self.execution,
         }
+
+    def card(self) -> Card:
+        """The model's card with what this run says about execution."""
+        return replace(find(self.model), **self.execution)
 
     def digest(self) -> str:
         """8 hex digits that name the run; what the budget is called does not matter."""
@@ -113,9 +119,7 @@ def resolve(
     precision = table.pop("precision", card.precision)
     if precision not in ("fp32", "bf16", "fp16"):
         raise registry.unknown("precision", str(precision), ("fp32", "bf16", "fp16"))
-    rows = table.pop("rows", 0)
-    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
-        raise UserError(f"rows is a number of images sampled at once (0: the model's {card.rows}), got {rows!r}")
+    execution = _execution({key: table.pop(key) for key in EXECUTION if key in table}, card)
     if seed < 0:
         raise UserError(f"--seed must not be negative, got {seed}")
     return Config(
@@ -124,16 +128,28 @@ def resolve(
         model=model,
         seed=seed,
         budget=load_budget(budget or card.budget),
-        settings=build(kind, table, extra=("adapter", "judging", "precision", "rows")),
+        settings=build(kind, table, extra=("adapter", "judging", "precision", *EXECUTION)),
         adapter=build(Adapter, {**asdict(card.adapter), **_table("adapter", own["adapter"])}, prefix="adapter."),
         judging=build(Judging, {**asdict(judging), **_table("judging", own["judging"])}, prefix="judging."),
         precision=precision,
         reward=reward or exam.reward(card.domain),
-        rows=0 if rows == card.rows else rows,
+        execution=execution,
         tuned=tuned,
         places=homes,
         prompts=files,
     )
+
+
+def _execution(table: Table, card: Card) -> Table:
+    """What of it differs from the card. Raises UserError on a value of another kind."""
+    for key, value in table.items():
+        if key == "rows" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise UserError(f"rows is a number of images sampled at once (0: the model's {card.rows}), got {value!r}")
+        if key != "rows" and not isinstance(value, bool):
+            raise UserError(
+                f"{key} is true or false (the model's card says {str(getattr(card, key)).lower()}), got {value!r}"
+            )
+    return {key: value for key, value in table.items() if value != getattr(card, key) and (key != "rows" or value)}
 
 
 def _tuned(marker: Any) -> Table:

@@ -6,13 +6,12 @@ import math
 from typing import Any
 
 from .budget import CURRENCIES
-from .card import find
 from .config import Config
 from .errors import Missing
 from .memory import DEVICES, UTILISATION, estimate, hours
 from .models.open import adapter_class
 from .registry import unknown
-from .spec import Wide
+from .spec import Search, Wide
 
 
 def forecast(plan: Config, device: str = "") -> dict[str, Any]:
@@ -23,13 +22,13 @@ def forecast(plan: Config, device: str = "") -> dict[str, Any]:
     """
     if device and device not in DEVICES:
         raise unknown("device", device, DEVICES)
-    card = find(plan.model)
+    card = plan.card()
     free = adapter_class(card).guided_cost == 1  # guidance is an input of the network
     each = dict(plan.settings.cost(card.steps, 1.0 if free else card.guidance))
     found: dict[str, Any] = {"nfe_an_image": {role: round(nfe, 4) for role, nfe in each.items() if nfe}}
     lines = [f"an image costs {sum(each.values()):.4g} nfe: " + ", ".join(f"{r} {n:.4g}" for r, n in each.items() if n)]
     try:
-        size = estimate(card, adapter=plan.adapter, precision=plan.precision, micro=_micro(plan))
+        size = estimate(card, adapter=plan.adapter, precision=plan.precision, micro=latents(plan))
     except Missing as missing:
         return {**found, "lines": [*lines, f"memory: {missing}"]}
     images = _images(plan, sum(each.values()), size.flops)
@@ -53,8 +52,10 @@ def _images(plan: Config, each: float, flops: float) -> float:
     return min((bounds[c] / price[c] for c in CURRENCIES if c in bounds and price.get(c)), default=math.inf)
 
 
-def _micro(plan: Config) -> int:
+def latents(plan: Config) -> int:
     """Latents of one backward pass: those of `optim.micro` rows, else of a whole minibatch of the method's images."""
+    if isinstance(plan.settings, Search):
+        return 0
     o, s = plan.settings.optim, plan.settings
     images = getattr(s, "prompts", 1) * getattr(s, "group", 1)
     return o.micro * (s.latents if isinstance(s, Wide) else 1) or max(1, images // o.minibatches)

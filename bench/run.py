@@ -37,6 +37,7 @@ from .models.open import open_model, usage
 from .pairs import open_pairs
 from .prompts import own
 from .record import Record
+from .relief import memory
 from .rig import Rig
 from .scorers import Place, close_scorers, open_scorer
 from .search import answers, search, share
@@ -149,7 +150,7 @@ def run(
     home, crew = runs / config.slug(), _crew()
     if not crew.leads:
         return _follow(config, home, runs / BASES, crew, interrupted)
-    with _room(home):
+    with _room(home), memory(config):
         home.mkdir(parents=True, exist_ok=True)
         with _alone(home):
             if fresh:
@@ -201,7 +202,7 @@ def _run(
     crew: Crew,
 ) -> Record:
     wall = _Wall()
-    card, task = find(config.model), task_of(config)
+    card, task = config.card(), task_of(config)
     with wall("load"):
         evaluate.refuse_overlap(task, card.domain)
         judges = jury(task, card.domain, view.say, config.reward, config.places)
@@ -239,7 +240,7 @@ def _judged_run(
         write_atomically(home / "config.toml", lambda p: p.write_text(_toml(config), "utf-8"))
         _fits(config.settings, model)
     book, validation = task.prompts("train", card.domain), task.prompts("validation", card.domain)
-    judging, rows = config.judging, config.rows or card.rows
+    judging, rows = config.judging, card.rows
     # Settings are chosen on the validation split: then no test prompt is touched.
     exam = validation if judging.split == "validation" else task.prompts("test", card.domain)
     each = judging.validation_images if judging.split == "validation" else judging.test_images
@@ -765,7 +766,7 @@ def _toml(config: Config) -> str:
         f"--reward {config.reward} --seed {config.seed} --budget {budget} --config config.toml"
     ]
     tables = {
-        "": {**mapping["settings"], "precision": config.precision},
+        "": {**mapping["settings"], "precision": config.precision, **config.execution},
         "adapter": mapping["adapter"],
         "judging": mapping["judging"],
     }

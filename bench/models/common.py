@@ -143,6 +143,8 @@ def pipeline(
                     parts |= {} if part is None else {name: part}
             dtypes = {"vae": torch.float32, "default": dtype} if dtype in wide else dtype
             pipe = kind.from_pretrained(source, **parts, torch_dtype=dtypes, use_safetensors=True, **where)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise Missing(f"{misfit}: {str(error).strip().splitlines()[0]}") from error
     for name, part in pipe.components.items():
