@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,14 @@ def test_every_part_has_one_owner(size: int) -> None:
     assert sorted(k for own in owners for k in own) == list(range(20))
 
 
-def start(processes: int, *argv: str, out: Path) -> dict:  # type: ignore[type-arg]
-    """`torchrun --nproc-per-node N -m gpobench.bench.cli run ...`; the record that the first process prints."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes")  # with CPUs its --cpu starts one
+
+
+def start(processes: int, *argv: str, out: Path, by: Sequence[str] = TORCHRUN) -> dict:  # type: ignore[type-arg]
+    """`torchrun --nproc-per-node N -m gpobench.bench.cli run ...`, or the same by `accelerate launch`; the record it prints."""
+    command = [sys.executable, "-m", *by, str(processes)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [*command, "-m", "gpobench.bench.cli", "run", *argv, "--out", str(out), "--json"],
         capture_output=True,
@@ -75,3 +80,16 @@ def test_two_processes_make_the_run_of_one(method: str, tiny_pipe: Path, redness
         assert number["mean"] == pytest.approx(two["after"][key]["mean"], abs=2e-3), key
     lines = [Path(r["run_dir"], "metrics.jsonl").read_text().splitlines() for r in (one, two)]
     assert len(lines[0]) == len(lines[1])
+
+
+def test_accelerate_starts_them_on_the_embedded_model(redness: str, tmp_path: Path) -> None:
+    sets = ["prompts=3", "group=4", "optim.warmup=0", "optim.micro=1", "rows=5", "judging.test_images=1"]
+    argv = ["--method", "gpo", "--task", f"{redness}:Paint", "--model", "tiny", "--budget", "updates=3"]
+    argv += [part for text in sets for part in ("--set", text)]
+    one, two = start(1, *argv, out=tmp_path / "1"), start(2, *argv, out=tmp_path / "2", by=ACCELERATE)
+    assert {k: v for k, v in one["spent"].items() if k != "seconds"} == {
+        k: v for k, v in two["spent"].items() if k != "seconds"
+    }
+    weights = [load_file(Path(r["run_dir"], "adapter", "pytorch_lora_weights.safetensors")) for r in (one, two)]
+    assert all((weights[0][key] - weights[1][key]).abs().max() < 1e-5 for key in weights[0])
+    assert any(bool(tensor.any()) for key, tensor in weights[0].items() if "lora_B" in key)
