@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import typer
 
 from . import registry
 from .errors import Interrupted, UserError
+from .stop import AtOnce, asked_to_stop
 
 if TYPE_CHECKING:
     from .record import Record
@@ -86,7 +86,7 @@ def run(
     The same command goes on where it was cut off, and shows the result when it is done.
     """
     _names(method=method, task=task, model=model, **_parts(reward))
-    with _clean_stdout() as answer, _view() as view, _asked_to_stop() as stopped:
+    with _clean_stdout() as answer, _view() as view, asked_to_stop() as stopped:
         from .config import resolve
 
         plan = resolve(
@@ -158,7 +158,7 @@ def score(
         _names(**_parts(name))
     if task:
         _names(task=task)
-    with _clean_stdout() as answer, _view() as view, _asked_to_stop() as stopped:
+    with _clean_stdout() as answer, _view() as view, asked_to_stop() as stopped:
         from .config import scorer_tables
         from .score import score_folder
         from .scorers import places
@@ -292,7 +292,7 @@ def tune(
     The same command goes on where it was cut off.
     """
     _names(method=method, task=task, model=model, **_parts(reward))
-    with _clean_stdout() as answer, _view() as view, _asked_to_stop() as stopped:
+    with _clean_stdout() as answer, _view() as view, asked_to_stop() as stopped:
         from . import tune as tuning
 
         what = tuning.Tuning(method, task, model, trials, seed, budget, reward, sets or ())
@@ -350,7 +350,7 @@ def compare(
     for name in grid_tasks:
         _names(task=name)
     _names(model=model, **_parts(reward))
-    with _clean_stdout() as answer, _view() as view, _asked_to_stop() as stopped:
+    with _clean_stdout() as answer, _view() as view, asked_to_stop() as stopped:
         grid = comparing.Grid(
             grid_methods, grid_tasks, model, comparing.seeds(seeds), budget, reward, sets or (), configs or (),
             scorers or (), baselines,
@@ -493,7 +493,7 @@ def main() -> None:
     except UserError as error:
         print(f"gpobench: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (KeyboardInterrupt, _AtOnce):
+    except (KeyboardInterrupt, AtOnce):
         print("gpobench: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
     except Interrupted as stop:
@@ -528,29 +528,6 @@ def _clean_stdout() -> Generator[Callable[[Any], None]]:
             given()
         else:
             print(given)
-
-
-class _AtOnce(BaseException):
-    """Asked to stop a second time; typer would swallow a KeyboardInterrupt and what we have to say."""
-
-
-@contextlib.contextmanager
-def _asked_to_stop() -> Generator[Callable[[], bool]]:
-    """The first Ctrl-C lets the iteration at hand end and be saved; the second one does not wait."""
-    asked: list[int] = []
-
-    def hear(number: int, frame: Any) -> None:
-        if asked:
-            raise _AtOnce
-        asked.append(number)
-        print("\nstopping after this iteration (Ctrl-C again: at once)", file=sys.stderr)
-
-    old = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def _also(kind: str, name: str) -> str:

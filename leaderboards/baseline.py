@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,6 +98,33 @@ def locate(name: str) -> Path:
     path = Path(name)
     own = Path(__file__).parent / f"{path.name}.toml"
     return own if not path.is_file() and path.name == name and own.is_file() else path
+
+
+def parts(path: Path) -> list[Path]:
+    """The baselines behind a file: itself, or those that an index lists, one a task. Raises UserError on a damaged index."""
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return [path]  # `read` says what is wrong
+    if "parts" not in table:
+        return [path]
+    listed: Any = table["parts"]
+    if set(table) != {"format", "parts"} or not isinstance(listed, list) or not listed:
+        raise UserError(
+            f"{path} is no list of baselines: it holds `format = 1` and `parts`, the names of files beside it"
+        )
+    return [path.with_name(str(name)) for name in cast(list[Any], listed)]
+
+
+def write_index(path: Path, listed: Sequence[Path]) -> None:
+    """A file that stands for several baselines beside it."""
+    names = "".join(f"  {literal(part.name)},\n" for part in listed)
+    head = "# Reported numbers that are to hold, one file a task: `gpobench regress` takes this one for all."
+    text = f"{head}\nformat = 1\nparts = [\n{names}]\n"
+    try:
+        write_atomically(path, lambda p: p.write_text(text, "utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 def beside(path: Path) -> Path:

@@ -115,22 +115,42 @@ class Board:
 # Reading
 
 
-def load(paths: Sequence[Path]) -> list[Run]:
-    """The finished runs in these folders: each is a run directory or holds some; one that is met twice counts once.
+def load(paths: Sequence[Path], task: str | None = None) -> list[Run]:
+    """The finished runs in these folders: each is a run directory, holds some, or is the JSON file that `compare` wrote about some.
 
+    One that is met twice counts once. task: only the runs of this one.
     Raises UserError where there is none, where a run named itself is not finished, and on files that cannot be read.
     """
     folders: dict[Path, Path] = {}
     for path in paths:
-        if not path.is_dir():
-            raise UserError(f"{path} is no folder of runs")
-        inside = [path] if (path / "record.json").is_file() else sorted(p.parent for p in path.glob("*/record.json"))
-        if not inside:
-            begun = (path / "config.toml").is_file()
-            raise UserError(f"the run in {path} is not finished" if begun else f"no finished run in {path}")
-        for folder in inside:
+        for folder in _compared(path) if path.suffix == ".json" else _inside(path):
             folders.setdefault(folder.resolve(), folder)
-    return [_read(folder) for _, folder in sorted(folders.items())]
+    runs = [_read(folder) for _, folder in sorted(folders.items())]
+    tasks = dict.fromkeys(run.record.task for run in runs)
+    if task is not None and task not in tasks:
+        raise registry.unknown("task of these runs", task, tasks)
+    return [run for run in runs if task in (None, run.record.task)]
+
+
+def _inside(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder of runs")
+    inside = [path] if (path / "record.json").is_file() else sorted(p.parent for p in path.glob("*/record.json"))
+    if not inside:
+        begun = (path / "config.toml").is_file()
+        raise UserError(f"the run in {path} is not finished" if begun else f"no finished run in {path}")
+    return inside
+
+
+def _compared(path: Path) -> list[Path]:
+    """The runs that a comparison finished; they stand beside its file, wherever that was moved."""
+    try:
+        found = [str(run["run"]) for run in json.loads(path.read_text("utf-8"))["runs"] if run["state"] == "done"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is not what `gpobench compare` writes about its runs") from None
+    if not found:
+        raise UserError(f"none of the runs of {path} is done")
+    return [folder for name in found for folder in _inside(path.parent / name)]
 
 
 def _read(folder: Path) -> Run:
@@ -441,8 +461,9 @@ def _ground(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _differ(what: str, a: Run, mine: Any, b: Run, other: Any) -> UserError:
+    hint = " (--task takes one)" if what == "task" else ""
     return UserError(
-        f"these runs differ in {what}: {mine} in {a.folder} and {other} in {b.folder}; a table never mixes them"
+        f"these runs differ in {what}: {mine} in {a.folder} and {other} in {b.folder}; a table never mixes them{hint}"
     )
 
 

@@ -6,21 +6,28 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..bench.errors import UserError
 
+if TYPE_CHECKING:
+    from .board import Run
+
 # Nothing heavy above this line: `gpobench --help` loads this module.
 
 FORMATS = ("terminal", "md", "csv", "json", "latex", "html")
+Task = Annotated[str | None, typer.Option(help="Only the runs of this task, where there are several.")]
 SUFFIXES = {".md": "md", ".csv": "csv", ".json": "json", ".tex": "latex", ".html": "html"}
 
 
 def leaderboard(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, or folders that hold some; repeatable.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories, folders that hold some, or the JSON file of a comparison.")
+    ],
     format: Annotated[
         str | None,
         typer.Option("--format", help=" | ".join(FORMATS) + "; default: by the suffix of --out, else terminal."),
@@ -32,6 +39,7 @@ def leaderboard(
     key: Annotated[
         str | None, typer.Option(help="The scorer/metric that ranks; default: that of the first held-out scorer.")
     ] = None,
+    task: Task = None,
 ) -> None:
     """Rank finished runs of one task, model and budget, with an interval on every number.
 
@@ -49,7 +57,7 @@ def leaderboard(
     from .board import board, load
     from .render import render
 
-    made = board(load(runs), baseline=baseline, key=key)
+    made = board(load(runs, task), baseline=baseline, key=key)
     text = render(made, kind, width=max(80, shutil.get_terminal_size((80, 24)).columns) if out is None else 80)
     if out is None:
         typer.echo(text, nl=False)
@@ -58,7 +66,9 @@ def leaderboard(
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories, or folders that hold some; repeatable.")],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run directories, folders that hold some, or the JSON file of a comparison.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The page to write.")] = Path("report.html"),
     baseline: Annotated[
         str, typer.Option(help="The row that the others are compared with: a method or a label.")
@@ -66,6 +76,7 @@ def report(
     key: Annotated[
         str | None, typer.Option(help="The scorer/metric that ranks; default: that of the first held-out scorer.")
     ] = None,
+    task: Task = None,
     plots: Annotated[
         Path | None, typer.Option(help="A folder for the curves and the trade-off as SVG and PNG files.")
     ] = None,
@@ -81,7 +92,7 @@ def report(
     from .report import gather, page
     from .report import plots as draw
 
-    read = load(runs)
+    read = load(runs, task)
     made = board(read, baseline=baseline, key=key)
     found = gather(made, read)
     _write(out, page(made, found))
@@ -94,7 +105,9 @@ def report(
 
 
 def regress(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Run directories, or folders that hold some.")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Run directories, folders that hold some, or a comparison's JSON file.")
+    ] = None,
     against: Annotated[
         str | None, typer.Option(help="The baseline: a TOML file, or the name of a built-in one.")
     ] = None,
@@ -105,6 +118,7 @@ def regress(
         list[str] | None, typer.Option("--row", help="Only these rows of the baseline; repeatable.")
     ] = None,
     out: Annotated[Path, typer.Option(help="With --run: where run directories are made.")] = Path("runs"),
+    jobs: Annotated[int, typer.Option(min=1, help="With --run: runs at once.")] = 1,
     allow_unsure: Annotated[
         bool, typer.Option("--allow-unsure", help="Exit 0 although some numbers cannot be told, when none is worse.")
     ] = False,
@@ -148,46 +162,82 @@ def regress(
         raise UserError("--margin and --key say what --update writes: a baseline that stands is not changed by judging")
     if rows and update:
         raise UserError("--update writes all rows: name the runs that belong in it instead of --row")
-    from .baseline import locate, read, write
+    from . import verdicts
+    from .baseline import locate, parts, read
     from .board import load
-    from .regress import compose, judge, only, train
+    from .regress import judge_all, only, train
 
     path = locate(str(against or run))
-    known = None if update and not path.is_file() else read(path)
-    if known is not None and rows:
-        known = only(path, known, rows)
+    files = parts(path)
+    known = [] if update and not path.is_file() else [(file, *read(file)) for file in files]
+    if known and rows:
+        known = only(known, rows)
     folders = list(runs or ())
     if run is not None:
-        if known is None:
+        if not known:
             raise UserError(f"no baseline at {path} that says what to run")
-        folders = train(known[0], out, lambda text: typer.echo(text, err=True))
+        from ..bench.stop import asked_to_stop
+
+        say = lambda text: typer.echo(text, err=True)
+        with asked_to_stop() as stopped:
+            folders = train([one for _, one, _ in known], out, say, jobs=jobs, interrupted=stopped)
     found = load(folders)
     if update:
-        command = shlex.join(["gpobench", *sys.argv[1:]])
-        made = compose(found, keys=keys or (), margins=margins or (), old=known[0] if known else None, command=command)
-        done = write(path, *made)
-        for one in found:
-            if one.record.flags.hack:
-                typer.echo(f"gpobench: {one.folder} wears the hack flag, and is now part of a baseline", err=True)
-        typer.echo(f"wrote {path}: {sum(len(c.number) for c in done.row)} numbers of {len(done.row)} rows", err=True)
+        _update(path, found, keys or (), margins or ())
         return
-    assert known is not None  # read, or refused
-    from . import verdicts
-
-    report = judge(path, *known, found)
-    code = report.code(allow_unsure)
+    reports = judge_all(known, found)
+    codes = [report.code(allow_unsure) for report in reports]
+    code = next(worst for worst in (1, 3, 0) if worst in codes)
+    table = "\n".join(map(verdicts.markdown, reports))
     if junit:
-        _write(junit, verdicts.junit(report, allow_unsure))
+        _write(junit, verdicts.junit(reports, allow_unsure))
     if markdown:
-        _write(markdown, verdicts.markdown(report))
+        _write(markdown, table)
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         try:
             with Path(summary).open("a", encoding="utf-8") as file:
-                file.write(verdicts.markdown(report))
+                file.write(table)
         except OSError as error:
             raise UserError(f"cannot write {summary}, which GITHUB_STEP_SUMMARY names: {error.strerror}") from None
-    typer.echo(verdicts.as_json(report, code) if as_json else verdicts.terminal(report), nl=False)
+    typer.echo(verdicts.as_json(reports, code) if as_json else "\n".join(map(verdicts.terminal, reports)), nl=False)
     raise typer.Exit(code)
+
+
+def _update(path: Path, found: Sequence[Run], keys: Sequence[str], margins: Sequence[str]) -> None:
+    """Write a baseline of these runs; where they are of several tasks, one a task and an index of them."""
+    from .baseline import parts, read, write, write_index
+    from .regress import compose
+
+    by: dict[str, list[Run]] = {}
+    for one in found:
+        by.setdefault(one.record.task, []).append(one)
+    listed = parts(path)
+    index = listed != [path] or len(by) > 1
+    if listed == [path] and len(by) > 1 and path.is_file():
+        raise UserError(f"{path} is of one task, these runs are of {', '.join(by)}: name another file")
+    command = shlex.join(["gpobench", *sys.argv[1:]])
+    made: list[tuple[Path, Any]] = []
+    for task, runs in by.items():
+        clean = Path(task).name.replace(":", "-")
+        part = path.with_name(f"{path.stem}-{clean}.toml") if index else path
+        old = read(part)[0] if part.is_file() else None
+        made.append((part, compose(runs, keys=keys, margins=_own(margins, runs, found), old=old, command=command)))
+    done = [write(part, *one) for part, one in made]
+    if index:
+        before = [] if listed == [path] else listed
+        write_index(path, list(dict.fromkeys([*before, *(part for part, _ in made)])))
+    for one in found:
+        if one.record.flags.hack:
+            typer.echo(f"gpobench: {one.folder} wears the hack flag, and is now part of a baseline", err=True)
+    numbers = sum(len(claim.number) for one in done for claim in one.row)
+    files = ", ".join(str(file) for file in ([path] if index else []) + [part for part, _ in made])
+    typer.echo(f"wrote {files}: {numbers} numbers of {sum(len(one.row) for one in done)} rows", err=True)
+
+
+def _own(margins: Sequence[str], runs: Sequence[Run], found: Sequence[Run]) -> list[str]:
+    """The margins that concern these runs: one of a metric that only another task has is left to that task."""
+    mine, all_ = ({key for run in group for key in run.after} for group in (runs, found))
+    return [text for text in margins if (key := text.rpartition("=")[0]) in mine or key not in all_]
 
 
 def export(

@@ -19,11 +19,7 @@ at most 5 % (each would have to pass its own test). Some number is said to be wo
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -185,27 +181,68 @@ def repeat(seeds: Sequence[Array], strata: Sequence[str] | None = None) -> float
 # Runs against a baseline
 
 
+Guarded = tuple[Path, Baseline, Scores]  # a baseline's file and what it holds
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The runs held against a baseline, before the verdicts."""
+
+    guarded: Guarded
+    found: Sequence[tuple[Claim, Number, list[Array], tuple[int, ...]]]
+    changes: Sequence[Change]
+    missing: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+
+
 def judge(path: Path, known: Baseline, scores: Scores, runs: Sequence[Run]) -> Report:
     """The verdict on every number of the baseline that these runs have; runs of other methods, tasks and models are left out.
 
     Raises UserError where no run is of the baseline, where their ground is another one, where more than 0.5 % of a run's
     images have no score, and where a row has runs with several settings and none of them is the reported one.
     """
+    return judge_all([(path, known, scores)], runs)[0]
+
+
+def judge_all(baselines: Sequence[Guarded], runs: Sequence[Run]) -> list[Report]:
+    """The same for several baselines, whose numbers are corrected together.
+
+    Of several, one that these runs have nothing of is reported as missing. Raises UserError where that is so of all.
+    """
+    mine = [_mine(known, runs) for _, known, _ in baselines]
+    if not any(mine):
+        path, known, _ = baselines[0]
+        there = sorted({f"{r.record.method} on {r.record.task} with {r.record.model}" for r in runs})
+        methods = sorted({claim.method for claim in known.row if claim.label != BASE})
+        asked = f"{', '.join(methods) or BASE} on {known.task} with {known.model}"
+        raise UserError(f"no run in common: {path} is of {asked}; these are of {', '.join(there)}")
+    others = len({str(r.folder) for r in runs} - {str(r.folder) for own in mine for r in own})
+    left = [f"{others} runs are not of this baseline and were left out."] if others else []
+    measured = [
+        _measure(guarded, own, left if k == 0 else [])
+        for k, (guarded, own) in enumerate(zip(baselines, mine, strict=True))
+    ]
+    margins = [number.margin for m in measured for _, number, _, _ in m.found]
+    rule = iter(verdicts([c for m in measured for c in m.changes], margins))
+    return [_report(m, [next(rule) for _ in m.found]) for m in measured]
+
+
+def _mine(known: Baseline, runs: Sequence[Run]) -> list[Run]:
+    """The runs of a baseline's ground and methods. One of the base alone is judged by any run: each has judged the base."""
     methods = {claim.method for claim in known.row if claim.label != BASE}
     ground = lambda r: (r.record.task, r.record.model) == (known.task, known.model)
-    # A baseline of the base alone is judged by any run: each has judged the base.
-    mine = [r for r in runs if ground(r) and (r.record.method in methods or not methods)]
-    if not mine:
-        there = sorted({f"{r.record.method} on {r.record.task} with {r.record.model}" for r in runs})
-        asked = f"{', '.join(sorted(methods)) or BASE} on {known.task} with {known.model}"
-        raise UserError(f"no run in common: {path} is of {asked}; these are of {', '.join(there)}")
-    table = board(mine, resamples=1)  # refuses runs that do not belong together
-    _same_ground(path, known, table, mine)
-    notes = (
-        [f"{len(runs) - len(mine)} runs are not of this baseline and were left out."] if len(mine) < len(runs) else []
-    )
+    return [r for r in runs if ground(r) and (r.record.method in methods or not methods)]
+
+
+def _measure(guarded: Guarded, mine: Sequence[Run], said: Sequence[str]) -> _Measured:
+    path, known, scores = guarded
+    notes = list(said)
     found: list[tuple[Claim, Number, list[Array], tuple[int, ...]]] = []
     missing: list[tuple[str, str]] = []
+    if not mine:
+        return _Measured(guarded, [], [], tuple((c.label, n.key) for c in known.row for n in c.number), tuple(notes))
+    table = board(mine, resamples=1)  # refuses runs that do not belong together
+    _same_ground(path, known, table, mine)
     by_folder = {str(r.folder): r for r in mine}
     for claim in known.row:
         group, seeds, said = _group(claim, table, by_folder, mine)
@@ -229,25 +266,32 @@ def judge(path: Path, known: Baseline, scores: Scores, runs: Sequence[Run]) -> R
             changes.append(Change(0.0, 0.0, math.inf, number.n, seeds=True, repeated=True))
         else:
             changes.append(change(new, old, scores.strata, trained=claim.label != BASE))
-    rule = verdicts(changes, [number.margin for _, number, _, _ in found])
+    notes += [f"{r.folder.name} wears the hack flag." for r in mine if r.record.flags.hack]
+    return _Measured(guarded, found, changes, tuple(missing), tuple(notes))
+
+
+def _report(m: _Measured, rule: Sequence[tuple[Verdict, float]]) -> Report:
+    path, known, scores = m.guarded
     findings = [
         _finding(*one, c, verdict, holm, scores.strata)
-        for one, c, (verdict, holm) in zip(found, changes, rule, strict=True)
+        for one, c, (verdict, holm) in zip(m.found, m.changes, rule, strict=True)
     ]
-    notes += [f"{r.folder.name} wears the hack flag." for r in mine if r.record.flags.hack]
     bounds = ", ".join(f"{k} {v:,.0f}" for k, v in known.budget.items())
     said = f"{known.task} (version {known.task_version}) on {known.model}, budget {bounds}"
-    return Report(str(path), said, tuple(findings), tuple(missing), tuple(notes))
+    return Report(str(path), said, tuple(findings), m.missing, m.notes)
 
 
-def only(path: Path, known: tuple[Baseline, Scores], rows: Sequence[str]) -> tuple[Baseline, Scores]:
-    """A baseline cut down to some of its rows. Raises UserError on a row that it does not have."""
-    labels = [claim.label for claim in known[0].row]
+def only(baselines: Sequence[Guarded], rows: Sequence[str]) -> list[Guarded]:
+    """Baselines cut down to some of their rows. Raises UserError on a row that none of them has."""
+    labels = dict.fromkeys(claim.label for _, known, _ in baselines for claim in known.row)
     for row in rows:
         if row not in labels:
-            raise registry.unknown(f"row of {path}", row, labels)
-    kept = tuple(claim for claim in known[0].row if claim.label in rows)
-    return known[0].model_copy(update={"row": kept}), known[1]
+            raise registry.unknown(f"row of {baselines[0][0]}", row, labels)
+    cut = [
+        (path, known.model_copy(update={"row": tuple(c for c in known.row if c.label in rows)}), scores)
+        for path, known, scores in baselines
+    ]
+    return [one for one in cut if one[1].row]
 
 
 def vectors(group: Sequence[Run], key: str, base: bool, digits: int) -> list[Array]:
@@ -516,50 +560,67 @@ def _sets(method: str, table: Board, settings: Mapping[str, Any]) -> tuple[str, 
 # The runs that a baseline needs
 
 
-def train(known: Baseline, out: Path, say: Callable[[str], None]) -> list[Path]:
-    """Do every run of the baseline, each in a process of its own, one after another; those that are done are read.
+def train(
+    baselines: Sequence[Baseline],
+    out: Path,
+    say: Callable[[str], None],
+    *,
+    jobs: int = 1,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> list[Path]:
+    """Do every run of the baselines, each in a process of its own; those that are done are found there and not repeated.
 
-    out: the folder of run directories. Returns the directories. Raises UserError when a run fails.
+    out: the folder of run directories; what a run says goes to `logs` in it. jobs: runs at once. Returns the directories.
+    Raises UserError when a run fails, Interrupted when asked to stop.
     """
-    work = [(claim, seed) for claim in known.row for seed in claim.seeds]
-    folders: list[Path] = []
-    for k, (claim, seed) in enumerate(work, start=1):
-        say(f"run {k} of {len(work)}: {claim.label}, seed {seed}")
-        folders.append(_run(words(known, claim, seed, out), f"{claim.label} with seed {seed}"))
-    return folders
+    from ..bench.jobs import Job, apart, folder
+
+    work = [(known, claim, seed) for known in baselines for claim in known.row for seed in claim.seeds]
+    homes = [out / _slug(known, claim, seed) for known, claim, seed in work]
+    folder(out / "logs")
+    names = [f"{claim.label} on {known.task}, seed {seed}" for known, claim, seed in work]
+    failed: list[str] = []
+
+    def begins(k: int) -> None:
+        say(f"run {k + 1} of {len(work)}: {names[k]}")
+
+    def ends(k: int, why: str) -> None:
+        if why:
+            failed.append(f"the run {names[k]} failed: {why}")
+            say(failed[-1])
+
+    todo = [Job(words(*one, out), out / "logs" / f"{home.name}.log") for one, home in zip(work, homes, strict=True)]
+    if not apart(todo, jobs, begins=begins, ends=ends, interrupted=interrupted):
+        raise Interrupted("stopped; the same command goes on from there")
+    if failed:
+        raise UserError(failed[0])
+    return homes
+
+
+def _slug(known: Baseline, claim: Claim, seed: int) -> str:
+    """The name of a run's directory."""
+    from ..bench.config import resolve
+
+    return resolve(
+        claim.method,
+        known.task,
+        known.model,
+        seed=seed,
+        budget=_bounds(known),
+        reward=claim.reward or None,
+        sets=claim.sets,
+    ).slug()
+
+
+def _bounds(known: Baseline) -> str:
+    return ",".join(f"{k}={v!r}" for k, v in known.budget.items())
 
 
 def words(known: Baseline, claim: Claim, seed: int, out: Path) -> list[str]:
     """What a person would type behind `gpobench` for one run of a row."""
-    bounds = ",".join(f"{k}={v!r}" for k, v in known.budget.items())
     sets = [word for text in claim.sets for word in ("--set", text)]
     reward = ["--reward", claim.reward] if claim.reward else []
     return [
         "run", "--method", claim.method, "--task", known.task, "--model", known.model, "--seed", str(seed),
-        "--budget", bounds, *reward, *sets, "--out", str(out), "--json",
+        "--budget", _bounds(known), *reward, *sets, "--out", str(out),
     ]  # fmt: skip
-
-
-def _run(command: Sequence[str], name: str) -> Path:
-    """The directory of a run that was done in a process of its own; its progress goes to our stderr."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "gpobench.bench.cli", *command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    try:
-        said, _ = child.communicate()
-    except KeyboardInterrupt:  # the terminal told the child too, which ends its iteration and saves
-        child.communicate()
-        raise Interrupted("stopped; the same command goes on from there") from None
-    finally:
-        if child.poll() is None:
-            child.terminate()
-            child.wait()
-    if child.returncode == 130:
-        raise Interrupted("stopped; the same command goes on from there")
-    if child.returncode:
-        raise UserError(f"the run {name} failed with exit code {child.returncode}: gpobench {' '.join(command)}")
-    return Path(str(json.loads(said)["run_dir"]))

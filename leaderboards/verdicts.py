@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 from xml.etree import ElementTree as Xml
 
@@ -63,43 +64,56 @@ def markdown(report: Report) -> str:
     return "\n".join([*top, *lines, "", RULE, *(f"\n{escape(line)}" for line in _said(report))]) + "\n"
 
 
-def junit(report: Report, allow_unsure: bool = False) -> str:
+def junit(reports: Sequence[Report], allow_unsure: bool = False) -> str:
     """A test case for every number: worse fails, cannot tell is an error (or skipped, when allowed), missing ones are skipped."""
+    counts = [_counts(report, allow_unsure) for report in reports]
+    whole = {key: str(sum(one[key] for one in counts)) for key in counts[0]}
+    root = Xml.Element("testsuites", {"name": "gpobench regress", **whole})
+    for report, own in zip(reports, counts, strict=True):
+        said = {key: str(value) for key, value in own.items()}
+        suite = Xml.SubElement(root, "testsuite", {"name": plain(report.ground), **said})
+        for f in report.findings:
+            case = Xml.SubElement(suite, "testcase", classname=plain(f.row), name=plain(f.key))
+            text = plain(
+                f"{f.verdict}: reported {cell(f.was)}, now {number(f.now)}, change {cell(f.change, sign=True)}, "
+                f"margin {f.margin:g}"
+            )
+            if f.verdict == "worse":
+                Xml.SubElement(case, "failure", type="worse", message=text)
+            elif f.verdict == "cannot tell":
+                kind = "skipped" if allow_unsure else "error"
+                Xml.SubElement(case, kind, {"message": text, **({} if allow_unsure else {"type": "cannot tell"})})
+            else:
+                Xml.SubElement(case, "system-out").text = text
+        for row, key in report.missing:
+            case = Xml.SubElement(suite, "testcase", classname=plain(row), name=plain(key))
+            Xml.SubElement(case, "skipped", message="not in these runs")
+    Xml.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + Xml.tostring(root, "unicode") + "\n"
+
+
+def _counts(report: Report, allow_unsure: bool) -> dict[str, int]:
     unsure = 0 if allow_unsure else report.count("cannot tell")
-    counts = {
+    return {
         "tests": len(report.findings) + len(report.missing),
         "failures": report.count("worse"),
         "errors": unsure,
         "skipped": len(report.missing) + report.count("cannot tell") - unsure,
     }
-    said = {key: str(value) for key, value in counts.items()}
-    root = Xml.Element("testsuites", {"name": "gpobench regress", **said})
-    suite = Xml.SubElement(root, "testsuite", {"name": plain(report.ground), **said})
-    for f in report.findings:
-        case = Xml.SubElement(suite, "testcase", classname=plain(f.row), name=plain(f.key))
-        text = plain(
-            f"{f.verdict}: reported {cell(f.was)}, now {number(f.now)}, change {cell(f.change, sign=True)}, margin {f.margin:g}"
-        )
-        if f.verdict == "worse":
-            Xml.SubElement(case, "failure", type="worse", message=text)
-        elif f.verdict == "cannot tell":
-            kind = "skipped" if allow_unsure else "error"
-            Xml.SubElement(case, kind, {"message": text, **({} if allow_unsure else {"type": "cannot tell"})})
-        else:
-            Xml.SubElement(case, "system-out").text = text
-    for row, key in report.missing:
-        case = Xml.SubElement(suite, "testcase", classname=plain(row), name=plain(key))
-        Xml.SubElement(case, "skipped", message="not in these runs")
-    Xml.indent(root)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + Xml.tostring(root, "unicode") + "\n"
 
 
-def as_json(report: Report, code: int) -> str:
-    """One object: verdicts, counts and the exit code."""
-    whole: dict[str, Any] = {
+def as_json(reports: Sequence[Report], code: int) -> str:
+    """One object: verdicts, counts and the exit code; of several baselines, each in `parts`."""
+    counts = {v: sum(report.count(v) for report in reports) for v in ("same", "better", "worse", "cannot tell")}
+    whole: dict[str, Any] = {"exit_code": code, "counts": counts}
+    whole |= _plain(reports[0]) if len(reports) == 1 else {"parts": [_plain(report) for report in reports]}
+    return to_json(whole, indent=1, inf_nan_mode="null").decode() + "\n"
+
+
+def _plain(report: Report) -> dict[str, Any]:
+    return {
         "baseline": report.baseline,
         "ground": report.ground,
-        "exit_code": code,
         "counts": {verdict: report.count(verdict) for verdict in ("same", "better", "worse", "cannot tell")},
         "findings": [
             {
@@ -126,7 +140,6 @@ def as_json(report: Report, code: int) -> str:
         "missing": [{"row": row, "key": key} for row, key in report.missing],
         "notes": list(report.notes),
     }
-    return to_json(whole, indent=1, inf_nan_mode="null").decode() + "\n"
 
 
 def ordered(report: Report) -> list[Finding]:

@@ -42,6 +42,32 @@ def test_folders_and_folders_of_folders_are_read_once(make: Make, tmp_path: Path
     assert run.before[KEY].shape == (40, 2) and np.isfinite(run.after[KEY]).all() and set(run.strata) == {""}
 
 
+def test_a_comparisons_file_stands_for_the_runs_it_finished(make: Make, tmp_path: Path) -> None:
+    folders = [make(f"grid/{name}", name, 0, 0.1) for name in ("gpo", "awm", "sft")]
+    states = {"gpo": "done", "awm": "done", "sft": "waiting"}
+    file = tmp_path / "grid" / "compare-x.json"
+    file.write_text(json.dumps({"runs": [{"run": n, "state": s, "run_dir": "/elsewhere"} for n, s in states.items()]}))
+    assert [r.folder for r in load([file])] == sorted(folders[:2], key=lambda f: f.name)
+    assert len(load([file, tmp_path / "grid"])) == 3
+    for text, said in (
+        ("{", "is not what"), ('{"runs": 3}', "is not what"), ('{"runs": []}', "none of the runs"),
+        ('{"runs": [{"run": "gone", "state": "done"}]}', "no folder of runs"),
+    ):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(UserError, match=said):
+            load([file])
+
+
+def test_one_task_of_several_is_taken(make: Make, tmp_path: Path) -> None:
+    for task in ("ocr", "counting"):
+        make(f"both/{task}", "gpo", 0, 0.1, task=task)
+    with pytest.raises(UserError, match=r"differ in task: .*\(--task takes one\)"):
+        board(load([tmp_path / "both"]), resamples=10)
+    assert {r.record.task for r in load([tmp_path / "both"], "counting")} == {"counting"}
+    with pytest.raises(UserError, match="did you mean 'ocr'"):
+        load([tmp_path / "both"], "orc")
+
+
 def test_scores_come_back_where_they_were(make: Make, look: Any) -> None:
     before, after = look(0.1, 7)
     after[3, 1] = math.nan

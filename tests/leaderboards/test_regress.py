@@ -19,11 +19,12 @@ from typer.testing import CliRunner
 
 from gpobench.bench.errors import UserError
 from gpobench.bench.record import Flags, ScorerUse
+from gpobench.bench.stats import holm
 from gpobench.leaderboards import verdicts as dresses
-from gpobench.leaderboards.baseline import beside, read
+from gpobench.leaderboards.baseline import beside, parts, read
 from gpobench.leaderboards.board import load
 from gpobench.leaderboards.commands import regress
-from gpobench.leaderboards.regress import Report, change, judge, repeat, verdicts, words
+from gpobench.leaderboards.regress import Report, change, judge, judge_all, repeat, verdicts, words
 
 Make = Callable[..., Path]
 Vectors = list[np.ndarray]
@@ -243,7 +244,7 @@ def test_what_cannot_be_told_exits_with_3(baseline: Path, make: Make, look: Any,
     assert verdict_of(judged(baseline, tmp_path / "new"))["gpo", KEY] == "cannot tell"
     assert run(tmp_path / "new", "--against", baseline)[0] == 3
     assert run(tmp_path / "new", "--against", baseline, "--allow-unsure")[0] == 0
-    case = Xml.fromstring(dresses.junit(judged(baseline, tmp_path / "new"))).find(".//testcase[@classname='gpo']/error")
+    case = Xml.fromstring(dresses.junit([judged(baseline, tmp_path / "new")])).find(".//testcase[@classname='gpo']/error")
     assert case is not None and case.get("type") == "cannot tell"
 
 
@@ -375,6 +376,81 @@ def test_requests_that_make_no_sense(make: Make, arguments: Sequence[str], said:
         run(*(folder if word == "RUNS" else word for word in arguments))
 
 
+# Several tasks
+
+
+@pytest.fixture
+def both(make: Make, tmp_path: Path) -> Path:
+    """Three seeds of gpo on two tasks, in one folder: an index of two baselines."""
+    for task in ("ocr", "counting"):
+        for seed in range(3):
+            make(f"old/{task}{seed}", "gpo", seed, 0.2, task=task)
+    path = tmp_path / "all.toml"
+    assert run(tmp_path / "old", "--against", path, "--update", "--margin", "0.03")[0] == 0
+    return path
+
+
+def test_runs_of_several_tasks_make_a_baseline_each_and_an_index(both: Path, make: Make, tmp_path: Path) -> None:
+    listed = [both.with_name(f"all-{task}.toml") for task in ("ocr", "counting")]
+    assert sorted(parts(both)) == sorted(listed) and all(parts(one) == [one] for one in listed)
+    code, said = run(tmp_path / "old", "--against", both, "--json")
+    found = json.loads(said)
+    assert code == 0 and found["counts"]["same"] == sum(len(part["findings"]) for part in found["parts"]) > 0
+    assert {part["baseline"] for part in found["parts"]} == {str(one) for one in listed}
+    make("new/bad", "gpo", 0, 0.0, task="counting")
+    make("new/good", "gpo", 0, 0.2, task="ocr")
+    files = tmp_path / "v.xml", tmp_path / "v.md"
+    code, text = run(tmp_path / "new", "--against", both, "--junit", files[0], "--markdown", files[1])
+    assert code == 1 and "ocr (version" in text and "counting (version" in text
+    suites = Xml.parse(files[0]).getroot().findall("testsuite")
+    assert len(suites) == 2 and sorted(s.get("failures") != "0" for s in suites) == [False, True]
+    assert files[1].read_text().count("### ") == 2
+
+
+def test_numbers_of_all_parts_are_corrected_together(both: Path, make: Make, tmp_path: Path) -> None:
+    for task in ("ocr", "counting"):
+        for seed in (3, 4):
+            make(f"new/{task}{seed}", "gpo", seed, 0.17, task=task)
+    together = [(part, *read(part)) for part in parts(both)]
+    runs = load([tmp_path / "new"])
+    joint = [f.holm for report in judge_all(together, runs) for f in report.findings]
+    alone = [f.holm for one in together for f in judge(*one, runs).findings]
+    raw = [f.change.p for report in judge_all(together, runs) for f in report.findings]
+    assert joint == pytest.approx(holm(raw)) and all(a >= b for a, b in zip(joint, alone, strict=True))
+    assert joint != alone
+
+
+def test_a_part_without_runs_is_missing_and_all_without_are_an_error(both: Path, make: Make, tmp_path: Path) -> None:
+    code, said = run(tmp_path / "old" / "ocr0", "--against", both, "--json")
+    found = {part["ground"].split()[0]: part for part in json.loads(said)["parts"]}
+    assert code == 0 and not found["counting"]["findings"] and found["counting"]["missing"] and found["ocr"]["findings"]
+    make("odd/x", "awm", 0, 0.1, task="colour")
+    with pytest.raises(UserError, match="no run in common"):
+        run(tmp_path / "odd", "--against", both)
+
+
+def test_one_task_is_written_anew_without_the_other(both: Path, make: Make, tmp_path: Path) -> None:
+    kept = both.with_name("all-counting.toml").read_text()
+    for seed in range(3):
+        make(f"newer/{seed}", "gpo", seed, 0.3, task="ocr")
+    assert run(tmp_path / "newer", "--against", both, "--update")[0] == 0
+    assert both.with_name("all-counting.toml").read_text() == kept and len(parts(both)) == 2
+    assert run(tmp_path / "newer", "--against", both)[0] == 0
+    with pytest.raises(UserError, match="is of one task"):
+        run(tmp_path / "old", "--against", both.with_name("all-ocr.toml"), "--update", "--margin", "0.03")
+
+
+@pytest.mark.parametrize("text", ["format = 1\nparts = []", "format = 1\nparts = 'a'", "parts = ['a.toml']\nx = 1"])
+def test_a_damaged_index_is_refused(text: str, make: Make, tmp_path: Path) -> None:
+    path = tmp_path / "index.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="no list of baselines"):
+        run(make("old/a"), "--against", path)
+    path.write_text("format = 1\nparts = ['nowhere.toml']")
+    with pytest.raises(UserError, match="no baseline at .*nowhere"):
+        run(make("old/b"), "--against", path)
+
+
 # A new baseline
 
 
@@ -458,6 +534,6 @@ def test_run_does_what_the_baseline_needs(tmp_path: Path) -> None:
     assert all(f.repeated for f in report.findings)
     shutil.rmtree(tmp_path / "second")
     known, _ = read(path)
-    broken = known.model_copy(update={"budget": {"nfes": 1.0}})
-    with pytest.raises(UserError, match="the run sft with seed 0 failed with exit code 2"):
-        train(broken, tmp_path / "third", lambda _: None)
+    broken = known.model_copy(update={"budget": {"nfe": 1.0}})  # not enough for one update
+    with pytest.raises(UserError, match="the run sft on ocr, seed 0 failed"):
+        train([broken], tmp_path / "third", lambda _: None)
