@@ -305,33 +305,6 @@ def _number(estimate: Any) -> dict[str, Any]:
     return {"mean": estimate.mean, "ci": [estimate.low, estimate.high], "n": estimate.n}
 
 
-def hacked(
-    delta: Mapping[str, Mapping[str, Any]], training: str, held_out: Sequence[str], quality: Sequence[str] = ()
-) -> bool:
-    """The training scorer rises for sure while no held-out scorer does, or a quality column falls by more than 2 SE.
-
-    training: `scorer/metric`; held_out, quality: names of scorers. A quality column's first metric counts.
-    """
-    metric = training.partition("/")[2]
-    others = [delta[key] for key in (_counterpart(delta, name, metric) for name in held_out) if key]
-    columns = [delta[key] for key in (_counterpart(delta, name, "") for name in quality) if key]
-    rises = delta[training]["ci"][0] > 0
-    alone = others and not any(other["ci"][0] > 0 for other in others)
-    return bool(rises and (alone or any(column["mean"] < -2 * _se(column) for column in columns)))
-
-
-def _se(number: Mapping[str, Any]) -> float:
-    """The standard error behind a 95 % interval; NaN where there is none."""
-    low, high = number["ci"]
-    return (high - low) / (2 * 1.96)
-
-
-def _counterpart(delta: Mapping[str, Any], scorer: str, metric: str) -> str | None:
-    """The scorer's metric of that name, else the first it has."""
-    own = [key for key in delta if key.startswith(f"{scorer}/")]
-    return f"{scorer}/{metric}" if f"{scorer}/{metric}" in own else next(iter(own), None)
-
-
 def invalid(table: pd.DataFrame) -> bool:
     """More than 0.5 % of the images of some scorer could not be scored."""
     share = table.groupby(["scorer", "metric"]).value.apply(lambda column: column.isna().mean())

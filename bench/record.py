@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,7 +19,9 @@ from .errors import UserError
 
 INVALID = 0.005  # share of images that could not be scored above which a row is invalid
 SCHEMA = 2  # 1 had no strata, no summary and no further columns
+SURE = 1.96  # standard errors
 Key = str  # `scorer/metric`
+Role = Literal["training", "held-out", "further", "quality"]
 
 
 class _Part(BaseModel):
@@ -56,7 +60,7 @@ class Stratum(_Part):
 
 class Flags(_Part):
     hack: bool = Field(
-        description="the training scorer rises while the held-out ones do not, or a quality column falls by more than 2 SE"
+        description="the training scorer rises and the held-out ones do not follow, or a quality column falls by more than 2 SE"
     )
     invalid: bool = Field(description="more than 0.5 % of the images of a scorer could not be scored")
     single_seed: bool = True
@@ -64,7 +68,7 @@ class Flags(_Part):
 
 class ScorerUse(_Part):
     id: str
-    role: Literal["training", "held-out", "further", "quality"]
+    role: Role
     metrics: list[str] = Field(default_factory=list, description="the first is the one a method is trained on")
     calls: int = Field(description="in training; evaluation is off budget")
     seconds: float
@@ -108,6 +112,48 @@ class Record(_Part):
         default_factory=dict,
         description="how the settings were chosen: trials, spent by currency, the command; {} if by hand",
     )
+
+
+def hacked(
+    delta: Mapping[str, Mapping[str, Any]], training: str, held_out: Sequence[str], quality: Sequence[str] = ()
+) -> bool:
+    """The training scorer rises for sure and no held-out scorer follows, or a quality column falls by more than 2 SE.
+
+    Not following: it does not rise for sure, and its rise can be told from the training scorer's, each in its own standard
+    errors. A small rise that the held-out scorer shows with a little less certainty is no hack but a small rise.
+    training: `scorer/metric`; held_out, quality: names of scorers. A quality column's first metric counts.
+    """
+    metric = training.partition("/")[2]
+    others = [delta[key] for key in (_counterpart(delta, name, metric) for name in held_out) if key]
+    columns = [delta[key] for key in (_counterpart(delta, name, "") for name in quality) if key]
+    rise = _sure(delta[training])
+    alone = others and all(_sure(other) < SURE and rise - _sure(other) > SURE * math.sqrt(2) for other in others)
+    return rise > SURE and bool(alone or any(_sure(column) < -2 for column in columns))
+
+
+def flagged(record: Record) -> bool:
+    """The hack flag of a record by the rule of this version, whichever wrote it."""
+    by_role = {role: [n for n, use in record.scorers.items() if use.role == role] for role in get_args(Role)}
+    trained = [f"{name}/{metric}" for name in by_role["training"] for metric in record.scorers[name].metrics[:1]]
+    if not trained or trained[0] not in record.delta:
+        return record.flags.hack
+    delta = {key: number.model_dump() for key, number in record.delta.items()}
+    return hacked(delta, trained[0], by_role["held-out"], by_role["quality"])
+
+
+def _sure(number: Mapping[str, Any]) -> float:
+    """The mean in standard errors, those behind its 95 % interval; NaN where there is none."""
+    mean, (low, high) = number["mean"], number["ci"]
+    if mean is None or low is None or high is None:
+        return math.nan
+    se = (high - low) / (2 * SURE)
+    return mean / se if se > 0 else math.copysign(math.inf, mean) if mean else 0.0
+
+
+def _counterpart(delta: Mapping[str, Any], scorer: str, metric: str) -> str | None:
+    """The scorer's metric of that name, else the first it has."""
+    own = [key for key in delta if key.startswith(f"{scorer}/")]
+    return f"{scorer}/{metric}" if f"{scorer}/{metric}" in own else next(iter(own), None)
 
 
 def write(path: Path, record: Record) -> None:

@@ -404,9 +404,7 @@ def _judged_run(
         run_dir=str(home),
         nfe_by_role=dict(meter.roles),
         flags=record.Flags(
-            hack=evaluate.hacked(
-                delta, judges.key, [s.name for s in judges.held_out], [s.name for s in judges.quality]
-            ),
+            hack=record.hacked(delta, judges.key, [s.name for s in judges.held_out], [s.name for s in judges.quality]),
             invalid=evaluate.invalid(before.table)
             or evaluate.invalid(done.table)
             or meter.errors > record.INVALID * max(1, meter.reward_calls),

@@ -391,7 +391,7 @@ def _row(label: str, group: Sequence[Run]) -> Row:
         cells={},
         cmmd=_cmmd(records),
         spent={c: float(np.mean([r.spent[c] for r in records if c in r.spent])) for c in currencies},
-        hacked=sum(r.flags.hack for r in records),
+        hacked=sum(map(record.flagged, records)),
         invalid=any(r.flags.invalid for r in records)
         or _missing([s for r in group for s in (r.before, r.after)]) > record.INVALID,
         trials=max(int(r.tuning.get("trials", 0)) for r in records),

@@ -119,6 +119,10 @@ def regress(
     ] = None,
     out: Annotated[Path, typer.Option(help="With --run: where run directories are made.")] = Path("runs"),
     jobs: Annotated[int, typer.Option(min=1, help="With --run: runs at once.")] = 1,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="With --run: also those that are done already, as other code may have done them."),
+    ] = False,
     allow_unsure: Annotated[
         bool, typer.Option("--allow-unsure", help="Exit 0 although some numbers cannot be told, when none is worse.")
     ] = False,
@@ -180,7 +184,7 @@ def regress(
 
         say = lambda text: typer.echo(text, err=True)
         with asked_to_stop() as stopped:
-            folders = train([one for _, one, _ in known], out, say, jobs=jobs, interrupted=stopped)
+            folders = train([one for _, one, _ in known], out, say, jobs=jobs, fresh=fresh, interrupted=stopped)
     found = load(folders)
     if update:
         _update(path, found, keys or (), margins or ())
@@ -205,6 +209,7 @@ def regress(
 
 def _update(path: Path, found: Sequence[Run], keys: Sequence[str], margins: Sequence[str]) -> None:
     """Write a baseline of these runs; where they are of several tasks, one a task and an index of them."""
+    from ..bench.record import flagged
     from .baseline import parts, read, write, write_index
     from .regress import compose
 
@@ -227,7 +232,7 @@ def _update(path: Path, found: Sequence[Run], keys: Sequence[str], margins: Sequ
         before = [] if listed == [path] else listed
         write_index(path, list(dict.fromkeys([*before, *(part for part, _ in made)])))
     for one in found:
-        if one.record.flags.hack:
+        if flagged(one.record):
             typer.echo(f"gpobench: {one.folder} wears the hack flag, and is now part of a baseline", err=True)
     numbers = sum(len(claim.number) for one in done for claim in one.row)
     files = ", ".join(str(file) for file in ([path] if index else []) + [part for part, _ in made])

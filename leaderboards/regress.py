@@ -266,7 +266,7 @@ def _measure(guarded: Guarded, mine: Sequence[Run], said: Sequence[str]) -> _Mea
             changes.append(Change(0.0, 0.0, math.inf, number.n, seeds=True, repeated=True))
         else:
             changes.append(change(new, old, scores.strata, trained=claim.label != BASE))
-    notes += [f"{r.folder.name} wears the hack flag." for r in mine if r.record.flags.hack]
+    notes += [f"{r.folder.name} wears the hack flag." for r in mine if record.flagged(r.record)]
     return _Measured(guarded, found, changes, tuple(missing), tuple(notes))
 
 
@@ -566,11 +566,13 @@ def train(
     say: Callable[[str], None],
     *,
     jobs: int = 1,
+    fresh: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Path]:
     """Do every run of the baselines, each in a process of its own; those that are done are found there and not repeated.
 
-    out: the folder of run directories; what a run says goes to `logs` in it. jobs: runs at once. Returns the directories.
+    out: the folder of run directories; what a run says goes to `logs` in it. jobs: runs at once. fresh: those that are done too.
+    Returns the directories.
     Raises UserError when a run fails, Interrupted when asked to stop.
     """
     from ..bench.jobs import Job, apart, folder
@@ -578,6 +580,8 @@ def train(
     work = [(known, claim, seed) for known in baselines for claim in known.row for seed in claim.seeds]
     homes = [out / _slug(known, claim, seed) for known, claim, seed in work]
     folder(out / "logs")
+    if not fresh and (there := [home for home in homes if (home / "record.json").is_file()]):
+        say(f"{len(there)} of {len(work)} runs are done already in {out}{_elsewhere(there)}")
     names = [f"{claim.label} on {known.task}, seed {seed}" for known, claim, seed in work]
     failed: list[str] = []
 
@@ -589,12 +593,24 @@ def train(
             failed.append(f"the run {names[k]} failed: {why}")
             say(failed[-1])
 
-    todo = [Job(words(*one, out), out / "logs" / f"{home.name}.log") for one, home in zip(work, homes, strict=True)]
+    again = ["--fresh"] if fresh else []
+    todo = [
+        Job([*words(*one, out), *again], out / "logs" / f"{home.name}.log")
+        for one, home in zip(work, homes, strict=True)
+    ]
     if not apart(todo, jobs, begins=begins, ends=ends, interrupted=interrupted):
         raise Interrupted("stopped; the same command goes on from there")
     if failed:
         raise UserError(failed[0])
     return homes
+
+
+def _elsewhere(homes: Sequence[Path]) -> str:
+    """A warning where finished runs were made by other code than this: they say nothing about it."""
+    made = [str(record.read(home / "record.json").provenance.get("revision", "")) for home in homes]
+    now = record.revision()
+    other = [one for one in made if one != now or not now or now.endswith("-dirty")]
+    return f", {len(other)} of them not surely by this code: --fresh makes them again" if other else ""
 
 
 def _slug(known: Baseline, claim: Claim, seed: int) -> str:

@@ -21,7 +21,6 @@ from gpobench.bench.evaluate import (
     embed,
     estimates,
     fold,
-    hacked,
     invalid,
     judge,
     noise,
@@ -157,40 +156,6 @@ def test_differences_are_paired_by_prompt() -> None:
     assert found["n"] == 40
     wide = estimates(after)["s/m"]["ci"]
     assert wide[1] - wide[0] > 3
-
-
-def rise(low: float, high: float) -> dict[str, Any]:
-    return {"mean": (low + high) / 2, "ci": [low, high]}
-
-
-@pytest.mark.parametrize(
-    ("training", "held", "flag"),
-    [
-        ((0.1, 0.2), (-0.1, 0.1), True),
-        ((0.1, 0.2), (-0.2, -0.1), True),
-        ((0.1, 0.2), (0.01, 0.1), False),
-        ((-0.1, 0.2), (-0.1, 0.1), False),
-        ((-0.2, -0.1), (-0.1, 0.1), False),
-    ],
-)
-def test_the_hack_flag(training: tuple[float, float], held: tuple[float, float], flag: bool) -> None:
-    delta = {"t/soft": rise(*training), "t/exact": rise(-1, 1), "h/soft": rise(*held), "f/soft": rise(0.5, 0.6)}
-    assert hacked(delta, "t/soft", ["h"]) == flag  # "f" is no held-out scorer, its rise does not help
-    other = {"t/soft": rise(*training), "h/exact": rise(*held)}
-    assert hacked(other, "t/soft", ["h"]) == flag  # a held-out scorer with a metric of another name
-    assert not hacked(delta, "t/soft", [])
-
-
-@pytest.mark.parametrize(
-    ("training", "quality", "flag"),
-    [((0.1, 0.2), (-0.2, -0.1), True), ((0.1, 0.2), (-0.2, 0.1), False), ((-0.1, 0.2), (-0.2, -0.1), False)],
-)
-def test_a_falling_quality_column_is_a_hack_too(
-    training: tuple[float, float], quality: tuple[float, float], flag: bool
-) -> None:
-    delta = {"t/soft": rise(*training), "h/soft": rise(0.1, 0.2), "q/score": rise(*quality)}
-    assert hacked(delta, "t/soft", ["h"], ["q"]) == flag
-    assert not hacked(delta, "t/soft", ["h"])
 
 
 # Strata

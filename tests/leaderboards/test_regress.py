@@ -244,7 +244,9 @@ def test_what_cannot_be_told_exits_with_3(baseline: Path, make: Make, look: Any,
     assert verdict_of(judged(baseline, tmp_path / "new"))["gpo", KEY] == "cannot tell"
     assert run(tmp_path / "new", "--against", baseline)[0] == 3
     assert run(tmp_path / "new", "--against", baseline, "--allow-unsure")[0] == 0
-    case = Xml.fromstring(dresses.junit([judged(baseline, tmp_path / "new")])).find(".//testcase[@classname='gpo']/error")
+    case = Xml.fromstring(dresses.junit([judged(baseline, tmp_path / "new")])).find(
+        ".//testcase[@classname='gpo']/error"
+    )
     assert case is not None and case.get("type") == "cannot tell"
 
 
