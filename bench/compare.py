@@ -23,7 +23,8 @@ from .budget import CURRENCIES, Budget
 from .config import EXECUTION, Config, resolve
 from .disk import write_atomically
 from .errors import Interrupted, UserError
-from .jobs import Job, apart, folder, here, spent
+from .here import here
+from .jobs import Job, apart, folder, spent
 from .record import Record
 from .scorers import parts
 from .spec import Search

@@ -1,4 +1,4 @@
-"""Runs one after another here, or side by side in processes of their own, each failure a line and none of them the others' end."""
+"""Commands of ours side by side in processes of their own, each failure a line and none of them the others' end."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .budget import CURRENCIES
-from .config import Config
-from .errors import Interrupted, UserError
-from .record import Record
-from .run import run as run_one
-from .view import View
+from .errors import UserError
 
 OURSELVES = "from gpobench.bench.cli import main; main()"
 TAIL = 2**16  # bytes at the end of metrics.jsonl that surely hold a whole line
@@ -38,24 +33,6 @@ def folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-def here(
-    plan: Config, *, runs: Path, log: Path, view: View, interrupted: Callable[[], bool] = lambda: False
-) -> tuple[Record | None, str]:
-    """Do a run in this process, or read what an earlier start made of it: its record, or why there is none.
-
-    log: takes the traceback of what nobody foresaw. Raises Interrupted when asked to stop.
-    """
-    try:
-        return run_one(plan, runs=runs, view=view, interrupted=interrupted), ""
-    except Interrupted:
-        raise
-    except UserError as error:
-        return None, str(error)
-    except Exception as error:  # one run may ask for more memory than there is; the others go on
-        log.write_text(traceback.format_exc(), "utf-8")
-        return None, f"{type(error).__name__}: {error}".partition("\n")[0]
 
 
 def apart(

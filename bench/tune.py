@@ -17,7 +17,8 @@ from .budget import CURRENCIES
 from .config import Config, resolve
 from .disk import write_atomically
 from .errors import Interrupted, UserError
-from .jobs import Job, apart, folder, here, spent
+from .here import here
+from .jobs import Job, apart, folder, spent
 from .record import Record
 from .scorers import close_scorers, open_scorer
 from .spec import Choice, Log, Range
