@@ -1,7 +1,7 @@
 """The supply train before a run: the model, the prompts and every scorer's weights brought here, each file held against its hash.
 
 What a scorer needs is learnt by making it and showing it a blank picture, while a ledger keeps what it asks for: no list of files to
-go stale. What was fetched once is locked: other bytes under the same commit are refused for ever after.
+go stale. What was fetched once is locked: other bytes under the same commit, or at the same address, are refused for ever after.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def fetch(
     made: Any = registry.load("task", task)() if task else None
     failed: list[str] = []
     left_out: list[dict[str, str]] = []
-    with hub.ledger() as asked:
+    with hub.ledger() as asked, hub.bringing():
         if card is not None and not Path(card.source).is_dir():
             try:
                 _pipeline(card, view)
@@ -130,6 +130,8 @@ def fetch(
             view.phase(f"{need.kind} {need.name}", 1.0)
             try:
                 rehearse(need, prompts, *size)
+            except hub.Wrong:
+                raise
             except UserError as error:
                 if need.needed:
                     failed.append(f"{need.kind} {need.name}: {error}")
@@ -272,7 +274,14 @@ class _Repository:
 
     def told(self, name: str) -> dict[str, Any]:
         size = sum(int(file.facts["bytes"]) for file in self.files.values())
-        return {"repository": name, "commit": self.commit, "files": len(self.files), "bytes": size}
+        return {"repository": name, "commit": _revision(self.kept()), "files": len(self.files), "bytes": size}
+
+
+def _revision(kept: Kept) -> str:
+    """A commit; for what stands at an address, on no hub, the sha256 of its bytes, as the ids of scorers have it."""
+    if "://" not in kept.commit:
+        return kept.commit
+    return next((str(fact["sha256"]) for fact in kept.files.values()), "")
 
 
 @dataclass
@@ -300,7 +309,7 @@ def _gather(asked: Sequence[published.Asked]) -> _Goods:
             continue
         repository = goods.repositories.setdefault(one.source, _Repository())
         repository.revisions.add(one.revision)
-        if one.kind == "folder":
+        if one.kind == "folder" and one.revision:  # of a folder that was given nobody knows what else belongs to it
             repository.patterns.add(one.names)
         if one.names == hub.PIPELINE and "snapshots" in one.path.parts:
             continue  # its files stand in the ledger one by one, or in the lock
@@ -361,7 +370,7 @@ def _check(goods: _Goods, view: View) -> None:
 
 def _listed(source: str, commit: str) -> dict[str, str]:
     """Name -> hash as the hub says now; empty where it is not asked or does not answer."""
-    if not commit or published.offline():
+    if not commit or "://" in commit or published.offline():
         return {}
     try:
         return {name: file.hash for name, file in hub.listing(source, commit)[1].items()}
@@ -500,7 +509,8 @@ def install(source: Path, view: View) -> dict[str, Any]:
         "from": str(source),
         "store": str(store),
         "repositories": [
-            {"repository": name, "commit": kept.commit, "files": len(kept.files)} for name, kept in repositories.items()
+            {"repository": name, "commit": _revision(kept), "files": len(kept.files)}
+            for name, kept in repositories.items()
         ],
         "prompts": sorted(prompts),
         "bytes": int(size),

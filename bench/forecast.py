@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields, replace
 from typing import Any
 
 from .budget import CURRENCIES
@@ -53,12 +54,26 @@ def _images(plan: Config, each: float, flops: float) -> float:
 
 
 def latents(plan: Config) -> int:
-    """Latents of one backward pass: those of `optim.micro` rows, else of a whole minibatch of the method's images."""
+    """Latents of one backward pass, both branches of guidance: of `optim.micro` rows, else of a minibatch of images."""
     if isinstance(plan.settings, Search):
         return 0
     o, s = plan.settings.optim, plan.settings
     images = getattr(s, "prompts", 1) * getattr(s, "group", 1)
-    return o.micro * (s.latents if isinstance(s, Wide) else 1) or max(1, images // o.minibatches)
+    rows = o.micro * (s.latents if isinstance(s, Wide) else 1) or max(1, images // o.minibatches)
+    return rows * branches(plan)
+
+
+def branches(plan: Config) -> int:
+    """2 where the policy learns under classifier-free guidance: the unguided branch is in the same forward, detached or not.
+
+    Read off the static cost: without guidance such a method's policy costs half.
+    """
+    own, card = plan.settings, plan.card()
+    guidable = "guidance" in {field.name for field in fields(own)} and adapter_class(card).guided_cost > 1
+    if isinstance(own, Search) or not guidable:
+        return 1
+    plain = replace(own, guidance=1.0).cost(card.steps, 1.0)["policy"]
+    return round(own.cost(card.steps, card.guidance)["policy"] / plain)
 
 
 def _time(hours: float) -> str:

@@ -1,17 +1,28 @@
-"""Weights by repository and revision: a folder of yours first, then gpobench's own store, the hub's cache, the hub itself."""
+"""Weights by repository and revision: a folder of yours first, then gpobench's own store, the hub's cache, the hub itself.
+
+What stands on no hub is given by hand, or comes from its publisher's address; it is looked for in the same folders, in the same order.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import urllib.error
+import urllib.request
+from collections.abc import Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from . import published
-from .disk import digest
+from .disk import digest, sync, write_atomically
 from .errors import Missing, UserError
 from .published import Asked, ledger, note, offline
 
@@ -57,11 +68,16 @@ def folder(repository: str, *, revision: str = "main", patterns: tuple[str, ...]
 
 
 def given(place: str, name: str = "") -> Path | None:
-    """What no hub serves: GPOBENCH_WEIGHTS/place/name, or as `fetch --from` left it; without a name the whole folder. None if not here."""
+    """What no hub serves: GPOBENCH_WEIGHTS/place/name, or as `fetch` left it; without a name the whole folder. None if not here."""
+    path = _here(place, name)
+    return note(Asked("file" if name else "folder", place, (name,) if name else (), "", path)) if path else None
+
+
+def _here(place: str, name: str) -> Path | None:
     for root in [_own(place, ""), store() / place]:
         path = root / name if root else None
         if path is not None and (path.is_file() if name else path.is_dir()):
-            return note(Asked("file" if name else "folder", place, (name,) if name else (), "", path))
+            return path
     return None
 
 
@@ -119,14 +135,113 @@ def _own(repository: str, name: str) -> Path | None:
     return path if path.exists() else None
 
 
-# The store: what `gpobench fetch --from` installed, and the lock of all that was ever fetched
+# Weights that stand at an address of their publisher's, on no hub
+
+
+class Wrong(UserError):
+    """Other bytes than they must be: never a reason to do without."""
+
+
+@dataclass(frozen=True)
+class Linked:
+    """One file of weights and the address it is published at."""
+
+    place: str  # its folder below GPOBENCH_WEIGHTS and in the store, which is its own: pytorch
+    name: str
+    url: str
+    begins: str = ""  # the first digits of its sha256, at most 8, where its publisher writes them into the file's name
+    pickled: bool = False  # opening it runs what is in it: no run fetches it by itself, only `gpobench fetch` does
+
+    def find(self, *others: Path) -> Path:
+        """The file: yours, the store's, one of `others` (caches of other programs), or fetched into the store.
+
+        Raises Missing, which says what to do, where it cannot be had; Wrong, with nothing kept, where other bytes came.
+        """
+        sound = (other for other in others if other.is_file() and short_digest(other).startswith(self.begins))
+        path = _here(self.place, self.name) or next(sound, None)
+        return note(Asked("file", self.place, (self.name,), self.url, path or self._brought()))
+
+    def _brought(self) -> Path:
+        put = f"put them below the folder that GPOBENCH_WEIGHTS names, as {self.place}/{self.name}"
+        absent = f"the weights {self.place}/{self.name} are not here"
+        if self.pickled and not _bringing.get():
+            raise Missing(
+                f"{absent}; opening them runs what is in them, so no run fetches them: `gpobench fetch --scorer` does, or {put}"
+            )
+        if offline():
+            raise Missing(f"{absent}, and HF_HUB_OFFLINE forbids fetching them from {self.url}; {put}")
+        target = store() / self.place / self.name
+        before = kept_of(target.parent / KEPT) or Kept()
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            facts = self._download(target)
+        except (OSError, HTTPException, ValueError) as error:
+            why = "the disk is full" if _full(error) else str(error).strip() or type(error).__name__
+            raise Missing(f"{absent} and {self.url} does not give them ({why}); {put}") from None
+        kept = Kept(self.url, [self.url], [], {**before.files, self.name: facts})
+        text = json.dumps(kept.mapping(), indent=1, sort_keys=True) + "\n"
+        write_atomically(target.parent / KEPT, lambda path: path.write_text(text, "utf-8"))
+        return target
+
+    def _download(self, target: Path) -> dict[str, Any]:
+        """The file at its address moved to `target` once its hash is right; its size and sha256."""
+        known = locked(self.place, self.url)
+        expected = str(known.files.get(self.name, {}).get("sha256", "")) if known else ""
+        temporary = target.with_name(f".{uuid4().hex}.tmp")  # another run may be fetching it too
+        try:
+            size, total = 0, hashlib.sha256()
+            with _opener().open(self.url, timeout=60) as answer, temporary.open("wb") as out:
+                while part := answer.read(2**20):
+                    size += out.write(part)
+                    total.update(part)
+                promised = answer.headers.get("Content-Length")
+            if promised is not None and size != int(promised):
+                raise OSError(f"cut off after {size:,} of {int(promised):,} bytes")
+            found = total.hexdigest()
+            if not found.startswith(expected or self.begins):
+                said = expected or f"{self.begins}..."
+                raise Wrong(f"wrong hash after download: {self.url} is {found}, expected {said}; nothing was kept")
+            sync(temporary)
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return {"bytes": size, "sha256": found}
+
+
+_bringing: ContextVar[bool] = ContextVar("_bringing", default=False)
+
+
+@contextmanager
+def bringing() -> Generator[None]:
+    """Inside, weights may be fetched that no run fetches by itself: a person asked for it."""
+    token = _bringing.set(True)
+    try:
+        yield
+    finally:
+        _bringing.reset(token)
+
+
+class _Careful(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect from https to what anyone on the way may change."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
+            raise urllib.error.URLError(f"it leads to {newurl}, which is not https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(_Careful)
+
+
+# The store: what `gpobench fetch` installed, and the lock of all that was ever fetched
 
 
 @dataclass
 class Kept:
     """Files of one commit of a repository, with their sha256."""
 
-    commit: str = ""
+    commit: str = ""  # the address of what stands on no hub; empty for files of a person's own
     revisions: list[str] = field(default_factory=list[str])  # the names under which it was asked for
     patterns: list[list[str]] = field(default_factory=list[list[str]])  # of which it has all files there are
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # name -> bytes, sha256
@@ -140,7 +255,7 @@ class Kept:
 
 
 def store() -> Path:
-    """Where `gpobench fetch --from` puts repositories, as owner/name."""
+    """Where `gpobench fetch --from` puts repositories, as owner/name, and where what stands on no hub is kept."""
     return published.cache() / "weights"
 
 
@@ -230,13 +345,17 @@ def _why(repository: str, revision: str, error: BaseException) -> str:
         return f"{repository} has no revision {revision!r}"
     if any(isinstance(one, errors.RemoteEntryNotFoundError) for one in chain):
         return f"{repository} holds no such file at revision {revision!r}"
-    if any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one in chain):
+    if any(_full(one) for one in chain):
         return "the disk is full: make room, or move the hub's cache with HF_HOME"
     if offline() or "OfflineModeIsEnabled" in kinds:
         return "HF_HUB_OFFLINE forbids asking it"
     if kinds & {"ConnectError", "ConnectTimeout", "ReadTimeout", "ConnectionError", "ProxyError", "Timeout"}:
         return "it cannot be reached: check the connection and HF_ENDPOINT, or fetch on another machine with --to"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 # For scorers

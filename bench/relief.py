@@ -18,7 +18,7 @@ import torch
 from .card import Card
 from .config import Config
 from .errors import Missing, UserError
-from .forecast import latents
+from .forecast import branches, latents
 from .memory import GB, MARGIN, Estimate, estimate
 from .spec import Search, Wide
 
@@ -118,7 +118,8 @@ def _turned(
 def _rows(plan: Config) -> int:
     """Rows of the method's batch in one backward pass."""
     settings: Any = plan.settings
-    return max(1, latents(plan) // (settings.latents if isinstance(settings, Wide) else 1))
+    wide = settings.latents if isinstance(settings, Wide) else 1
+    return max(1, latents(plan) // branches(plan) // wide)
 
 
 def _estimate(plan: Config, card: Card, micro: int) -> Estimate:

@@ -143,15 +143,18 @@ class Rig:
         who: Tensor,
         *,
         by: str = "live",
-        guidance: float = 1.0,
+        guidance: float | None = None,
         detach: bool = False,
         role: str = "",
     ) -> Tensor:
         """(B, C, h, w), (B,) -> (B, C, h, w). Weights other than "live" carry no gradient.
 
         by: live | ref | a copy that model.blend made. detach: no gradient through the unconditional branch of guidance.
+        guidance None is what one evaluation gives: none, or the protocol's where guidance is an input of the network.
         Charged: 1 a row, 3 where a backward follows, doubled by guidance where that takes a second evaluation.
         """
+        if guidance is None:
+            guidance = self.model.guidance if self.model.guided_cost == 1 else 1.0
         grad = torch.is_grad_enabled() and by == "live"
         each = (3 if grad else 1) * (1 if guidance == 1.0 else self.model.guided_cost)
         self.meter.charge(nfe=len(x) * each, role=role or ("policy" if grad else by))
@@ -169,7 +172,7 @@ class Rig:
         who: Tensor,
         *,
         by: str = "live",
-        guidance: float = 1.0,
+        guidance: float | None = None,
         detach: bool = False,
         role: str = "",
     ) -> Step:

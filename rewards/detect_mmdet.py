@@ -6,7 +6,6 @@ imports the compiled operators of mmcv (`mmcv._ext`); no wheel of them exists fo
 environment of its own. Pictures pass one at a time, as arrays in the order blue, green, red that mmdet expects.
 """
 
-import os
 import warnings
 from collections.abc import Sequence
 from importlib import metadata, util
@@ -22,8 +21,15 @@ from .detectors import RENAMED, Detection
 
 FLOOR = 0.05  # detections with a lower score are dropped here: no rule asks for less, and masks are large
 CONFIG = "mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco"
-CHECKPOINT = f"{CONFIG}_20220504_001756-c9d0c4f2.pth"  # as the wheel's own model zoo (metafile.yml) names it
-ADDRESS = f"https://download.openmmlab.com/mmdetection/v3.0/mask2former/{CONFIG}/{CHECKPOINT}"
+CHECKPOINT = f"{CONFIG}_20220504_001756-c9d0c4f2.pth"
+# The address that the wheel's own model zoo has (metafile.yml); the end of the name is the beginning of the sha256
+# (mmdet's tools/model_converters/publish_model.py).
+WEIGHTS = hub.Linked(
+    "open-mmlab",
+    CHECKPOINT,
+    f"https://download.openmmlab.com/mmdetection/v3.0/mask2former/{CONFIG}/{CHECKPOINT}",
+    begins="c9d0c4f2",
+)
 
 
 class MMDet:
@@ -124,11 +130,6 @@ def config_file() -> Path:
 
 
 def mask2former() -> MMDet:
-    """GenEval's detector; Missing where mmcv's operators or the checkpoint are not here. The checkpoint is never downloaded."""
+    """GenEval's detector; Missing where mmcv's operators are not here, or the checkpoint cannot be had."""
     _installed()
-    path = Path(os.environ.get("GPOBENCH_WEIGHTS", ""), "open-mmlab", CHECKPOINT)
-    if not path.is_file():
-        raise Missing(
-            f"the detector 'mmdet' has no weights; download {ADDRESS} into the folder open-mmlab below the one that GPOBENCH_WEIGHTS names"
-        )
-    return MMDet(config_file(), path)
+    return MMDet(config_file(), WEIGHTS.find())

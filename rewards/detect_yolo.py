@@ -1,9 +1,9 @@
 """YOLO of ultralytics draws boxes around the 80 everyday things of COCO, for users who accept the AGPL-3.0 that covers it.
 
 Code and weights of ultralytics are under the AGPL-3.0: nothing of it is part of this package, it is imported only when this detector
-is asked for, and that says so once in every process. A `.pt` file is a pickle and opening it runs what is in it; so it is never
-downloaded, the user gives the file: `GPOBENCH_WEIGHTS/ultralytics/yolo11n.pt`, or any path in GPOBENCH_YOLO. No masks. Pictures pass
-one at a time: a row depends on its picture alone.
+is asked for, and that says so once in every process. A `.pt` file is a pickle and opening it runs what is in it; so no run downloads
+it. The user gives the file, as `GPOBENCH_WEIGHTS/ultralytics/yolo11n.pt` or any path in GPOBENCH_YOLO, or asks for it by name with
+`gpobench fetch --scorer geneval:yolo`. No masks. Pictures pass one at a time: a row depends on its picture alone.
 """
 
 import os
@@ -21,7 +21,11 @@ from ..bench.errors import Missing, UserError
 from ..bench.spec import Images
 from .detectors import RENAMED, Detection
 
-WEIGHTS = "yolo11n.pt"
+PLACE, NAME = "ultralytics", "yolo11n.pt"
+# Where ultralytics 8.4.190 itself fetches it (utils/downloads.py). Its hash is published nowhere: the first fetch pins it.
+WEIGHTS = hub.Linked(
+    PLACE, NAME, f"https://github.com/ultralytics/assets/releases/download/v8.4.0/{NAME}", pickled=True
+)
 CONFIDENCE, OVERLAP, MOST = (
     0.05,
     0.7,
@@ -91,12 +95,21 @@ class Yolo:
 
 
 def yolo() -> Yolo:
-    """The detector with the weights the user gave; Missing, with the licence, where there are none."""
-    given = os.environ.get("GPOBENCH_YOLO")
-    path = Path(given) if given else Path(os.environ.get("GPOBENCH_WEIGHTS", ""), "ultralytics", WEIGHTS)
-    if not path.is_file():
-        raise Missing(
-            f"the detector 'yolo' has no weights; put {WEIGHTS} into the folder ultralytics below the one that GPOBENCH_WEIGHTS names, "
-            f"or name a .pt file in GPOBENCH_YOLO ({LICENCE})"
-        )
-    return Yolo(path)
+    """The detector with the weights of GPOBENCH_YOLO (a path, or a name in the folder ultralytics), else yolo11n; Missing without any."""
+    if said := os.environ.get("GPOBENCH_YOLO"):
+        return Yolo(_said(Path(said)))
+    try:
+        weights = WEIGHTS.find()
+    except Missing as missing:
+        raise Missing(f"the detector 'yolo': {missing}, or name a .pt file in GPOBENCH_YOLO ({LICENCE})") from None
+    return Yolo(weights)
+
+
+def _said(path: Path) -> Path:
+    """The file a person chose, entered under its own name; Missing where there is none."""
+    if path.is_file():
+        return hub.note(hub.Asked("file", PLACE, (path.name,), "", path))
+    found = hub.given(PLACE, path.name)
+    if found is None:
+        raise Missing(f"GPOBENCH_YOLO names no file, and none in the folder {PLACE} of weights: {path} ({LICENCE})")
+    return found

@@ -7,7 +7,6 @@ one filled up: a vector depends on its picture alone.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,7 +29,10 @@ CLIPS = {  # variant -> repository
     "l14": "openai/clip-vit-large-patch14",
 }
 DINO = "facebook/dinov2-base"
-ALEXNET = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"  # torchvision's, which LPIPS was calibrated on
+# torchvision's, which LPIPS was calibrated on; the end of its name is the beginning of its sha256
+ALEXNET = hub.Linked(
+    "pytorch", "alexnet.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", begins="7be5be79"
+)
 
 
 class Pictures:
@@ -193,24 +195,10 @@ def _load(kind: Any, repository: str) -> tuple[Any, str]:
 
 
 def _alexnet() -> Path:
-    """AlexNet's weights: GPOBENCH_WEIGHTS/pytorch/alexnet.pth, torch's cache, or torchvision's download. Missing where it is forbidden."""
+    """AlexNet's weights: yours, gpobench's store, torch's cache, or the download of torchvision. Missing where it is forbidden."""
     import torch
 
-    root = os.environ.get("GPOBENCH_WEIGHTS", "")
-    name = ALEXNET.rpartition("/")[2]
-    for path in (Path(root, "pytorch", "alexnet.pth"), Path(torch.hub.get_dir(), "checkpoints", name)):
-        if path.is_file():
-            return path
-    put = "put it below the folder that GPOBENCH_WEIGHTS names, as pytorch/alexnet.pth"
-    if os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"):
-        raise Missing(f"AlexNet ({name}) is not here and HF_HUB_OFFLINE forbids fetching it; {put}")
-    target = Path(torch.hub.get_dir(), "checkpoints", name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(ALEXNET, str(target), hash_prefix="7be5be79", progress=False)
-    except (OSError, RuntimeError) as error:
-        raise Missing(f"AlexNet cannot be fetched from {ALEXNET} ({error}); {put}") from error
-    return target
+    return ALEXNET.find(Path(torch.hub.get_dir(), "checkpoints", ALEXNET.url.rpartition("/")[2]))
 
 
 def _state(file: Path) -> Mapping[str, Tensor]:

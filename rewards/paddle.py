@@ -2,8 +2,9 @@
 
 Three variants. `paddleocr` takes the models that PaddleOCR 3 takes by itself; `paddleocr:2.9` is the nearest 3.x configuration to the
 published reward, which pins 2.9.1; `paddleocr:rapid` runs the small models of RapidOCR's wheel through PaddleOCR's own code and
-needs no download. PaddleOCR is Apache-2.0. Its models run on ONNX Runtime or, where their files are Paddle's, on paddlepaddle;
-always on the CPU, because paddlepaddle and torch may clash over CUDA's libraries in one process.
+needs no download. PaddleOCR is Apache-2.0. Its models come from its own repositories on the hub, `PaddlePaddle/...`, and run on ONNX
+Runtime or, where their files are Paddle's, on paddlepaddle; always on the CPU, because paddlepaddle and torch may clash over CUDA's
+libraries in one process.
 """
 
 import logging
@@ -18,9 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ..bench import hub
 from ..bench.disk import write_atomically
 from ..bench.errors import Missing, UserError
-from ..bench.published import cache
+from ..bench.published import cache, offline
 from ..bench.spec import Images, Prompt, Scores, agree
 from . import rules
 
@@ -59,6 +61,7 @@ CONFIGURATIONS = {
 }
 # DB's own thresholds, the same in 2.9.1 and in 3.7.0: of a pixel, of a box, and how far a box is widened.
 DETECTION = {"text_det_thresh": 0.3, "text_det_box_thresh": 0.6, "text_det_unclip_ratio": 1.5}
+FILES = ("inference.*",)  # of a model's package, what runs it
 WHEEL = {"PP-OCRv6_small_det": "PP-OCRv6_det_small.onnx", "PP-OCRv6_small_rec": "PP-OCRv6_rec_small.onnx"}
 
 
@@ -74,8 +77,10 @@ class PaddleOCR:
         if util.find_spec("paddleocr") is None:
             raise Missing(INSTALL.format("its engine"))
         self.name, self.configuration = configuration.name, configuration
-        folders = [_folder(model) for model in (configuration.detector, configuration.recogniser)]
+        models = (configuration.detector, configuration.recogniser)
+        folders = [_folder(model) for model in models]
         engine = _engine(configuration, folders)
+        folders = [folder or _brought(model, engine) for model, folder in zip(models, folders, strict=True)]
         try:
             from paddleocr import PaddleOCR as Engine
         except ImportError as error:
@@ -106,11 +111,9 @@ class PaddleOCR:
                 f"PaddleOCR cannot open {configuration.detector} and {configuration.recogniser}: {_line(error)}"
             ) from error
         self._lock = threading.Lock()  # PaddleOCR objects are not thread-safe
-        found = (
-            _folder(model) for model in (configuration.detector, configuration.recogniser)
-        )  # again: downloaded by now
-        models = "+".join(_revision(folder) for folder in found if folder)
-        self.id = f"paddleocr-{metadata.version('paddleocr')}-{engine}/{models}/{rules.RULE}/{configuration}"
+        found = {model: folder or _folder(model) for model, folder in zip(models, folders, strict=True)}  # by now here
+        weights = "+".join(_revision(model, folder) for model, folder in found.items() if folder)
+        self.id = f"paddleocr-{metadata.version('paddleocr')}-{engine}/{weights}/{rules.RULE}/{configuration}"
 
     def read(self, image: np.ndarray) -> str:
         """(H, W, 3) uint8 RGB -> the text in it, lines joined in reading order without a gap, "" where there is none."""
@@ -144,22 +147,30 @@ def _line(error: Exception) -> str:
 
 
 def _folder(model: str) -> Path | None:
-    """A model's files: a folder of the user's, RapidOCR's wheel, or PaddleOCR's cache; None where PaddleOCR shall download them.
-
-    Raises Missing where HF_HUB_OFFLINE forbids that.
-    """
-    root = os.environ.get("GPOBENCH_WEIGHTS", "")
-    own = Path(root, "PaddlePaddle", model)
-    if root and own.is_dir():
-        return own
+    """A model's files where they are here: a folder of the user's or the store's, RapidOCR's wheel, or PaddleOCR's own cache."""
+    found = hub.given(f"PaddlePaddle/{model}")
+    if found is not None:
+        return found
     if model in WHEEL:
         return from_wheel(model)
     home = os.environ.get("PADDLE_PDX_CACHE_HOME") or Path.home() / ".paddlex"
     for name in (model, f"{model}_onnx"):  # PaddleOCR's names for a model's two packages
-        if Path(home, "official_models", name).is_dir():
-            return Path(home, "official_models", name)
-    if os.environ.get("HF_HUB_OFFLINE", "") in ("", "0"):
-        return None
+        path = Path(home, "official_models", name)
+        if path.is_dir():
+            return hub.note(hub.Asked("folder", f"PaddlePaddle/{model}", FILES, "", path))
+    return None
+
+
+def _brought(model: str, engine: Literal["onnxruntime", "paddle"]) -> Path | None:
+    """A model's package for this engine as the hub has it; None where the hub has not, and PaddleOCR shall ask the other hosts it knows.
+
+    Raises Missing where HF_HUB_OFFLINE forbids that.
+    """
+    try:
+        return hub.folder(f"PaddlePaddle/{model}{'_onnx' if engine == 'onnxruntime' else ''}", patterns=FILES)
+    except Missing:
+        if not offline():
+            return None
     raise Missing(
         f"the OCR model {model} is not here and HF_HUB_OFFLINE forbids fetching it; put inference.onnx (or inference.json and "
         f"inference.pdiparams) and inference.yml below the folder that GPOBENCH_WEIGHTS names, in PaddlePaddle/{model}"
@@ -185,14 +196,14 @@ def _engine(configuration: Configuration, folders: Sequence[Path | None]) -> Lit
     return "paddle"
 
 
-def _revision(folder: Path) -> str:
+def _revision(model: str, folder: Path) -> str:
     """PP-OCRv6_small_det -> PP-OCRv6-small-det@1a2b3c4d: the digest of its weights and of its settings, both of which change numbers."""
     names = ("inference.onnx", "inference.json", "inference.pdmodel", "inference.pdiparams", "inference.yml")
     found = sha256()
     for path in (folder / name for name in names):
         if path.is_file():
             found.update(path.read_bytes())
-    return f"{folder.name.replace('_', '-')}@{found.hexdigest()[:8]}"
+    return f"{model.replace('_', '-')}@{found.hexdigest()[:8]}"
 
 
 # RapidOCR's wheel carries PP-OCR models as bare ONNX files; PaddleOCR wants a folder with a description beside them.

@@ -208,3 +208,34 @@ class Further(Paint):
 
     def scorers(self, domain: str) -> Sequence[str]:
         return [*super().scorers(domain), f"{HERE}:Absent"]
+
+
+@dataclass(frozen=True)
+class Balance(Redness):
+    """Likes halves that are alike: whoever paints one of them red loses here."""
+
+    id: str = "balance-v1"
+    name: str = "balance"
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        return Scores({"mean": -np.abs(super().__call__(images, prompts).value["mean"])})
+
+
+def Many() -> Paint:
+    """Test prompts enough to tell one training from another."""
+    things = [f"{count} {colour} {shape}" for count in ("six", "seven") for colour in ("red", "blue", "pink", "grey")
+              for shape in ("circles", "squares", "stars", "rings", "dots")]  # fmt: skip
+    return Paint(texts={**TEXTS, "test": things})
+
+
+@dataclass(frozen=True)
+class Bait(Paint):
+    """Its training scorer can be pleased in a way that its held-out scorer dislikes."""
+
+    texts: Any = None
+
+    def prompts(self, split: Split, domain: str) -> Sequence[Prompt]:
+        return Many().prompts(split, domain)
+
+    def held_out(self, domain: str) -> Sequence[str]:
+        return [f"{HERE}:Balance"]

@@ -32,6 +32,7 @@ flux1_dev = Card(
     revision="main",
     pipeline="FluxPipeline",
     licence="FLUX.1 [dev] Non-Commercial License (gated)",
+    budget="flux1-dev",
     **PROTOCOLS["FluxPipeline"],
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -335,6 +336,126 @@ def test_what_no_hub_serves_travels_too(
     fetch.fetch(source=empty_machine / "stick", view=Silent())
     place = hub.given("pytorch", "net.pth")
     assert place is not None and place.read_bytes() == b"net"
+
+
+def test_what_stands_at_an_address_is_locked_and_travels(
+    world: str, empty_machine: Path, hub_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub_server.plain["net.pth"] = b"net"
+    toy, url = Path(world), f"{hub_server.address}/net.pth"
+    link = f'hub.Linked("pytorch", "net.pth", "{url}", pickled=True)'
+    toy.write_text(toy.read_text() + f"\n\ndef Far():\n    {link}.find()\n    return Plain()\n")
+    told = fetch.fetch(scorers=[f"{world}:Far"], to=empty_machine / "stick", view=Silent())
+    digest = hashlib.sha256(b"net").hexdigest()
+    row = {"repository": "pytorch", "commit": digest, "files": 1}
+    assert told["repositories"] == [{**row, "bytes": 3}]
+    lock = json.loads(Path(told["lock"]).read_text())
+    assert lock[f"pytorch@{url}"]["files"]["net.pth"]["sha256"] == digest
+
+    # Other bytes at the same address, and rot in the store.
+    kept = hub.store() / "pytorch" / "net.pth"
+    kept.write_bytes(b"rot")
+    with pytest.raises(UserError, match="wrong hash after download: net.pth of pytorch@http"):
+        fetch.fetch(scorers=[f"{world}:Far"], view=Silent())
+    kept.unlink()
+    hub_server.plain["net.pth"] = b"other"
+    with pytest.raises(UserError, match=f"wrong hash after download: {url} is .* expected {digest}"):
+        fetch.fetch(scorers=[f"{world}:Far"], view=Silent())
+    assert not kept.exists()
+
+    elsewhere(empty_machine / "there", monkeypatch)
+    hub_server.close()
+    assert fetch.fetch(source=empty_machine / "stick", view=Silent())["repositories"] == [row]
+    again = fetch.fetch(scorers=[f"{world}:Far"], view=Silent())
+    assert again["repositories"] == told["repositories"]
+    assert json.loads(Path(again["lock"]).read_text())[f"pytorch@{url}"] == lock[f"pytorch@{url}"]
+
+
+@pytest.fixture
+def publishers(hub_server: Any, repository: Any, empty_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PaddlePaddle, ultralytics and torchvision publish: the small models of a wheel, and random ones of the right form."""
+    torch = pytest.importorskip("torch")
+    ultralytics = quiet_ultralytics(monkeypatch)
+    for package in ("paddleocr", "onnxruntime", "rapidocr", "lpips", "torchvision"):
+        pytest.importorskip(package, exc_type=ImportError)
+    from torchvision.models import alexnet
+
+    from gpobench.rewards import detect_yolo, embedders, paddle
+
+    for name in ("TORCH_HOME", "PADDLE_PDX_CACHE_HOME"):
+        monkeypatch.setenv(name, str(empty_machine / name))
+    monkeypatch.delenv("GPOBENCH_YOLO", raising=False)
+    for part in ("det", "rec"):
+        model, folder = f"PP-OCRv6_medium_{part}", empty_machine / "paddle" / part
+        wheel = paddle.from_wheel(f"PP-OCRv6_small_{part}")
+        paddle.write_model(folder, model, wheel / "inference.onnx")
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        hub_server.repositories[f"PaddlePaddle/{model}_onnx"] = repository({**files, "README.md": b"read me"})
+
+    torch.manual_seed(0)
+    state = {key: value for key, value in alexnet(weights=None).state_dict().items() if key.startswith("features.")}
+    torch.save(state, empty_machine / "alexnet.pth")
+    serve(embedders, "ALEXNET", empty_machine / "alexnet.pth", hub_server, monkeypatch)
+    shape = {"nc": 3, "backbone": [[-1, 1, "Conv", [8, 3, 2]]], "head": [[[0], 1, "Detect", ["nc"]]]}
+    (empty_machine / "tiny.yaml").write_text(json.dumps(shape))  # JSON is YAML
+    ultralytics.YOLO(str(empty_machine / "tiny.yaml"), task="detect").save(empty_machine / "yolo.pt")
+    serve(detect_yolo, "WEIGHTS", empty_machine / "yolo.pt", hub_server, monkeypatch)
+
+
+def quiet_ultralytics(monkeypatch: pytest.MonkeyPatch) -> Any:
+    from gpobench.rewards import detect_yolo
+
+    for key, value in detect_yolo.QUIET.items():
+        monkeypatch.setenv(key, value)
+    Path(detect_yolo.QUIET["YOLO_CONFIG_DIR"]).mkdir(exist_ok=True)
+    return pytest.importorskip("ultralytics", exc_type=ImportError)
+
+
+def serve(module: Any, name: str, file: Path, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The module's weights as this server publishes them, their hash in their name where the real ones have it."""
+    link: hub.Linked = getattr(module, name)
+    data = file.read_bytes()
+    begins = hashlib.sha256(data).hexdigest()[:8] if link.begins else ""
+    path = f"{name.lower()}-{begins}.pth"
+    server.plain[path] = data
+    monkeypatch.setattr(module, name, replace(link, url=f"{server.address}/{path}", begins=begins))
+
+
+@pytest.mark.filterwarnings("ignore:.*AGPL-3.0")
+def test_the_weights_of_other_engines_travel(
+    world: str, publishers: None, hub_server: Any, empty_machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpobench.bench import doctor
+
+    toy = Path(world)
+    columns = 'Columns(diversity=["lpips"])'
+    more = f"\n\nclass Seen(Toy):\n    def columns(self, domain):\n        return {columns}\n"
+    toy.write_text(toy.read_text() + more)
+    scorers = ["geneval:yolo", "paddleocr"]
+    asked: dict[str, dict[str, Any]] = {"one": {"task": f"{world}:Seen"}, "two": {"scorers": scorers}}
+    told = {name: fetch.fetch(**ask, to=empty_machine / name, view=Silent()) for name, ask in asked.items()}
+    rows = {one["repository"]: one for done in told.values() for one in done["repositories"]}
+    models = [f"PaddlePaddle/PP-OCRv6_medium_{part}_onnx" for part in ("det", "rec")]
+    files = {"pytorch": 1, "ultralytics": 1} | dict.fromkeys(models, 2)
+    assert {name: rows[name]["files"] for name in files} == files and all(one["commit"] for one in rows.values())
+
+    def looked() -> dict[str, str]:
+        needs = [fetch.Need("embedder", "lpips", False), *(fetch.Need("scorer", name, True) for name in scorers)]
+        found = [next(doctor.part(need, False, True, f"gpobench fetch: {need.name}")) for need in needs]
+        return {check.name: check.verdict if check.verdict != "broken" else check.detail for check in found}
+
+    elsewhere(empty_machine / "there", monkeypatch)
+    hub_server.close()
+    before = looked()
+    assert before["embedder lpips"] == "missing"
+    assert "ultralytics/yolo11n.pt are not here" in before["scorer geneval:yolo"]
+    assert before["scorer paddleocr"] == "the OCR model PP-OCRv6_medium_det is not here"
+    for name, ask in asked.items():
+        fetch.fetch(source=empty_machine / name, view=Silent())
+        assert fetch.fetch(**ask, view=Silent())["repositories"] == told[name]["repositories"]
+    after = looked()
+    assert after["embedder lpips"] == after["scorer paddleocr"] == "ok"  # it reads with true weights
+    assert "are not here" not in after["scorer geneval:yolo"]  # random ones count nothing
 
 
 def cut(stick: Path) -> None:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
+import socket
+import urllib.error
+import urllib.request
+from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -150,6 +156,111 @@ def test_what_no_hub_serves(empty_machine: Path, monkeypatch: pytest.MonkeyPatch
     own.write_bytes(b"own")
     monkeypatch.setenv("GPOBENCH_WEIGHTS", str(empty_machine / "own"))
     assert hub.given("pytorch", "alexnet.pth") == own
+
+
+# What stands at an address
+
+
+@pytest.fixture
+def far(hub_server: Any) -> hub.Linked:
+    """Weights that a publisher offers for download."""
+    hub_server.plain["files/net-1.pth"] = b"net"
+    begins = hashlib.sha256(b"net").hexdigest()[:8]
+    return hub.Linked("pytorch", "net.pth", f"{hub_server.address}/files/net-1.pth", begins)
+
+
+def test_an_address_is_asked_once_and_last(
+    far: hub.Linked, hub_server: Any, empty_machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = empty_machine / "torch" / "net-1.pth"
+    other.parent.mkdir()
+    other.write_bytes(b"net")
+    assert far.find(other) == other and not hub_server.asked
+    rotten = other.with_name("rotten.pth")
+    rotten.write_bytes(b"rot")  # a cache of another program, with something else in it
+    path = far.find(rotten)
+    assert path == hub.store() / "pytorch" / "net.pth" and path.read_bytes() == b"net"
+    with hub.ledger() as asked:
+        assert far.find() == path and hub_server.asked == ["GET files/net-1.pth"]
+    assert [(one.kind, one.source, one.names, one.revision) for one in asked] == [
+        ("file", "pytorch", ("net.pth",), far.url)
+    ]
+    kept = hub.kept_of(path.parent / hub.KEPT)
+    assert kept and kept.commit == far.url and kept.files["net.pth"]["bytes"] == 3
+    assert sorted(one.name for one in path.parent.iterdir()) == [hub.KEPT, "net.pth"]
+    own = empty_machine / "own" / "pytorch" / "net.pth"
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"my own, whatever the publisher says")
+    monkeypatch.setenv("GPOBENCH_WEIGHTS", str(empty_machine / "own"))
+    assert far.find() == own
+
+
+def test_an_address_is_not_asked_offline(far: hub.Linked, hub_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(Missing, match="net.pth are not here, and HF_HUB_OFFLINE forbids .* as pytorch/net.pth$"):
+        far.find()
+    assert not hub_server.asked
+
+
+def test_other_bytes_at_an_address_are_not_kept(far: hub.Linked, hub_server: Any) -> None:
+    hub_server.plain["files/net-1.pth"] = b"not it"
+    with pytest.raises(hub.Wrong, match=f"wrong hash after download: {far.url} is [0-9a-f]+, expected {far.begins}"):
+        far.find()
+    assert list((hub.store() / "pytorch").iterdir()) == []
+    free = replace(far, begins="")  # nobody says what it must be: what came first is what it must be
+    free.find()
+    (hub.store() / "pytorch" / "net.pth").unlink()
+    kept = hub.kept_of(hub.store() / "pytorch" / hub.KEPT)
+    assert kept is not None
+    (hub.store() / hub.LOCK).write_text(json.dumps({f"pytorch@{far.url}": kept.mapping()}))
+    hub_server.plain["files/net-1.pth"] = b"net"
+    with pytest.raises(hub.Wrong, match=f"expected {kept.files['net.pth']['sha256']}"):
+        free.find()
+
+
+def test_what_runs_code_when_opened_is_fetched_only_where_a_person_asked(far: hub.Linked, hub_server: Any) -> None:
+    pickled = replace(far, pickled=True)
+    with pytest.raises(Missing, match="no run fetches them: `gpobench fetch --scorer` does, or put them below"):
+        pickled.find()
+    assert not hub_server.asked
+    with hub.bringing():
+        path = pickled.find()
+    assert pickled.find() == path  # it is here now
+
+
+def test_an_address_that_does_not_give(far: hub.Linked, hub_server: Any) -> None:
+    with pytest.raises(Missing, match="does not give them .*404"):
+        replace(far, url=f"{hub_server.address}/nowhere/else/at/all").find()
+    hub_server.close()
+    with pytest.raises(Missing, match="does not give them") as error:
+        far.find()
+    assert "\n" not in str(error.value) and not list((hub.store() / "pytorch").iterdir())
+
+
+def test_a_download_that_breaks_off(empty_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    server = socket.create_server(("127.0.0.1", 0))
+
+    def answer() -> None:
+        line, _ = server.accept()
+        with line:
+            line.recv(4096)
+            line.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nten bytes.")
+
+    with server:
+        Thread(target=answer, daemon=True).start()
+        with pytest.raises(Missing, match="cut off after 10 of 100 bytes"):
+            hub.Linked("pytorch", "net.pth", f"http://127.0.0.1:{server.getsockname()[1]}/net.pth").find()
+    assert not list((hub.store() / "pytorch").iterdir())
+
+
+def test_no_redirect_leads_out_of_https() -> None:
+    follow = hub._Careful().redirect_request  # pyright: ignore[reportPrivateUsage]
+    secure = urllib.request.Request("https://acme.test/a")
+    with pytest.raises(urllib.error.URLError, match="which is not https"):
+        follow(secure, None, 302, "", {}, "http://acme.test/b")
+    assert follow(secure, None, 302, "", {}, "https://acme.test/b").full_url == "https://acme.test/b"
 
 
 def test_the_device_of_scorers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,28 @@ def count_rows(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[int]:
     return counted
 
 
+@pytest.mark.parametrize(("cost", "asked"), [(2, 1.0), (1, 3.5)])
+def test_one_evaluation_is_unguided_or_what_the_network_was_taught(
+    cost: int, asked: float, make: Make, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where guidance is an input of the network, what is learnt is what is drawn and judged."""
+    rig, seen = make(), list[float]()
+    velocity = type(model).velocity
+    monkeypatch.setattr(model, "guidance", 3.5)
+    monkeypatch.setattr(model, "guided_cost", cost)
+
+    def watched(self: Any, *args: Any, guidance: float, **more: Any) -> Any:
+        seen.append(guidance)
+        return velocity(self, *args, guidance=1.0, **more)
+
+    monkeypatch.setattr(type(model), "velocity", watched)
+    x, t, who = rig.noise(2), torch.full((2,), 0.5), rig.prompts(2)
+    rig.velocity(x, t, who)
+    rig.step(ode, x, t, t / 2, who)
+    rig.sample(x, who, steps=2)
+    assert seen == [asked, asked, 3.5, 3.5]
+
+
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 def test_every_evaluation_is_charged_to_its_role(
     make: Make, model: Any, monkeypatch: pytest.MonkeyPatch, guidance: float

@@ -5,8 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from threading import Thread
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from gpobench.bench.disk import digest
 from gpobench.bench.errors import Missing, UserError
 from gpobench.rewards import detect_mmdet as engine
 from gpobench.rewards.detectors import open_detector
@@ -166,8 +172,41 @@ def test_what_is_missing_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_no_weights_say_where_they_belong(operators: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GPOBENCH_WEIGHTS", str(tmp_path))
-    with pytest.raises(Missing, match="c9d0c4f2.pth into the folder open-mmlab"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(Missing, match=r"GPOBENCH_WEIGHTS names, as open-mmlab/mask2former.*c9d0c4f2.pth$"):
         open_detector("mmdet")
+
+
+def test_the_checkpoint_is_fetched_from_its_publisher(
+    made: tuple[engine.MMDet, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """From a server on this machine, under a name that ends with the beginning of its hash, as the true one's does."""
+    _, path = made
+    begins, settings = digest(path)[:8], shrunk()
+    monkeypatch.delenv("GPOBENCH_WEIGHTS", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(engine, "config_file", lambda: deepcopy(settings))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Folder, directory=str(path.parent))) as server:
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        link = replace(engine.WEIGHTS, url=f"http://127.0.0.1:{server.server_port}/{path.name}", begins=begins)
+        monkeypatch.setattr(engine, "WEIGHTS", replace(link, begins="00000000"))
+        with pytest.raises(UserError, match="wrong hash after download"):
+            open_detector("mmdet")
+        monkeypatch.setattr(engine, "WEIGHTS", link)
+        fetched = open_detector("mmdet")
+        server.shutdown()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    again = open_detector("mmdet")
+    assert again.id == fetched.id and again.id.endswith(f"-c9d0c4f2@{begins}")
+    assert again(pictures(1))[0][0].box == fetched(pictures(1))[0][0].box
+
+
+class Folder(SimpleHTTPRequestHandler):
+    """Serves a folder and says nothing."""
+
+    def log_message(self, format: str, *args: Any) -> None: ...
 
 
 def test_the_settings_of_genevals_model_are_in_the_package(operators: None) -> None:

@@ -169,15 +169,23 @@ def test_a_broken_engine_raises(weights: Path) -> None:
 def test_weights_come_from_the_user_alone(weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("GPOBENCH_YOLO", raising=False)
     monkeypatch.setenv("GPOBENCH_WEIGHTS", str(tmp_path))
-    with pytest.raises(Missing, match="AGPL-3.0"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # a run that may fetch fetches no pickle either
+    with pytest.raises(Missing, match=r"no run fetches them: `gpobench fetch --scorer` does.*GPOBENCH_YOLO .*AGPL-3.0"):
         open_detector("yolo")
     (tmp_path / "ultralytics").mkdir()
-    shutil.copy(weights, tmp_path / "ultralytics" / engine.WEIGHTS)
+    shutil.copy(weights, tmp_path / "ultralytics" / engine.NAME)
     with pytest.warns(UserWarning, match="AGPL-3.0"):
         assert "yolo11n@" in open_detector("yolo").id
     monkeypatch.setenv("GPOBENCH_YOLO", str(weights))
     with pytest.warns(UserWarning, match="AGPL-3.0"):
         assert "last@" in open_detector("yolo").id
+    monkeypatch.setenv("GPOBENCH_YOLO", "mine.pt")  # a name: among those that `fetch --from` installed, too
+    with pytest.raises(Missing, match="none in the folder ultralytics"):
+        open_detector("yolo")
+    shutil.copy(weights, tmp_path / "ultralytics" / "mine.pt")
+    with pytest.warns(UserWarning, match="AGPL-3.0"):
+        assert "mine@" in open_detector("yolo").id
     with (tmp_path / "other.pt").open("wb") as file:
         pickle.dump({"no": "model"}, file)
     monkeypatch.setenv("GPOBENCH_YOLO", str(tmp_path / "other.pt"))

@@ -207,6 +207,7 @@ def test_older_repositories_hold_a_bin_file(tmp_path: Path, monkeypatch: pytest.
 def test_what_is_not_here_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPOBENCH_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     with pytest.raises(Missing, match=r"openai/clip-vit-large-patch14-336"):
         embedders.clip()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gpobench.bench import hub
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.glyphs import INKS, PAPERS, draw_word
 from gpobench.bench.spec import Prompt
@@ -177,6 +179,34 @@ def test_a_missing_model_says_where_to_put_it(home: None, tmp_path: Path, monkey
     monkeypatch.setattr(paddle.util, "find_spec", lambda name: None if name == "paddle" else object())
     with pytest.raises(Missing, match="pip install paddlepaddle"):
         paddle.make()
+
+
+def test_models_that_fetch_left_in_the_store_are_found_and_noted(home: None, rapid: paddle.PaddleOCR) -> None:
+    """Where they stand is no part of the id: the same files from RapidOCR's wheel have the same."""
+    names = ("PP-OCRv6_small_det", "PP-OCRv6_small_rec")
+    for name in names:
+        shutil.copytree(paddle.from_wheel(name), hub.store() / "PaddlePaddle" / name)
+    try:
+        with hub.ledger() as asked:
+            stored = paddle.make("rapid")
+        assert [one.source for one in asked] == [f"PaddlePaddle/{name}" for name in names]
+        assert all(one.path.is_relative_to(hub.store()) for one in asked) and stored.id == rapid.id
+    finally:
+        shutil.rmtree(hub.store() / "PaddlePaddle")
+
+
+def test_models_that_paddleocr_itself_fetched_are_found_and_noted(
+    home: None, rapid: paddle.PaddleOCR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PADDLE_PDX_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(paddle, "WHEEL", {})
+    for name, suffix in (("PP-OCRv6_small_det", ""), ("PP-OCRv6_small_rec", "_onnx")):
+        source = next(Path(os.environ["XDG_CACHE_HOME"]).rglob(f"paddleocr/*/{name}"))
+        shutil.copytree(source, tmp_path / "official_models" / f"{name}{suffix}")
+        (tmp_path / "official_models" / f"{name}{suffix}" / "README.md").write_text("not needed")
+    with hub.ledger() as asked:
+        assert paddle.make("rapid").id == rapid.id
+    assert [sorted(one.files()) for one in asked] == [["inference.onnx", "inference.yml"]] * 2
 
 
 def test_a_broken_model_is_one_line(home: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
