@@ -22,8 +22,8 @@ from gpobench.leaderboards.regress import Report, judge
 from gpobench.methods.gpo import GPO
 
 Train = Callable[..., Record]
-SETS = """optim.epochs=1 optim.minibatches=2 optim.weight_decay=0 optim.ema=0 optim.warmup=0 optim.lr=3e-3 prompts=4 group=6
-beta=30 noisy=0""".split()
+SETS = """optim.epochs=1 optim.minibatches=1 optim.weight_decay=0 optim.ema=0 optim.warmup=0 optim.lr=3e-3 prompts=6 group=12
+beta=30 noisy=0 judging.marks=1""".split()
 KEYS = {"redness/mean", "warmth/mean"}
 app = typer.Typer()
 app.command()(regress)
@@ -32,7 +32,7 @@ app.command()(regress)
 @pytest.fixture(scope="module")
 def train(tiny_pipe: Path, redness: str) -> Train:
     def one(out: Path, seed: int, *sets: str, task: str = "Many") -> Record:
-        plan = resolve("gpo", f"{redness}:{task}", str(tiny_pipe), seed=seed, budget="nfe=2500", sets=[*SETS, *sets])
+        plan = resolve("gpo", f"{redness}:{task}", str(tiny_pipe), seed=seed, budget="nfe=16000", sets=[*SETS, *sets])
         return running.run(plan, runs=out, view=Silent())
 
     return one
@@ -93,7 +93,8 @@ def test_other_seeds_are_not_worse(train: Train, reported: Path, tmp_path: Path)
 def test_a_tenth_of_the_learning_rate_is_worse(train: Train, reported: Path, tmp_path: Path) -> None:
     runs = trained(train, tmp_path, [0, 1, 2], "optim.lr=3e-4")
     report = judged(reported, runs)
-    assert verdicts(report) == dict.fromkeys(KEYS, "worse") and exit_code(runs, "--against", reported) == 1
+    assert verdicts(report)["redness/mean"] == "worse" and exit_code(runs, "--against", reported) == 1
+    assert set(verdicts(report).values()) <= {"worse", "cannot tell"}
     assert set(verdicts(report, "base").values()) == {"same"}
     assert any("optim.lr 0.003 -> 0.0003" in note for note in report.notes)
 
