@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from gpobench.bench import record
 from gpobench.bench import run as running
 from gpobench.bench.card import find
 from gpobench.bench.config import resolve
-from gpobench.bench.errors import Interrupted
 from gpobench.bench.evaluate import noise, protocol
 from gpobench.bench.models.open import open_model
 from gpobench.bench.rig import pixels
@@ -23,24 +25,33 @@ FAMILIES = ("tiny_pipe", "tiny_flux", "tiny_sdxl", "tiny_unet")
 SETS = ["prompts=2", "group=4", "optim.lr=3e-3", "optim.micro=0", "optim.ema=0"]
 
 
+# What the process does to itself in the update LAST.
+DIE = """
+import signal
+real, calls = torch.optim.AdamW.step, iter(range(1, 10**6))
+def step(*args, **more):
+    if next(calls) == LAST:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **more)
+torch.optim.AdamW.step = step
+"""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["gpo", "diffusion-dpo", "flow-grpo"])
-def test_a_run_is_cut_off_goes_on_and_its_adapter_loads(
-    method: str, family: str, request: pytest.FixtureRequest, redness: str, tmp_path: Path
+def test_a_run_is_killed_goes_on_and_its_adapter_loads(
+    method: str, family: str, request: pytest.FixtureRequest, gpobench: Any, redness: str, tmp_path: Path
 ) -> None:
     folder: Path = request.getfixturevalue(family)
     plan = resolve(method, f"{redness}:Paint", str(folder), budget="nfe=1200", sets=SETS)
     whole = running.run(plan, runs=tmp_path / "whole", view=Silent())
     assert whole.spent["updates"] >= 2 and whole.stop == "budget: nfe"
-    asked: list[int] = []
-
-    def soon() -> bool:
-        asked.append(1)
-        return len(asked) >= 2
-
-    with pytest.raises(Interrupted):
-        running.run(plan, runs=tmp_path / "cut", view=Silent(), interrupted=soon)
-    again = running.run(plan, runs=tmp_path / "cut", view=Silent())
+    argv = ["run", "--method", method, "--task", f"{redness}:Paint", "--model", folder, "--budget", "nfe=1200"]
+    argv += [word for text in SETS for word in ("--set", text)] + ["--out", tmp_path / "cut"]
+    assert gpobench(*argv, before=DIE.replace("LAST", str(int(whole.spent["updates"])))).code == -signal.SIGKILL
+    ended = gpobench(*argv)
+    assert ended.code == 0 and re.search("going on from update [1-9]", ended.err), ended.err
+    again = record.read(tmp_path / "cut" / plan.slug() / "record.json")
     files = [Path(r.run_dir, "adapter", "pytorch_lora_weights.safetensors") for r in (whole, again)]
     assert files[0].read_bytes() == files[1].read_bytes() and again.after == whole.after
     assert_same_pictures(folder, files[0].parent)
