@@ -3,25 +3,45 @@
 PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
+JOBS ?= 2
 QUIET := OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 HF_HUB_OFFLINE=1
 
-.PHONY: run test slow bench clean help
+# What leaderboards/tiny.toml and leaderboards/short.toml report, and how far from a number is still the same.
+FULL := --methods gpo,diffusion-nft,awm,diffusion-dpo,dgpo,flow-grpo,grpo-guard,mix-grpo,rwr --task ocr,counting \
+    --model tiny --seeds 3 --budget nfe=30000 --set judging.marks=4
+SHORT := --methods gpo,diffusion-dpo --no-baselines --task ocr --model tiny --seeds 2 --budget nfe=8000 \
+    --set optim.lr=3e-4 --set optim.warmup=0 --set optim.ema=0 \
+    --set judging.split=validation --set judging.validation_images=2 --set judging.marks=1
+MARGINS := --margin .08 --margin rapidocr/soft=.04 --margin reader/soft=.04
+
+.PHONY: run test regress slow bench board clean help
 
 run: .venv/core.stamp  ## train GPO on OCR with the embedded model under a budget, and judge it (more flags: ARGS="--seed 1")
 	$(BIN)/gpobench run --method gpo --task ocr --model tiny $(ARGS)
 
 test: .venv/dev.stamp  ## the test suite, the linters and the type checks
 	$(QUIET) $(BIN)/pytest -n 2
+	$(MAKE) --no-print-directory regress
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+regress: .venv/core.stamp  ## train again what leaderboards/short.toml reports, and judge it: minutes
+	$(QUIET) $(BIN)/gpobench regress --run short --fresh --jobs $(JOBS) --allow-unsure --out runs/short
 
 slow: .venv/dev.stamp  ## the tests that take minutes
 	$(QUIET) $(BIN)/pytest -m slow --timeout 3600
 
 bench: .venv/core.stamp  ## the measurements in benchmarks/ that take minutes, printed
 	@for name in sampling overhead board; do echo "== benchmarks/$$name.py"; $(BIN)/python "benchmarks/$$name.py" || exit 1; done
+
+board: .venv/core.stamp  ## make leaderboards/tiny.* and short.* anew, from a clean tree: hours
+	$(QUIET) $(BIN)/gpobench compare $(SHORT) --jobs $(JOBS) --out runs/short
+	$(QUIET) $(BIN)/gpobench compare $(FULL) --jobs $(JOBS) --out runs/tiny
+	$(BIN)/gpobench regress runs/short --against leaderboards/short.toml --update $(MARGINS)
+	$(BIN)/gpobench regress runs/tiny --against leaderboards/tiny.toml --update $(MARGINS)
+	$(BIN)/python benchmarks/own_numbers.py
 
 clean:  ## remove the environment and the caches; runs/ stays
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
