@@ -62,7 +62,9 @@ class Judged:
     """Scores by prompt, image ordinal, scorer and metric, and the first images themselves."""
 
     table: pd.DataFrame  # COLUMNS, one row a (prompt, ordinal, scorer, metric)
-    images: Images  # (K, H, W, 3) of the first K (prompt, ordinal), for people to look at
+    images: (
+        Images  # (K, H, W, 3) for people to look at: the first image of every prompt, then the second, as far as K goes
+    )
     vectors: Mapping[str, Vectors] = field(default_factory=dict[str, Vectors])  # embedder -> (images, D), for drift
 
     def matrix(self, key: str) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -83,10 +85,14 @@ class Judged:
         """The `scorer/metric` there are, in order of appearance."""
         return list(dict.fromkeys(self.table.scorer + "/" + self.table.metric))
 
+    def shown(self, rows: pd.DataFrame | None = None) -> pd.DataFrame:
+        """Of some rows of the table (all by default) one for each of `images`, in their order."""
+        each: Any = (self.table if rows is None else rows).drop_duplicates(["prompt", "ordinal"])
+        return each.sort_values(["ordinal", "prompt"])[: len(self.images)].sort_values(["prompt", "ordinal"])
+
     def texts(self) -> list[str]:
         """What was asked for in each of `images`."""
-        rows = self.table.loc[~self.table.duplicated(["prompt", "ordinal"])]
-        return [str(text) for text in rows.text.iloc[: len(self.images)]]
+        return [str(text) for text in self.shown().text]
 
     def reasons(self) -> list[str]:
         """Why images could not be scored, each once."""
@@ -94,9 +100,8 @@ class Judged:
 
     def notes(self, scorer: str) -> list[str]:
         """What a scorer saw in each of `images`."""
-        rows: pd.DataFrame = self.table.loc[self.table.scorer == scorer]
-        rows = rows.loc[~rows.duplicated(["prompt", "ordinal"])]
-        return [str(note) for note in rows.note.iloc[: len(self.images)]]
+        rows: Any = self.table.loc[self.table.scorer == scorer]
+        return [str(note) for note in self.shown(rows).note]
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,7 @@ def judge(
     crew: the processes that share the work; each returns the whole.
     """
     every, spread = asked(prompts, images), spread if images > 1 else ()  # one image is at no distance from others
+    shown = set(sorted(every, key=lambda one: one[::-1])[:keep])
     embedders = {embedder.name: embedder for embedder in (*spread, *drift)}
     threads = {one.name: ThreadPoolExecutor(1, thread_name_prefix=one.name) for one in (*scorers, *embedders.values())}
     asking: list[_Asking | None] = []
@@ -160,7 +166,7 @@ def judge(
                 pictures = pixels(model.decode(x))
                 asking.append(
                     _Asking(
-                        pictures[: max(0, keep - k * rows)],
+                        pictures[[one in shown for one in part]],
                         {s.name: threads[s.name].submit(judged, s, pictures, mine) for s in scorers},
                         {e.name: threads[e.name].submit(embed, e, pictures) for e in embedders.values()},
                     )

@@ -703,7 +703,7 @@ def _samples(
         ("pairs", [before, after], ["before", "after"]),
     ):
         _sheet(versions, titles, scorer).save(folder / f"{name}.png")
-    rows = after.table.drop_duplicates(["prompt", "ordinal"]).sort_values(["prompt", "ordinal"])[: len(after.images)]
+    rows = after.shown()
     prompt, ordinal = rows.prompt.to_numpy(), rows.ordinal.to_numpy()
 
     def write(path: Path) -> None:
@@ -722,7 +722,8 @@ def _sheet(versions: Sequence[Judged], titles: Sequence[str], scorer: Scorer) ->
     metric = yes or scorer.metrics[0]
     marks: list[list[bool | None]] = []
     for v in versions:
-        values = v.table[(v.table.scorer == scorer.name) & (v.table.metric == metric)].value.iloc[:count]
+        mine: Any = v.table[(v.table.scorer == scorer.name) & (v.table.metric == metric)]
+        values = v.shown(mine).value
         marks.append([bool(x == 1) if yes else None for x in values])
     images, notes = [v.images[:count] for v in versions], [v.notes(scorer.name) for v in versions]
     return pictures.grid(images, notes, marks, titles, prompts=versions[0].texts())

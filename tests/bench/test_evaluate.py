@@ -116,8 +116,16 @@ def test_every_image_stands_in_the_table_once(model: Any, scorers: list[Any]) ->
     for i, o in ((0, 0), (2, 1)):
         row = seen.table[(seen.table.prompt == i) & (seen.table.ordinal == o) & (seen.table.scorer == "redness")]
         assert row.text.item() == PROMPTS[i].text and row.value.item() == seen.matrix("redness/mean")[i, o]
-    direct = scorers[0](seen.images, PROMPTS[:3]).value["mean"]
-    assert np.allclose(seen.matrix("redness/mean").ravel()[:3], direct)
+
+
+@pytest.mark.parametrize("keep", [3, 5, 7, 10, 99])
+def test_people_see_as_many_prompts_as_there_are_pictures(model: Any, scorers: list[Any], keep: int) -> None:
+    seen = look(model, scorers, rows=4, keep=keep)
+    places = [(i, o) for i in range(5) for o in range(2) if o * 5 + i < keep]  # every prompt's first, then the second
+    assert list(zip(seen.shown().prompt, seen.shown().ordinal, strict=True)) == places
+    assert seen.texts() == [PROMPTS[i].text for i, _ in places] and len(seen.images) == min(keep, 10)
+    direct = scorers[0](seen.images, [PROMPTS[i] for i, _ in places]).value["mean"]
+    assert np.allclose([seen.matrix("redness/mean")[place] for place in places], direct)
     assert seen.notes("redness") == [f"{v:.3f}" for v in direct]
 
 

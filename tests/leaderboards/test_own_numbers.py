@@ -1,0 +1,118 @@
+"""The project's own numbers: whole, told alike everywhere, and spoiled on purpose with the embedded model itself."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpobench.bench import registry
+from gpobench.bench.config import resolve
+from gpobench.leaderboards.baseline import Baseline, Claim, locate, parts, read
+from gpobench.leaderboards.board import BASE, load
+from gpobench.leaderboards.regress import judge, words
+from gpobench.methods.gpo import GPO
+
+TASKS = ("ocr", "counting")
+KEYS = {"ocr": "reader/exact", "counting": "geneval-shapes/correct"}
+
+
+def known(task: str) -> Baseline:
+    return next(one for one, _ in map(read, parts(locate("tiny"))) if one.task == task)
+
+
+def row(baseline: Baseline, label: str) -> Claim:
+    return next(claim for claim in baseline.row if claim.label == label)
+
+
+def mean(claim: Claim, key: str) -> float:
+    return next(number.mean for number in claim.number if number.key == key)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_method_is_there_under_one_budget(task: str) -> None:
+    baseline = known(task)
+    methods = {registry.canonical("method", name) for name in registry.entries("method")}
+    assert {claim.method for claim in baseline.row} == {*methods, BASE}
+    seeds = {claim.seeds for claim in baseline.row if claim.label != BASE}
+    assert len(seeds) == 1 and len(next(iter(seeds))) >= 2 and baseline.budget == known("ocr").budget
+
+
+@pytest.mark.parametrize("name", ["tiny", "short"])
+def test_the_settings_are_still_those_of_the_presets(name: str) -> None:
+    """Where a preset was changed on purpose, `make board` measures it anew."""
+    for path in parts(locate(name)):
+        baseline, _ = read(path)
+        for claim in baseline.row:
+            if claim.label == BASE:
+                continue
+            said = words(baseline, claim, claim.seeds[0], Path("runs"))
+            sets = [said[i + 1] for i, word in enumerate(said) if word == "--set"]
+            budget = said[said.index("--budget") + 1]
+            plan = resolve(claim.method, baseline.task, baseline.model, budget=budget, sets=sets)
+            now = plan.mapping()["settings"]
+            for key, value in claim.settings.items():
+                if key.startswith("settings."):
+                    found = now
+                    for part in key.split(".")[1:]:
+                        found = found[part]
+                    assert found == value, (claim.label, key)
+
+
+@pytest.mark.parametrize("page", ["README.md", "leaderboards/tiny.md"])
+@pytest.mark.parametrize("task", TASKS)
+def test_the_pages_say_what_the_baseline_says(task: str, page: str, repo: Path) -> None:
+    baseline, key, text = known(task), KEYS[task], (repo / page).read_text("utf-8")
+    table = text[text.index(f"{key} (held out), base") :].split("\n\n")[0]
+    told = {
+        cells[2]: float(cells[3].split()[0].lstrip("*"))
+        for line in table.splitlines()[2:]
+        if (cells := [cell.strip() for cell in line.split("|")])
+    }
+    first = mean(row(baseline, BASE), key)
+    assert told.keys() == {claim.label for claim in baseline.row} - {BASE}
+    for label, gain in told.items():
+        assert gain == pytest.approx(mean(row(baseline, label), key) - first, abs=6e-4), label
+    stated = re.search(r"held out\), base (\.\d+)", text[text.index(f"{key} (held out)") :])
+    assert stated and float(stated[1]) == pytest.approx(first, abs=6e-4)
+
+
+# The embedded model, spoiled
+
+
+def trained(out: Path, seed: int, *sets: str) -> None:
+    baseline = known("ocr")
+    argv = words(baseline, row(baseline, "gpo"), seed, out)
+    more = [word for text in sets for word in ("--set", text)]
+    subprocess.run([sys.executable, "-m", "gpobench.bench.cli", *argv, *more], check=True)
+
+
+def verdicts(out: Path) -> dict[str, str]:
+    path = next(path for path in parts(locate("tiny")) if read(path)[0].task == "ocr")
+    return {f.key: f.verdict for f in judge(path, *read(path), load([out])).findings if f.row == "gpo"}
+
+
+@pytest.mark.slow
+def test_a_tenth_of_the_learning_rate_is_worse_on_the_embedded_model(tmp_path: Path) -> None:
+    rate = resolve("gpo", "ocr", "tiny").settings
+    assert isinstance(rate, GPO)
+    for seed in row(known("ocr"), "gpo").seeds:
+        trained(tmp_path, seed, f"optim.lr={rate.optim.lr / 10}")
+    assert "worse" in verdicts(tmp_path).values()
+
+
+@pytest.mark.slow
+def test_another_seed_is_not_worse_on_the_embedded_model(tmp_path: Path) -> None:
+    for seed in (10, 11):
+        trained(tmp_path, seed)
+    assert set(verdicts(tmp_path).values()) <= {"same", "better", "cannot tell"}
+
+
+@pytest.mark.slow
+def test_the_same_seed_repeats_its_number(tmp_path: Path) -> None:
+    """On the kind of machine that made them; elsewhere its last bits differ, and the number is the same within the margin."""
+    trained(tmp_path, 0)
+    assert set(verdicts(tmp_path).values()) <= {"same", "cannot tell"}
