@@ -855,7 +855,8 @@ def _scores(done: Mapping[str, Any]) -> None:
 
     table = Table("scorer", "mean", "95 % interval", "prompts", "role", box=None, pad_edge=False, header_style="bold")
     for key, number in done["scores"].items():
-        role = done["scorers"][key.partition("/")[0]]["role"]
+        scorer = key.partition("/")[0]  # or the embedder whose distances they are
+        role = done["scorers"].get(scorer, {"role": scorer.partition("-")[0]})["role"]
         mean = f"{number['mean']:.3f}" if _known(number["mean"]) else "not scored"
         ends = ", ".join(f"{end:.3f}" for end in number["ci"] if _known(end))
         table.add_row(key, mean, f"[{ends}]" if ends else "", str(number["n"]), role)

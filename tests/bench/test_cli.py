@@ -181,6 +181,8 @@ def test_eval_judges_a_base_and_an_adapter(
     answer = json.loads(gpobench(*broken, "--json").out, parse_constant=pytest.fail)
     assert answer["invalid"] and answer["scores"]["redness/mean"]["mean"] is None
     assert "not scored" in gpobench(*broken).out
+    rich = gpobench("eval", "--task", f"{redness}:Rich", "--model", str(tiny_pipe))
+    assert rich.code == 0 and "diversity" in rich.out and "quality" in rich.out, rich.err
 
 
 def test_where_nothing_may_be_written_is_one_line(gpobench: Any, argv: Any) -> None:
