@@ -29,8 +29,8 @@ RULES = (
     "Intervals are 95 %: bootstrap over prompts, images of a prompt clustered, and over training seeds where a row has two or more.",
     "Rank: rows sorted by mean; a row shares the rank of the row above when the interval of the paired difference between them "
     "includes 0 (differences are paired by prompt and image on the same noise).",
-    "p: against the baseline, by sign flips over prompts where both have one seed, else Student's at Welch-Satterthwaite degrees "
-    "of freedom; corrected over the table (Holm).",
+    "p: against the baseline, by sign flips over prompts where both have one seed, from the interval's draws where one of them has "
+    "more (as against the base), else Student's at Welch-Satterthwaite degrees of freedom; corrected over the table (Holm).",
 )
 
 

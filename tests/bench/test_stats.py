@@ -332,7 +332,7 @@ def test_two_level_covers(spread: float):
         base = r.normal(size=50)
         e = two_level([r.normal(0, spread) + base + r.normal(0, 0.3, 50) for _ in range(3)], resamples=500, seed=i)
         hits += e.low <= 0 <= e.high
-    assert 0.89 <= hits / 200 <= 0.99
+    assert 0.92 <= hits / 200 <= 0.995
 
 
 def test_two_level_weighs_strata_the_same():
@@ -350,9 +350,9 @@ def test_two_level_weighs_strata_the_same():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds,spread", [(3, 0.0), (3, 0.3), (5, 0.3)])
+@pytest.mark.parametrize("seeds,spread", [(2, 0.3), (3, 0.0), (3, 0.3), (3, 1.0), (5, 0.3)])
 def test_two_level_with_strata_covers_at_its_level(seeds: int, spread: float):
-    """Three values are few to resample where seeds dominate (92 % measured); without any spread of theirs it is cautious."""
+    """Also where seeds dominate, of which there are few."""
     hits, tags = 0, [0] * 30 + [1] * 60
     for i in range(1000):
         r = rng(i + 10**6)
@@ -360,7 +360,7 @@ def test_two_level_with_strata_covers_at_its_level(seeds: int, spread: float):
         runs = [r.normal(0, spread) + base + r.normal(0, 0.3, 90) for _ in range(seeds)]
         e = two_level(runs, resamples=1000, seed=i, strata=tags)
         hits += e.low <= 0 <= e.high
-    assert (0.93 if seeds == 5 or not spread else 0.90) <= hits / 1000 <= (0.97 if spread else 1)
+    assert 0.93 <= hits / 1000 <= 0.98
 
 
 # Many contrasts at once
@@ -433,13 +433,14 @@ def test_an_image_counts_where_both_have_it():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seeds,spread", [((1, 1), 0.0), ((3, 3), 0.3), ((3, 1), 0.0), ((3, 3), 0.05)])
+@pytest.mark.parametrize("seeds,spread", [((1, 1), 0.0), ((3, 3), 0.3), ((3, 1), 0.0), ((3, 1), 0.3), ((3, 3), 0.05)])
 def test_a_contrast_covers_and_holds_its_level(seeds: tuple[int, int], spread: float):
     hits, size = 0, 0
     for i in range(1000):
         r = rng(i + 10**6)
         base = r.normal(size=100)
-        a, b = ([base + r.normal(0, spread) + r.normal(0, 0.3, 100) for _ in range(k)] for k in seeds)
+        own = lambda k, r=r: r.normal(0, spread) if k > 1 else 0.0  # the base has no training seed
+        a, b = ([base + own(k) + r.normal(0, 0.3, 100) for _ in range(k)] for k in seeds)
         e = crossed([Contrast(a, b, test=True)], resamples=1000, seed=i)[0]
         hits += e.low <= 0 <= e.high
         size += (e.p or 0) <= 0.05
@@ -543,7 +544,7 @@ def test_time_and_area_cover_at_their_level(seeds: int, spread: float):
         made = curves(rng(i + 10**6), seeds, 100, spread)
         t, a = time_to_target(made, 0.6, resamples=1000, seed=i), area(made, 100, resamples=1000, seed=i)
         hits += (t.low <= when <= t.high, a.low <= much <= a.high)
-    assert (hits / 1000 >= 0.93).all() and (hits / 1000 <= 0.97).all()
+    assert (hits / 1000 >= 0.93).all() and (hits / 1000 <= 0.98).all()
 
 
 # Across tasks
