@@ -144,10 +144,10 @@ def flagged(record: Record) -> bool:
 def _sure(number: Mapping[str, Any]) -> float:
     """The mean in standard errors, those behind its 95 % interval; NaN where there is none."""
     mean, (low, high) = number["mean"], number["ci"]
-    if mean is None or low is None or high is None:
+    if mean is None or low is None or high is None or not math.isfinite(mean):
         return math.nan
     se = (high - low) / (2 * SURE)
-    return mean / se if se > 0 else math.copysign(math.inf, mean) if mean else 0.0
+    return math.nan if math.isnan(se) else mean / se if se > 0 else math.copysign(math.inf, mean) if mean else 0.0
 
 
 def _counterpart(delta: Mapping[str, Any], scorer: str, metric: str) -> str | None:

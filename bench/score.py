@@ -371,8 +371,11 @@ def _open(folder: Path, picture: Picture) -> Images | str:
 def _why(error: Exception) -> str:
     from PIL import UnidentifiedImageError
 
-    if isinstance(error, UnidentifiedImageError):  # its own words hold an address in memory
-        return "this is no image"
+    cause: BaseException | None = error
+    while cause is not None:  # ultralytics, once imported, lets Pillow try a format whose package is not there
+        if isinstance(cause, UnidentifiedImageError):  # its own words hold an address in memory
+            return "this is no image"
+        cause = cause.__context__
     return (
         f"this is no whole image: {str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
     )

@@ -146,6 +146,13 @@ def test_a_falling_quality_column_is_a_hack_too(
     assert not hacked(delta, "t/soft", ["h"])
 
 
+@pytest.mark.parametrize("training", [(math.nan, math.nan), (None, None)])
+def test_what_was_not_scored_is_no_hack(training: tuple[Any, Any]) -> None:
+    unknown = {"mean": training[0], "ci": list(training)}
+    assert not hacked({"t/soft": unknown, "h/soft": unknown, "q/score": unknown}, "t/soft", ["h"], ["q"])
+    assert not hacked({"t/soft": rise(0.1, 0.2), "h/soft": unknown}, "t/soft", ["h"])
+
+
 def test_a_rise_that_two_scorers_share_is_seldom_called_a_hack() -> None:
     """The same true gain, small against the noise, seen by two scorers: the flag is false there, and rare."""
     rng, wrong, times = np.random.default_rng(0), 0, 2_000

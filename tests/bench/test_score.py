@@ -282,6 +282,30 @@ def test_files_that_are_no_images_are_rows_without_a_score(listed: Path, tmp_pat
     assert fine == 1
 
 
+def test_no_image_is_said_alike_where_pillow_was_taught_a_format_that_is_not_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ultralytics does when it is imported."""
+    opens = Image.open
+
+    def taught(*args: Any, **more: Any) -> Any:
+        try:
+            return opens(*args, **more)
+        except Exception:
+            raise ModuleNotFoundError("No module named 'pi_heif'")  # noqa: B904
+
+    monkeypatch.setattr(Image, "open", taught)
+    draw(folder / "0.png", "ACT")
+    (folder / "0.txt").write_text(prompt("ACT"), "utf-8")
+    (folder / "1.png").write_text("I am a picture", "utf-8")
+    (folder / "1.txt").write_text(prompt("ACT"), "utf-8")
+    score_folder(folder, ["reader"], out=tmp_path / "s.parquet")
+    table = scored(tmp_path / "s.parquet")
+    assert set(table[table.file == "1.png"].reason) == {"this is no image"} and set(
+        table[table.file == "0.png"].reason
+    ) == {""}
+
+
 def test_jpeg_is_taken_and_said(folder: Path, tmp_path: Path) -> None:
     draw(folder / "0.jpg", "ACT", quality=90)
     (folder / "0.txt").write_text(prompt("ACT"), "utf-8")

@@ -190,7 +190,7 @@ class Picky(GPO):
 
     def collect(self, rig):
         if self.mood == "crash" and rig.iteration == 1:
-            raise MemoryError("no room for this")
+            raise OverflowError("no room for this")
         return GPO.collect(self, rig)
 '''
 

@@ -8,7 +8,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,29 +226,23 @@ def test_on_validation_no_test_prompt_is_touched(plan: Any, tmp_path: Path) -> N
     assert set(table(done).text) == {"four red circles", "five blue triangles"}
 
 
-def test_the_same_command_twice_is_the_same_bytes(plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_command_twice_is_the_same_bytes(plan: Any, tmp_path: Path) -> None:
     done = [start(plan(), tmp_path / name) for name in ("a", "b")]
     files = [Path(d.run_dir) for d in done]
     for name in ("scores.parquet", "samples/pairs.png", "config.toml"):
         assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes()
-    find = cards.find
-    monkeypatch.setattr(running, "find", lambda name: replace(find(name), rows=3))
-    other = start(plan(), tmp_path / "c")
+    other = start(plan("rows=3"), tmp_path / "c")
     assert other.stop == done[0].stop and other.spent["nfe"] == done[0].spent["nfe"]
     assert np.allclose(table(other).value, table(done[0]).value, atol=1 / 255)
     assert start(plan(seed=1), tmp_path / "a").after != done[0].after
 
 
-def test_a_search_that_was_stopped_goes_on_to_the_same_bytes(
-    plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    find = cards.find
-    monkeypatch.setattr(running, "find", lambda name: replace(find(name), rows=5))
-    whole = start(plan(), tmp_path / "whole")
+def test_a_search_that_was_stopped_goes_on_to_the_same_bytes(plan: Any, tmp_path: Path) -> None:
+    whole = start(plan("rows=5"), tmp_path / "whole")
     asked = iter([False, True])
     with pytest.raises(Interrupted, match="stopped after image 10"):
-        start(plan(), tmp_path / "cut", interrupted=lambda: next(asked))
-    again = start(plan(), tmp_path / "cut")
+        start(plan("rows=5"), tmp_path / "cut", interrupted=lambda: next(asked))
+    again = start(plan("rows=5"), tmp_path / "cut")
     assert again.after == whole.after and again.nfe_by_role == whole.nfe_by_role and again.curve[0] == whole.curve[0]
     assert table(again).equals(table(whole))
     homes = Path(again.run_dir), Path(whole.run_dir)
