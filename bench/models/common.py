@@ -129,6 +129,8 @@ def pipeline(
     local = Path(source).is_dir() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     where: dict[str, Any] = {"revision": card.revision, "local_files_only": local}
     misfit = f"the weights of {card.name} ({card.source}) cannot be loaded"
+    loud = theirs.get_verbosity()
+    theirs.set_verbosity(theirs.CRITICAL)  # what is wrong is said once, below
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch_dtype has a new name that older ones do not know
@@ -143,10 +145,12 @@ def pipeline(
                     parts |= {} if part is None else {name: part}
             dtypes = {"vae": torch.float32, "default": dtype} if dtype in wide else dtype
             pipe = kind.from_pretrained(source, **parts, torch_dtype=dtypes, use_safetensors=True, **where)
-    except torch.OutOfMemoryError:
+    except torch.OutOfMemoryError:  # a RuntimeError too, and nobody's misfit
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise Missing(f"{misfit}: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        theirs.set_verbosity(loud)
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
             gaps = [key for key, tensor in part.named_parameters() if tensor.is_meta]
