@@ -126,9 +126,11 @@ def main() -> None:
     if said.print:
         print(readme(found, runs))
         return
+    text = README.read_text("utf-8")
+    if any(mark not in text for mark in MARKS):
+        raise SystemExit(f"own_numbers: {README.name} has no place for the table: put {MARKS[0]} and {MARKS[1]} there")
     PAGE.write_text(page(found, runs), "utf-8")
     figures(found, runs)
-    text = README.read_text("utf-8")
     head, _, rest = text.partition(MARKS[0])
     _, _, tail = rest.partition(MARKS[1])
     README.write_text(f"{head}{MARKS[0]}\n{readme(found, runs)}{MARKS[1]}{tail}", "utf-8")
