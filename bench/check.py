@@ -347,9 +347,8 @@ def watch(rig: Any) -> Count:
     count, network, decode = Count(rig.meter), rig.model.weights.module, rig.model.decode
 
     def called(module: Any, args: Any, kwargs: Any) -> None:
-        x = next(
-            v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)
-        )  # a row each: pictures, or tokens in a line
+        # A row each: pictures, or tokens in a line.
+        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         count.nfe.append(len(x) * (3 if torch.is_grad_enabled() else 1))
 
     def decoded(x0: Tensor) -> Tensor:

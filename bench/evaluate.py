@@ -62,9 +62,7 @@ class Judged:
     """Scores by prompt, image ordinal, scorer and metric, and the first images themselves."""
 
     table: pd.DataFrame  # COLUMNS, one row a (prompt, ordinal, scorer, metric)
-    images: (
-        Images  # (K, H, W, 3) for people to look at: the first image of every prompt, then the second, as far as K goes
-    )
+    images: Images  # (K, H, W, 3) for people: the first image of every prompt, then the second, as far as K goes
     vectors: Mapping[str, Vectors] = field(default_factory=dict[str, Vectors])  # embedder -> (images, D), for drift
 
     def matrix(self, key: str) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -5,7 +5,6 @@ What stands on no hub is given by hand, or comes from its publisher's address; i
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from typing import Any
 from uuid import uuid4
 
 from . import published
-from .disk import digest, sync, write_atomically
+from .disk import digest, full, sync, write_atomically
 from .errors import Missing, UserError
 from .published import Asked, ledger, note, offline
 
@@ -176,7 +175,7 @@ class Linked:
             target.parent.mkdir(parents=True, exist_ok=True)
             facts = self._download(target)
         except (OSError, HTTPException, ValueError) as error:
-            why = "the disk is full" if _full(error) else str(error).strip() or type(error).__name__
+            why = "the disk is full" if full(error) else str(error).strip() or type(error).__name__
             raise Missing(f"{absent} and {self.url} does not give them ({why}); {put}") from None
         kept = Kept(self.url, [self.url], [], {**before.files, self.name: facts})
         text = json.dumps(kept.mapping(), indent=1, sort_keys=True) + "\n"
@@ -345,17 +344,13 @@ def _why(repository: str, revision: str, error: BaseException) -> str:
         return f"{repository} has no revision {revision!r}"
     if any(isinstance(one, errors.RemoteEntryNotFoundError) for one in chain):
         return f"{repository} holds no such file at revision {revision!r}"
-    if any(_full(one) for one in chain):
+    if any(full(one) for one in chain):
         return "the disk is full: make room, or move the hub's cache with HF_HOME"
     if offline() or "OfflineModeIsEnabled" in kinds:
         return "HF_HUB_OFFLINE forbids asking it"
     if kinds & {"ConnectError", "ConnectTimeout", "ReadTimeout", "ConnectionError", "ProxyError", "Timeout"}:
         return "it cannot be reached: check the connection and HF_ENDPOINT, or fetch on another machine with --to"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 # For scorers

@@ -22,7 +22,7 @@ from .forecast import branches, latents
 from .memory import GB, MARGIN, Estimate, estimate
 from .spec import Search, Wide
 
-SAMPLING = {"sample", "decode", "judge", "protocol", "rollout"}  # functions on the stack while no gradient is kept
+SAMPLING = {"sample", "decode", "judge", "protocol"}  # functions on the stack while no gradient is kept
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def _turned(
     if not card.offload:
         card = replace(card, offload=True)
         knobs["offload"] = "true"
-    yield tried()
+        yield tried()
 
 
 def _rows(plan: Config) -> int:

@@ -30,7 +30,7 @@ from .budget import Meter
 from .card import Card, find
 from .config import Config
 from .crew import Crew
-from .disk import digest, write_atomically
+from .disk import digest, full, write_atomically
 from .errors import Interrupted, Missing, UserError
 from .evaluate import Judged
 from .models.open import open_model, usage
@@ -240,7 +240,7 @@ def _judged_run(
         write_atomically(home / "config.toml", lambda p: p.write_text(_toml(config), "utf-8"))
         _fits(config.settings, model)
     book, validation = task.prompts("train", card.domain), task.prompts("validation", card.domain)
-    judging, rows = config.judging, card.rows
+    judging = config.judging
     # Settings are chosen on the validation split: then no test prompt is touched.
     exam = validation if judging.split == "validation" else task.prompts("test", card.domain)
     each = judging.validation_images if judging.split == "validation" else judging.test_images
@@ -260,7 +260,7 @@ def _judged_run(
             place = {one: k for k, one in enumerate(evaluate.asked(prompts, images))}
             draw = lambda _, part: found[[place[one] for one in part]].to(model.device)
         return evaluate.judge(
-            model, prompts, scorers, images=images, seed=judging.seed, rows=rows, by=by, advance=advance, draw=draw,
+            model, prompts, scorers, images=images, seed=judging.seed, rows=card.rows, by=by, advance=advance, draw=draw,
             spread=judges.spread if columns else (), drift=judges.drift if columns else (), crew=crew,
         )  # fmt: skip
 
@@ -268,7 +268,7 @@ def _judged_run(
         """A look at the base, which the runs of one folder have in common."""
         place = bases / looks.ground(
             card, task, prompts, [*scorers, *(judges.spread if columns else ())], judges.drift if columns else (),
-            images=images, seed=judging.seed, rows=rows, precision=config.precision, weights=weights,
+            images=images, seed=judging.seed, rows=card.rows, precision=config.precision, weights=weights,
             device=str(accelerator.device),
         )  # fmt: skip
         return looks.kept(
@@ -288,7 +288,7 @@ def _judged_run(
 
     meter = Meter(config.budget, flops_a_forward=model.flops_a_forward())
     method, searching = config.settings, isinstance(config.settings, Search)
-    rig = Rig(model, exam if searching else book, judges.training, meter, seed=config.seed, rows=rows, crew=crew)
+    rig = Rig(model, exam if searching else book, judges.training, meter, seed=config.seed, rows=card.rows, crew=crew)
     rig.sealed = frozenset(fold_text(p.text) for s in ("validation", "test") for p in task.prompts(s, card.domain))
     # A search moves no weight; its checkpoints hold its answers, and an optimiser that never stepped.
     adam = torch.optim.AdamW(model.parameters()) if searching else optimiser(method, rig)
@@ -304,7 +304,7 @@ def _judged_run(
         return "ema" if "ema" in model.weights.copies else "live"
 
     log, shown = _Log(home / "metrics.jsonl"), [judges.training, *judges.held_out]
-    saved = 0
+    saved = int(meter.fraction() * SAVES)
 
     def save() -> None:
         nonlocal saved
@@ -660,10 +660,10 @@ def _room(home: Path) -> Generator[None]:
 
 def _full(error: Exception) -> bool:
     """Does the error mean a full disk? safetensors says it in words, with the system's number."""
-    full = (errno.ENOSPC, errno.EDQUOT)
-    if isinstance(error, OSError):
-        return error.errno in full
-    return any(f"(os error {number})" in str(error) for number in full)
+    return full(error) or (
+        isinstance(error, SafetensorError)
+        and any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
+    )
 
 
 def _cut(path: Path, iteration: int) -> None:

@@ -14,8 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gpobench.bench.errors import UserError
-from gpobench.leaderboards.board import Board, Row, Run, board, load
-from gpobench.leaderboards.render import cell, p_value, render, spend
+from gpobench.leaderboards.board import Board, Run, board, load
+from gpobench.leaderboards.render import cell, p_value, rank, render, spend
 from gpobench.leaderboards.report import gather, plots
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,7 +44,7 @@ def short(table: Board) -> list[str]:
     for row in table.rows:
         if row.kind == "base":
             continue
-        line = [_rank(row, table.rows), row.label, cell(row.versus, sign=True), p_value(row.holm)]
+        line = [rank(row, table.rows), row.label, cell(row.versus, sign=True), p_value(row.holm)]
         line += [cell(row.cells[key].delta, sign=True) if key in row.cells else "" for key in shown]
         line += [cell(row.cmmd.get(drift))]
         line += [spend(c, row.spent[c]) for c in ("images", "updates", "seconds")]
@@ -57,12 +57,6 @@ def _first(table: Board, role: str) -> str:
     """The column of this role: the metric of the same name as the one that ranks, else the first."""
     metric, keys = table.key.partition("/")[2], [c.key for c in table.columns if c.role == role]
     return next((key for key in keys if key.partition("/")[2] == metric), next(iter(keys), ""))
-
-
-def _rank(row: Row, rows: Sequence[Row]) -> str:
-    if row.rank is None:
-        return "-"
-    return f"{row.rank}{'=' if sum(r.rank == row.rank for r in rows) > 1 else ''}"
 
 
 def ground(runs: Sequence[Run]) -> str:

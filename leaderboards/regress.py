@@ -234,9 +234,9 @@ def _mine(known: Baseline, runs: Sequence[Run]) -> list[Run]:
     return [r for r in runs if ground(r) and (r.record.method in methods or not methods)]
 
 
-def _measure(guarded: Guarded, mine: Sequence[Run], said: Sequence[str]) -> _Measured:
+def _measure(guarded: Guarded, mine: Sequence[Run], left: Sequence[str]) -> _Measured:
     path, known, scores = guarded
-    notes = list(said)
+    notes = list(left)
     found: list[tuple[Claim, Number, list[Array], tuple[int, ...]]] = []
     missing: list[tuple[str, str]] = []
     if not mine:

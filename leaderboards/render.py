@@ -73,7 +73,7 @@ def plain(text: str) -> str:
     return "".join("?" if unicodedata.category(c).startswith("C") else c for c in " ".join(text.split()))
 
 
-def _rank(row: Row, rows: Sequence[Row]) -> str:
+def rank(row: Row, rows: Sequence[Row]) -> str:
     """2, or 2= where another row has it too."""
     if row.rank is None:
         return "-"
@@ -122,7 +122,7 @@ def _terminal(board: Board, width: int) -> str:
     spent = [spend(currency, r.spent[currency]) if currency in r.spent else "" for r in rows]
     seeds = [str(len(r.seeds) or "") for r in rows]
     must = [
-        ("", [_rank(r, rows) for r in rows]),
+        ("", [rank(r, rows) for r in rows]),
         ("", [plain(r.label) for r in rows]),
         (board.key, scores(board.key)),
         (f"minus {plain(board.baseline)}", [cell(r.versus, sign=True) for r in rows]),
@@ -207,7 +207,7 @@ def _table(board: Board) -> list[list[str]]:
     head += [*(f"CMMD to the base ({name})" for name in embedders), *currencies, "seeds", "marks"]
     lines = [head]
     for r in board.rows:
-        line = [_rank(r, board.rows), r.label, cell(r.versus, sign=True), p_value(r.holm)]
+        line = [rank(r, board.rows), r.label, cell(r.versus, sign=True), p_value(r.holm)]
         for c in columns:
             mine = r.cells.get(c.key)
             before = f"{cell(mine.before)} {ARROW} " if mine and mine.before else ""
