@@ -7,9 +7,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 from .budget import CURRENCIES
+from .card import Card
 from .config import Config
 from .errors import Missing
-from .memory import DEVICES, UTILISATION, estimate, hours
+from .memory import DEVICES, UTILISATION, Estimate, estimate, hours
 from .models.open import adapter_class
 from .registry import unknown
 from .spec import Search, Wide
@@ -29,7 +30,7 @@ def forecast(plan: Config, device: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {"nfe_an_image": {role: round(nfe, 4) for role, nfe in each.items() if nfe}}
     lines = [f"an image costs {sum(each.values()):.4g} nfe: " + ", ".join(f"{r} {n:.4g}" for r, n in each.items() if n)]
     try:
-        size = estimate(card, adapter=plan.adapter, precision=plan.precision, micro=latents(plan))
+        size = held(plan)
     except Missing as missing:
         return {**found, "lines": [*lines, f"memory: {missing}"]}
     images = _images(plan, sum(each.values()), size.flops)
@@ -51,6 +52,22 @@ def _images(plan: Config, each: float, flops: float) -> float:
     price = {"nfe": each, "images": 1.0, "reward_calls": 1.0, "flops": each * flops}
     bounds = plan.budget.bounds()
     return min((bounds[c] / price[c] for c in CURRENCIES if c in bounds and price.get(c)), default=math.inf)
+
+
+def held(plan: Config, card: Card | None = None, micro: int | None = None) -> Estimate:
+    """The memory of a run. card, micro: instead of the plan's own and of `latents`. Raises Missing where sizes are unknown."""
+    micro = latents(plan) if micro is None else micro
+    return estimate(
+        card or plan.card(), adapter=plan.adapter, precision=plan.precision, micro=micro, copies=copies(plan)
+    )
+
+
+def copies(plan: Config) -> int:
+    """LoRA-sized copies beside the live one: the averaged weights, and the older ones that a method's cost names."""
+    if isinstance(plan.settings, Search):
+        return 0
+    older = "old" in plan.settings.cost(plan.card().steps, plan.card().guidance)
+    return older + (plan.settings.optim.ema > 0)
 
 
 def latents(plan: Config) -> int:

@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,7 +21,7 @@ from uuid import uuid4
 from . import published
 from .disk import digest, full, sync, write_atomically
 from .errors import Missing, UserError
-from .published import Asked, ledger, note, offline
+from .published import Asked, fetching, ledger, note, offline
 
 __all__ = ["Asked", "ledger", "note"]  # a ledger is for both, prompts and weights
 
@@ -189,7 +187,7 @@ class Linked:
         temporary = target.with_name(f".{uuid4().hex}.tmp")  # another run may be fetching it too
         try:
             size, total = 0, hashlib.sha256()
-            with _opener().open(self.url, timeout=60) as answer, temporary.open("wb") as out:
+            with fetching(self.url, timeout=60) as answer, temporary.open("wb") as out:
                 while part := answer.read(2**20):
                     size += out.write(part)
                     total.update(part)
@@ -218,19 +216,6 @@ def bringing() -> Generator[None]:
         yield
     finally:
         _bringing.reset(token)
-
-
-class _Careful(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect from https to what anyone on the way may change."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
-            raise urllib.error.URLError(f"it leads to {newurl}, which is not https")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    return urllib.request.build_opener(_Careful)
 
 
 # The store: what `gpobench fetch` installed, and the lock of all that was ever fetched

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .disk import write_atomically
 from .errors import UserError
@@ -89,6 +89,23 @@ def note(asked: Asked) -> Path:
     return asked.path
 
 
+class _Careful(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect from https to what anyone on the way may change."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
+            raise urllib.error.URLError(f"it leads to {newurl}, which is not https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def fetching(url: str, timeout: float) -> Any:
+    """The open answer of an address, headers and all; a context. Raises OSError (URLError) where there is none.
+
+    timeout: seconds without a byte.
+    """
+    return urllib.request.build_opener(_Careful).open(url, timeout=timeout)
+
+
 def offline() -> bool:
     """Whether HF_HUB_OFFLINE forbids all fetching; it is looked up each time."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("", "0", "NO", "OFF", "FALSE")
@@ -133,7 +150,7 @@ class Published:
 
     def _fetch(self) -> bytes:
         try:
-            with urllib.request.urlopen(self.url, timeout=30) as answer:
+            with fetching(self.url, timeout=30) as answer:
                 raw = answer.read(LIMIT + 1)
         except (urllib.error.URLError, OSError, ValueError) as error:
             raise UserError(f"{self._wanted()} and {self.url} cannot be reached: {error}") from None

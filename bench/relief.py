@@ -18,8 +18,8 @@ import torch
 from .card import Card
 from .config import Config
 from .errors import Missing, UserError
-from .forecast import branches, latents
-from .memory import GB, MARGIN, Estimate, estimate
+from .forecast import branches, held, latents
+from .memory import GB, MARGIN, Estimate
 from .spec import Search, Wide
 
 SAMPLING = {"sample", "decode", "judge", "protocol"}  # functions on the stack while no gradient is kept
@@ -66,7 +66,7 @@ def advice(plan: Config, gigabytes: float, *, sampling: bool) -> str:
     """
     card, sampling = plan.card(), sampling or isinstance(plan.settings, Search)
     try:
-        now = _estimate(plan, card, latents(plan))
+        now = held(plan, card)
     except Missing as missing:
         knob = f"rows={max(1, card.rows // 2)}" if sampling else f"optim.micro={max(1, _rows(plan) // 2)}"
         return f"try --set {knob} ({missing})."
@@ -92,9 +92,7 @@ def _turned(
     tight_training = now.training > room or (not sampling and now.fits(gigabytes))
 
     def tried() -> tuple[list[str], Estimate]:
-        return [f"{key}={value}" for key, value in knobs.items()], _estimate(
-            plan, replace(card, rows=rows), micro * wide
-        )
+        return [f"{key}={value}" for key, value in knobs.items()], held(plan, replace(card, rows=rows), micro * wide)
 
     while tight_sampling and rows > 1:
         rows = rows // 2
@@ -120,7 +118,3 @@ def _rows(plan: Config) -> int:
     settings: Any = plan.settings
     wide = settings.latents if isinstance(settings, Wide) else 1
     return max(1, latents(plan) // branches(plan) // wide)
-
-
-def _estimate(plan: Config, card: Card, micro: int) -> Estimate:
-    return estimate(card, adapter=plan.adapter, precision=plan.precision, micro=micro)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from gpobench.bench import registry
 from gpobench.bench.config import Config, resolve
-from gpobench.bench.forecast import forecast, latents
-from gpobench.bench.memory import DEVICES, GB, Estimate, estimate
+from gpobench.bench.forecast import forecast, held, latents
+from gpobench.bench.memory import DEVICES, GB, Estimate
 from gpobench.bench.spec import Search
 
 MODELS = ("sd35m", "sd35l", "flux1-dev", "sdxl", "sd15", "tiny")
@@ -55,25 +55,16 @@ def methods() -> list[str]:
 def need(method: str, model: str, device: str = "h100", sets: tuple[str, ...] = ()) -> Need:
     """What the preset of a method for a model holds and takes, estimated."""
     plan = resolve(method, TASK, model, sets=sets)
-    told, held = forecast(plan, device), latents(plan)
-    size = estimate(plan.card(), adapter=plan.adapter, precision=plan.precision, micro=held, copies=copies(plan))
+    told, size = forecast(plan, device), held(plan)
     card = next((gigabytes for gigabytes in CARDS if size.fits(gigabytes)), 0)
     nfe = sum(told["nfe_an_image"].values())
-    return Need(plan, family(method, plan), held, size, card, nfe, told["images"], told["hours"][device])
+    return Need(plan, family(method, plan), latents(plan), size, card, nfe, told["images"], told["hours"][device])
 
 
 def family(method: str, plan: Config) -> str:
     name = method.partition(":")[0]
     own = next((family for family, names in FAMILIES.items() if name in names), "other")
     return "search" if isinstance(plan.settings, Search) else own
-
-
-def copies(plan: Config) -> int:
-    """LoRA-sized copies beside the live one: the averaged weights, and the older ones that a method's cost names."""
-    if isinstance(plan.settings, Search):
-        return 0
-    older = "old" in plan.settings.cost(plan.card().steps, plan.card().guidance)
-    return older + (plan.settings.optim.ema > 0)
 
 
 def table() -> list[str]:

@@ -11,7 +11,7 @@ from gpobench.bench import registry
 from gpobench.bench import run as running
 from gpobench.bench.config import resolve
 from gpobench.bench.errors import UserError
-from gpobench.bench.forecast import forecast
+from gpobench.bench.forecast import copies, forecast, held
 from gpobench.bench.memory import GB
 from gpobench.bench.spec import Search
 from gpobench.bench.view import Silent
@@ -55,3 +55,10 @@ def test_guidance_that_is_an_input_costs_nothing(redness: str) -> None:
 def test_a_device_nobody_knows_is_one_line(tiny_pipe: Path, redness: str) -> None:
     with pytest.raises(UserError, match="unknown device 'h2000'; did you mean 'h200'"):
         forecast(resolve("gpo", f"{redness}:Paint", str(tiny_pipe)), "h2000")
+
+
+def test_a_second_copy_of_the_adapter_is_counted() -> None:
+    plans = {method: resolve(method, "ocr", "sd15") for method in ("best-of-n", "gpo", "dgpo")}
+    assert [copies(plan) for plan in plans.values()] == [0, 1, 2]
+    one = held(plans["gpo"]).states / 5  # live, gradient, two moments, ema
+    assert held(plans["dgpo"]).states == pytest.approx(6 * one)

@@ -6,8 +6,6 @@ import errno
 import hashlib
 import json
 import socket
-import urllib.error
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -253,14 +251,6 @@ def test_a_download_that_breaks_off(empty_machine: Path, monkeypatch: pytest.Mon
         with pytest.raises(Missing, match="cut off after 10 of 100 bytes"):
             hub.Linked("pytorch", "net.pth", f"http://127.0.0.1:{server.getsockname()[1]}/net.pth").find()
     assert not list((hub.store() / "pytorch").iterdir())
-
-
-def test_no_redirect_leads_out_of_https() -> None:
-    follow = hub._Careful().redirect_request  # pyright: ignore[reportPrivateUsage]
-    secure = urllib.request.Request("https://acme.test/a")
-    with pytest.raises(urllib.error.URLError, match="which is not https"):
-        follow(secure, None, 302, "", {}, "http://acme.test/b")
-    assert follow(secure, None, 302, "", {}, "https://acme.test/b").full_url == "https://acme.test/b"
 
 
 def test_the_device_of_scorers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import urllib.error
+import urllib.request
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -78,3 +80,11 @@ def test_a_limit_refuses_what_is_heavy(tmp_path: Path) -> None:
 def test_patterns_are_the_hub_s() -> None:
     assert matches("unet/a/config.json", ("*.json",)) and matches("anything", ())
     assert not matches("model.bin", ("*.json", "model*.safetensors"))
+
+
+def test_no_redirect_leads_out_of_https() -> None:
+    follow = published._Careful().redirect_request  # pyright: ignore[reportPrivateUsage]
+    secure = urllib.request.Request("https://acme.test/a")
+    with pytest.raises(urllib.error.URLError, match="which is not https"):
+        follow(secure, None, 302, "", {}, "http://acme.test/b")
+    assert follow(secure, None, 302, "", {}, "https://acme.test/b").full_url == "https://acme.test/b"

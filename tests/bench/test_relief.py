@@ -16,8 +16,8 @@ from gpobench.bench import run as running
 from gpobench.bench.card import Card, find
 from gpobench.bench.config import Config, resolve
 from gpobench.bench.errors import UserError
-from gpobench.bench.forecast import latents
-from gpobench.bench.memory import GB, MARGIN, Estimate, estimate
+from gpobench.bench.forecast import held
+from gpobench.bench.memory import GB, MARGIN, Estimate
 from gpobench.bench.models.sd3 import SD3
 from gpobench.bench.relief import advice
 from gpobench.bench.view import Silent
@@ -30,7 +30,7 @@ def plan(method: str, *sets: str, model: str = "sd35m") -> Config:
 
 
 def needed(p: Config) -> Estimate:
-    return estimate(p.card(), adapter=p.adapter, precision=p.precision, micro=latents(p))
+    return held(p)
 
 
 @pytest.mark.parametrize("sampling", [True, False])

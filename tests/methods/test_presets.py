@@ -277,10 +277,6 @@ def test_guidance_in_the_loss_holds_two_branches_and_an_input_holds_one() -> Non
     assert branches(resolve("gpo", "ocr", "sd15")) == 1  # guided in the rollout only
 
 
-def test_a_second_copy_of_the_adapter_is_counted() -> None:
-    assert [presets.copies(resolve(m, "ocr", "sd15")) for m in ("best-of-n", "gpo", "dgpo")] == [0, 1, 2]
-
-
 def test_the_table_in_the_documentation_is_what_the_command_prints() -> None:
     page = presets.PAGE.read_text("utf-8")
     assert presets.written(page, [*presets.table(), "", *presets.prices()]) == page
