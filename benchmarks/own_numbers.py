@@ -23,32 +23,42 @@ PAGE = ROOT / "leaderboards" / "tiny.md"
 README = ROOT / "README.md"
 FIGURES = ROOT / "docs"
 MARKS = ("<!-- made by benchmarks/own_numbers.py -->", "<!-- end -->")
-SHOWN = ("training", "quality", "diversity")  # one column of each role
+SHOWN = ("training", "quality", "diversity")  # one column of each role, and the drift
 
 
 def tables(runs: Sequence[Run]) -> dict[str, Board]:
-    """Task -> its table."""
+    """Task -> its table, the one of most prompts first: it tells most."""
     tasks = dict.fromkeys(run.record.task for run in runs)
-    return {task: board([run for run in runs if run.record.task == task]) for task in tasks}
+    found = {task: board([run for run in runs if run.record.task == task]) for task in tasks}
+    return dict(sorted(found.items(), key=lambda item: (-prompts(item[1]), item[0])))
 
 
-def short(table: Board) -> list[str]:
-    """Rank, gains by role, drift and spend: what fits a page. One line a row."""
-    shown = [key for role in SHOWN if (key := _first(table, role))]
-    drift = next((name for row in table.rows for name in row.cmmd), "")
+def prompts(table: Board) -> int:
+    """How many the model was judged on."""
+    base = next(row for row in table.rows if row.kind == "base")
+    return base.cells[table.key].after.n
+
+
+def short(table: Board, roles: Sequence[str] = SHOWN) -> list[str]:
+    """Rank, gains by role, drift and spend: what fits a page. One line a row. roles: further columns; of one, no drift."""
+    shown = [key for role in roles if (key := _first(table, role))]
+    drift = next((name for row in table.rows for name in row.cmmd), "") if len(roles) > 1 else ""
     base = next(row for row in table.rows if row.kind == "base")
     first = cell(base.cells[table.key].after)
-    head = ["rank", "method", f"{table.key} (held out), base {first}", "p (Holm)", *shown, f"CMMD ({drift})"]
-    head += ["images", "updates", "seconds", "seeds", "marks"]
+    head = ["rank", "method", f"{table.key} (held out), base {first}", "p (Holm)"]
+    head += [f"{key} (training scorer)" if key == _first(table, "training") else key for key in shown]
+    head += [f"CMMD ({drift})"] if drift else []
+    head += ["images", "updates", "seconds", "marks"]
     lines = [head, ["---"] * len(head)]
     for row in table.rows:
         if row.kind == "base":
             continue
         line = [rank(row, table.rows), row.label, cell(row.versus, sign=True), p_value(row.holm)]
         line += [cell(row.cells[key].delta, sign=True) if key in row.cells else "" for key in shown]
-        line += [cell(row.cmmd.get(drift))]
+        line += [cell(row.cmmd.get(drift))] if drift else []
         line += [spend(c, row.spent[c]) for c in ("images", "updates", "seconds")]
-        line += [str(len(row.seeds)), "hack" if row.hacked else ""]
+        marks = ["hack" if row.hacked else "", "one seed" if row.single_seed else ""]
+        line.append(", ".join(filter(None, marks)))
         lines.append(line)
     return [f"| {' | '.join(text.replace('<', '&lt;') for text in line)} |" for line in lines]
 
@@ -76,9 +86,8 @@ def readme(found: dict[str, Board], runs: Sequence[Run]) -> str:
     """The part between the marks."""
     lines = [f"`make board`: {ground(runs)}", ""]
     for task, table in found.items():
-        base = next(row for row in table.rows if row.kind == "base")
-        prompts = base.cells[table.key].after.n
-        lines += [f"**{task}**, {prompts} {table.judging.get('split', 'test')} prompts", "", *short(table), ""]
+        split = table.judging.get("split", "test")
+        lines += [f"**{task}**, {prompts(table)} {split} prompts", "", *short(table, roles=["training"]), ""]
     return "\n".join(lines)
 
 
