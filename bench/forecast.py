@@ -24,9 +24,7 @@ def forecast(plan: Config, device: str = "") -> dict[str, Any]:
     """
     if device and device not in DEVICES:
         raise unknown("device", device, DEVICES)
-    card = plan.card()
-    free = adapter_class(card).guided_cost == 1  # guidance is an input of the network
-    each = dict(plan.settings.cost(card.steps, 1.0 if free else card.guidance))
+    each = declared(plan)
     found: dict[str, Any] = {"nfe_an_image": {role: round(nfe, 4) for role, nfe in each.items() if nfe}}
     lines = [f"an image costs {sum(each.values()):.4g} nfe: " + ", ".join(f"{r} {n:.4g}" for r, n in each.items() if n)]
     try:
@@ -54,6 +52,18 @@ def _images(plan: Config, each: float, flops: float) -> float:
     return min((bounds[c] / price[c] for c in CURRENCIES if c in bounds and price.get(c)), default=math.inf)
 
 
+def declared(plan: Config) -> dict[str, float]:
+    """Evaluations of an image by role. Where guidance is an input of the network it takes no second one, whoever sets it."""
+    own, card = plan.settings, plan.card()
+    if adapter_class(card).guided_cost > 1:
+        return dict(own.cost(card.steps, card.guidance))
+    return dict((replace(own, guidance=1.0) if _guidable(own) else own).cost(card.steps, 1.0))
+
+
+def _guidable(own: object) -> bool:
+    return "guidance" in {field.name for field in fields(own)}  # type: ignore[arg-type]
+
+
 def held(plan: Config, card: Card | None = None, micro: int | None = None) -> Estimate:
     """The memory of a run. card, micro: instead of the plan's own and of `latents`. Raises Missing where sizes are unknown."""
     micro = latents(plan) if micro is None else micro
@@ -66,7 +76,7 @@ def copies(plan: Config) -> int:
     """LoRA-sized copies beside the live one: the averaged weights, and the older ones that a method's cost names."""
     if isinstance(plan.settings, Search):
         return 0
-    older = "old" in plan.settings.cost(plan.card().steps, plan.card().guidance)
+    older = "old" in declared(plan)
     return older + (plan.settings.optim.ema > 0)
 
 
@@ -86,11 +96,10 @@ def branches(plan: Config) -> int:
     Read off the static cost: without guidance such a method's policy costs half.
     """
     own, card = plan.settings, plan.card()
-    guidable = "guidance" in {field.name for field in fields(own)} and adapter_class(card).guided_cost > 1
-    if isinstance(own, Search) or not guidable:
+    if isinstance(own, Search) or not _guidable(own):
         return 1
-    plain = replace(own, guidance=1.0).cost(card.steps, 1.0)["policy"]
-    return round(own.cost(card.steps, card.guidance)["policy"] / plain)
+    plain = replace(own, guidance=1.0).cost(card.steps, 1.0)["policy"]  # type: ignore[call-arg]
+    return round(declared(plan)["policy"] / plain)
 
 
 def _time(hours: float) -> str:

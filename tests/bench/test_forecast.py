@@ -11,7 +11,7 @@ from gpobench.bench import registry
 from gpobench.bench import run as running
 from gpobench.bench.config import resolve
 from gpobench.bench.errors import UserError
-from gpobench.bench.forecast import copies, forecast, held
+from gpobench.bench.forecast import branches, copies, declared, forecast, held
 from gpobench.bench.memory import GB
 from gpobench.bench.spec import Search
 from gpobench.bench.view import Silent
@@ -50,6 +50,13 @@ def test_guidance_that_is_an_input_costs_nothing(redness: str) -> None:
         return forecast(resolve("rwr", f"{redness}:Paint", model, sets=[f"steps={steps}"]))["nfe_an_image"]["rollout"]
 
     assert rollout("flux1-dev", 7) == 7 and rollout("sdxl", 7) == 14
+
+
+@pytest.mark.parametrize("method", ["gpo", "flow-grpo", "mix-grpo", "grpo-guard", "awm"])
+def test_guidance_that_a_person_sets_costs_nothing_either_where_it_is_an_input(method: str) -> None:
+    plain, asked = (resolve(method, "ocr", "flux1-dev", sets=[f"guidance={g}"]) for g in (1.0, 3.5))
+    assert declared(plain) == declared(asked) and branches(asked) == 1
+    assert declared(resolve(method, "ocr", "sdxl", sets=["guidance=3.5"]))["rollout"] > declared(plain)["rollout"]
 
 
 def test_a_device_nobody_knows_is_one_line(tiny_pipe: Path, redness: str) -> None:
