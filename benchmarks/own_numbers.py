@@ -48,7 +48,8 @@ def short(table: Board, roles: Sequence[str] = SHOWN) -> list[str]:
     head = ["rank", "method", f"{table.key} (held out), base {first}", "p (Holm)"]
     head += [f"{key} (training scorer)" if key == _first(table, "training") else key for key in shown]
     head += [f"CMMD ({drift})"] if drift else []
-    head += ["images", "updates", "seconds", "marks"]
+    marked = any(row.hacked or row.single_seed for row in table.rows)
+    head += ["images", "updates", "seconds", *(["marks"] if marked else [])]
     lines = [head, ["---"] * len(head)]
     for row in table.rows:
         if row.kind == "base":
@@ -58,7 +59,7 @@ def short(table: Board, roles: Sequence[str] = SHOWN) -> list[str]:
         line += [cell(row.cmmd.get(drift))] if drift else []
         line += [spend(c, row.spent[c]) for c in ("images", "updates", "seconds")]
         marks = ["hack" if row.hacked else "", "one seed" if row.single_seed else ""]
-        line.append(", ".join(filter(None, marks)))
+        line += [", ".join(filter(None, marks))] if marked else []
         lines.append(line)
     return [f"| {' | '.join(text.replace('<', '&lt;') for text in line)} |" for line in lines]
 
@@ -101,7 +102,8 @@ def page(found: dict[str, Board], runs: Sequence[Run]) -> str:
         "",
     ]
     for task, table in found.items():
-        lines += [f"## {task}", "", *short(table), "", f"![curves](../docs/board-{task}-curves.png)", ""]
+        lines += [f"## {task}", "", *short(table), "", f"![curves](../docs/board-{task}-curves.png)"]
+        lines += ["", f"![score against drift](../docs/board-{task}-pareto.png)", ""]
         lines += ["<details><summary>every column</summary>", "", render(table, "md"), "</details>", ""]
     return "\n".join(lines)
 
@@ -136,7 +138,7 @@ def main() -> None:
     figures(found, runs)
     head, _, rest = text.partition(MARKS[0])
     _, _, tail = rest.partition(MARKS[1])
-    README.write_text(f"{head}{MARKS[0]}\n{readme(found, runs)}{MARKS[1]}{tail}", "utf-8")
+    README.write_text(f"{head}{MARKS[0]}\n\n{readme(found, runs)}\n{MARKS[1]}{tail}", "utf-8")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +28,9 @@ BASE = "base"
 MANDATORY = ("best-of-n", "sft")  # what any method must beat; the base is in every run
 RULES = (
     "Intervals are 95 %: bootstrap over prompts, images of a prompt clustered, and over training seeds where a row has two or more.",
-    "Rank: rows sorted by mean; a row shares the rank of the row above when the interval of the paired difference between them "
-    "includes 0 (differences are paired by prompt and image on the same noise).",
+    "Rank: rows sorted by mean; one more than the number of rows that beat a row for sure, which is where the interval of the paired "
+    "difference, by prompt and image on the same noise, lies above 0; never before the row above. Rows of one rank cannot be told apart; "
+    "neighbours of different ranks need not be.",
     "p: against the baseline, by sign flips over prompts where both have one seed, from the interval's draws where one of them has "
     "more (as against the base), else Student's at Welch-Satterthwaite degrees of freedom; corrected over the table (Holm).",
 )
@@ -239,11 +241,11 @@ def board(
     for label, end in ends.items():
         if label != chosen.label and end and ends[chosen.label]:
             asked.add((label, key, "versus"), Contrast(end, ends[chosen.label], test=True))
-    for above, label in zip(order, order[1:], strict=False):
-        asked.add((label, key, "above"), Contrast(ends[above], ends[label]))
+    for above, label in combinations(order, 2):
+        asked.add((label, key, f"below {above}"), Contrast(ends[above], ends[label]))
     answers = asked.answers(resamples, seed, strata)
 
-    ranks = _ranks(order, lambda label: answers[label, key, "above"])
+    ranks = _ranks(order, lambda above, label: answers[label, key, f"below {above}"])
     holm = _holm({label: answers[label, key, "versus"] for label in order if (label, key, "versus") in answers})
     place = {label: k for k, label in enumerate(order)}
     done = [
@@ -347,13 +349,17 @@ def _holm(versus: Mapping[str, Estimate]) -> dict[str, float]:
     return dict(zip(tested, stats.holm(list(tested.values())), strict=True))
 
 
-def _ranks(order: Sequence[str], difference: Callable[[str], Estimate]) -> dict[str, int]:
-    """Place by place; a row whose difference to the row above cannot be told from 0 shares that one's rank."""
+def _ranks(order: Sequence[str], difference: Callable[[str, str], Estimate]) -> dict[str, int]:
+    """One more than the rows that beat a row for sure, behind each of them, and never before the row above.
+
+    Not row by row: in a long table every neighbour may be in doubt while the first and the last are not.
+    """
     ranks: dict[str, int] = {}
-    for place, label in enumerate(order, start=1):
+    for place, label in enumerate(order):
         # The last bits of a sum are no difference.
-        told = place == 1 or difference(label).low > 1e-9
-        ranks[label] = place if told else ranks[order[place - 2]]
+        better = [above for above in order[:place] if difference(above, label).low > 1e-9]
+        least = ranks[order[place - 1]] if place else 1
+        ranks[label] = max(least, 1 + len(better), *(1 + ranks[above] for above in better))
     return ranks
 
 

@@ -43,8 +43,8 @@ def leaderboard(
 ) -> None:
     """Rank finished runs of one task, model and budget, with an interval on every number.
 
-    Rows are methods, averaged over their seeds; the base they started from is one of them. Two rows share a rank where
-    their difference cannot be told from zero.
+    Rows are methods, averaged over their seeds; the base they started from is one of them. A rank is one more than the
+    number of rows that are better for sure; rows that share one cannot be told apart.
 
     Examples: `gpobench leaderboard runs` · `gpobench leaderboard runs --baseline flow-grpo --out table.md` ·
     `gpobench leaderboard runs/gpo-* runs/sft-* --format latex`

@@ -199,8 +199,11 @@ def in_memory(run: Run, method: str, seed: int, after: np.ndarray) -> Run:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(gains=st.lists(st.sampled_from([0.0, 0.005, 0.1, 0.5]), min_size=1, max_size=6), data=st.data())
-def test_ranks_and_holm_are_monotone(gains: list[float], data: st.DataObject, make: Make, tmp_path: Path) -> None:
-    """Ranks rise with falling means, begin at 1 and are places; a smaller p is never corrected to a larger one."""
+def test_ranks_and_holm_are_laws(gains: list[float], data: st.DataObject, make: Make, tmp_path: Path) -> None:
+    """Ranks rise with falling means and are no later than places; who is beaten for sure stands behind, who shares a rank is not.
+
+    A smaller p is never corrected to a larger one.
+    """
     run = load([tmp_path / "one"])[0] if (tmp_path / "one").exists() else load([make("one")])[0]
     seeds = data.draw(st.integers(1, 3))
     runs = [
@@ -214,7 +217,16 @@ def test_ranks_and_holm_are_monotone(gains: list[float], data: st.DataObject, ma
     assert (
         means == sorted(means, reverse=True) and ranks == sorted(ranks) and ranks[0] == 1 and len(ranks) == len(b.rows)
     )
-    assert all(rank == place or rank == ranks[place - 2] for place, rank in enumerate(ranks, start=1))
+    assert all(rank <= place for place, rank in enumerate(ranks, start=1))
+    ends = {r.label: [x.after[KEY] for x in runs if x.record.method == r.label] or [run.before[KEY]] for r in b.rows}
+    for k, below in enumerate(b.rows):
+        sure = [
+            above
+            for above in b.rows[:k]
+            if stats.crossed([stats.Contrast(ends[above.label], ends[below.label])], resamples=100)[0].low > 1e-9
+        ]
+        assert all(above.rank < below.rank for above in sure)
+        assert below.rank == max([1 + len(sure), *ranks[:k], *(1 + above.rank for above in sure)])
     tested = sorted((r.versus.p, r.holm) for r in b.rows if r.versus and r.versus.p is not None)
     assert [h for _, h in tested] == sorted(h for _, h in tested) and all(p <= h <= 1 for p, h in tested)
 
