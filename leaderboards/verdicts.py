@@ -13,6 +13,7 @@ from .regress import Finding, Report
 from .render import cell, number, p_value, plain
 
 HEAD = ("verdict", "row", "number", "reported", "now", "change", "margin", "p")
+MANY = 24  # numbers that a screen shows at once
 RULE = (
     "Same: the 90 % interval of the change lies within the margin, or the runs repeat the reported ones to the last digit. Worse, "
     "better: otherwise, when the change can be told from none at 5 %, corrected over the table (Holm). Intervals shown are 95 %, over "
@@ -45,10 +46,17 @@ def _said(report: Report) -> list[str]:
 
 
 def terminal(report: Report) -> str:
-    """Columns under one another, worst first."""
-    rows = [list(HEAD), *(_cells(f) for f in ordered(report))]
-    wide = [max(len(row[k]) for row in rows) for k in range(len(HEAD))]
+    """Columns under one another, worst first; of many numbers only those that are not the same."""
+    found = ordered(report)
+    told = [f for f in found if f.verdict != "same"] if len(found) > MANY else found
+    rows = [list(HEAD), *map(_cells, told)] if told else []
+    wide = [max(len(row[k]) for row in rows) for k in range(len(HEAD))] if rows else []
     lines = ["  ".join(word.ljust(w) for word, w in zip(row, wide, strict=True)).rstrip() for row in rows]
+    if len(told) < len(found):
+        more = " more" if told else ""
+        lines.append(
+            f"same: {len(found) - len(told)}{more} numbers, which --json, --junit and a build's summary list one by one"
+        )
     return "\n".join([plain(report.ground), "", *lines, "", *_said(report), headline(report)]) + "\n"
 
 
