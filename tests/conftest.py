@@ -11,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import contextlib  # noqa: E402
+import importlib  # noqa: E402
 import json  # noqa: E402
 import signal  # noqa: E402
 import socket  # noqa: E402
@@ -28,6 +30,16 @@ from hypothesis import settings  # noqa: E402
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 if BESIDE.is_dir():
     os.environ.setdefault("GPOBENCH_DATA", str(BESIDE))
+
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Write yapf's grammar cache before the workers start: mmdet imports yapf, which, on its first use after it was installed,
+    writes a pickle that another process can read half-written (EOFError at collection, seen in a clean clone)."""
+    if not hasattr(config, "workerinput"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module("yapf")
+
 
 settings.register_profile("gpobench", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("gpobench")
