@@ -125,6 +125,7 @@ def hacked(
     """
     metric = training.partition("/")[2]
     others = [delta[key] for key in (_counterpart(delta, name, metric) for name in held_out) if key]
+    others = [other for other in others if not math.isnan(_sure(other))]  # what could not be scored says nothing
     columns = [delta[key] for key in (_counterpart(delta, name, "") for name in quality) if key]
     rise = _sure(delta[training])
     alone = others and all(_sure(other) < SURE and rise - _sure(other) > SURE * math.sqrt(2) for other in others)

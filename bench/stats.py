@@ -222,12 +222,14 @@ def two_level(
 class Contrast:
     """Ours minus theirs, one (n,) or (n, images) a training seed, all on the same prompts; without theirs, ours alone.
 
-    An image counts where it is finite under every seed of both. The seeds of the two sides are independent.
+    An image counts where it is finite under every seed of both. The seeds of the two sides are independent. lend: a side of one
+    seed was trained as well, so it varies as the seeds of the other side do; without it (the base has no seeds) it is as it is.
     """
 
     ours: Sequence[ArrayLike]
     theirs: Sequence[ArrayLike] = ()
     test: bool = False  # also p and mde, against no difference
+    lend: bool = False
 
 
 def crossed(
@@ -262,7 +264,8 @@ def crossed(
         p = dict(zip(flips, _sign_flips(table[:, flips] * w[:, None], resamples, copy(rng)), strict=True))
         for k, i in enumerate(columns):
             sides = [(side * w).sum(1) for side in (s[:, np.isfinite(made[i][0])] for s in made[i][1])]
-            one = _interval(table[:, k], w, groups, boot[:, k], sides, level, copy(rng), dropped, contrasts[i].test)
+            c = contrasts[i]
+            one = _interval(table[:, k], w, groups, boot[:, k], sides, level, copy(rng), dropped, c.test, c.lend)
             found[i] = replace(one, p=p[k]) if k in p else one
     return [one for one in found if one is not None]
 
@@ -276,8 +279,13 @@ def _levels(c: Contrast) -> tuple[Array, list[Array]]:
         whole = np.isfinite(np.stack(sides[0] + sides[1])).all(0)
         sides = [[np.where(whole, s, np.nan) for s in side] for side in sides]
     tables = [np.stack([per_prompt(s) for s in side]) for side in sides if side]
-    prompts = tables[0].mean(0)
-    return prompts - tables[1].mean(0) if c.theirs else prompts, tables
+    ours = tables[0].mean(0)
+    if not c.theirs:
+        return ours, tables
+    theirs = tables[1].mean(0)
+    # The mean of three equal numbers may differ from the number in its last bit, which is no difference.
+    equal = np.isclose(ours, theirs, rtol=1e-12, atol=0)
+    return np.where(equal, 0.0, ours - theirs), tables
 
 
 # Curves over spend: what was spent (marks,), and scores (prompts, marks) or (marks,)
@@ -490,12 +498,13 @@ def _interval(
     rng: np.random.Generator,
     dropped: int,
     test: bool = False,
+    lend: bool = False,
 ) -> Estimate:
     """The interval of the mean of prompts x (n,), from its resamples boot and the means of the seeds of each side.
 
     Where no side has two seeds it is the expanded percentile; where one has, `two_level`'s. Where two have, each adds a bootstrap of
     its seeds, and the percentiles are stretched by t / z at Welch-Satterthwaite degrees of freedom: Student's draws on both
-    sides would cover 98 to 100 %.
+    sides would cover 98 to 100 %. lend: as in `Contrast`.
     """
     from scipy.stats import t
 
@@ -505,8 +514,11 @@ def _interval(
     if not np.isfinite(variance).all():
         return Estimate(mean, math.nan, math.nan, n, math.nan, level, dropped, seeds, mde=math.nan if test else None)
     spread = [side for side in sides if len(side) > 1]
-    parts = [(float(variance[0]), n - k), *((float(s.var(ddof=1)) / len(s), len(s) - 1) for s in spread)]
+    lent = float(lend and len(sides) == 2 and len(spread) == 1)  # how many seeds' spread the other side adds
+    parts = [(float(variance[0]), n - k), *((float(s.var(ddof=1)) * (1 / len(s) + lent), len(s) - 1) for s in spread)]
     se = math.sqrt(sum(v for v, _ in parts))
+    if se <= 1e-12 * abs(mean):  # the last bits of a sum are no spread
+        se = 0.0
     df = _welch(parts) if spread and se > 0 else n - 1
     off = boot - mean
     if not spread:
@@ -518,7 +530,7 @@ def _interval(
         stretch = 1.0
         if len(spread) == 1:
             (s,) = spread
-            off = off + s.std(ddof=1) / math.sqrt(len(s)) * rng.standard_t(len(s) - 1, len(boot))
+            off = off + s.std(ddof=1) * math.sqrt(1 / len(s) + lent) * rng.standard_t(len(s) - 1, len(boot))
         else:
             stretch = _stretch(level, parts)
             for s in spread:  # a side's sign does not matter to its spread's
@@ -527,8 +539,8 @@ def _interval(
     estimate = Estimate(mean, float(low), float(high), n, se, level, dropped, seeds)
     if not test:
         return estimate
-    if se == 0:
-        p = float(mean == 0)
+    if se == 0:  # every prompt changed by the same: what its sign says, as of one seed
+        p = _sign_flips((x * w)[:, None], len(boot), rng)[0]
     elif len(spread) == 1:  # from the draws of the interval: Student's here says .05 where 8 % of nulls lie
         p = float(1 + (np.abs(off) >= abs(mean)).sum()) / (1 + len(off))
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -23,16 +23,18 @@ from .reported import Reported
 Array = NDArray[np.float64]
 Role = Literal["training", "held-out", "further", "quality", "diversity", "drift"]
 ROLES: tuple[Role, ...] = ("training", "held-out", "further", "quality", "diversity", "drift")
-AGREE = 0.02  # two machines' last bits may move the mean of the same base this far
+AGREE = 0.05  # two machines' last bits may move the mean of the same base this far, in standard deviations between its prompts
+SURE = 0.05  # the chance that a table of equal methods has a second rank
 BASE = "base"
 MANDATORY = ("best-of-n", "sft")  # what any method must beat; the base is in every run
 RULES = (
     "Intervals are 95 %: bootstrap over prompts, images of a prompt clustered, and over training seeds where a row has two or more.",
-    "Rank: rows sorted by mean; one more than the number of rows that beat a row for sure, which is where the interval of the paired "
-    "difference, by prompt and image on the same noise, lies above 0; never before the row above. Rows of one rank cannot be told apart; "
-    "neighbours of different ranks need not be.",
+    "Rank: rows sorted by mean; one more than the number of rows that beat a row: the paired difference, by prompt and image on the "
+    "same noise, is told from 0 at 5 %, corrected over all pairs of rows (Holm); never before the row above. Of tables of equal methods "
+    "5 % at most have a second rank. Rows of one rank cannot be told apart; neighbours of different ranks need not be.",
     "p: against the baseline, by sign flips over prompts where both have one seed, from the interval's draws where one of them has "
-    "more (as against the base), else Student's at Welch-Satterthwaite degrees of freedom; corrected over the table (Holm).",
+    "more (as against the base), else Student's at Welch-Satterthwaite degrees of freedom; corrected over the rows (Holm). A row of one "
+    "seed borrows the spread of seeds of the row it is compared with; between two such rows nobody knows it.",
 )
 
 
@@ -189,10 +191,15 @@ def _scores(path: Path) -> tuple[dict[str, Array], dict[str, Array], tuple[str, 
     found: dict[str, dict[str, Array]] = {"before": {}, "after": {}}
     for one in np.flatnonzero(np.bincount(code)):
         rows = code == one
+        cells = prompt[rows].astype(np.int64) * shape[1] + ordinal[rows]
         matrix = np.full(shape, np.nan)
-        matrix[prompt[rows], ordinal[rows]] = value[rows]
+        matrix.flat[cells] = value[rows]
         which, rest = divmod(int(one), len(scorers) * len(metrics))
         name, kind = divmod(rest, len(metrics))
+        if np.bincount(cells).max() > 1:
+            raise UserError(
+                f"{path} holds two scores of one image {phases[which]} training by {scorers[name]}/{metrics[kind]}"
+            )
         found.setdefault(phases[which], {})[f"{scorers[name]}/{metrics[kind]}"] = matrix
     strata = [""] * shape[0]
     if "stratum" in coded:
@@ -233,19 +240,31 @@ def board(
     rows = [_base_row(bases)] + [_row(label, group) for label, group in groups.items()]
     chosen = _baseline(rows, baseline)
 
-    ends = {BASE: [bases[key].before[key]]} | {label: _ends(group, key) for label, group in groups.items()}
+    scored = {label: [r for r in group if key in r.before and key in r.after] for label, group in groups.items()}
+    ends = {BASE: [bases[key].before[key]]} | {label: [r.after[key] for r in group] for label, group in scored.items()}
+    gains = {label: [r.after[key] - r.before[key] for r in group] for label, group in scored.items()}
     strata = list(bases[key].strata) if len(set(bases[key].strata)) > 1 else None
     order = _order(rows, ends, strata)
+
+    def between(ours: str, theirs: str) -> Contrast:
+        if theirs == BASE:  # each run has judged the base itself, on its own machine
+            return Contrast(gains[ours], test=True)
+        if ours == BASE:
+            return Contrast([-gain for gain in gains[theirs]], test=True)
+        return Contrast(ends[ours], ends[theirs], test=True, lend=True)
+
     asked = _Asked()
     _ask_cells(asked, columns, bases, groups)
     for label, end in ends.items():
         if label != chosen.label and end and ends[chosen.label]:
-            asked.add((label, key, "versus"), Contrast(end, ends[chosen.label], test=True))
-    for above, label in combinations(order, 2):
-        asked.add((label, key, f"below {above}"), Contrast(ends[above], ends[label]))
-    answers = asked.answers(resamples, seed, strata)
+            asked.add((label, key, "versus"), between(label, chosen.label))
+    pairs = list(combinations(order, 2))
+    for above, label in pairs:
+        asked.add((label, key, f"below {above}"), between(above, label))
+    # Drawn signs know no p below 1 / resamples, which the correction over many pairs must be able to reach.
+    answers = asked.answers(max(resamples, math.ceil(2 * len(pairs) / SURE)) if resamples > 1 else 1, seed, strata)
 
-    ranks = _ranks(order, lambda above, label: answers[label, key, f"below {above}"])
+    ranks = _ranks(order, _told({pair: answers[pair[1], key, f"below {pair[0]}"] for pair in pairs}))
     holm = _holm({label: answers[label, key, "versus"] for label in order if (label, key, "versus") in answers})
     place = {label: k for k, label in enumerate(order)}
     done = [
@@ -335,11 +354,12 @@ def _cells(
 
 
 def _order(rows: Sequence[Row], ends: Mapping[str, Sequence[Array]], strata: Sequence[str] | None) -> list[str]:
-    """The rows that are ranked, by falling mean."""
+    """The rows that are ranked, by falling mean over the images that all of them have a score of, as pairs are compared."""
     labels = [r.label for r in rows if not r.invalid and ends[r.label]]
-    means = stats.crossed(
-        [Contrast(ends[label]) for label in labels], resamples=1, strata=strata
-    )  # for the means alone
+    whole = np.isfinite(np.stack([end for label in labels for end in ends[label]])).all(0) if labels else np.array(True)
+    shared = {label: [np.where(whole, end, np.nan) for end in ends[label]] for label in labels}
+    # for the means alone
+    means = stats.crossed([Contrast(shared[label]) for label in labels], resamples=1, strata=strata)
     mean = {label: e.mean for label, e in zip(labels, means, strict=True) if math.isfinite(e.mean)}
     return sorted(mean, key=lambda label: (-mean[label], label))
 
@@ -349,22 +369,23 @@ def _holm(versus: Mapping[str, Estimate]) -> dict[str, float]:
     return dict(zip(tested, stats.holm(list(tested.values())), strict=True))
 
 
-def _ranks(order: Sequence[str], difference: Callable[[str, str], Estimate]) -> dict[str, int]:
-    """One more than the rows that beat a row for sure, behind each of them, and never before the row above.
+def _told(differences: Mapping[tuple[str, str], Estimate]) -> set[tuple[str, str]]:
+    """The pairs (above, below) of which the first beats the second, by p corrected over all pairs."""
+    corrected = stats.holm([math.nan if e.p is None else e.p for e in differences.values()])
+    return {pair for (pair, e), p in zip(differences.items(), corrected, strict=True) if e.mean > 0 and p < SURE}
+
+
+def _ranks(order: Sequence[str], told: set[tuple[str, str]]) -> dict[str, int]:
+    """One more than the rows that beat a row, behind each of them, and never before the row above.
 
     Not row by row: in a long table every neighbour may be in doubt while the first and the last are not.
     """
     ranks: dict[str, int] = {}
     for place, label in enumerate(order):
-        # The last bits of a sum are no difference.
-        better = [above for above in order[:place] if difference(above, label).low > 1e-9]
+        better = [above for above in order[:place] if (above, label) in told]
         least = ranks[order[place - 1]] if place else 1
         ranks[label] = max(least, 1 + len(better), *(1 + ranks[above] for above in better))
     return ranks
-
-
-def _ends(group: Sequence[Run], key: str) -> list[Array]:
-    return [r.after[key] for r in group if key in r.after]
 
 
 def _counts(group: Sequence[Run], key: str, base: bool) -> tuple[int, int]:
@@ -495,7 +516,8 @@ def _one_base(runs: Sequence[Run]) -> list[str]:
                 continue
             both = np.isfinite(a) & np.isfinite(b)
             means = (float(a[both].mean()), float(b[both].mean())) if both.any() else (0.0, 0.0)
-            if abs(means[0] - means[1]) >= AGREE:
+            spread = float(np.nanstd(stats.per_prompt(a))) if both.any() else 0.0
+            if abs(means[0] - means[1]) > AGREE * spread:
                 raise _differ(f"the base's {key} on the same prompts and noise", first, means[0], run, means[1])
             apart[key] = max(apart.get(key, 0.0), abs(means[0] - means[1]))
     if apart:

@@ -32,7 +32,6 @@ if BESIDE.is_dir():
     os.environ.setdefault("GPOBENCH_DATA", str(BESIDE))
 
 
-
 def pytest_configure(config: pytest.Config) -> None:
     """Write yapf's grammar cache before the workers start: mmdet imports yapf, which, on its first use after it was installed,
     writes a pickle that another process can read half-written (EOFError at collection, seen in a clean clone)."""
