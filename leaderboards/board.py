@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -24,6 +26,7 @@ Array = NDArray[np.float64]
 Role = Literal["training", "held-out", "further", "quality", "diversity", "drift"]
 ROLES: tuple[Role, ...] = ("training", "held-out", "further", "quality", "diversity", "drift")
 AGREE = 0.05  # two machines' last bits may move the mean of the same base this far, in standard deviations between its prompts
+APART = "The base's scores are not the same"  # how the note on that begins
 SURE = 0.05  # the chance that a table of equal methods has a second rank
 BASE = "base"
 MANDATORY = ("best-of-n", "sft")  # what any method must beat; the base is in every run
@@ -148,13 +151,51 @@ def _inside(path: Path) -> list[Path]:
 
 def _compared(path: Path) -> list[Path]:
     """The runs that a comparison finished; they stand beside its file, wherever that was moved."""
-    try:
-        found = [str(run["run"]) for run in json.loads(path.read_text("utf-8"))["runs"] if run["state"] == "done"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is not what `gpobench compare` writes about its runs") from None
+    found = [run["run"] for run in _listed(path) if run["state"] == "done"]
     if not found:
         raise UserError(f"none of the runs of {path} is done")
     return [folder for name in found for folder in _inside(path.parent / name)]
+
+
+def _listed(path: Path) -> list[dict[str, str]]:
+    """What a comparison's file says of its runs."""
+    words = ("method", "task", "seed", "reason")
+    try:
+        return [
+            {"run": str(run["run"]), "state": str(run["state"])} | {word: str(run.get(word, "")) for word in words}
+            for run in json.loads(path.read_text("utf-8"))["runs"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not what `gpobench compare` writes about its runs") from None
+
+
+def left_out(paths: Sequence[Path], task: str | None = None) -> list[str]:
+    """A note on the runs in these folders and files that no table can hold: failed ones, with the reason, and unfinished ones.
+
+    Without it a method would be ranked by those of its seeds that survived, and nobody would know.
+    """
+    found: dict[Path, str] = {}
+    for path in paths:
+        if path.suffix == ".json":
+            for run in _listed(path):
+                if run["state"] != "done" and task in (None, run["task"]):
+                    why = f": {run['reason'].rstrip('.')}" if run["reason"] else ""
+                    name = f"{run['method']} on {run['task']} with seed {run['seed']}"
+                    found[(path.parent / run["run"]).resolve()] = f"{name} ({run['state']}{why})"
+        elif not (path / "record.json").is_file():
+            for file in sorted(path.glob("*/config.toml")):
+                if not (file.with_name("record.json")).is_file() and task in (None, _begun(file)):
+                    found.setdefault(file.parent.resolve(), f"{file.parent.name} (not finished)")
+    return [f"Not in this table: {'; '.join(found.values())}."] if found else []
+
+
+def _begun(file: Path) -> str | None:
+    """The task of a run that has only its configuration, by the command on the first line of it."""
+    try:
+        words = shlex.split(file.read_text("utf-8").partition("\n")[0].lstrip("# "))
+        return words[words.index("--task") + 1]
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _read(folder: Path) -> Run:
@@ -220,12 +261,18 @@ def _codes(column: Any) -> tuple[NDArray[np.int64], list[str]]:
 
 
 def board(
-    runs: Sequence[Run], baseline: str = BASE, key: str | None = None, *, resamples: int = 10_000, seed: int = 0
+    runs: Sequence[Run],
+    baseline: str = BASE,
+    key: str | None = None,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    notes: Sequence[str] = (),
 ) -> Board:
     """The table of these runs; their order does not matter.
 
     baseline: the row that others are compared with, a method or a row's label. key: the scorer/metric that ranks, by default
-    the first held-out scorer's: methods were not trained on it, and best-of-n was not chosen by it.
+    the first held-out scorer's: methods were not trained on it, and best-of-n was not chosen by it. notes: to stand first.
     Raises UserError when runs do not belong in one table, naming what differs, and on an unknown baseline or key.
     """
     if not runs:
@@ -233,7 +280,7 @@ def board(
     runs = sorted(runs, key=lambda r: (r.record.method, _settings_text(r.record), r.record.seed, str(r.folder)))
     _one_ground(runs)
     columns = _columns(runs)
-    notes = _one_base(runs)
+    said = [*notes, *_one_base(runs)]
     key = _key(columns, key)
     first, groups = runs[0].record, _groups(runs)
     bases = {c.key: next(r for r in runs if c.key in r.before and c.key in r.after) for c in columns}
@@ -291,7 +338,7 @@ def board(
         baseline=chosen.label,
         columns=tuple(columns),
         rows=tuple(done),
-        notes=tuple(notes + _notes(done, columns, key, runs)),
+        notes=tuple(said + _notes(done, columns, key, runs)),
         reported=tuple(reported.beside(first.task, first.model)),
     )
 
@@ -522,9 +569,7 @@ def _one_base(runs: Sequence[Run]) -> list[str]:
             apart[key] = max(apart.get(key, 0.0), abs(means[0] - means[1]))
     if apart:
         said = ", ".join(f"{key} by {gap:.2g}" for key, gap in apart.items())
-        notes.append(
-            f"The base's scores are not the same in all runs, as another machine's last bits make them: {said} in the mean."
-        )
+        notes.append(f"{APART} in all runs, as another machine's last bits make them: {said} in the mean.")
     return notes
 
 
@@ -603,12 +648,21 @@ def _baseline(rows: Sequence[Row], name: str) -> Row:
     return mine[0]
 
 
+def _list(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
 def _notes(rows: Sequence[Row], columns: Sequence[Column], key: str, runs: Sequence[Run]) -> list[str]:
     notes: list[str] = []
     methods = {r.method.partition(":")[0] for r in rows}
     missing = [name for name in MANDATORY if name not in methods]
     if missing:
         notes.append(f"Rows that every table should have and this one lacks: {', '.join(missing)}.")
+    seeds = Counter(row.seeds for row in rows if row.kind != "base")
+    if len(seeds) > 1:
+        usual = seeds.most_common(1)[0][0]
+        others = "; ".join(f"{r.label} {_list(r.seeds)}" for r in rows if r.kind != "base" and r.seeds != usual)
+        notes.append(f"Not all rows have the seeds {_list(usual)}: {others}.")
     for row in rows:
         if row.invalid:
             notes.append(

@@ -44,7 +44,7 @@ def leaderboard(
     """Rank finished runs of one task, model and budget, with an interval on every number.
 
     Rows are methods, averaged over their seeds; the base they started from is one of them. A rank is one more than the
-    number of rows that are better for sure; rows that share one cannot be told apart.
+    number of rows that are told to be better, corrected over all pairs; rows that share one cannot be told apart.
 
     Examples: `gpobench leaderboard runs` · `gpobench leaderboard runs --baseline flow-grpo --out table.md` ·
     `gpobench leaderboard runs/gpo-* runs/sft-* --format latex`
@@ -54,10 +54,10 @@ def leaderboard(
         from ..bench.registry import unknown
 
         raise unknown("format", kind, FORMATS)
-    from .board import board, load
+    from .board import board, left_out, load
     from .render import render
 
-    made = board(load(runs, task), baseline=baseline, key=key)
+    made = board(load(runs, task), baseline=baseline, key=key, notes=left_out(runs, task))
     text = render(made, kind, width=max(80, shutil.get_terminal_size((80, 24)).columns) if out is None else 80)
     if out is None:
         typer.echo(text, nl=False)
@@ -88,12 +88,12 @@ def report(
 
     Examples: `gpobench report runs` · `gpobench report runs -o ocr.html --plots figures`
     """
-    from .board import board, load
+    from .board import board, left_out, load
     from .report import gather, page
     from .report import plots as draw
 
     read = load(runs, task)
-    made = board(read, baseline=baseline, key=key)
+    made = board(read, baseline=baseline, key=key, notes=left_out(runs, task))
     found = gather(made, read)
     _write(out, page(made, found))
     if plots is not None:
@@ -117,6 +117,9 @@ def regress(
     rows: Annotated[
         list[str] | None, typer.Option("--row", help="Only these rows of the baseline; repeatable.")
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Only the part of the baseline that is of this task, where there are several.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="With --run: where run directories are made.")] = Path("runs"),
     jobs: Annotated[int, typer.Option(min=1, help="With --run: runs at once.")] = 1,
     fresh: Annotated[
@@ -124,7 +127,10 @@ def regress(
         typer.Option("--fresh", help="With --run: also those that are done already, as other code may have done them."),
     ] = False,
     allow_unsure: Annotated[
-        bool, typer.Option("--allow-unsure", help="Exit 0 although some numbers cannot be told, when none is worse.")
+        bool,
+        typer.Option(
+            "--allow-unsure", help="Exit 0 although some numbers cannot be told, when none is worse or missing."
+        ),
     ] = False,
     junit: Annotated[
         Path | None, typer.Option(help="Write the verdicts there as JUnit XML, for a build server.")
@@ -151,7 +157,8 @@ def regress(
 ) -> None:
     """Do reported numbers still hold? Same, better, worse or cannot tell, for each number of a baseline.
 
-    Exit code 0: all are the same or better; 1: some are worse; 3: none is worse and some cannot be told; 2: cannot be judged.
+    Exit code 0: all are the same or better; 1: some are worse; 3: none is worse, but some cannot be told, or these runs do not
+    have them (narrow the baseline with --row and --task); 2: cannot be judged.
 
     Examples: `gpobench regress runs --against leaderboards/tiny.toml` · `gpobench regress --run tiny --junit verdicts.xml` ·
     `gpobench regress runs --against mine.toml --update --margin 0.03`
@@ -164,18 +171,18 @@ def regress(
         )
     if (margins or keys) and not update:
         raise UserError("--margin and --key say what --update writes: a baseline that stands is not changed by judging")
-    if rows and update:
-        raise UserError("--update writes all rows: name the runs that belong in it instead of --row")
+    if (rows or task) and update:
+        raise UserError("--update writes all rows and tasks: name the runs that belong in it instead")
     from . import verdicts
     from .baseline import locate, parts, read
-    from .board import load
+    from .board import left_out, load
     from .regress import judge_all, only, train
 
     path = locate(str(against or run))
     files = parts(path)
     known = [] if update and not path.is_file() else [(file, *read(file)) for file in files]
-    if known and rows:
-        known = only(known, rows)
+    if known and (rows or task):
+        known = only(known, rows or (), task)
     folders = list(runs or ())
     if run is not None:
         if not known:
@@ -189,7 +196,7 @@ def regress(
     if update:
         _update(path, found, keys or (), margins or ())
         return
-    reports = judge_all(known, found)
+    reports = judge_all(known, found, left_out(folders))
     codes = [report.code(allow_unsure) for report in reports]
     code = next(worst for worst in (1, 3, 0) if worst in codes)
     table = "\n".join(map(verdicts.markdown, reports))

@@ -35,10 +35,11 @@ from ..bench.errors import Interrupted, UserError
 from ..bench.stats import Estimate, Verdict
 from .baseline import Baseline, Claim, Number, Scores, flat, literal
 from .baseline import mean as average
-from .board import BASE, Board, Row, Run, board
+from .board import APART, BASE, Board, Row, Run, board
 
 Array = NDArray[np.float64]
 LEVEL = 0.95
+FINEST = 1e-10  # of margins
 GUARDED = ("training", "held-out")  # the scorers whose numbers are guarded unless others are asked for
 JUDGED = ("training", "held-out", "further", "quality")  # more is better: distances have no better or worse
 
@@ -102,10 +103,11 @@ class Report:
         return sum(f.verdict == verdict for f in self.findings)
 
     def code(self, allow_unsure: bool = False) -> int:
-        """What the command exits with: 1 when a number is worse, 3 when some cannot be told and that is not allowed, else 0."""
+        """What the command exits with: 1 when a number is worse, 3 when some are missing, or cannot be told and that is not
+        allowed, else 0. A number that nobody looked at is guarded by nobody, so a missing one is never allowed."""
         if self.count("worse"):
             return 1
-        return 3 if self.count("cannot tell") and not allow_unsure else 0
+        return 3 if self.missing or (self.count("cannot tell") and not allow_unsure) else 0
 
 
 # The rule
@@ -204,8 +206,8 @@ def judge(path: Path, known: Baseline, scores: Scores, runs: Sequence[Run]) -> R
     return judge_all([(path, known, scores)], runs)[0]
 
 
-def judge_all(baselines: Sequence[Guarded], runs: Sequence[Run]) -> list[Report]:
-    """The same for several baselines, whose numbers are corrected together.
+def judge_all(baselines: Sequence[Guarded], runs: Sequence[Run], notes: Sequence[str] = ()) -> list[Report]:
+    """The same for several baselines, whose numbers are corrected together. notes: to stand in the first report.
 
     Of several, one that these runs have nothing of is reported as missing. Raises UserError where that is so of all.
     """
@@ -217,7 +219,7 @@ def judge_all(baselines: Sequence[Guarded], runs: Sequence[Run]) -> list[Report]
         asked = f"{', '.join(methods) or BASE} on {known.task} with {known.model}"
         raise UserError(f"no run in common: {path} is of {asked}; these are of {', '.join(there)}")
     others = len({str(r.folder) for r in runs} - {str(r.folder) for own in mine for r in own})
-    left = [f"{others} runs are not of this baseline and were left out."] if others else []
+    left = [*notes, *([f"{others} runs are not of this baseline and were left out."] if others else [])]
     measured = [
         _measure(guarded, own, left if k == 0 else [])
         for k, (guarded, own) in enumerate(zip(baselines, mine, strict=True))
@@ -237,15 +239,17 @@ def _mine(known: Baseline, runs: Sequence[Run]) -> list[Run]:
 def _measure(guarded: Guarded, mine: Sequence[Run], left: Sequence[str]) -> _Measured:
     path, known, scores = guarded
     notes = list(left)
+    rows = [row for row in known.row if row.label != BASE]
     found: list[tuple[Claim, Number, list[Array], tuple[int, ...]]] = []
     missing: list[tuple[str, str]] = []
     if not mine:
         return _Measured(guarded, [], [], tuple((c.label, n.key) for c in known.row for n in c.number), tuple(notes))
     table = board(mine, resamples=1)  # refuses runs that do not belong together
     _same_ground(path, known, table, mine)
+    notes += [note for note in table.notes if note.startswith(APART)]
     by_folder = {str(r.folder): r for r in mine}
     for claim in known.row:
-        group, seeds, said = _group(claim, table, by_folder, mine)
+        group, seeds, said = _group(claim, rows, table, by_folder, mine)
         notes += said
         for number in claim.number:
             new = vectors(group, number.key, claim.label == BASE, known.digits)
@@ -281,8 +285,14 @@ def _report(m: _Measured, rule: Sequence[tuple[Verdict, float]]) -> Report:
     return Report(str(path), said, tuple(findings), m.missing, m.notes)
 
 
-def only(baselines: Sequence[Guarded], rows: Sequence[str]) -> list[Guarded]:
-    """Baselines cut down to some of their rows. Raises UserError on a row that none of them has."""
+def only(baselines: Sequence[Guarded], rows: Sequence[str], task: str | None = None) -> list[Guarded]:
+    """Baselines cut down to those of a task and to some of their rows, [] for all. Raises UserError on what none of them has."""
+    tasks = dict.fromkeys(known.task for _, known, _ in baselines)
+    if task is not None and task not in tasks:
+        raise registry.unknown(f"task of {baselines[0][0]}", task, tasks)
+    baselines = [one for one in baselines if task in (None, one[1].task)]
+    if not rows:
+        return list(baselines)
     labels = dict.fromkeys(claim.label for _, known, _ in baselines for claim in known.row)
     for row in rows:
         if row not in labels:
@@ -295,11 +305,18 @@ def only(baselines: Sequence[Guarded], rows: Sequence[str]) -> list[Guarded]:
 
 
 def vectors(group: Sequence[Run], key: str, base: bool, digits: int) -> list[Array]:
-    """(prompts,) for each run, rounded as a baseline keeps it; [] where one of them lacks the key. base: of the first that judged it."""
-    looks = [run.before for run in group if key in run.before][:1] if base else [run.after for run in group]
+    """(prompts,) for each run, rounded as a baseline keeps it; [] where one of them lacks the key.
+
+    base: one vector, the mean of those that the runs measured, where another machine's last bits made several.
+    """
+    looks = [run.before for run in group if key in run.before] if base else [run.after for run in group]
     if not all(key in look for look in looks):
         return []
-    return [np.round(stats.per_prompt(look[key]), digits) for look in looks]
+    found = [stats.per_prompt(look[key]) for look in looks]
+    if base and found:
+        different = {vector.tobytes(): vector for vector in found}
+        found = [np.mean(list(different.values()), axis=0)]
+    return [np.round(vector, digits) for vector in found]
 
 
 def _same_ground(path: Path, known: Baseline, table: Board, runs: Sequence[Run]) -> None:
@@ -343,13 +360,19 @@ def _scored(runs: Sequence[Run]) -> None:
 
 
 def _group(
-    claim: Claim, table: Board, by_folder: Mapping[str, Run], runs: Sequence[Run]
+    claim: Claim, claims: Sequence[Claim], table: Board, by_folder: Mapping[str, Run], runs: Sequence[Run]
 ) -> tuple[list[Run], tuple[int, ...], list[str]]:
-    """The runs of a row, their seeds, and what is to be said of them."""
+    """The runs of a row, their seeds, and what is to be said of them. claims: all rows of the baseline.
+
+    Runs with other settings stand for a row when it is the only one of its method: then it is the method that changed. Where
+    a method has several rows, settings are what tells them apart.
+    """
     if claim.label == BASE:
         return list(runs), (), []
     rows = [r for r in table.rows if r.method == claim.method and r.kind != "base"]
     exact = [r for r in rows if flat(r.settings) == claim.settings]
+    if not exact and sum(one.method == claim.method for one in claims) > 1:
+        return [], (), []
     if not exact and len(rows) > 1:
         raise UserError(
             f"{claim.label} of the baseline was run with several settings and none of them is the reported one: "
@@ -448,7 +471,8 @@ def compose(
         if key not in known:
             raise registry.unknown("scorer/metric", key, known)
     chosen = chosen or [key for key in known if roles[key] in GUARDED]
-    margin = _margins(margins, chosen, old)
+    labels = [row.label for row in table.rows]
+    margin = _margins(margins, chosen, labels, old)
     digits = max(4, *(2 - math.floor(math.log10(m)) for m in margin.values()))
     by: dict[tuple[str, str], Sequence[Array]] = {}
     claims: list[Claim] = []
@@ -472,14 +496,14 @@ def compose(
                         mean=said[0],
                         ci=(said[1], said[2]),
                         n=e.n,
-                        margin=margin[key],
+                        margin=margin[row.label, key],
                         repeat=None if again is None else round(again, digits),
                     )
                 )
         if numbers:
             claims.append(_claim(row, tuple(numbers), table))
     first = runs[0].record
-    training = next(c.key.partition("/")[0] for c in table.columns if c.role == "training")
+    training = next((c.key.partition("/")[0] for c in table.columns if c.role == "training"), "none")
     guarded = {key.partition("/")[0] for key in chosen} | {training}
     baseline = Baseline(
         command=command,
@@ -504,9 +528,11 @@ def compose(
     return baseline, Scores(by, strata)
 
 
-def _margins(said: Sequence[str], keys: Sequence[str], old: Baseline | None) -> dict[str, float]:
-    """By key: what was said of it, else what was said of all, else the old one's."""
-    found = {n.key: n.margin for claim in (old.row if old else ()) for n in claim.number}
+def _margins(
+    said: Sequence[str], keys: Sequence[str], labels: Sequence[str], old: Baseline | None
+) -> dict[tuple[str, str], float]:
+    """By row and key: what was said of the key, else what was said of all, else that of the old row, else the old one of all rows."""
+    before = {(claim.label, n.key): n.margin for claim in (old.row if old else ()) for n in claim.number}
     every: float | None = None
     own: dict[str, float] = {}
     for text in said:
@@ -517,17 +543,28 @@ def _margins(said: Sequence[str], keys: Sequence[str], old: Baseline | None) -> 
             value = math.nan
         if not (value > 0 and math.isfinite(value)):
             raise UserError(f"--margin wants a positive number or scorer/metric=number, got {text!r}")
+        if value < FINEST:
+            raise UserError(f"--margin {text}: scores are kept to twelve decimals, so {FINEST:g} is the finest margin")
         if key and key not in keys:
             raise registry.unknown("scorer/metric", key, keys)
         if key:
             own[key] = value
         else:
             every = value
-    margins = {key: own.get(key, every if every is not None else found.get(key, math.nan)) for key in keys}
-    for key, margin in margins.items():
-        if math.isnan(margin):
-            raise UserError(f"state how far from its number {key} is still the same: --margin {key}=NUMBER")
-    return margins
+    found: dict[tuple[str, str], float] = {}
+    for key in keys:
+        stated = own.get(key, every)
+        everywhere = {margin for (_, other), margin in before.items() if other == key}
+        for label in labels:
+            margin = stated if stated is not None else before.get((label, key))
+            if margin is None and not everywhere:
+                raise UserError(f"state how far from its number {key} is still the same: --margin {key}=NUMBER")
+            if margin is None and len(everywhere) > 1:
+                raise UserError(
+                    f"the old rows have several margins for {key} and {label} is new: --margin {key}=NUMBER"
+                )
+            found[label, key] = min(everywhere) if margin is None else margin
+    return found
 
 
 def _claim(row: Row, numbers: tuple[Number, ...], table: Board) -> Claim:

@@ -22,9 +22,11 @@ RULE = (
 
 
 def headline(report: Report) -> str:
-    """12 numbers: 11 same, 1 worse."""
-    words = [(report.count(verdict), verdict) for verdict in ("same", "better", "worse", "cannot tell")]
-    return f"{len(report.findings)} numbers: {', '.join(f'{n} {verdict}' for n, verdict in words if n)}"
+    """12 numbers: 10 same, 1 worse, 1 missing."""
+    words = [(report.count(verdict), str(verdict)) for verdict in ("same", "better", "worse", "cannot tell")]
+    words.append((len(report.missing), "missing"))
+    total = len(report.findings) + len(report.missing)
+    return f"{total} numbers: {', '.join(f'{n} {word}' for n, word in words if n)}"
 
 
 def _cells(f: Finding) -> list[str]:
@@ -73,7 +75,7 @@ def markdown(report: Report) -> str:
 
 
 def junit(reports: Sequence[Report], allow_unsure: bool = False) -> str:
-    """A test case for every number: worse fails, cannot tell is an error (or skipped, when allowed), missing ones are skipped."""
+    """A test case for every number: worse fails, cannot tell is an error (or skipped, when allowed), a missing one is an error."""
     counts = [_counts(report, allow_unsure) for report in reports]
     whole = {key: str(sum(one[key] for one in counts)) for key in counts[0]}
     root = Xml.Element("testsuites", {"name": "gpobench regress", **whole})
@@ -95,7 +97,7 @@ def junit(reports: Sequence[Report], allow_unsure: bool = False) -> str:
                 Xml.SubElement(case, "system-out").text = text
         for row, key in report.missing:
             case = Xml.SubElement(suite, "testcase", classname=plain(row), name=plain(key))
-            Xml.SubElement(case, "skipped", message="not in these runs")
+            Xml.SubElement(case, "error", type="missing", message="not in these runs")
     Xml.indent(root)
     return '<?xml version="1.0" encoding="utf-8"?>\n' + Xml.tostring(root, "unicode") + "\n"
 
@@ -105,8 +107,8 @@ def _counts(report: Report, allow_unsure: bool) -> dict[str, int]:
     return {
         "tests": len(report.findings) + len(report.missing),
         "failures": report.count("worse"),
-        "errors": unsure,
-        "skipped": len(report.missing) + report.count("cannot tell") - unsure,
+        "errors": unsure + len(report.missing),
+        "skipped": report.count("cannot tell") - unsure,
     }
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from gpobench.bench import stats
 from gpobench.bench.errors import UserError
 from gpobench.bench.record import Flags, Number, ScorerUse
-from gpobench.leaderboards.board import Board, Row, Run, board, load
+from gpobench.leaderboards.board import Board, Row, Run, board, left_out, load
 
 Make = Callable[..., Path]
 KEY = "other/exact"
@@ -57,6 +57,29 @@ def test_a_comparisons_file_stands_for_the_runs_it_finished(make: Make, tmp_path
         file.write_text(text)
         with pytest.raises(UserError, match=said):
             load([file])
+
+
+def test_failed_and_unfinished_runs_are_named(make: Make, tmp_path: Path) -> None:
+    """A method is not ranked by the seeds that survived without a word."""
+    make("grid/one", "gpo", 0, 0.1)
+    make("grid/two", "sft", 1, 0.1)
+    for name, task in (("three", "ocr"), ("four", "counting")):
+        (tmp_path / "grid" / name).mkdir()
+        (tmp_path / "grid" / name / "config.toml").write_text(f"# gpobench run --method gpo --task {task} --seed 2\n")
+    known = {"method": "gpo", "task": "ocr", "seed": 2}
+    listed = [
+        {"run": "one", "state": "done"}, {**known, "run": "three", "state": "failed", "reason": "loss is NaN."},
+        {**known, "run": "five", "state": "waiting", "reason": ""},
+    ]  # fmt: skip
+    file = tmp_path / "grid" / "compare-x.json"
+    file.write_text(json.dumps({"runs": listed}))
+    assert left_out([tmp_path / "grid"], "ocr") == ["Not in this table: three (not finished)."]
+    assert "four (not finished); three (not finished)" in left_out([tmp_path / "grid"])[0]
+    failed = "gpo on ocr with seed 2 (failed: loss is NaN); gpo on ocr with seed 2 (waiting)"
+    assert left_out([file]) == [f"Not in this table: {failed}."] and left_out([file], "counting") == []
+    assert left_out([tmp_path / "grid" / "one"]) == []
+    b = board(load([tmp_path / "grid"]), resamples=10, notes=left_out([tmp_path / "grid"]))
+    assert b.notes[0].startswith("Not in this table") and any("Not all rows have the seeds" in note for note in b.notes)
 
 
 def test_one_task_of_several_is_taken(make: Make, tmp_path: Path) -> None:

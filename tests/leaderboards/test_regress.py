@@ -201,15 +201,26 @@ def test_the_same_runs_repeat_their_numbers(baseline: Path, tmp_path: Path) -> N
     one = judged(baseline, tmp_path / "old" / "gpo1")  # one of the reported seeds
     assert all(f.change.mean == 0 == f.change.high for f in one.findings)
     assert "1 of 3 seeds repeated exactly" in dresses.terminal(one)
-    assert {f.row: f.seeds for f in one.findings} == {"base": (0, 0), "gpo": (1, 3)} and one.code() == 0
+    assert {f.row: f.seeds for f in one.findings} == {"base": (0, 0), "gpo": (1, 3)}
     assert one.missing == (("awm", "engine/exact"), ("awm", KEY))
+
+
+def test_a_number_that_nobody_looked_at_is_not_passed(baseline: Path, tmp_path: Path) -> None:
+    """Runs of one row of two: what is there is the same, and the other is guarded by nobody, whatever is allowed."""
+    for allow in ([], ["--allow-unsure"]):
+        code, said = run(tmp_path / "old" / "gpo1", "--against", baseline, *allow)
+        assert code == 3 and "Not in these runs: awm engine/exact" in said and "6 numbers: 4 same, 2 missing" in said
+    assert run(tmp_path / "old" / "gpo1", "--against", baseline, "--row", "gpo", "--row", "base")[0] == 0
+    tree = Xml.fromstring(dresses.junit([judged(baseline, tmp_path / "old" / "gpo1")], allow_unsure=True))
+    assert tree.get("errors") == "2" and {e.get("type") for e in tree.iter("error")} == {"missing"}
 
 
 def test_other_seeds_are_no_regression(baseline: Path, make: Make, tmp_path: Path) -> None:
     for seed in (5, 6, 7):
         make(f"new/gpo{seed}", "gpo", seed, 0.2)
     report = judged(baseline, tmp_path / "new")
-    assert not any(f.repeated for f in report.findings if f.row == "gpo") and report.code() == 0
+    assert not any(f.repeated for f in report.findings if f.row == "gpo")
+    assert set(verdict_of(report).values()) == {"same"}
     one = judged(baseline, tmp_path / "new" / "gpo6")
     assert set(verdict_of(one).values()) <= {"same", "cannot tell"}
 
@@ -242,8 +253,9 @@ def test_what_cannot_be_told_exits_with_3(baseline: Path, make: Make, look: Any,
         looks[KEY] = (looks[KEY][0], looks[KEY][1] + 0.3 * (seed - 8))  # seeds far apart
         make(f"new/gpo{seed}", "gpo", seed, looks=looks)
     assert verdict_of(judged(baseline, tmp_path / "new"))["gpo", KEY] == "cannot tell"
-    assert run(tmp_path / "new", "--against", baseline)[0] == 3
-    assert run(tmp_path / "new", "--against", baseline, "--allow-unsure")[0] == 0
+    mine = ("--row", "gpo", "--row", "base")
+    assert run(tmp_path / "new", "--against", baseline, *mine)[0] == 3
+    assert run(tmp_path / "new", "--against", baseline, *mine, "--allow-unsure")[0] == 0
     case = Xml.fromstring(dresses.junit([judged(baseline, tmp_path / "new")])).find(
         ".//testcase[@classname='gpo']/error"
     )
@@ -313,11 +325,58 @@ def test_other_settings_are_judged_and_said(baseline: Path, make: Make, tmp_path
         judged(baseline, tmp_path / "new" / "a", tmp_path / "more")
 
 
+def test_settings_tell_the_rows_of_one_method_apart(make: Make, tmp_path: Path) -> None:
+    """Runs of one of two rows are not held against the other, which is missing."""
+    low = {"config": {"settings": {"lr": 1e-4, "optim": {"clip": 1.0}}}}
+    for seed in range(2):
+        make(f"old/high{seed}", "gpo", seed, 0.3)
+        make(f"old/low{seed}", "gpo", seed, 0.1, **low)
+    path = tmp_path / "two.toml"
+    assert run(tmp_path / "old", "--against", path, "--update", "--margin", "0.03")[0] == 0
+    report = judged(path, tmp_path / "old" / "low0", tmp_path / "old" / "low1")
+    assert set(verdict_of(report).values()) == {"same"} and {row for row, _ in report.missing} == {"gpo (lr=0.001)"}
+
+
+def test_a_base_that_moved_does_not_hide_behind_the_first_run(make: Make, look: Any, tmp_path: Path) -> None:
+    """Two of three runs saw a base that is lower by more than the margin, though by little of its spread."""
+    before, after = look(0.2, 3)
+    shift = 0.04 * float(before.mean(1).std())
+    make("old/a", looks={KEY: (before, after)})
+    path = tmp_path / "one.toml"
+    assert run(tmp_path / "old", "--against", path, "--update", "--margin", str(shift / 4))[0] == 0
+    for seed in range(3):
+        make(f"new/{seed}", "gpo", seed, looks={KEY: (before - shift * (seed > 0), after)})
+    report = judged(path, tmp_path / "new")
+    assert verdict_of(report)["base", KEY] == "worse"
+    assert any("base's scores are not the same" in note for note in report.notes)
+
+
+def test_a_margin_that_a_person_edited_stays_with_its_row(baseline: Path, tmp_path: Path) -> None:
+    text = baseline.read_text()
+    head, rows = text.split("[[row]]", 1)
+    first, rest = rows.split("[[row]]", 1)
+    baseline.write_text("[[row]]".join([head, first.replace("margin = 0.03", "margin = 0.001"), rest]))
+    assert run(tmp_path / "old", "--against", baseline, "--update")[0] == 0
+    margins = {claim.label: {n.margin for n in claim.number} for claim in read(baseline)[0].row}
+    assert margins == {"base": {0.001}, "awm": {0.03}, "gpo": {0.03}}
+    with pytest.raises(UserError, match="finest"):
+        run(tmp_path / "old", "--against", baseline, "--update", "--margin", "1e-11")
+
+
+def test_runs_that_did_not_end_are_named(baseline: Path, make: Make, tmp_path: Path) -> None:
+    (tmp_path / "old" / "gpo9").mkdir()
+    (tmp_path / "old" / "gpo9" / "config.toml").write_text("# gpobench run --method gpo --task ocr\n")
+    code, said = run(tmp_path / "old", "--against", baseline)
+    assert code == 0 and "gpo9 (not finished)" in said
+
+
 def test_runs_of_other_methods_are_left_out(baseline: Path, make: Make, tmp_path: Path) -> None:
     make("new/gpo", "gpo", 0, 0.2)
     make("new/sft", "sft", 0, 0.2, config={"budget": {"nfe": 5.0}})
     report = judged(baseline, tmp_path / "new")
-    assert "1 runs are not of this baseline and were left out." in report.notes and report.code() == 0
+    assert "1 runs are not of this baseline and were left out." in report.notes and {
+        f.row for f in report.findings
+    } == {"base", "gpo"}
 
 
 def test_a_key_that_is_not_there_is_missing(baseline: Path, make: Make, look: Any) -> None:
@@ -342,11 +401,11 @@ def test_every_dress_says_the_same(baseline: Path, make: Make, tmp_path: Path, m
     said = json.loads(text)
     assert code == said["exit_code"] == 1 and said["counts"] == {"same": 2, "better": 0, "worse": 2, "cannot tell": 0}
     suite = Xml.parse(files[0]).getroot().find("testsuite")
-    assert suite is not None and (suite.get("tests"), suite.get("failures"), suite.get("skipped")) == ("6", "2", "2")
+    assert suite is not None and (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("6", "2", "2")
     failed = [(c.get("classname"), c.get("name")) for c in suite.findall("testcase") if c.find("failure") is not None]
     assert sorted(failed) == [("gpo", "engine/exact"), ("gpo", KEY)]
     table = files[1].read_text()
-    assert table.count("**worse**") == 2 and "4 numbers: 2 same, 2 worse" in table
+    assert table.count("**worse**") == 2 and "6 numbers: 2 same, 2 worse, 2 missing" in table
     assert summary.read_text() == "before\n" + table
 
 
@@ -425,7 +484,10 @@ def test_numbers_of_all_parts_are_corrected_together(both: Path, make: Make, tmp
 def test_a_part_without_runs_is_missing_and_all_without_are_an_error(both: Path, make: Make, tmp_path: Path) -> None:
     code, said = run(tmp_path / "old" / "ocr0", "--against", both, "--json")
     found = {part["ground"].split()[0]: part for part in json.loads(said)["parts"]}
-    assert code == 0 and not found["counting"]["findings"] and found["counting"]["missing"] and found["ocr"]["findings"]
+    assert code == 3 and not found["counting"]["findings"] and found["counting"]["missing"] and found["ocr"]["findings"]
+    assert run(tmp_path / "old" / "ocr0", "--against", both, "--task", "ocr")[0] == 0
+    with pytest.raises(UserError, match="did you mean 'ocr'"):
+        run(tmp_path / "old" / "ocr0", "--against", both, "--task", "orc")
     make("odd/x", "awm", 0, 0.1, task="colour")
     with pytest.raises(UserError, match="no run in common"):
         run(tmp_path / "odd", "--against", both)
@@ -437,7 +499,7 @@ def test_one_task_is_written_anew_without_the_other(both: Path, make: Make, tmp_
         make(f"newer/{seed}", "gpo", seed, 0.3, task="ocr")
     assert run(tmp_path / "newer", "--against", both, "--update")[0] == 0
     assert both.with_name("all-counting.toml").read_text() == kept and len(parts(both)) == 2
-    assert run(tmp_path / "newer", "--against", both)[0] == 0
+    assert run(tmp_path / "newer", "--against", both, "--task", "ocr")[0] == 0
     with pytest.raises(UserError, match="is of one task"):
         run(tmp_path / "old", "--against", both.with_name("all-ocr.toml"), "--update", "--margin", "0.03")
 
