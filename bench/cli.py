@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -333,7 +334,7 @@ def compare(
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="sft and best-of-n too, which any method must beat.")
     ] = True,
-    jobs: Annotated[int, typer.Option(help="Runs at once; more than one in processes of their own.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once; more than one in processes of their own.")] = 1,
     out: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
     print_: Annotated[bool, typer.Option("--print", help="Print each run's command, one a line, and stop.")] = False,
     as_json: AsJson = False,
@@ -552,7 +553,8 @@ def _model_line(name: str) -> str:
     from .card import find
 
     card = find(name)
-    return f"{card.pipeline}, {card.width}x{card.height}, prompts of the domain {card.domain}; {card.licence}"
+    licence = card.licence.replace("[", "\\[")  # no markup
+    return f"{card.pipeline}, {card.width}x{card.height}, prompts of the domain {card.domain}; {licence}"
 
 
 def _console(stderr: bool = False) -> Any:
@@ -755,10 +757,14 @@ def _compared(done: Mapping[str, Any]) -> None:
             text = f"FAILED {_leaf(row['method'])} on {_leaf(row['task'])}, seed {row['seed']}: {row['reason']}"
             console.print(text, style="bold red", markup=False, highlight=False)
     spent = " · ".join(f"{key} {value:,.0f}" for key, value in done["spent"].items() if key != "flops")
-    console.print(
-        f"spent by all of them: {spent}\nsee {done['path']}\nto rank them: gpobench leaderboard {Path(done['path']).parent}",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+    told = [f"spent by all of them: {spent}", f"see {done['path']}"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows if row["state"] == "done"))
+    told += [  # by this file: the folder may hold runs of other budgets
+        f"to rank them: gpobench leaderboard {done['path']}"
+        + (f" --task {shlex.quote(task)}" if len(tasks) > 1 else "")
+        for task in tasks
+    ]
+    console.print("\n".join(told), highlight=False, markup=False, soft_wrap=True)
 
 
 def _leaf(reference: str) -> str:

@@ -13,7 +13,8 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .errors import Interrupted, UserError
 from .here import here
 from .jobs import Job, apart, folder, spent
 from .record import Record
+from .run import busy
 from .scorers import parts
 from .spec import Search
 from .view import Silent, View
@@ -256,15 +258,25 @@ def compare(
     folder(out / "logs")
     work = _Work(grid, runs, out, view, interrupted)
     work.find()
+    _installed([run.plan for run in runs if run.done is None])
     for attempt in (1, 2):
-        left = [run for run in runs if run.done is None]
-        if not left:
-            break
-        if attempt == 1 and jobs == 1:
-            work.here(left)
-        else:
-            work.apart(left, jobs, again=attempt == 2)
+        for left in work.left():
+            if attempt == 1 and jobs == 1:
+                work.here(left)
+            else:
+                work.apart(left, jobs, again=attempt == 2)
     return work.keep()
+
+
+def _installed(plans: Iterable[Config]) -> None:
+    """Refuse a grid whose training or held-out scorers cannot be made here: every one of its runs would fail by it, twice."""
+    wanted: dict[str, None] = {}
+    for plan in {(plan.task, plan.reward): plan for plan in plans}.values():
+        exam, domain = registry.load("task", plan.task)(), plan.card().domain
+        names = [*(name for name, _ in parts(plan.reward)), exam.reward(domain), *exam.held_out(domain)]
+        wanted |= dict.fromkeys(name for name in names if name not in plan.places)
+    for name in wanted:
+        registry.scorer(name)  # raises Missing, which says what to install
 
 
 class _Work:
@@ -274,6 +286,7 @@ class _Work:
         self._grid, self._runs, self._out, self._view, self._interrupted = grid, runs, out, view, interrupted
         self._path = out / f"compare-{_slug(runs)}.json"
         self._from = record.provenance()
+        self._said: set[str] = set()
         self._at: dict[int, float] = {}  # run -> the share of it that the bar has been told of
 
     def find(self) -> None:
@@ -287,10 +300,27 @@ class _Work:
         self._at = {run.number: run.fraction for run in self._runs}
         left = sum(run.done is None for run in self._runs)
         if left < len(self._runs):
-            self._view.say(f"{len(self._runs) - left} of {len(self._runs)} runs are already done")
+            commits = {str(run.done.provenance.get("revision", "")) for run in self._runs if run.done}
+            other = commits - {str(self._from.get("revision", ""))}
+            by = f", by other code than this ({', '.join(sorted(c[:12] for c in other))})" if any(other) else ""
+            self._view.say(f"{len(self._runs) - left} of {len(self._runs)} runs are already done{by}")
         if left:
             total = sum(1 - self._at[run.number] for run in self._runs)
             self._view.phase(f"{left} run{'s' if left > 1 else ''}", max(total, 1e-9))
+
+    def left(self) -> Iterator[list[Run]]:
+        """What is not done: first all that nobody is at work on, then, one by one, what another process had begun."""
+        todo = [run for run in self._runs if run.done is None]
+        others = [run for run in todo if busy(run.home)]
+        if free := [run for run in todo if run not in others]:
+            yield free
+        for run in others:
+            self._view.say(f"run {run.number}: another process is at work on it; waiting for that to end")
+            while busy(run.home):
+                if self._interrupted():
+                    raise self._stop()
+                time.sleep(1)
+            yield [run]
 
     def here(self, left: Sequence[Run]) -> None:
         """One after another in this process."""
@@ -298,7 +328,7 @@ class _Work:
             if self._interrupted():
                 raise self._stop()
             self._begins(run)
-            inside = _Inside(self._view, lambda fraction, run=run: self._reach(run, fraction))
+            inside = _Inside(self._view, lambda fraction, run=run: self._reach(run, fraction), self._said)
             try:
                 done, why = here(
                     run.plan, runs=self._out, log=self._log(run), view=inside, interrupted=self._interrupted
@@ -377,9 +407,13 @@ class _Inside:
 
     view: View
     reach: Callable[[float], None]
+    said: set[str]  # by any run of the grid
 
     def say(self, text: str) -> None:
-        self.view.say(text)
+        # That a scorer is not installed holds for the whole grid.
+        if text not in self.said or not text.startswith("not judged by "):
+            self.view.say(text)
+        self.said.add(text)
 
     def phase(self, name: str, total: float) -> None: ...
     def advance(self, by: float) -> None: ...

@@ -7,6 +7,7 @@ import json
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Config:
     tuned: Table = field(default_factory=dict[str, Any])  # how the settings were chosen: trials, spent, command
     places: Mapping[str, Any] = field(default_factory=dict[str, Any])  # scorer -> scorers.Place, where it lives
     prompts: Mapping[Any, Path] = field(default_factory=dict[Any, Path])  # split -> the person's own file
+    sources: Mapping[str, str] = field(default_factory=dict[str, str])  # a part's own file -> its content's hash
 
     def mapping(self) -> Table:
         """Plain, printable, hashable: what --dry-run shows and the record keeps.
@@ -59,6 +61,7 @@ class Config:
             "precision": self.precision,
             "reward": self.reward,
             **({"prompts": files} if files else {}),
+            **({"sources": dict(self.sources)} if self.sources else {}),
             **self.execution,
         }
 
@@ -137,7 +140,22 @@ def resolve(
         tuned=tuned,
         places=homes,
         prompts=files,
+        sources=_sources(method, task, reward or exam.reward(card.domain)),
     )
+
+
+def _sources(method: str, task: str, reward: str) -> dict[str, str]:
+    """Of parts that are files of the person's own: their content, 12 hex digits by name. An edited method is another one.
+
+    What such a file imports is not looked at.
+    """
+    from .scorers import parts
+
+    named = [method, task, *(name for name, _ in parts(reward))]
+    found: dict[str, str] = {}
+    for path in dict.fromkeys(Path(one.rpartition(":")[0]) for one in named if ".py:" in one):
+        found[path.name] = found.get(path.name, "") + file_digest(path)[:12]
+    return found
 
 
 def _execution(table: Table, card: Card) -> Table:
@@ -211,6 +229,8 @@ def preset(method: str, model: str, task: str) -> Table:
     """The settings of a method's preset file for a model and a task, those of its variant last."""
     path = preset_path(method)
     presets = _file(path) if path else {}
+    if path and ".py:" in method:
+        _presets_only(path, presets, model)
     table = _section(presets, model, task)
     variant = "" if ".py:" in method else method.partition(":")[2]
     if variant:
@@ -220,6 +240,18 @@ def preset(method: str, model: str, task: str) -> Table:
         _merge(table, {key: value for key, value in presets[variant].items() if key not in models})
         _merge(table, _section(presets[variant], model, task))
     return table
+
+
+def _presets_only(path: Path, presets: Mapping[str, Any], model: str) -> None:
+    """Raise UserError where a file beside a person's method holds no presets, or has a section that is nearly a model's name."""
+    known = {*registry.entries("model"), model}
+    for key, value in presets.items():
+        if not isinstance(value, Mapping):
+            raise UserError(
+                f"{path} stands beside a method and should hold its presets, but {key!r} is in no section of a model"
+            )
+        if key not in known and get_close_matches(key, known, n=1, cutoff=0.75):
+            raise registry.unknown(f"section of {path}", key, known)
 
 
 def _section(presets: Mapping[str, Any], model: str, task: str) -> Table:

@@ -114,6 +114,13 @@ class Record(_Part):
     )
 
 
+def elsewhere(records: Sequence[Record]) -> int:
+    """How many of these runs were not surely made by this code: by another commit, or one of the two has changes in none."""
+    now = revision()
+    made = [str(one.provenance.get("revision", "")) for one in records]
+    return sum(one != now or not now or now.endswith("-dirty") for one in made)
+
+
 def hacked(
     delta: Mapping[str, Mapping[str, Any]], training: str, held_out: Sequence[str], quality: Sequence[str] = ()
 ) -> bool:

@@ -161,5 +161,8 @@ def _from_file(reference: str) -> Any:
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
     if name not in vars(module):
-        raise unknown(f"name in {path.name}", name, [n for n in vars(module) if not n.startswith("_")])
+        own = [
+            n for n, made in vars(module).items() if getattr(made, "__module__", "") == alias and not n.startswith("_")
+        ]
+        raise unknown(f"name in {path.name}", name, own or [n for n in vars(module) if not n.startswith("_")])
     return vars(module)[name]

@@ -111,12 +111,16 @@ def jury(
     columns = task.columns(domain) if isinstance(task, Columned) else Columns()
     taken = {training, *held}
 
+    absent: set[str] = set()  # an embedder may be wanted twice
+
     def add(names: Sequence[str], into: list[Any], make: Callable[[str], Any]) -> None:
         for name in dict.fromkeys(names):
             try:
                 into.append(make(name))
             except Missing as missing:
-                say(f"not judged by {name}: {missing}")
+                if name not in absent:
+                    say(f"not judged by {name}: {missing}")
+                absent.add(name)
 
     scorer = lambda name: open_scorer(name, places or {})
     add([name for name in task.scorers(domain) if name not in taken], made.further, scorer)
@@ -637,6 +641,17 @@ def _alone(home: Path) -> Generator[None]:
         except OSError:
             raise UserError(f"another process is at work on {home}") from None
         yield
+
+
+def busy(home: Path) -> bool:
+    """Is another process at work on this run directory?"""
+    try:
+        with _alone(home):
+            return False
+    except FileNotFoundError:
+        return False
+    except UserError:
+        return True
 
 
 @contextmanager

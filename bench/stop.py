@@ -22,7 +22,9 @@ def asked_to_stop() -> Generator[Callable[[], bool]]:
         if asked:
             raise AtOnce
         asked.append(number)
-        print("\nstopping after this iteration (Ctrl-C again: at once)", file=sys.stderr)
+        print(
+            "\nstopping after the step at hand, so that nothing of it is lost (Ctrl-C again: at once)", file=sys.stderr
+        )
 
     old = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

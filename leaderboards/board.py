@@ -535,7 +535,13 @@ def _ground(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _differ(what: str, a: Run, mine: Any, b: Run, other: Any) -> UserError:
-    hint = " (--task takes one)" if what == "task" else ""
+    hint = (
+        " (--task takes one)"
+        if what == "task"
+        else " (name the runs, or the JSON file that `compare` wrote about them)"
+        if what.startswith(("budget", "judging"))
+        else ""
+    )
     return UserError(
         f"these runs differ in {what}: {mine} in {a.folder} and {other} in {b.folder}; a table never mixes them{hint}"
     )
@@ -623,7 +629,7 @@ def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def _settings(r: Record) -> dict[str, Any]:
     """What makes a row: all of the configuration that is neither the seed nor shared by the table."""
-    return {k: v for k, v in r.config.items() if k in ("settings", "adapter", "precision", "reward")}
+    return {k: v for k, v in r.config.items() if k in ("settings", "adapter", "precision", "reward", "sources")}
 
 
 def _settings_text(r: Record) -> str:
@@ -663,7 +669,16 @@ def _notes(rows: Sequence[Row], columns: Sequence[Column], key: str, runs: Seque
         usual = seeds.most_common(1)[0][0]
         others = "; ".join(f"{r.label} {_list(r.seeds)}" for r in rows if r.kind != "base" and r.seeds != usual)
         notes.append(f"Not all rows have the seeds {_list(usual)}: {others}.")
+    by_folder = {str(r.folder): r for r in runs}
     for row in rows:
+        mine = [by_folder[folder] for folder in row.folders]
+        if mine and all(
+            np.array_equal(r.before[k], r.after[k], equal_nan=True) for r in mine for k in r.after if k in r.before
+        ):
+            updates = row.spent.get("updates", 0)
+            notes.append(
+                f"{row.label} changed no score of any image; it made {updates:,.0f} updates within the budget."
+            )
         if row.invalid:
             notes.append(
                 f"{row.label}: more than {100 * record.INVALID:g} % of the images could not be scored, so it is not ranked."

@@ -49,6 +49,8 @@ def leaderboard(
     Examples: `gpobench leaderboard runs` · `gpobench leaderboard runs --baseline flow-grpo --out table.md` ·
     `gpobench leaderboard runs/gpo-* runs/sft-* --format latex`
     """
+    if format is None and out is not None and out.suffix not in {**SUFFIXES, ".txt": "", "": ""}:
+        raise UserError(f"{out}: name it {', '.join(f'*{s}' for s in SUFFIXES)} or *.txt, or say --format")
     kind = format or (SUFFIXES.get(out.suffix, "terminal") if out else "terminal")
     if kind not in FORMATS:
         from ..bench.registry import unknown
@@ -217,7 +219,7 @@ def regress(
 def _update(path: Path, found: Sequence[Run], keys: Sequence[str], margins: Sequence[str]) -> None:
     """Write a baseline of these runs; where they are of several tasks, one a task and an index of them."""
     from ..bench.record import flagged
-    from .baseline import parts, read, write, write_index
+    from .baseline import beside, parts, read, write, write_index
     from .regress import compose
 
     by: dict[str, list[Run]] = {}
@@ -242,7 +244,9 @@ def _update(path: Path, found: Sequence[Run], keys: Sequence[str], margins: Sequ
         if flagged(one.record):
             typer.echo(f"gpobench: {one.folder} wears the hack flag, and is now part of a baseline", err=True)
     numbers = sum(len(claim.number) for one in done for claim in one.row)
-    files = ", ".join(str(file) for file in ([path] if index else []) + [part for part, _ in made])
+    files = ", ".join(
+        str(f) for f in [*([path] if index else []), *(f for part, _ in made for f in (part, beside(part)))]
+    )
     typer.echo(f"wrote {files}: {numbers} numbers of {sum(len(one.row) for one in done)} rows", err=True)
 
 

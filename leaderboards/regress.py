@@ -589,7 +589,11 @@ def _sets(method: str, table: Board, settings: Mapping[str, Any]) -> tuple[str, 
     bounds = ",".join(f"{k}={v!r}" for k, v in table.budget.items())
     now = resolve(method, table.task, table.model, budget=bounds).mapping()
     there = {key.removeprefix("settings."): value for key, value in flat(now).items()}
-    own = {key.removeprefix("settings."): value for key, value in settings.items() if key != "reward"}
+    own = {
+        key.removeprefix("settings."): value
+        for key, value in settings.items()
+        if key != "reward" and not key.startswith("sources.")
+    }
     own |= flat({"judging": table.judging})
     return tuple(f"{key}={literal(value)}" for key, value in own.items() if there.get(key) != value)
 
@@ -618,7 +622,9 @@ def train(
     homes = [out / _slug(known, claim, seed) for known, claim, seed in work]
     folder(out / "logs")
     if not fresh and (there := [home for home in homes if (home / "record.json").is_file()]):
-        say(f"{len(there)} of {len(work)} runs are done already in {out}{_elsewhere(there)}")
+        older = record.elsewhere([record.read(home / "record.json") for home in there])
+        warned = f", {older} of them not surely by this code: --fresh makes them again" if older else ""
+        say(f"{len(there)} of {len(work)} runs are done already in {out}{warned}")
     names = [f"{claim.label} on {known.task}, seed {seed}" for known, claim, seed in work]
     failed: list[str] = []
 
@@ -640,14 +646,6 @@ def train(
     if failed:
         raise UserError(failed[0])
     return homes
-
-
-def _elsewhere(homes: Sequence[Path]) -> str:
-    """A warning where finished runs were made by other code than this: they say nothing about it."""
-    made = [str(record.read(home / "record.json").provenance.get("revision", "")) for home in homes]
-    now = record.revision()
-    other = [one for one in made if one != now or not now or now.endswith("-dirty")]
-    return f", {len(other)} of them not surely by this code: --fresh makes them again" if other else ""
 
 
 def _slug(known: Baseline, claim: Claim, seed: int) -> str:

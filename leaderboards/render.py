@@ -152,7 +152,7 @@ def _terminal(board: Board, width: int) -> str:
         notes.insert(0, "; ".join(f"{m} {text}" for m, text in zip(letters, legend, strict=True)))
     hidden = sum(any(c[1]) for c in (*must, *more)) - len(shown)
     if hidden:
-        notes.append(f"{hidden} further columns: --format md, csv, json, latex or html.")
+        notes.append("More columns: --format md, csv, json, latex or html.")
     wrap = lambda text: "\n".join(_lines(text, width))
     parts = [
         wrap(_title(board)),

@@ -288,7 +288,7 @@ def test_asked_to_stop_a_run_says_so_and_goes_on_later(
     argv = command(tiny_pipe, redness, tmp_path)
     ended = gpobench(*argv, before=f"{AT}at({STEP}, 9, {how})")
     assert ended.code == 130 and ended.out == ""
-    assert "stopping after this iteration" in ended.err and "the same command goes on from there" in ended.err
+    assert "stopping after the step at hand" in ended.err and "the same command goes on from there" in ended.err
     assert "Traceback" not in ended.err
     done = iterations(tmp_path)[-1]
     assert done == 5  # the iteration at hand was ended

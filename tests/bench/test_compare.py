@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -19,7 +20,7 @@ from gpobench.bench import compare as comparing
 from gpobench.bench import jobs
 from gpobench.bench.compare import Grid, commands, compare, plan, seeds, split
 from gpobench.bench.disk import digest
-from gpobench.bench.errors import Interrupted, UserError
+from gpobench.bench.errors import Interrupted, Missing, UserError
 from gpobench.bench.view import Silent
 
 FIXED = ["prompts=2", "group=4", "optim.warmup=0", "optim.minibatches=1"]
@@ -224,6 +225,51 @@ def test_one_that_always_fails_is_shown_and_stops_no_other(grid: Any, tmp_path: 
     assert "not today" in (tmp_path / "runs" / "logs" / f"{bad['run']}.log").read_text()
     (tmp_path / "cranky.py").write_text(CRANKY.replace("== 1", "== -1"))  # mended, and asked for again
     assert compare(g, out=tmp_path / "runs", view=Bar())["done"] == 2
+
+
+def test_an_edited_method_is_run_again(grid: Any, tmp_path: Path) -> None:
+    (tmp_path / "calm.py").write_text(CRANKY.replace("== 1", "== -1"))
+    g = grid(f"{tmp_path}/calm.py:Cranky")
+    first = compare(g, out=tmp_path / "runs", view=Bar())["runs"][0]
+    (tmp_path / "calm.py").write_text(CRANKY.replace("== 1", "== -2"))
+    second = compare(g, out=tmp_path / "runs", view=Bar())["runs"][0]
+    assert (first["how"], second["how"]) == ("made", "made") and first["run"] != second["run"]
+
+
+def test_what_another_process_is_at_work_on_is_waited_for(grid: Any, tmp_path: Path) -> None:
+    """Nothing fails by it, and all else is done first."""
+    g, out, bar = grid("gpo", "rwr"), tmp_path / "runs", Bar()
+    home = plan(g, out)[0].home
+    home.mkdir(parents=True)
+    lock = (home / ".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    let_go = threading.Timer(0, lambda: None)
+
+    def say(text: str) -> None:
+        bar.said.append(text)
+        if "waiting for that to end" in text:
+            let_go.function = lock.close
+            let_go.start()
+
+    bar.say = say
+    found = compare(g, out=out, view=bar)
+    assert found["done"] == 2 and not any("failed" in line for line in bar.said)
+    order = [
+        line.partition(":")[0] for line in bar.said if "at work" in line or line.startswith("run ") and " of 2" in line
+    ]
+    assert order == ["run 2 of 2", "run 1", "run 1 of 2"]
+
+
+def test_a_scorer_that_is_not_installed_is_said_before_anything_runs(
+    grid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(reference: str) -> Any:
+        raise Missing(f"{reference} needs open_clip")
+
+    monkeypatch.setattr(comparing.registry, "scorer", absent)
+    with pytest.raises(UserError, match="needs open_clip"):
+        compare(grid("gpo"), out=tmp_path / "runs", view=Bar())
+    assert not list((tmp_path / "runs").glob("*/config.toml"))
 
 
 @pytest.mark.slow

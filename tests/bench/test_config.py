@@ -139,6 +139,32 @@ def test_the_digest_names_what_matters_and_nothing_else(tiny_pipe: Path, redness
     assert with_seed(base, 1).digest() == digest(seed=1)
 
 
+def test_an_edited_file_is_another_run(tiny_pipe: Path, redness: str, mine: str) -> None:
+    """A method of one's own is what its file says: an old result is not shown for new code, nor gone on with by it."""
+    task = f"{redness}:Paint"
+    first = plan(mine, task, tiny_pipe, budget="nfe=100")
+    assert set(first.mapping()["sources"]) == {"mine.py", "redness.py"}
+    file = Path(mine.rpartition(":")[0])
+    file.write_text(METHOD + "\n# changed\n")
+    second = plan(mine, task, tiny_pipe, budget="nfe=100")
+    assert second.digest() != first.digest() and second.mapping()["settings"] == first.mapping()["settings"]
+    file.write_text(METHOD)
+    assert plan(mine, task, tiny_pipe, budget="nfe=100").digest() == first.digest()
+    assert "sources" not in resolve("gpo", "ocr", "tiny").mapping()  # ours is known by its version
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("command = 'gpobench'\n", "should hold its presets, but 'command'"), ("[tinny]\na = 1\n", "did you mean 'tiny'")],
+)
+def test_a_file_beside_a_method_that_is_no_preset_is_refused(
+    mine: str, redness: str, tiny_pipe: Path, text: str, said: str
+) -> None:
+    Path(mine.rpartition(":")[0]).with_suffix(".toml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        plan(mine, f"{redness}:Paint", tiny_pipe)
+
+
 def test_what_a_run_wrote_down_is_the_same_run(tiny_pipe: Path, redness: str, tmp_path: Path, mine: str) -> None:
     from gpobench.bench.run import _toml  # pyright: ignore[reportPrivateUsage]
 

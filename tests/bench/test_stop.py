@@ -18,6 +18,6 @@ def test_the_first_is_heard_the_second_ends_and_the_old_handler_returns(
     with pytest.raises(AtOnce), asked_to_stop() as stopped:
         assert not stopped()
         os.kill(os.getpid(), number)
-        assert stopped() and "stopping after this iteration" in capsys.readouterr().err
+        assert stopped() and "stopping after the step at hand" in capsys.readouterr().err
         os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before

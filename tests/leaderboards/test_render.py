@@ -190,7 +190,7 @@ def test_a_terminal_gets_what_fits(made: Board, width: int) -> None:
     text = render(made, width=width)
     assert max(map(cell_len, text.splitlines())) <= width
     assert KEY in text and cell(made.rows[0].cells[KEY].after) in text and "one training seed" in text
-    assert ("further columns" in text) is (width == 80) and ("nfe" in text.split("\n\n")[1]) is (width > 80)
+    assert ("More columns" in text) is (width == 80) and ("nfe" in text.split("\n\n")[1]) is (width > 80)
     assert "Reported elsewhere" in text and "flow-grpo, accuracy: 0.92 fraction (with KL" in " ".join(text.split())
 
 
