@@ -163,7 +163,7 @@ def regress(
     have them (narrow the baseline with --row and --task); 2: cannot be judged.
 
     Examples: `gpobench regress runs --against leaderboards/tiny.toml` · `gpobench regress --run tiny --junit verdicts.xml` ·
-    `gpobench regress runs --against mine.toml --update --margin 0.03`
+    `gpobench regress runs --against numbers.toml --update --margin 0.03`
     """
     if (against is None) == (run is None):
         raise UserError("name one baseline: --against FILE, or --run FILE to do its runs first")
