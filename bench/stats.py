@@ -407,10 +407,26 @@ def _crossing(spent: Array, curves: Array, target: float) -> Array:
 # Across tasks, over runs: (runs, tasks), scores on one scale
 
 
-def iqm(scores: ArrayLike, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Estimate:
+def redrawn(
+    columns: ArrayLike, resamples: int = 10_000, seed: int = 0, strata: Sequence[object] | None = None
+) -> Array:
+    """(prompts, columns) -> (resamples, columns): means under resamples of the prompts, the same ones for every column.
+
+    A prompt without a score in some column is left out of all. strata as in `mean_ci`.
+    """
+    table = np.asarray(columns, np.float64)
+    whole = np.isfinite(table).all(1)
+    _, _, groups, _ = _weigh(np.where(whole, 0.0, np.nan), strata)
+    return _resample_within(table[whole], groups, resamples, np.random.default_rng(seed))
+
+
+def iqm(
+    scores: ArrayLike, level: float = 0.95, resamples: int = 10_000, seed: int = 0, drawn: ArrayLike | None = None
+) -> Estimate:
     """The interquartile mean of (runs, tasks): the mean of the middle half (arXiv 2108.13264), runs resampled within tasks.
 
-    Few runs make the interval too narrow: over four tasks it covered 90 % with five runs, 93 % with ten, 95 % with twenty.
+    Expanded percentile intervals. drawn (resamples, runs, tasks): the scores under resamples of the prompts, as of `redrawn`;
+    without them the interval knows of no other prompts.
     """
     from scipy.stats import trim_mean
 
@@ -419,29 +435,47 @@ def iqm(scores: ArrayLike, level: float = 0.95, resamples: int = 10_000, seed: i
     mean = float(trim_mean(x.ravel(), 0.25))
     if runs < 2:
         return Estimate(mean, math.nan, math.nan, runs, level=level)
+    source = x[None] if drawn is None else np.asarray(drawn, np.float64)
+    resamples = resamples if drawn is None else len(source)
     pick = rng.integers(0, runs, (resamples, runs, tasks))
-    boot = trim_mean(np.take_along_axis(x[None], pick, 1).reshape(resamples, -1), 0.25, axis=1)
-    return _percentile(mean, boot, level, runs)
+    boot = trim_mean(np.take_along_axis(source, pick, 1).reshape(resamples, -1), 0.25, axis=1)
+    return _percentile(mean, boot, _tail(level, runs * tasks, tasks), level, runs)
 
 
 def probability_of_improvement(
-    ours: ArrayLike, theirs: ArrayLike, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    ours: ArrayLike,
+    theirs: ArrayLike,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+    drawn: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> Estimate:
     """The mean over tasks of P(a run of ours beats one of theirs), ties half: the Mann-Whitney statistic (arXiv 2108.13264).
 
-    ours (runs, tasks), theirs (runs', tasks); runs are resampled within tasks. Raises UserError when the tasks differ.
+    ours (runs, tasks), theirs (runs', tasks); runs are resampled within tasks, expanded percentile intervals. Where one side wins
+    everywhere the interval has no width, which says little of few runs. drawn: both sides under the same resamples of the
+    prompts, as in `iqm`. Raises UserError when the tasks differ.
     """
     x, y, rng = _runs(ours), _runs(theirs), np.random.default_rng(seed)
     if x.shape[1] != y.shape[1]:
         raise UserError(f"both sides need the same tasks: {x.shape[1]} and {y.shape[1]}")
-    wins = (np.sign(x[:, None] - y[None]) + 1) / 2  # (runs, runs', tasks)
+
+    def beats(one: Array, other: Array) -> Array:  # (..., runs, runs', tasks)
+        return (np.sign(one[..., :, None, :] - other[..., None, :, :]) + 1) / 2
+
+    wins = beats(x, y)
     n, m, tasks = wins.shape
     mean = float(wins.mean())
     if min(n, m) < 2:
         return Estimate(mean, math.nan, math.nan, min(n, m), level=level)
+    if drawn is not None:
+        wins = beats(*(np.asarray(side, np.float64) for side in drawn))
+        resamples = len(wins)
     a = rng.multinomial(n, np.full(n, 1 / n), (resamples, tasks)) / n
     b = rng.multinomial(m, np.full(m, 1 / m), (resamples, tasks)) / m
-    return _percentile(mean, np.einsum("rta,abt,rtb->r", a, wins, b, optimize=True) / tasks, level, min(n, m))
+    each = "rabt" if drawn is not None else "abt"
+    boot = np.einsum(f"rta,{each},rtb->r", a, wins, b, optimize=True) / tasks
+    return _percentile(mean, boot, _tail(level, min(n, m) * tasks, tasks), level, min(n, m))
 
 
 def profile(
@@ -635,6 +669,6 @@ def _runs(scores: ArrayLike) -> Array:
     return x
 
 
-def _percentile(mean: float, boot: Array, level: float, n: int) -> Estimate:
-    low, high = np.quantile(boot, [(1 - level) / 2, (1 + level) / 2])
+def _percentile(mean: float, boot: Array, tail: float, level: float, n: int) -> Estimate:
+    low, high = np.quantile(boot, [tail, 1 - tail])
     return Estimate(mean, float(low), float(high), n, float(boot.std(ddof=1)), level)

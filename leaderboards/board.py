@@ -536,7 +536,7 @@ def _ground(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _differ(what: str, a: Run, mine: Any, b: Run, other: Any) -> UserError:
     hint = (
-        " (--task takes one)"
+        " (--task takes one, --across sums them up)"
         if what == "task"
         else " (name the runs, or the JSON file that `compare` wrote about them)"
         if what.startswith(("budget", "judging"))

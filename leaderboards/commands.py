@@ -40,6 +40,12 @@ def leaderboard(
         str | None, typer.Option(help="The scorer/metric that ranks; default: that of the first held-out scorer.")
     ] = None,
     task: Task = None,
+    across: Annotated[
+        bool,
+        typer.Option(
+            "--across", help="Sum up runs of several tasks: each one's gain, IQM, probability of improvement."
+        ),
+    ] = False,
 ) -> None:
     """Rank finished runs of one task, model and budget, with an interval on every number.
 
@@ -47,10 +53,11 @@ def leaderboard(
     number of rows that are told to be better, corrected over all pairs; rows that share one cannot be told apart.
 
     Examples: `gpobench leaderboard runs` · `gpobench leaderboard runs --baseline flow-grpo --out table.md` ·
-    `gpobench leaderboard runs/gpo-* runs/sft-* --format latex`
+    `gpobench leaderboard runs/gpo-* runs/sft-* --format latex` · `gpobench leaderboard runs --across`
     """
     if format is None and out is not None and out.suffix not in {**SUFFIXES, ".txt": "", "": ""}:
         raise UserError(f"{out}: name it {', '.join(f'*{s}' for s in SUFFIXES)} or *.txt, or say --format")
+    width = max(80, shutil.get_terminal_size((80, 24)).columns) if out is None else 80
     kind = format or (SUFFIXES.get(out.suffix, "terminal") if out else "terminal")
     if kind not in FORMATS:
         from ..bench.registry import unknown
@@ -59,8 +66,19 @@ def leaderboard(
     from .board import board, left_out, load
     from .render import render
 
+    if across:
+        if task is not None or key is not None:
+            raise UserError(
+                "--across is over all tasks, each by its own first held-out scorer: leave --task and --key out"
+            )
+        from .across import across as sum_up
+        from .across import render as write
+
+        text = write(sum_up(load(runs), baseline, notes=left_out(runs)), kind, width=width)
+        typer.echo(text, nl=False) if out is None else _write(out, text)
+        return
     made = board(load(runs, task), baseline=baseline, key=key, notes=left_out(runs, task))
-    text = render(made, kind, width=max(80, shutil.get_terminal_size((80, 24)).columns) if out is None else 80)
+    text = render(made, kind, width=width)
     if out is None:
         typer.echo(text, nl=False)
         return

@@ -80,6 +80,36 @@ def curve(label: str, runs: Sequence[Run], clock: str) -> Curve | None:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How fast rows get where, on validation prompts: gains over where the curve begins, prompt by prompt."""
+
+    key: str
+    clock: str
+    target: float  # half the best gain at the end
+    rows: Mapping[str, tuple[Estimate, Estimate]]  # label -> mean gain over the budget, what is spent until the target
+
+
+def pace(curves: Sequence[Curve], rows: Mapping[str, Sequence[Run]], key: str, clock: str, bound: float) -> Pace | None:
+    """The area under each curve and what is spent until it stays above the target, by the rules of `stats.area` and
+    `stats.time_to_target`; None where no row was looked at on the way. bound: of the budget, in units of the clock.
+    """
+    there = {c.label: c for c in curves if key in c.scores and clock in c.spent and len(c.scores[key]) > 2}
+    if not there or not bound > 0:
+        return None
+    target = max(c.scores[key][-1].mean - c.scores[key][0].mean for c in there.values()) / 2
+    if not target > 0:
+        return None
+    found: dict[str, tuple[Estimate, Estimate]] = {}
+    for label in there:
+        looks = [(_marks(run), [point.spent[clock] for point in run.record.curve]) for run in rows[label]]
+        seeds = [(spent, look.scores[key] - look.scores[key][:, :1]) for look, spent in looks if look is not None]
+        strata = next(list(look.strata) if len(set(look.strata)) > 1 else None for look, _ in looks if look is not None)
+        over = stats.area(seeds, bound, resamples=RESAMPLES, strata=strata)
+        found[label] = (over, stats.time_to_target(seeds, target, resamples=RESAMPLES, strata=strata))
+    return Pace(key, clock, target, found)
+
+
+@dataclass(frozen=True)
 class _Look:
     scores: Mapping[str, Array]  # scorer/metric -> (prompts, marks)
     strata: Sequence[str]  # (prompts,)

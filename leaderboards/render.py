@@ -219,19 +219,20 @@ def _table(board: Board) -> list[list[str]]:
     return [[plain(text) for text in line] for line in lines]
 
 
-def _escape_markdown(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is."""
     return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", text)
 
 
 def _markdown(board: Board) -> str:
-    head, *rows = [[_escape_markdown(text) for text in line] for line in _table(board)]
-    lines = [f"**{_escape_markdown(_title(board))}**", ""]
+    head, *rows = [[escape_markdown(text) for text in line] for line in _table(board)]
+    lines = [f"**{escape_markdown(_title(board))}**", ""]
     lines += [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
     for note in (*board.notes, *RULES):
-        lines += ["", _escape_markdown(plain(note))]
+        lines += ["", escape_markdown(plain(note))]
     if board.reported:
         first, *said = _reported(board)
-        lines += ["", _escape_markdown(first), "", *(f"- {_escape_markdown(plain(text))}" for text in said)]
+        lines += ["", escape_markdown(first), "", *(f"- {escape_markdown(plain(text))}" for text in said)]
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from ..bench.disk import write_atomically
 from ..bench.stats import Estimate
 from . import evidence
 from .board import BASE, RULES, Board, Run
-from .evidence import Album, Case, Curve, Measure, Parts
+from .evidence import Album, Case, Curve, Measure, Pace, Parts
 from .render import MARKS, cell, number, p_value, plain, spend
 
 MANY = 6  # lines, from where bands of all of them hide one another
@@ -31,6 +31,7 @@ class Evidence:
     rows: Mapping[str, Sequence[Run]]  # label -> its runs
     texts: Sequence[str]  # the test prompts
     curves: Sequence[Curve]
+    pace: Pace | None
     measures: Sequence[Measure]
     parts: Sequence[Parts]
     hardest: Mapping[str, tuple[Sequence[Case], Sequence[Case]]]  # label -> lowest, largest losses
@@ -51,10 +52,12 @@ def gather(board: Board, runs: Sequence[Run]) -> Evidence:
         "curve": [label for label, one in drawn.items() if one is None],
         "pictures": [label for label in measured if album is None or label not in album.frames],
     }
+    curves = [one for one in drawn.values() if one]
     return Evidence(
         rows=rows,
         texts=texts,
-        curves=[one for one in drawn.values() if one],
+        curves=curves,
+        pace=evidence.pace(curves, rows, board.key, clock, board.budget.get(clock, math.nan)),
         measures=evidence.measures(board),
         parts=evidence.breakdowns(board, rows, texts),
         hardest={label: evidence.hardest(group, board.key) for label, group in measured.items()},
@@ -74,7 +77,7 @@ def page(board: Board, found: Evidence) -> str:
     text = {name: here.joinpath(name).read_text("utf-8") for name in ("report.html.jinja", "report.css", "report.js")}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     filters: dict[str, Any] = environment.filters
-    filters.update({"plain": plain, "parts": _parts, "p": p_value, "number": number, "clock": _clock})
+    filters.update({"plain": plain, "parts": _parts, "p": p_value, "number": number, "clock": _clock, "until": _until})
     return environment.from_string(text["report.html.jinja"]).render(
         css=text["report.css"],
         js=text["report.js"],
@@ -118,6 +121,14 @@ def _parts(e: Estimate | None, sign: bool = False) -> tuple[str, str]:
     """The number and its interval, apart."""
     mean, bracket, rest = cell(e, sign).partition(" [")
     return mean, f"[{rest}" if bracket else ""
+
+
+def _until(e: Estimate, currency: str) -> str:
+    """12,000 [9,000, 15,000]; an end beyond the budget has no number."""
+    if math.isinf(e.mean):
+        return "not within the budget"
+    ends = [spend(currency, x) if math.isfinite(x) else "beyond" if x > 0 else "-" for x in (e.low, e.high)]
+    return f"{spend(currency, e.mean)} [{', '.join(ends)}]"
 
 
 def _reported(board: Board) -> dict[str, dict[tuple[str, str], list[str]]]:

@@ -85,7 +85,7 @@ def test_failed_and_unfinished_runs_are_named(make: Make, tmp_path: Path) -> Non
 def test_one_task_of_several_is_taken(make: Make, tmp_path: Path) -> None:
     for task in ("ocr", "counting"):
         make(f"both/{task}", "gpo", 0, 0.1, task=task)
-    with pytest.raises(UserError, match=r"differ in task: .*\(--task takes one\)"):
+    with pytest.raises(UserError, match=r"differ in task: .*\(--task takes one, --across"):
         board(load([tmp_path / "both"]), resamples=10)
     assert {r.record.task for r in load([tmp_path / "both"], "counting")} == {"counting"}
     with pytest.raises(UserError, match="did you mean 'ocr'"):

@@ -48,6 +48,23 @@ def test_seeds_are_read_along_straight_lines(make_full: Make) -> None:
     assert widths[-1] > widths[0]  # seeds part from one another
 
 
+def test_the_pace_is_read_off_the_curves(make_full: Make) -> None:
+    """Straight lines from the same base: the steepest has half the best gain at half the budget, a flat one never."""
+    folders = [make_full(f"{m}{s}", m, s, gain) for m, gain in (("gpo", 0.4), ("awm", 0.1)) for s in range(2)]
+    runs = load(folders)
+    rows = evidence.groups(board(runs, resamples=50), runs)
+    curves = [c for label in ("gpo", "awm") if (c := evidence.curve(label, rows[label], "nfe"))]
+    pace = evidence.pace(curves, rows, KEY, "nfe", 1000.0)
+    assert pace is not None and set(pace.rows) == {"gpo", "awm"}
+    assert pace.target == pytest.approx(0.2)
+    (over, until), (slow, never) = pace.rows["gpo"], pace.rows["awm"]
+    assert over.mean == pytest.approx(0.2) and slow.mean == pytest.approx(0.05)
+    assert until.mean == pytest.approx(500, abs=1) and until.low <= until.mean <= until.high
+    assert np.isinf(never.mean)
+    assert evidence.pace(curves, rows, "engine/none", "nfe", 1000.0) is None
+    assert evidence.pace(curves, rows, KEY, "nfe", float("nan")) is None
+
+
 def test_a_run_without_marks_has_no_curve_and_a_damaged_file_is_said(make: Make, make_full: Make) -> None:
     assert evidence.curve("gpo", load([make("a")]), "nfe") is None
     home = make_full("b")
