@@ -31,7 +31,7 @@ def headline(report: Report) -> str:
 
 def _cells(f: Finding) -> list[str]:
     digits = max(3, 1 - math.floor(math.log10(f.margin)))
-    some = f"{f.seeds[0]} of {f.seeds[1]} seeds " if f.seeds[0] < f.seeds[1] else ""
+    some = f"{f.seeds[0]} of {f.seeds[1]} seeds run, " if f.seeds[0] < f.seeds[1] else ""
     change = f"{some}repeated exactly" if f.repeated else cell(f.change, sign=True)
     words = (f.verdict, f.row, f.key, cell(f.was), number(f.now, digits), change, f"{f.margin:g}", p_value(f.holm))
     return [plain(word) for word in words]

@@ -224,7 +224,7 @@ def in_memory(run: Run, method: str, seed: int, after: np.ndarray) -> Run:
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(gains=st.lists(st.sampled_from([0.0, 0.005, 0.1, 0.5]), min_size=1, max_size=6), data=st.data())
 def test_ranks_and_holm_are_laws(gains: list[float], data: st.DataObject, make: Make, tmp_path: Path) -> None:
-    """Ranks rise with falling means and are no later than places; who is beaten for sure stands behind, who shares a rank is not.
+    """Ranks rise with falling means and are no later than places; who is beaten, corrected over all pairs, stands behind.
 
     A smaller p is never corrected to a larger one.
     """

@@ -62,9 +62,21 @@ def test_what_a_person_can_mend_is_said(make: Make, tmp_path: Path) -> None:
         ((tmp_path / "gone",), "is no folder of runs"),
         ((folder, "--baseline", "gpoo"), "did you mean 'gpo'"),
         ((folder, "--out", tmp_path / "gone" / "t.md"), "cannot write"),
+        ((folder, "--out", tmp_path / "t.pdf"), r"t.pdf: name it \*.md"),
+        ((folder, "--across", "--task", "ocr"), "leave --task and --key out"),
+        ((folder, "--across"), "several tasks; these runs are of ocr"),
     ):
         with pytest.raises(UserError, match=said):
             run(*arguments)
+
+
+def test_several_tasks_are_summed_up(make: Make, tmp_path: Path) -> None:
+    for task in ("ocr", "counting"):
+        for seed in range(2):
+            make(f"runs/{task}{seed}", "gpo", seed, 0.2, task=task)
+    assert "gpo" in run(tmp_path / "runs", "--across") and "IQM" in run(tmp_path / "runs", "--across", "--format", "md")
+    assert run(tmp_path / "runs", "--across", "--out", tmp_path / "t.json") == ""
+    assert json.loads((tmp_path / "t.json").read_text())["rows"][0]["label"] == "gpo"
 
 
 def test_help_has_examples() -> None:

@@ -200,7 +200,7 @@ def test_the_same_runs_repeat_their_numbers(baseline: Path, tmp_path: Path) -> N
     assert len(report.findings) == 6 and report.code() == 0 and not report.missing
     one = judged(baseline, tmp_path / "old" / "gpo1")  # one of the reported seeds
     assert all(f.change.mean == 0 == f.change.high for f in one.findings)
-    assert "1 of 3 seeds repeated exactly" in dresses.terminal(one)
+    assert "1 of 3 seeds run, repeated exactly" in dresses.terminal(one)
     assert {f.row: f.seeds for f in one.findings} == {"base": (0, 0), "gpo": (1, 3)}
     assert one.missing == (("awm", "engine/exact"), ("awm", KEY))
 
