@@ -105,7 +105,7 @@ def paired(
     rng = np.random.default_rng(seed)
     x, w, groups, dropped = _weigh(per_prompt(a - b), strata)
     estimate = _estimate(x, w, groups, level, resamples, rng, dropped)
-    p = _sign_flips((x * w)[:, None], resamples, rng)[0] if len(x) else None
+    p = _sign_flips((x * w)[:, None], np.ones((1, 1)), resamples, rng)[0] if len(x) else None
     return replace(estimate, p=p, mde=mde(estimate.se * math.sqrt(len(x)), len(x), level))
 
 
@@ -258,16 +258,36 @@ def crossed(
         rng = np.random.default_rng(seed)
         x, w, groups, dropped = _weigh(made[columns[0]][0], strata)
         table = np.stack([made[i][0] for i in columns], axis=1)
-        table = table[np.isfinite(table[:, 0])]
-        boot = _resample_within(table, groups, resamples, rng)
+        keep = np.isfinite(table[:, 0])
+        table = table[keep]
+        # Thirty rows make 435 pairs: what is resampled are the rows, and pairs are differences of those.
+        ends, signs = _ends([[side.mean(0)[keep] for side in made[i][1]] for i in columns])
+        boot = _resample_within(ends, groups, resamples, rng) @ signs * (table != 0).any(0)
         flips = [k for k, i in enumerate(columns) if contrasts[i].test and len(x) and max(map(len, made[i][1])) < 2]
-        p = dict(zip(flips, _sign_flips(table[:, flips] * w[:, None], resamples, copy(rng)), strict=True))
+        p = dict(zip(flips, _sign_flips(ends * w[:, None], signs[:, flips], resamples, copy(rng)), strict=True))
         for k, i in enumerate(columns):
             sides = [(side * w).sum(1) for side in (s[:, np.isfinite(made[i][0])] for s in made[i][1])]
             c = contrasts[i]
             one = _interval(table[:, k], w, groups, boot[:, k], sides, level, copy(rng), dropped, c.test, c.lend)
             found[i] = replace(one, p=p[k]) if k in p else one
     return [one for one in found if one is not None]
+
+
+def _ends(sides: Sequence[Sequence[Array]]) -> tuple[Array, Array]:
+    """Vectors, equal ones once, as columns (n, m), and the signs (m, contrasts) with which they make up ours, or ours - theirs."""
+    place: dict[bytes, int] = {}
+    found: list[Array] = []
+    entries: list[tuple[int, int, float]] = []
+    for k, both in enumerate(sides):
+        for vector, sign in zip(both, (1.0, -1.0), strict=False):
+            at = place.setdefault(vector.tobytes(), len(found))
+            if at == len(found):
+                found.append(vector)
+            entries.append((at, k, sign))
+    signs = np.zeros((len(found), len(sides)))
+    for at, k, sign in entries:
+        signs[at, k] += sign
+    return np.stack(found, axis=1), signs
 
 
 def _levels(c: Contrast) -> tuple[Array, list[Array]]:
@@ -574,7 +594,7 @@ def _interval(
     if not test:
         return estimate
     if se == 0:  # every prompt changed by the same: what its sign says, as of one seed
-        p = _sign_flips((x * w)[:, None], len(boot), rng)[0]
+        p = _sign_flips((x * w)[:, None], np.ones((1, 1)), len(boot), rng)[0]
     elif len(spread) == 1:  # from the draws of the interval: Student's here says .05 where 8 % of nulls lie
         p = float(1 + (np.abs(off) >= abs(mean)).sum()) / (1 + len(off))
     else:
@@ -647,18 +667,21 @@ def _counts(pick: NDArray[np.int32], n: int) -> Array:
     return np.stack([np.bincount(row, minlength=n) for row in pick]).astype(np.float64)
 
 
-def _sign_flips(x: Array, resamples: int, rng: np.random.Generator) -> list[float]:
-    """Two-sided p of the sums of x (n, columns) under random signs: exact for few prompts, else (1 + as extreme) / (1 + drawn)."""
-    n, total = len(x), x.sum(0)
-    bar = np.abs(total) - 1e-12 * np.abs(x).sum(0)
+def _sign_flips(x: Array, parts: Array, resamples: int, rng: np.random.Generator) -> list[float]:
+    """Two-sided p of the sums of the columns of x @ parts under random signs of the rows; x (n, m), parts (m, columns).
+
+    Exact for few rows, else (1 + as extreme) / (1 + drawn).
+    """
+    n, total = len(x), x.sum(0) @ parts
+    bar = np.abs(total) - 1e-12 * (np.abs(x).sum(0) @ np.abs(parts))  # the last bits of a sum are no difference
     if 2**n <= resamples:
         signs = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
-        return [float(p) for p in (np.abs((2.0 * signs - 1) @ x) >= bar).mean(0)]
-    rows, extreme = max(1, 1_000_000 // n), np.zeros(x.shape[1], np.int64)
+        return [float(p) for p in (np.abs((2.0 * signs - 1) @ x @ parts) >= bar).mean(0)]
+    rows, extreme = max(1, 1_000_000 // n), np.zeros(parts.shape[1], np.int64)
     with _one_thread():
         for i in range(0, resamples, rows):
             signs = np.unpackbits(rng.integers(0, 256, (min(rows, resamples - i), -(-n // 8)), np.uint8), axis=1)[:, :n]
-            extreme += (np.abs(2 * (signs.astype(np.float64) @ x) - total) >= bar).sum(0)
+            extreme += (np.abs(2 * (signs.astype(np.float64) @ x @ parts) - total) >= bar).sum(0)
     return [float(p) for p in (1 + extreme) / (1 + resamples)]
 
 

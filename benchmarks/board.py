@@ -1,9 +1,11 @@
 """How long a big table takes: 30 runs of 10,000 prompts x 4 images, read, resampled 10,000 times and rendered.
 
     python benchmarks/board.py                              # the size of a large study, a few minutes to make its runs
+    python benchmarks/board.py --seeds 1                    # thirty methods of one seed, 465 pairs of rows, all by sign flips
     python benchmarks/board.py --runs 6 --prompts 553       # a smaller one
 
-Made runs: ten methods with three seeds, a training and a held-out scorer. Each of the two measurements is a process of its own.
+Made runs: ten methods with three seeds unless told, a training and a held-out scorer. Each of the two measurements is a process of
+its own.
 """
 
 from __future__ import annotations
@@ -18,10 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-SEEDS = 3
 
-
-def make(home: Path, runs: int, prompts: int, images: int) -> None:
+def make(home: Path, runs: int, prompts: int, images: int, seeds: int) -> None:
     """Run directories with records and scores as a run writes them."""
     import pandas as pd
 
@@ -36,7 +36,7 @@ def make(home: Path, runs: int, prompts: int, images: int) -> None:
     before = {key: (skill + rng.normal(size=(prompts, images)) > 0).astype(float) for key in keys}
     prompt, ordinal = (part.ravel() for part in np.indices((prompts, images)))
     for k in range(runs):
-        method, seed = divmod(k, SEEDS)
+        method, seed = divmod(k, seeds)
         folder = home / f"run{k}"
         folder.mkdir()
         parts: list[pd.DataFrame] = []
@@ -96,13 +96,14 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=10_000)
     parser.add_argument("--images", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3, help="of each method")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.measure:
         measure(a.measure)
         return
     with tempfile.TemporaryDirectory() as home:
-        make(Path(home), a.runs, a.prompts, a.images)
+        make(Path(home), a.runs, a.prompts, a.images, a.seeds)
         print(f"{a.runs} runs, {a.prompts:,} prompts x {a.images} images, 2 scorers:", flush=True)
         for _ in range(2):
             subprocess.run([sys.executable, __file__, "--measure", home], check=True)
