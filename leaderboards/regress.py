@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bench import record, registry, stats
+from ..bench.config import Config, resolve
 from ..bench.errors import Interrupted, UserError
 from ..bench.stats import Estimate, Verdict
 from .baseline import Baseline, Claim, Number, Scores, flat, literal
@@ -610,48 +611,53 @@ def train(
     fresh: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Path]:
-    """Do every run of the baselines, each in a process of its own; those that are done are found there and not repeated.
+    """Do every run of the baselines, each in a process of its own; those that are done are read and not repeated.
 
     out: the folder of run directories; what a run says goes to `logs` in it. jobs: runs at once. fresh: those that are done too.
     Returns the directories.
     Raises UserError when a run fails, Interrupted when asked to stop.
     """
+    from ..bench.here import here
     from ..bench.jobs import Job, apart, folder
+    from ..bench.view import Silent
 
     work = [(known, claim, seed) for known in baselines for claim in known.row for seed in claim.seeds]
-    homes = [out / _slug(known, claim, seed) for known, claim, seed in work]
-    folder(out / "logs")
-    if not fresh and (there := [home for home in homes if (home / "record.json").is_file()]):
-        older = record.elsewhere([record.read(home / "record.json") for home in there])
-        warned = f", {older} of them not surely by this code: --fresh makes them again" if older else ""
-        say(f"{len(there)} of {len(work)} runs are done already in {out}{warned}")
+    plans = [_plan(*one) for one in work]
+    homes = [out / plan.slug() for plan in plans]
     names = [f"{claim.label} on {known.task}, seed {seed}" for known, claim, seed in work]
+    logs = [out / "logs" / f"{home.name}.log" for home in homes]
+    folder(out / "logs")
     failed: list[str] = []
-
-    def begins(k: int) -> None:
-        say(f"run {k + 1} of {len(work)}: {names[k]}")
 
     def ends(k: int, why: str) -> None:
         if why:
             failed.append(f"the run {names[k]} failed: {why}")
             say(failed[-1])
 
+    done: list[record.Record] = []
+    left = list(range(len(work)))
+    if not fresh and (there := [k for k in left if (homes[k] / "record.json").is_file()]):
+        left = [k for k in left if k not in there]
+        for k in there:  # read here: a process for each would take seconds only to say the same
+            found, why = here(plans[k], runs=out, log=logs[k], view=Silent())
+            done += [found] if found else []
+            ends(k, why)
+        older = record.elsewhere(done)
+        warned = f", {older} of them not surely by this code: --fresh makes them again" if older else ""
+        say(f"{len(done)} of {len(work)} runs are done already in {out}{warned}")
+
     again = ["--fresh"] if fresh else []
-    todo = [
-        Job([*words(*one, out), *again], out / "logs" / f"{home.name}.log")
-        for one, home in zip(work, homes, strict=True)
-    ]
-    if not apart(todo, jobs, begins=begins, ends=ends, interrupted=interrupted):
+    todo = [Job([*words(*work[k], out), *again], logs[k]) for k in left]
+    begins = lambda j: say(f"run {left[j] + 1} of {len(work)}: {names[left[j]]}")
+    if not apart(todo, jobs, begins=begins, ends=lambda j, why: ends(left[j], why), interrupted=interrupted):
         raise Interrupted("stopped; the same command goes on from there")
     if failed:
         raise UserError(failed[0])
     return homes
 
 
-def _slug(known: Baseline, claim: Claim, seed: int) -> str:
-    """The name of a run's directory."""
-    from ..bench.config import resolve
-
+def _plan(known: Baseline, claim: Claim, seed: int) -> Config:
+    """A run of a baseline, its settings resolved as they are today."""
     return resolve(
         claim.method,
         known.task,
@@ -660,7 +666,7 @@ def _slug(known: Baseline, claim: Claim, seed: int) -> str:
         budget=_bounds(known),
         reward=claim.reward or None,
         sets=claim.sets,
-    ).slug()
+    )
 
 
 def _bounds(known: Baseline) -> str:

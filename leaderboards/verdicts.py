@@ -48,12 +48,20 @@ def _said(report: Report) -> list[str]:
 
 
 def terminal(report: Report) -> str:
-    """Columns under one another, worst first; of many numbers only those that are not the same."""
+    """A block for every number and margin, its rows under one another, worst first; of many numbers only those not the same."""
     found = ordered(report)
     told = [f for f in found if f.verdict != "same"] if len(found) > MANY else found
-    rows = [list(HEAD), *map(_cells, told)] if told else []
-    wide = [max(len(row[k]) for row in rows) for k in range(len(HEAD))] if rows else []
-    lines = ["  ".join(word.ljust(w) for word, w in zip(row, wide, strict=True)).rstrip() for row in rows]
+    blocks: dict[tuple[str, str], list[list[str]]] = {}
+    for f in told:
+        verdict, row, key, was, now, change, margin, p = _cells(f)
+        blocks.setdefault((key, margin), []).append([verdict, row, was, now, change, p])
+    head = [word for word in HEAD if word not in ("number", "margin")]  # said once, above each block
+    rows = [head, *(row for block in blocks.values() for row in block)]
+    wide = [max(len(row[k]) for row in rows) for k in range(len(head))]
+    aligned = lambda row: "  ".join(word.ljust(w) for word, w in zip(row, wide, strict=True)).rstrip()
+    lines = [aligned(head)] if told else []
+    for (key, margin), block in blocks.items():
+        lines += [f"{key}, margin {margin}", *map(aligned, block)]
     if len(told) < len(found):
         more = " more" if told else ""
         lines.append(

@@ -19,6 +19,7 @@ import socket  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
+from contextlib import suppress  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -157,7 +158,8 @@ class Commands:
         try:
             meanwhile(pid)
         except BaseException:
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it may have ended by itself
+                os.kill(pid, signal.SIGKILL)
             self._line()
             raise
         return Ended(int(self._line()), out.read_text("utf-8"), err.read_text("utf-8"))

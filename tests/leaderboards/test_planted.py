@@ -11,6 +11,7 @@ import typer
 from torch import Tensor
 from typer.testing import CliRunner
 
+from gpobench.bench import jobs
 from gpobench.bench import run as running
 from gpobench.bench.config import resolve
 from gpobench.bench.record import Record
@@ -82,6 +83,14 @@ def test_the_method_learns_at_all(reported: Path) -> None:
 def test_the_same_seeds_repeat_to_the_last_digit(train: Train, reported: Path, tmp_path: Path) -> None:
     runs = trained(train, tmp_path, [0, 1, 2])
     assert all(f.repeated for f in judged(reported, runs).findings) and exit_code(runs, "--against", reported) == 0
+
+
+def test_runs_that_are_done_are_read_and_not_begun(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begun(*_: object) -> None:
+        raise AssertionError("a process was started for a run that is done")
+
+    monkeypatch.setattr(jobs, "_start", begun)
+    assert exit_code("--run", reported, "--out", reported.parent / "runs") == 0
 
 
 def test_other_seeds_are_not_worse(train: Train, reported: Path, tmp_path: Path) -> None:

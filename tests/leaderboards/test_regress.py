@@ -234,7 +234,7 @@ def test_a_planted_regression_fails(baseline: Path, make: Make, tmp_path: Path) 
     assert said["gpo", KEY] == said["gpo", "engine/exact"] == "worse" and said["awm", KEY] == "better"
     assert said["base", KEY] == "same" and report.code() == report.code(allow_unsure=True) == 1
     code, text = run(tmp_path / "new", "--against", baseline)
-    assert code == 1 and text.splitlines()[3].startswith("worse")
+    assert code == 1 and text.splitlines()[4].startswith("worse")
 
 
 def test_a_flipped_sign_fails(baseline: Path, make: Make, look: Any, tmp_path: Path) -> None:

@@ -43,3 +43,18 @@ def test_every_dress_tells_what_is_not_the_same(found: list[Verdict]) -> None:
     assert int(root.attrib["errors"]) == found.count("cannot tell") + 1
     plain = json.loads(as_json([told], told.code()))
     assert [f["verdict"] for f in plain["findings"]] == found and plain["counts"]["same"] == same
+
+
+def test_a_terminal_of_eighty_columns_holds_the_table() -> None:
+    number, change = Estimate(0.123, 0.1, 0.2, 40), Estimate(-0.102, -0.15, -0.05, 40)
+    rows = [("worse", "flow-grpo:fast", 0.05), ("cannot tell", "diffusion-dpo", 0.05), ("same", "base", 0.08)]
+    found = tuple(
+        Finding(row, "geneval-palette/correct", verdict, number, 0.5, change, 0.3, margin, (3, 3), False)
+        for verdict, row, margin in rows
+    )
+    lines = terminal(Report("mine.toml", "counting on tiny", found, (), ())).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    # A margin of its own is a block of its own; the worst stands first.
+    blocks = [line for line in lines if line.startswith("geneval-palette/correct, margin")]
+    assert blocks == ["geneval-palette/correct, margin 0.05", "geneval-palette/correct, margin 0.08"]
+    assert [lines.index(line) for line in lines if line.split()[:1] in (["worse"], ["same"])] == [4, 7]
