@@ -214,7 +214,7 @@ def show(
     kinds = [kind for kind in registry.GROUPS if name in registry.entries(kind)]
     if ".py:" not in name and not kinds:
         raise registry.unknown("name", name, {n for kind in registry.GROUPS for n in registry.entries(kind)})
-    for kind in kinds or ["method"]:
+    for kind in kinds or [_kind(name)]:
         _show(kind, name)
 
 
@@ -934,6 +934,16 @@ def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> None:
     console.print(
         f"\n{len(verdicts)} verdicts, {broken} broken{tail}", highlight=False, style="bold red" if broken else "bold"
     )
+
+
+def _kind(reference: str) -> str:
+    """What `path/to/file.py:Name` is, by what only such a part has."""
+    from .card import Card
+
+    made = registry.load("method", reference)
+    marks = {"method": ("collect", "answer"), "task": ("held_out",), "scorer": ("metrics",), "embedder": ("distance",)}
+    known = next((kind for kind, names in marks.items() if any(hasattr(made, name) for name in names)), "part")
+    return "model" if isinstance(made, Card) else known
 
 
 def _show(kind: str, name: str) -> None:

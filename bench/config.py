@@ -255,11 +255,12 @@ def _presets_only(path: Path, presets: Mapping[str, Any], model: str) -> None:
 
 
 def _section(presets: Mapping[str, Any], model: str, task: str) -> Table:
-    """[model] without its tasks, then [model.task]."""
+    """[model] without its tasks, then [model.task]; pickscore-full is pickscore too, and what is its own comes last."""
     section, tasks = presets.get(model, {}), registry.entries("task")
     table: Table = {}
     _merge(table, {key: value for key, value in section.items() if key not in tasks})
-    _merge(table, section.get(task, {}))
+    for name in dict.fromkeys((task.partition("-")[0], task)):
+        _merge(table, section.get(name, {}))
     return table
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 Coefs = tuple[Tensor, Tensor, Tensor, Tensor]  # alpha, sigma, alpha', sigma'
 Path = Callable[[Tensor], Coefs]
+FIRST = 1e-6  # alpha of the noisiest time: 0, but schedulers shift in float32 and may leave 1e-7; a second time is never so near
 Prediction = Literal["velocity", "epsilon", "v_prediction", "sample"]  # the words of diffusers' `prediction_type`
 
 
@@ -257,7 +258,7 @@ class Sde:
 
     def __call__(self, path: Path, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Step:
         (a, sig, da, ds), a1, s1, dt = _ends(path, t, s)
-        g2 = self.noise_level**2 * sig * (a * ds - da * sig) / torch.where(a > 1e-9, a, a1)
+        g2 = self.noise_level**2 * sig * (a * ds - da * sig) / torch.where(a > FIRST, a, a1)
         return land(path, x, v, t, a1, s1 - g2 / (2 * sig) * dt, (g2 * dt).sqrt())
 
 

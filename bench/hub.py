@@ -19,6 +19,7 @@ from typing import Any
 from uuid import uuid4
 
 from . import published
+from .card import Card
 from .disk import digest, full, sync, write_atomically
 from .errors import Missing, UserError
 from .published import Asked, fetching, ledger, note, offline
@@ -354,3 +355,15 @@ def device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def weights_hash(card: Card) -> str:
+    """sha256 over the weight files of a local model, by name; the pinned revision of one from the hub."""
+    folder = Path(card.source)
+    if not folder.is_dir():
+        return str(card.revision)
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        total.update(path.relative_to(folder).as_posix().encode())
+        total.update(digest(path).encode())
+    return total.hexdigest()

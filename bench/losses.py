@@ -16,6 +16,8 @@ from torch.nn.functional import logsigmoid
 
 from .flow import precise, wide
 
+ROUNDING = 1e-6  # of differences of float32 rewards of size 1
+
 # Advantages
 
 
@@ -226,6 +228,20 @@ def dgpo(
         moved = ((a > 0) & (ratio > 1 + clip)) | ((a <= 0) & (ratio < 1 - clip))
         live = torch.where(moved, live.detach(), live)
     return (weight * a * live).mean(1)
+
+
+def apart(reward: Tensor, gap: float) -> Tensor:
+    """(P, G) -> (P, G, G) bool: is i ahead of j by more than gap? False where one of them is NaN.
+
+    Rewards are float32 and often fractions such as 1 - 1/5: what rounding adds to a difference decides nothing.
+    """
+    r = reward.double()
+    return r[:, :, None] - r[:, None, :] > (gap + ROUNDING if gap else 0.0)
+
+
+def among(known: Tensor, each: Tensor) -> Tensor:
+    """(P,): means over the members that are known, both (P, G); a group needs one. The others leave no trace, in gradients neither."""
+    return torch.where(known, each, 0.0).sum(1) / known.sum(1)
 
 
 def implicit_accuracy(reward: Tensor, live: Tensor, ref: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .losses import apart
 from .spec import Images
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
@@ -44,13 +45,13 @@ def compare(reward: Tensor, choose: Choose, gap: float, u: Tensor) -> tuple[Tens
     """
     r = reward.detach().cpu().double()
     ahead = r[:, :, None] - r[:, None, :]  # (P, G, G): how far i is ahead of j
-    apart = ahead > gap  # false wherever one of the two is NaN
+    told = apart(r, gap)
     if choose == "all":
-        which, win, lose = apart.nonzero().unbind(1)
+        which, win, lose = told.nonzero().unbind(1)
         return which, win, lose
-    flat = apart.flatten(1)
+    flat = told.flatten(1)
     if choose == "extremes":
-        pick = ahead.masked_fill(~apart, -torch.inf).flatten(1).argmax(1)
+        pick = ahead.masked_fill(~told, -torch.inf).flatten(1).argmax(1)
     else:
         nth = (u.cpu().double() * flat.sum(1)).floor()
         pick = (flat.cumsum(1) > nth[:, None]).int().argmax(1)

@@ -217,7 +217,10 @@ def own(task: Task, files: Mapping[Split, Path], domain: str) -> Task:
 
     Raises UserError where a file cannot be read, or the task cannot make sense of a line.
     """
-    rows: dict[Split, tuple[Path, Sequence[Row]]] = {split: (path, read_prompts(path)) for split, path in files.items()}
+    # Published training lists weigh their prompts by repeating them; a judge asks each once.
+    rows: dict[Split, tuple[Path, Sequence[Row]]] = {
+        split: (path, read_prompts(path, unique=split != "train")) for split, path in files.items()
+    }
     for path, each in rows.values():
         understood(task, path, each, domain)
     return cast(Task, Own(task, rows, domain, task.name, task.version + (OWN if files else "")))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import math
 import os
@@ -30,16 +29,17 @@ from .budget import Meter
 from .card import Card, find
 from .config import Config
 from .crew import Crew
-from .disk import digest, full, write_atomically
+from .disk import full, write_atomically
 from .errors import Interrupted, Missing, UserError
 from .evaluate import Judged
+from .hub import weights_hash
 from .models.open import open_model, usage
 from .pairs import open_pairs
 from .prompts import own
 from .record import Record
 from .relief import memory
 from .rig import Rig
-from .scorers import Place, close_scorers, open_scorer
+from .scorers import Place, close_scorers, open_scorer, parts
 from .search import answers, search, share
 from .spec import (
     Columned,
@@ -102,14 +102,21 @@ def jury(
 ) -> Jury:
     """Make the scorers a task names; a further one that is not installed is left out and said, a needed one is an error.
 
-    training: the scorer to train on; when it is not the task's own, the task's own is held out. places: where scorers live.
+    training: the scorer to train on; when it is not the task's own, the task's own is held out. A part of a blend is trained
+    on too, and holds nothing out. places: where scorers live.
     """
     own = task.reward(domain)
     training = training or own
-    held = [name for name in dict.fromkeys((own, *task.held_out(domain))) if name != training]
+    named = lambda name: registry.canonical("scorer", name)
+    trained = {name for name, _ in parts(training)}
+    held = [name for name in dict.fromkeys(map(named, (own, *task.held_out(domain)))) if name not in trained]
+    if not held and training != own:
+        raise UserError(
+            f"--reward {training} trains on every scorer that the task {task.name} holds out: none is left to judge by"
+        )
     made = Jury(open_scorer(training, places or {}), [open_scorer(name, places or {}) for name in held])
     columns = task.columns(domain) if isinstance(task, Columned) else Columns()
-    taken = {training, *held}
+    taken = {*trained, *held}
 
     absent: set[str] = set()  # an embedder may be wanted twice
 
@@ -123,9 +130,9 @@ def jury(
                 absent.add(name)
 
     scorer = lambda name: open_scorer(name, places or {})
-    add([name for name in task.scorers(domain) if name not in taken], made.further, scorer)
-    taken |= set(task.scorers(domain))
-    add([name for name in columns.quality if name not in taken], made.quality, scorer)
+    add([name for name in task.scorers(domain) if named(name) not in taken], made.further, scorer)
+    taken |= set(map(named, task.scorers(domain)))
+    add([name for name in columns.quality if named(name) not in taken], made.quality, scorer)
     embedder = cache(registry.embedder)  # most tasks name one for both
     add(columns.diversity, made.spread, embedder)
     add(columns.drift, made.drift, embedder)
@@ -298,6 +305,10 @@ def _judged_run(
     adam = torch.optim.AdamW(model.parameters()) if searching else optimiser(method, rig)
     found = checkpoint.restore(home / "checkpoint", rig, adam, view.say)
     facts: dict[str, Any] = found or {"mark": -1, "curve": []}
+    # The gradient of a mean over a latent's elements is below what fp16 can hold; bf16 has the range of float32.
+    scaler = torch.amp.GradScaler(model.device.type, enabled=config.precision == "fp16")
+    if "scaler" in facts:
+        scaler.load_state_dict(facts["scaler"])
     if found:
         where = f"image {len(answers(rig))}" if searching else f"update {meter.updates}"
         view.say(f"going on from {where}, {100 * meter.fraction():.0f} % of the budget spent")
@@ -313,6 +324,8 @@ def _judged_run(
     def save() -> None:
         nonlocal saved
         saved = int(meter.fraction() * SAVES)
+        if scaler.is_enabled():
+            facts["scaler"] = scaler.state_dict()
         with wall("checkpoint"):
             checkpoint.save(home / "checkpoint", rig.iteration, rig, adam, facts)
 
@@ -361,7 +374,15 @@ def _judged_run(
             why = (
                 search(method, rig, each, **seeds, after=after_answers, interrupted=interrupted)
                 if searching
-                else train(method, rig, adam, backward=accelerator.backward, after=after, interrupted=interrupted)
+                else train(
+                    method,
+                    rig,
+                    adam,
+                    backward=accelerator.backward,
+                    scaler=scaler,
+                    after=after,
+                    interrupted=interrupted,
+                )
             )
         final = None  # the curve's last point
         if searching and exam is not validation and why != "interrupted":
@@ -372,6 +393,8 @@ def _judged_run(
     if why == "interrupted":
         where = f"image {len(answers(rig))}" if searching else f"update {meter.updates}"
         raise Interrupted(f"stopped after {where}; the same command goes on from there")
+    if not searching and not meter.updates:
+        view.say("no update was made: what follows is the base against itself (--dry-run tells what a budget affords)")
     with wall("judge"):
         done = _watched(
             view,
@@ -757,18 +780,6 @@ def _use(judges: Jury, meter: Meter) -> dict[str, record.ScorerUse]:
         )
         for s in judges.all
     }
-
-
-def weights_hash(card: Card) -> str:
-    """sha256 over the weight files of a local model, by name; the pinned revision of one from the hub."""
-    folder = Path(card.source)
-    if not folder.is_dir():
-        return str(card.revision)
-    total = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        total.update(path.relative_to(folder).as_posix().encode())
-        total.update(digest(path).encode())
-    return total.hexdigest()
 
 
 def _toml(config: Config) -> str:

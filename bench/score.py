@@ -41,6 +41,7 @@ TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 COLUMNS = ("file", "prompt", "stratum", "scorer", "scorer_id", "metric", "value", "reason", "note")
 # Pixels of 8 bits; of those with transparency the colours are taken as they stand, as every published script takes them.
 MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values under which width and height change places
 JPEG = "JPEG: scores differ from PNG"
 
 
@@ -344,14 +345,16 @@ def _glance(folder: Path, pair: Pair) -> Picture:
     digest, jpeg = sha256(raw).hexdigest(), raw.startswith(b"\xff\xd8\xff")
     try:
         with Image.open(io.BytesIO(raw)) as image:
-            return Picture(pair, digest, image.size, jpeg)
+            turned = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
+            width, height = image.size
+            return Picture(pair, digest, (height, width) if turned else (width, height), jpeg)
     except Exception as error:  # foreign bytes: a reader of images may fail in any way
         return Picture(pair, digest, (0, 0), jpeg, _why(error))
 
 
 def _open(folder: Path, picture: Picture) -> Images | str:
     """(H, W, 3), or why not."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         raw = (folder / picture.pair.file).read_bytes()
@@ -363,7 +366,7 @@ def _open(folder: Path, picture: Picture) -> Images | str:
         with Image.open(io.BytesIO(raw)) as image:
             if image.mode not in MODES:
                 return f"its pixels are of the kind {image.mode}, not of 8 bits a colour"
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))  # upright, as everything shows it
     except Exception as error:
         return _why(error)
 

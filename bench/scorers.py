@@ -220,12 +220,31 @@ class Blend:
 
 
 def ask(scorer: Scorer, images: Images, prompts: Sequence[Prompt]) -> Scores:
-    """Ask a scorer; whatever it does wrong becomes NaN with a reason. Every metric of the answer is a fresh (B,) float64."""
+    """Ask a scorer; whatever it does wrong becomes NaN with a reason. Every metric of the answer is a fresh (B,) float64.
+
+    A prompt that a scorer refuses costs the others of its batch nothing: they are asked again, each by itself.
+    """
     try:
         return _checked(scorer, scorer(images, prompts), len(images))
+    except UserError as error:
+        if len(images) == 1:
+            return _nothing(scorer, 1, error)
+        return _joined(scorer, [ask(scorer, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))])
     except (Exception, SystemExit) as error:  # a scorer is foreign code: nothing it does may end or falsify a run
-        nan = {metric: np.full(len(images), np.nan) for metric in scorer.metrics}
-        return Scores(nan, dict.fromkeys(range(len(images)), f"{scorer.name}: {_said(error)}"))
+        return _nothing(scorer, len(images), error)
+
+
+def _nothing(scorer: Scorer, n: int, error: BaseException) -> Scores:
+    nan = {metric: np.full(n, np.nan) for metric in scorer.metrics}
+    return Scores(nan, dict.fromkeys(range(n), f"{scorer.name}: {_said(error)}"))
+
+
+def _joined(scorer: Scorer, each: Sequence[Scores]) -> Scores:
+    """The answers to single images as one."""
+    value = {metric: np.concatenate([np.zeros(0), *(one.value[metric] for one in each)]) for metric in scorer.metrics}
+    reasons = {row: why for row, one in enumerate(each) for why in one.reasons.values()}
+    notes = [one.notes[0] if one.notes else "" for one in each]
+    return Scores(value, reasons, notes if any(notes) else None)
 
 
 def _said(error: BaseException) -> str:

@@ -32,13 +32,15 @@ def train(
     adam: torch.optim.Optimizer,
     *,
     backward: Callable[[torch.Tensor], None],
+    scaler: torch.amp.GradScaler | None = None,
     after: Callable[[dict[str, float]], None],
     interrupted: Callable[[], bool] = lambda: False,
 ) -> str:
     """Train until the budget is spent; returns why it stopped. The weights are those of the last complete update.
 
-    backward: how a loss is differentiated (the device's scaling is its affair). after: called at the end of every
-    iteration with its numbers, the clock stopped; it writes, judges and checkpoints.
+    backward: how a loss is differentiated. scaler: multiplies losses where gradients would vanish in half precision; an update
+    that overflows is skipped, as everywhere, and tried anew with half the factor. after: called at the end of every iteration
+    with its numbers, the clock stopped; it writes, judges and checkpoints.
     """
     try:
         rig.meter.agree(rig.crew)
@@ -51,7 +53,7 @@ def train(
             if rig.barren >= PATIENCE:
                 raise Stop(f"collapsed: the rewards of every group were equal for {PATIENCE} iterations")
             if rows:
-                _fit(method, rig, adam, batch, rows, backward)
+                _fit(method, rig, adam, batch, rows, backward, scaler or torch.amp.GradScaler(enabled=False))
             rig.iteration += 1
             rig.meter.stop()
             rig.meter.agree(rig.crew)
@@ -68,7 +70,13 @@ def train(
 
 
 def _fit(
-    method: Method, rig: Rig, adam: torch.optim.Optimizer, batch: Any, rows: int, backward: Callable[..., None]
+    method: Method,
+    rig: Rig,
+    adam: torch.optim.Optimizer,
+    batch: Any,
+    rows: int,
+    backward: Callable[..., None],
+    scaler: torch.amp.GradScaler,
 ) -> None:
     o = method.optim
     for _ in range(o.epochs):
@@ -82,26 +90,35 @@ def _fit(
                 if mine and not bool(loss.isfinite()):
                     broken = float(loss.detach())
                 elif mine:
-                    backward(loss * (len(some) / len(part)))
+                    backward(scaler.scale(loss * (len(some) / len(part))))
             for worst in rig.crew.gather([] if broken is None else [broken]):
                 if worst:
                     raise Stop(f"the loss is {worst[0]:g} after {rig.meter.updates} updates")
             rig.crew.add_up(rig.model.parameters())
-            _update(rig, adam, o)
+            _update(rig, adam, o, scaler)
             ratio = rig.mean("policy/ratio")
             if not math.isnan(ratio) and not RATIO[0] < ratio < RATIO[1]:
                 raise Stop(f"exploded: the policy ratio is {ratio:.3g} after {rig.meter.updates} updates")
 
 
-def _update(rig: Rig, adam: torch.optim.Optimizer, o: Optim) -> None:
+def _update(rig: Rig, adam: torch.optim.Optimizer, o: Optim, scaler: torch.amp.GradScaler) -> None:
+    scaler.unscale_(adam)
     norm = torch.nn.utils.clip_grad_norm_(rig.model.parameters(), o.clip)
-    if not bool(norm.isfinite()):
+    over = not bool(norm.isfinite())
+    if scaler.is_enabled():
+        rig.note("policy/skipped", float(over))
+        if over and scaler.get_scale() > 1:  # the factor was too large, not the gradient
+            scaler.update()
+            adam.zero_grad(set_to_none=True)
+            return
+    if over:
         raise Stop(f"the gradient's norm is {float(norm):g} after {rig.meter.updates} updates")
     rig.meter.charge(updates=1)
     rig.note("policy/grad_norm", norm)
     for group in adam.param_groups:
         group["lr"] = o.lr * min(1.0, rig.meter.updates / o.warmup if o.warmup else 1.0)
-    adam.step()
+    scaler.step(adam)
+    scaler.update()
     adam.zero_grad(set_to_none=True)
     if o.ema:
         rig.model.blend("ema", o.ema)

@@ -31,7 +31,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bench import record, registry, stats
-from ..bench.config import Config, resolve
 from ..bench.errors import Interrupted, UserError
 from ..bench.stats import Estimate, Verdict
 from .baseline import Baseline, Claim, Number, Scores, flat, literal
@@ -617,13 +616,12 @@ def train(
     Returns the directories.
     Raises UserError when a run fails, Interrupted when asked to stop.
     """
-    from ..bench.here import here
+    from ..bench.card import find
+    from ..bench.hub import weights_hash
     from ..bench.jobs import Job, apart, folder
-    from ..bench.view import Silent
 
     work = [(known, claim, seed) for known in baselines for claim in known.row for seed in claim.seeds]
-    plans = [_plan(*one) for one in work]
-    homes = [out / plan.slug() for plan in plans]
+    homes = [out / _slug(*one) for one in work]
     names = [f"{claim.label} on {known.task}, seed {seed}" for known, claim, seed in work]
     logs = [out / "logs" / f"{home.name}.log" for home in homes]
     folder(out / "logs")
@@ -634,17 +632,19 @@ def train(
             failed.append(f"the run {names[k]} failed: {why}")
             say(failed[-1])
 
-    done: list[record.Record] = []
     left = list(range(len(work)))
     if not fresh and (there := [k for k in left if (homes[k] / "record.json").is_file()]):
         left = [k for k in left if k not in there]
-        for k in there:  # read here: a process for each would take seconds only to say the same
-            found, why = here(plans[k], runs=out, log=logs[k], view=Silent())
-            done += [found] if found else []
-            ends(k, why)
-        older = record.elsewhere(done)
+        done = {k: record.read(homes[k] / "record.json") for k in there}
+        now = {model: weights_hash(find(model)) for model in dict.fromkeys(work[k][0].model for k in there)}
+        for k, one in done.items():
+            if one.provenance.get("weights") != now[work[k][0].model]:
+                raise UserError(
+                    f"the weights of {work[k][0].model} changed since {homes[k]} was made: --fresh makes it again"
+                )
+        older = record.elsewhere(list(done.values()))
         warned = f", {older} of them not surely by this code: --fresh makes them again" if older else ""
-        say(f"{len(done)} of {len(work)} runs are done already in {out}{warned}")
+        say(f"{len(there)} of {len(work)} runs are done already in {out}{warned}")
 
     again = ["--fresh"] if fresh else []
     todo = [Job([*words(*work[k], out), *again], logs[k]) for k in left]
@@ -656,8 +656,10 @@ def train(
     return homes
 
 
-def _plan(known: Baseline, claim: Claim, seed: int) -> Config:
-    """A run of a baseline, its settings resolved as they are today."""
+def _slug(known: Baseline, claim: Claim, seed: int) -> str:
+    """The name of a run's directory: that of its settings as they are resolved today."""
+    from ..bench.config import resolve
+
     return resolve(
         claim.method,
         known.task,
@@ -666,7 +668,7 @@ def _plan(known: Baseline, claim: Claim, seed: int) -> Config:
         budget=_bounds(known),
         reward=claim.reward or None,
         sets=claim.sets,
-    )
+    ).slug()
 
 
 def _bounds(known: Baseline) -> str:

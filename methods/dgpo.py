@@ -19,12 +19,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from ..bench.errors import UserError
 from ..bench.flow import dpm2, mix, ode
-from ..bench.losses import dgpo, implicit_accuracy, informative, standardise
+from ..bench.losses import among, dgpo, implicit_accuracy, informative, standardise
 from ..bench.rig import Rig
 from ..bench.spec import Choice, Log, Optim, Range, take
 
@@ -120,8 +119,7 @@ class DGPO:
         if self.clip:
             old = rig.error(rig.velocity(x, t, who, by="old"), target, t).view_as(batch.adv)
             rig.note("policy/ratio", (old - live).detach().exp().mean())
-        known = batch.reward.isfinite()
-        kl = (torch.where(known, drift, 0.0).sum(1) / known.sum(1)).mean()
+        kl = among(batch.reward.isfinite(), drift).mean()
         rig.note("policy/accuracy", implicit_accuracy(batch.reward, live, ref))
         rig.note("policy/kl", kl)
         return dgpo(batch.adv, live, ref, self.beta, old=old, clip=self.clip).mean() + self.kl * kl

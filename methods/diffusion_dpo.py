@@ -12,6 +12,8 @@ Online the pairs come from the model's own groups, as in Flow-GRPO's comparison 
 adapter, `ref`, both draws the images and anchors the loss, and becomes the learner every `ref_update_step` updates: here that is
 collector = "reference" with refresh = 40 (its online DPO) or 0 (its offline DPO, on the pretrained model's images). Its code
 makes a pair of two equal rewards; here such a group is left out. Offline in the first paper's sense, `pairs` names a data set.
+Not as in that paper's code: no caption is dropped (a fifth there, which trains the branch that guidance leads away from), no
+image is flipped, and a latent is the autoencoder's mode, not a draw.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..bench.errors import UserError
 from ..bench.flow import mix
-from ..bench.losses import gpo, implicit_accuracy, informative, standardise
+from ..bench.losses import among, apart, gpo, implicit_accuracy, informative, standardise
 from ..bench.rig import Rig
 from ..bench.spec import Even, Log, Optim, Range, take
 
@@ -52,7 +52,7 @@ class GPO:
     std: Literal["group", "global", "none"] = "group"  # what rewards are divided by
     gap_weight: bool = True  # link "pairwise": weigh a pair by its gap; False is plain all-pairs DPO
     gap: float = 0.0  # link "pairwise": only pairs whose rewards differ by more than this
-    kl: float = 0.0  # weight of mean (v_live - v_ref)^2
+    kl: float = 0.0  # weight of mean (v_live - v_ref)^2, over images that could be scored
     noisy: float = 0.0  # t is drawn from [noisy, 1]: few-step images are a little blurred, low noise would teach that
     steps: int = 0  # of the rollout; 0 is the protocol's number
     guidance: float = 0.0  # of the rollout; 0 is the protocol's
@@ -91,11 +91,11 @@ class GPO:
         v, v_ref = (rig.velocity(x, t, who, by=by) for by in ("live", "ref"))
         live, ref = (rig.error(u, target, t).view_as(batch.reward) for u in (v, v_ref))
         rig.note("policy/accuracy", implicit_accuracy(batch.reward, live, ref))
-        drift = rig.error(v, v_ref, t).mean()
+        known = batch.reward.isfinite()
+        drift = among(known, rig.error(v, v_ref, t).view_as(batch.reward)).mean()
         rig.note("policy/kl", drift)
-        known, gaps = batch.reward.isfinite(), batch.reward[:, :, None] - batch.reward[:, None, :]
         each = gpo(
             batch.adv, live, ref, self.beta, self.link,
-            gap_weight=self.gap_weight, known=known, apart=gaps > self.gap,
+            gap_weight=self.gap_weight, known=known, apart=apart(batch.reward, self.gap),
         )  # fmt: skip
         return each.mean() + self.kl * drift

@@ -4,7 +4,8 @@ GRPO-Guard, Wang et al., arXiv 2510.22319 (code: scripts/train_sd3_GRPO_Guard.py
 
 With mu the mean of a step, std its width and eps its noise, Flow-GRPO's log rho = -mean (mu_then - mu)^2 / (2 std^2) -
 mean (mu_then - mu) eps / std: below 0 in the mean, and wide where std is small. Guard drops the first term and multiplies the second by
-std; its loss is divided by the step's length dt, which makes every step's gradient weigh the same, 1 + noise_level^2 / 2.
+std; its loss is divided by the step's length dt, which makes every step's gradient weigh the same, 1 + noise_level^2 / 2
+(the first step's, from pure noise, 1).
 Two deviations from the authors' code: the dropped term is taken from each transition (the code averages it over the whole batch,
 one `mean` over an empty list of dimensions), and rows are single transitions drawn from the whole batch, there whole images.
 """

@@ -2,8 +2,9 @@
 
 Source: Flow-GRPO (arXiv 2505.05470), `flow_grpo/ocr.py` of yifan123/flow_grpo at ac4c86e. Both texts lose their ASCII spaces and
 their case; nothing else is cleaned, so tabs, accents and punctuation count. Its loopholes are kept, because a reward that is mended
-is another reward: text beside the target costs nothing, and a target said twice is said. `exact`, `ned`, `extra_text_ratio` and
-`repeat_count` are there to see what it lets through.
+is another reward: text beside the target costs nothing, and a target said twice is said. The metric `exact` sees that; which of
+the two it was, `ned`, `extra_text_ratio` and `repeat_count` tell of a text that was read. They are functions to look closer with, no
+columns of a table.
 """
 
 from collections.abc import Mapping, Sequence

@@ -155,10 +155,42 @@ def read(text: str, known: Mapping[str, Any], objects: Callable[[], Sequence[str
     if known.get("include"):
         if known.get("tag") not in TAGS:
             raise registry.unknown(f"GenEval tag of {text!r}:", str(known.get("tag", "")), TAGS)
-        given = {key: known[key] for key in ("tag", "include", "exclude") if known.get(key)}
+        given: dict[str, Any] = {"tag": known["tag"]}
+        given |= {key: _clauses(text, key, known[key]) for key in ("include", "exclude") if known.get(key)}
         return Prompt(text, {**facts(given["tag"], given["include"]), **given}, stratum=given["tag"])
     tag, include = parse(text, objects())
     return Prompt(text, facts(tag, include), stratum=tag)
+
+
+def _clauses(text: str, key: str, given: Any) -> list[dict[str, Any]]:
+    """The clauses of a person's own facts, which a table holds as JSON; UserError on what GenEval's rule could not read."""
+    wrong = lambda why: UserError(f"the fact `{key}` of {text!r} {why}")
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise wrong(f"is no JSON: {error}") from None
+    if not isinstance(given, Sequence) or not all(isinstance(one, Mapping) for one in given):  # pyright: ignore
+        raise wrong('is a list of clauses, such as [{"class": "dog", "count": 2}]')
+    clauses = [dict(one) for one in given]  # pyright: ignore
+    for i, clause in enumerate(clauses):
+        count, colour, place = (clause.get(name) for name in ("count", "color", "position"))
+        if not isinstance(clause.get("class"), str) or not clause["class"]:
+            raise wrong(f"names no class in its clause {i + 1}")
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise wrong(f"counts {count!r} {clause['class']}, not 1 or more")
+        if colour is not None and colour not in COLOURS:
+            raise registry.unknown(f"colour in the fact `{key}` of {text!r}:", str(colour), COLOURS)
+        if place is not None:
+            if not isinstance(place, Sequence) or isinstance(place, str) or len(place) != 2:  # pyright: ignore
+                raise wrong('places an object as ["left of", 0]: a relation and which clause it is placed by')
+            if place[0] not in RELATIONS:
+                raise registry.unknown(f"relation in the fact `{key}` of {text!r}:", str(place[0]), RELATIONS)
+            if place[1] not in range(i):
+                raise wrong(
+                    f"places its clause {i + 1} by the clause {place[1]!r}, which is none before it (the first is 0)"
+                )
+    return clauses
 
 
 def asks_for(prompt: Prompt) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..bench import registry
 from ..bench.errors import UserError
-from ..bench.glyphs import ALPHABET, INKS, LONGEST, SHORTEST, SURFACES, split_of, word_prompt
+from ..bench.glyphs import ALPHABET, INKS, LONGEST, SHORTEST, SURFACES, VOCABULARY, split_of, word_prompt
 from ..bench.published import Published
 from ..bench.registry import known_domain
 from ..bench.spec import Columns, Judging, Prompt, Split
@@ -94,13 +94,17 @@ class OCR:
 
     def read(self, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:
         """A prompt of a person's own: its target is the fact `target`, else the first text between straight double quotes."""
-        known_domain("ocr", domain)
+        tiny = known_domain("ocr", domain) == "glyphs"
         quoted = text.split('"')
         target = str(facts.get("target") or (quoted[1] if len(quoted) > 2 else ""))
         if not target.strip():
             raise UserError(
                 f"an OCR prompt needs the text to write, between straight double quotes or as a fact `target`: {text!r}"
             )
+        if tiny and (set(target) - set(ALPHABET) or not SHORTEST <= len(target) <= LONGEST):
+            raise UserError(f"tiny writes {SHORTEST} to {LONGEST} capitals A-Z, not {target!r}")
+        if tiny and (strange := [word for part in quoted[::2] for word in part.split() if word not in VOCABULARY]):
+            raise registry.unknown(f"word for tiny in {text!r}:", strange[0], VOCABULARY)
         return Prompt(text, {**facts, "target": target})
 
     def judging(self, domain: str) -> Judging:

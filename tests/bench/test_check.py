@@ -60,6 +60,15 @@ def test_every_built_in_method_keeps_the_laws_and_learns(name: str) -> None:
     assert {v.family for v in verdicts} == {"", "sd3", "sd15"}
 
 
+@pytest.mark.parametrize("name", ["gpo", "dgpo", "diffusion-nft", "awm"])
+def test_a_penalty_learns_nothing_from_what_could_not_be_scored(name: str) -> None:
+    """The presets of tiny have no such penalty, those of real models do."""
+    weight = "beta" if name == "awm" else "kl"
+    rule = "an image that could not be scored leaves no trace"
+    verdicts = check(name, sets=[f"{weight}=0.5"], families=["sd3"], soft=False)
+    assert rule in {v.law for v in verdicts} and rule not in failed(verdicts)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_built_in_method_keeps_the_laws_on_the_other_families_too(name: str) -> None:

@@ -68,6 +68,8 @@ def test_show_says_fields_defaults_preset_and_source(gpobench: Any, redness: str
     for text in ("Group Preference Optimization", "optim.minibatches", "logsigmoid", "[tiny]", "gpo.py"):
         assert text in ended.out
     assert "Redness" in gpobench("show", f"{redness}:Redness").out
+    for name, kind in (("Redness", "scorer"), ("Paint", "task")):
+        assert f":{name} ({kind})" in gpobench("show", f"{redness}:{name}").out
 
 
 @pytest.mark.parametrize(

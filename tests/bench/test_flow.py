@@ -385,6 +385,19 @@ def test_gradients_through_a_step_match_finite_differences(kernel: Kernel):
 # diffusers
 
 
+@pytest.mark.parametrize("by", [1.18, 1.43, 1.67, 2.07, 2.57, 3.0])
+def test_a_shift_that_rounds_the_first_time_below_one_still_begins_in_noise(by: float):
+    """float32 makes 0.9999999 of some shifts: the first stochastic step must be the one from 1."""
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=by)
+    scheduler.set_timesteps(10)
+    first, second = scheduler.sigmas[0].expand(2), scheduler.sigmas[1].expand(2)
+    x, v = normal(2, 4, dtype=torch.float32), normal(2, 4, seed=1, dtype=torch.float32)
+    step, exact = (sde(0.7)(rectified, x, v, t, second) for t in (first, torch.ones(2)))
+    assert torch.allclose(step.mean, exact.mean, atol=1e-4) and torch.allclose(step.std, exact.std, atol=1e-4)
+
+
 @pytest.mark.parametrize("steps,by", [(1, 3.0), (10, 3.0), (14, 3.0), (28, 1.0), (40, 3.0), (7, 1.5)])
 def test_shifted_grid_is_flow_match_euler(steps: int, by: float):
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler

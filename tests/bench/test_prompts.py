@@ -165,14 +165,14 @@ def test_a_task_asks_the_files_prompts_and_does_the_rest_as_ever(mine: Callable[
     for ask in ("reward", "scorers", "held_out", "judging"):
         assert getattr(mixed, ask)("glyphs") == getattr(task, ask)("glyphs")
     assert isinstance(mixed, Columned) and mixed.columns("glyphs") == task.columns("glyphs")
-    assert isinstance(mixed, Reads) and mixed.read('a "B"', {}, "glyphs").meta == {"target": "B"}
+    assert isinstance(mixed, Reads) and mixed.read('a "BUS"', {}, "glyphs").meta == {"target": "BUS"}
     with pytest.raises(UserError, match="of the domain 'glyphs', not of 'open'"):
         mixed.prompts("train", "open")
 
 
 def test_what_the_task_misses_is_said_with_its_line(mine: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match=r"0\.txt, line 3: an OCR prompt needs the text to write.*'a cat'"):
-        own(OCR(), {"train": mine('a "B"\n\na cat')}, "glyphs")
+        own(OCR(), {"train": mine('a "BUS"\n\na cat')}, "glyphs")
 
 
 def test_a_task_that_neither_reads_nor_has_columns_nor_sums_up(redness: str, tmp_path: Path) -> None:
@@ -195,10 +195,17 @@ def test_the_publications_numbers_stay(mine: Callable[[str], Path]) -> None:
     assert isinstance(mixed, Summarised) and mixed.summary(look) == task.summary(look) != {}
 
 
+def test_a_training_list_may_weigh_its_prompts_by_repeating_them(mine: Callable[[str], Path]) -> None:
+    twice = 'a sign that says "QUIZ"\n' * 2
+    assert len(own(OCR(), {"train": mine(twice)}, "glyphs").prompts("train", "glyphs")) == 2
+    with pytest.raises(UserError, match="twice"):
+        own(OCR(), {"test": mine(twice)}, "glyphs")
+
+
 def test_own_prompts_that_are_also_judged_are_refused(mine: Callable[[str], Path]) -> None:
     stolen = OCR().prompts("test", "glyphs")[5].text
     with pytest.raises(UserError, match="a test prompt stands in the train split"):
-        refuse_overlap(own(OCR(), {"train": mine(stolen.upper().replace("SIGN", "sheet"))}, "glyphs"), "glyphs")
+        refuse_overlap(own(OCR(), {"train": mine(stolen.replace(" ", "  "))}, "glyphs"), "glyphs")
 
 
 # The option

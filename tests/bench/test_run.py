@@ -381,6 +381,31 @@ def test_another_reward_holds_the_tasks_own_out(plan: Any, redness: str, tmp_pat
     assert done.scorers["warmth"].calls == done.spent["images"] > 0 == done.scorers["redness"].calls
 
 
+def test_a_part_of_a_blend_holds_nothing_out(redness: str) -> None:
+    """What a method is trained on may not judge it, under whatever weight."""
+    task, say = registry.load("task", f"{redness}:Paint")(), lambda _: None
+    for blend in (f"{redness}:Redness*0.5+rapidocr", f"{redness}:Redness*2"):
+        made = running.jury(task, "glyphs", say, blend)
+        assert [s.name for s in made.held_out] == ["warmth"] and made.training.metrics[0] == "blend"
+        assert "redness" not in [s.name for s in made.all]
+    with pytest.raises(UserError, match="trains on every scorer that the task paint holds out"):
+        running.jury(task, "glyphs", say, f"{redness}:Redness+{redness}:Warmth")
+    made = running.jury(registry.load("task", "ocr")(), "glyphs", say, "hpsv2:tiny*0.5+rapidocr")
+    assert [s.name for s in made.held_out] == ["reader"]
+    assert not {"rapidocr", "hpsv2-tiny"} & {s.name for s in made.all}
+
+
+def test_a_budget_that_pays_for_no_update_is_said(plan: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Heard(Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    done = running.run(plan(budget="nfe=1"), runs=tmp_path, view=Heard())
+    assert done.spent["updates"] == 0 and any("no update was made" in text for text in said)
+
+
 def test_a_tracker_hears_every_iteration(plan: Any, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -312,6 +312,22 @@ def test_jpeg_is_taken_and_said(folder: Path, tmp_path: Path) -> None:
     assert scoring.JPEG in score_folder(folder, ["reader"], out=tmp_path / "s.csv")["notes"]
 
 
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_picture_is_scored_as_it_is_shown(folder: Path, tmp_path: Path, orientation: int) -> None:
+    """Cameras store a picture as the sensor lay and say in EXIF which way is up."""
+    upright = Image.fromarray(draw_word("ACT"))
+    back = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright.transpose(back).save(folder / "0.png", exif=exif)
+    upright.save(folder / "1.png")
+    for i in range(2):
+        (folder / f"{i}.txt").write_text(prompt("ACT"), "utf-8")
+    score_folder(folder, ["reader"], out=tmp_path / "s.parquet")
+    table = scored(tmp_path / "s.parquet").set_index(["metric", "file"]).value
+    assert all(table[metric, "0.png"] == table[metric, "1.png"] == 1 for metric in ("exact", "soft"))
+
+
 def test_a_prompt_the_scorer_cannot_judge_stops_it(listed: Path, tmp_path: Path) -> None:
     (listed / "prompts.csv").write_text("file,prompt\n0.png,a cat\n", "utf-8")
     with pytest.raises(UserError, match="reader: an OCR prompt holds its target .*'a cat'"):

@@ -261,6 +261,22 @@ def test_a_scorer_ends_nothing_but_its_own_answer() -> None:
         ask(faulty.Spoilt(faulty.raising(KeyboardInterrupt()), ()), one, PROMPTS[:1])
 
 
+def test_a_prompt_that_is_refused_costs_the_others_nothing(images: Images) -> None:
+    class Picky(faulty.Sound):
+        def __call__(self, images: Images, prompts: Any) -> Scores:
+            if refused := [prompt.text for prompt in prompts if prompt.text == "unicorn"]:
+                raise UserError(f"no {refused[0]} here")
+            return super().__call__(images, prompts)
+
+    prompts = [Prompt("unicorn" if row in (1, 4) else str(row)) for row in range(6)]
+    scores, sound = ask(Picky(), images, prompts), ask(faulty.Sound(), images, prompts)
+    assert scores.reasons == dict.fromkeys((1, 4), "sound: UserError: no unicorn here")
+    for metric, column in scores.value.items():
+        assert np.array_equal(np.isnan(column), [row in (1, 4) for row in range(6)])
+        assert np.array_equal(np.delete(column, [1, 4]), np.delete(sound.value[metric], [1, 4]))
+    assert scores.notes and sound.notes and scores.notes[2] == sound.notes[2] and scores.notes[1] == ""
+
+
 def test_every_gap_has_a_reason_whatever_the_scorer_says() -> None:
     def spoil(scores: Scores, bad: list[int]) -> Scores:
         return Scores(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.card import Adapter, find
@@ -126,6 +127,42 @@ def test_a_gradient_that_is_not_finite_moves_nothing(make: Make) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, rig.model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("factor", [2.0**16, 2.0**127])
+def test_scaled_losses_make_the_same_updates(make: Make, factor: float) -> None:
+    """A power of two rounds nothing; where it makes gradients overflow, the update is skipped and the factor halved until they do not."""
+    method = Shrink(optim=Optim(minibatches=1, lr=1e-2), scale=2.0**8)
+
+    def once(scaler: GradScaler | None) -> tuple[list[Tensor], list[float]]:
+        rig = make(nfe=1e9)
+        numbers: list[dict[str, float]] = []
+        why = train(
+            method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(), scaler=scaler,
+            after=numbers.append, interrupted=lambda: rig.meter.updates >= 1,
+        )  # fmt: skip
+        assert why == "interrupted"
+        return list(rig.model.parameters()), [n["policy/skipped"] for n in numbers if "policy/skipped" in n]
+
+    scaler = GradScaler("cpu", init_scale=factor)
+    after, skipped = once(scaler)
+    assert skipped[-1] == 0 and all(skipped[:-1]) and scaler.get_scale() == factor / 2 ** (len(skipped) - 1)
+    if factor > 2.0**100:
+        assert len(skipped) > 1
+        return  # later iterations draw other rows
+    plain, never = once(None)
+    assert not never and all(torch.equal(a, b) for a, b in zip(after, plain, strict=True))
+
+
+def test_a_gradient_that_is_never_finite_ends_a_scaled_run(make: Make) -> None:
+    rig = make(updates=100)
+
+    def backward(loss: Tensor) -> None:
+        (loss * math.inf).backward()
+
+    scaler = GradScaler("cpu", init_scale=8.0)
+    why = train(Shrink(), rig, optimiser(Shrink(), rig), backward=backward, scaler=scaler, after=lambda numbers: None)
+    assert why.startswith("the gradient's norm is") and rig.meter.updates == 0 and scaler.get_scale() == 1
+
+
 def test_a_few_barren_iterations_are_forgiven(make: Make) -> None:
     @dataclass(frozen=True)
     class Moody(Shrink):
@@ -156,7 +193,7 @@ def test_splitting_a_minibatch_changes_neither_loss_nor_gradient(make: Make, lin
         before = [p.detach().clone() for p in rig.model.parameters()]
         batch = method.collect(rig)
         steepest = torch.optim.SGD(rig.model.parameters(), lr=1.0)  # one step is minus the gradient
-        _fit(method, rig, steepest, batch, len(batch.who), lambda loss: loss.backward())
+        _fit(method, rig, steepest, batch, len(batch.who), lambda loss: loss.backward(), GradScaler(enabled=False))
         moved = [a - b.detach() for a, b in zip(before, rig.model.parameters(), strict=True)]
         return moved, rig.meter.updates, rig.meter.nfe
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -596,8 +595,8 @@ def test_run_does_what_the_baseline_needs(tmp_path: Path) -> None:
     assert run("--run", path, "--out", tmp_path / "second")[0] == 0
     report = judged(path, tmp_path / "second")
     assert all(f.repeated for f in report.findings)
-    shutil.rmtree(tmp_path / "second")
-    known, _ = read(path)
-    broken = known.model_copy(update={"budget": {"nfe": 1.0}})  # not enough for one update
+    (name,) = (place.name for place in (tmp_path / "second").glob("sft-*"))
+    (tmp_path / "third").mkdir()
+    (tmp_path / "third" / name).write_text("in the way")
     with pytest.raises(UserError, match="the run sft on ocr, seed 0 failed"):
-        train([broken], tmp_path / "third", lambda _: None)
+        train([read(path)[0]], tmp_path / "third", lambda _: None)

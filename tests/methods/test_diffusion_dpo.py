@@ -18,7 +18,7 @@ from gpobench.bench.card import SMALL
 from gpobench.bench.config import resolve, variants
 from gpobench.bench.errors import UserError
 from gpobench.bench.flow import mix
-from gpobench.bench.losses import dpo
+from gpobench.bench.losses import apart, dpo
 from gpobench.bench.make_pairs import make_pairs
 from gpobench.bench.pairs import compare
 from gpobench.bench.registry import load
@@ -197,10 +197,23 @@ def test_a_random_pair_is_any_pair_equally_often() -> None:
 
 
 def test_near_ties_are_dropped_at_the_gap_exactly() -> None:
-    reward = torch.tensor([[0.0, 0.25], [0.0, 0.2500001], [0.5, 0.5]])
+    reward = torch.tensor([[0.0, 0.25], [0.0, 0.25001], [0.5, 0.5]])
     for choose in ("extremes", "random", "all"):
         which, win, lose = compare(reward, choose, 0.25, torch.zeros(3))
         assert (which.tolist(), win.tolist(), lose.tolist()) == ([1], [1], [0])
+
+
+@pytest.mark.parametrize("letters", range(3, 12))
+def test_a_gap_of_one_letter_means_the_same_for_good_and_for_bad_images(letters: int) -> None:
+    """Rewards 1 - edits / letters in float32: their differences round either way."""
+    reward = torch.tensor([[1 - edits / letters for edits in range(letters + 1)]])
+    for gap, least in ((1 / letters, 2), (0.99 / letters, 1)):
+        _, win, lose = compare(reward, "all", gap, torch.zeros(1))
+        assert set(zip(win.tolist(), lose.tolist(), strict=True)) == {
+            (i, j) for i in range(letters + 1) for j in range(letters + 1) if j - i >= least
+        }
+        told = apart(reward, gap)[0].nonzero()
+        assert {(int(i), int(j)) for i, j in told} == set(zip(win.tolist(), lose.tolist(), strict=True))
 
 
 def test_groups_without_spread_or_scores_make_no_pair(make: Any) -> None:
@@ -359,9 +372,11 @@ def test_its_presets_and_variants_resolve() -> None:
     for model in ("tiny", "sd35m"):
         plain = resolve("dpo", "ocr", model).settings
         assert resolve("dpo:random", "ocr", model).settings == replace(plain, choose="random")
-        assert resolve("dpo:offline", "ocr", model).settings == replace(plain, pairs="pairs", prompts=32)
+        assert resolve("dpo:offline", "ocr", model).settings == replace(
+            plain, pairs="pairs", prompts=32, collector="live", refresh=0
+        )  # the reference of a fixed data set never moves
         gap = resolve("dpo:gap", "ocr", model).settings
-        assert (gap.choose, gap.gap) == ("all", 0.2)
+        assert (gap.choose, gap.gap) == ("all", 0.25)
 
 
 def test_the_method_owns_no_loop_optimiser_device_or_file() -> None:

@@ -215,6 +215,25 @@ def test_the_published_dpo_of_the_unets_warms_up_for_a_quarter_of_its_updates(mo
     assert own.optim.lr == pytest.approx(1e-8 * 2048)
 
 
+@pytest.mark.parametrize("task", ["pickscore", "pickscore-full"])
+def test_what_is_published_for_pickscore_is_used_for_it(task: str) -> None:
+    """Sources beside each number in the preset files."""
+    own = lambda method: resolve(method, task, "sd35m").settings
+    dgpo, awm = own("dgpo"), own("awm")
+    assert (dgpo.group, dgpo.beta, dgpo.clip, dgpo.kl) == (24, 10, 5e-2, 1e-3)
+    assert (awm.prompts, awm.beta, awm.init) == (24, 1e-4, True) and awm.strata(awm.steps)[0] == 0
+    assert own("flow-grpo").kl == 0.01 and own("flow-grpo:fast").kl == 0 and own("grpo-guard").clip == 4e-6
+    assert (own("gpo").beta, own("gpo").kl, own("rwr").temperature) == (10, 1e-3, 26)
+    tags = resolve("dgpo", "geneval", "sd35m").settings
+    assert (tags.trunc, tags.switch, tags.std, tags.beta) == (4, 500, "group", 100)
+
+
+@pytest.mark.parametrize("model", ["tiny", "sd35m", "sd35l", "flux1-dev", "sdxl", "sd15"])
+def test_the_reference_of_a_data_set_stays_the_base(model: str) -> None:
+    own = resolve("dpo:offline", "ocr", model).settings
+    assert own.refresh == 0 and own.collector == "live" and own.anchor == "ref"
+
+
 # They teach
 
 

@@ -219,3 +219,24 @@ def test_self_test_of_a_detector_of_photographed_objects() -> None:
         geneval.GenEval(Objects(classes=names, dogs=1), PaletteColours, colours_id="x").self_test()
     with pytest.raises(RuntimeError, match="79 classes"):
         geneval.GenEval(Objects(classes=names[:79]), PaletteColours, colours_id="x").self_test()
+
+
+@pytest.mark.parametrize("name", sorted(DETECTORS))
+def test_what_a_detector_must_be_sure_of_to_count_stands_in_its_id(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Published for Mask2Former only: RT-DETR, D-FINE and YOLO give clear finds scores from .7 on."""
+
+    @dataclass(frozen=True)
+    class Unsure:
+        id: str = "unsure-1"
+        name: str = "unsure"
+        classes: tuple[str, ...] = ("dog",)
+
+        def __call__(self, images: Images) -> list[list[Detection]]:
+            boxes = [(10.0 * i, 0.0, 10.0 * i + 8, 8.0) for i in range(4)]
+            return [[Detection("dog", score, box) for score, box in zip((0.95, 0.93, 0.91, 0.79), boxes, strict=True)]]
+
+    monkeypatch.setattr(geneval, "open_detector", lambda _: Unsure())
+    made = geneval.make(name)
+    light = name in ("rtdetr", "dfine", "yolo")
+    scores = made(np.zeros((1, 8, 64, 3), np.uint8), [counting("dog", 4)])
+    assert scores.value["correct"][0] == float(light) and f"-0.3-{0.5 if light else 0.9}-16" in made.id

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -164,6 +165,40 @@ def test_own_prompts_may_bring_their_facts() -> None:
     assert prompt.meta == {"tag": "two_object", "include": facts["include"]} and prompt.stratum == "two_object"
     with pytest.raises(UserError, match="unknown GenEval tag"):
         geneval.GenEval().read("Rex", {"include": facts["include"]}, "open")
+
+
+def test_own_facts_come_from_a_table_too() -> None:
+    include = [{"class": "dog", "count": 2}]
+    prompt = geneval.GenEval().read("two dogs", {"tag": "counting", "include": json.dumps(include)}, "open")
+    assert prompt.meta["include"] == include and prompt.meta["exclude"] == [{"class": "dog", "count": 3}]
+
+
+@pytest.mark.parametrize(
+    ("include", "said"),
+    [
+        ("two dogs", "is no JSON"),
+        ("{}", "is a list of clauses"),
+        ([1], "is a list of clauses"),
+        ([{"count": 1}], "names no class in its clause 1"),
+        ([{"class": "dog"}], "counts None dog"),
+        ([{"class": "dog", "count": "two"}], "counts 'two' dog"),
+        ([{"class": "dog", "count": True}], "counts True dog"),
+        ([{"class": "dog", "count": 0}], "counts 0 dog"),
+        (
+            [{"class": "dog", "count": 1, "color": "violet"}],
+            "unknown colour in the fact `include` of 'x'.*valid: black",
+        ),
+        ([{"class": "dog", "count": 1, "position": "left of"}], "places an object as"),
+        ([{"class": "dog", "count": 1, "position": ["inside", 0]}], "unknown relation in the fact"),
+        (
+            [{"class": "dog", "count": 1, "position": ["above", 0]}],
+            "places its clause 1 by the clause 0, which is none before it",
+        ),
+    ],
+)
+def test_facts_that_the_rule_could_not_read_are_one_line(include: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        geneval.GenEval().read("x", {"tag": "counting", "include": include}, "open")
 
 
 def test_shares_are_the_weights_of_the_published_list() -> None:

@@ -111,6 +111,22 @@ def test_own_prompts_quote_their_target_or_name_it() -> None:
             task.read(text, {}, "open")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('a sign that says "hello"', "capitals A-Z, not 'hello'"),
+        ('a sign that says "CAFÉS"', "capitals A-Z, not 'CAFÉS'"),
+        ('a sign that says "PARADES"', "tiny writes 3 to 5 capitals"),
+        ('a photograph of a "MUG"', "unknown word for tiny .* 'photograph'; did you mean 'photo'"),
+    ],
+)
+def test_what_tiny_cannot_spell_is_refused(text: str, said: str) -> None:
+    """Its tokenizer would make one unknown token of all of these."""
+    with pytest.raises(UserError, match=said):
+        ocr.OCR().read(text, {}, "glyphs")
+    assert ocr.OCR().read(text, {}, "open").text == text
+
+
 def test_columns_by_domain() -> None:
     glyphs, real = (ocr.OCR().columns(domain) for domain in ("glyphs", "open"))
     assert (glyphs.quality, glyphs.diversity, glyphs.drift) == (["pickscore:tiny"], ["clip:tiny"], ["clip:tiny"])
