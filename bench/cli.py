@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -497,18 +498,37 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes on optional parts would bury ours
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(
+                errors="replace"
+            )  # an ASCII terminal shows ? for what it does not know, and the run is told of
     try:
         _further_commands()
         app(standalone_mode=True)
     except UserError as error:
-        print(f"gpobench: {error}", file=sys.stderr)
+        _last_words(str(error))
         raise SystemExit(2) from None
     except (KeyboardInterrupt, AtOnce):
-        print("gpobench: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        _last_words("stopped; the same command goes on from the last checkpoint")
         raise SystemExit(130) from None
     except Interrupted as stop:
-        print(f"gpobench: {stop}", file=sys.stderr)
+        _last_words(str(stop))
         raise SystemExit(130) from None
+
+
+def _last_words(text: str) -> None:
+    try:
+        print(f"gpobench: {text}", file=sys.stderr, flush=True)
+    except OSError:
+        _into_nothing()
+
+
+def _into_nothing() -> None:
+    """What reads stderr is gone, as `| tee` at a Ctrl-C; work goes on and is saved."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    os.close(nothing)
 
 
 def _names(**names: str) -> None:
@@ -560,7 +580,11 @@ def _model_line(name: str) -> str:
 def _console(stderr: bool = False) -> Any:
     from rich.console import Console
 
-    return Console(stderr=stderr)
+    class Steady(Console):
+        def on_broken_pipe(self) -> None:  # it would end the process
+            _into_nothing()
+
+    return Steady(stderr=True) if stderr else Console()
 
 
 class _Terminal:

@@ -25,9 +25,9 @@ from .config import EXECUTION, Config, resolve
 from .disk import write_atomically
 from .errors import Interrupted, UserError
 from .here import here
+from .home import busy
 from .jobs import Job, apart, folder, spent
 from .record import Record
-from .run import busy
 from .scorers import parts
 from .spec import Search
 from .view import Silent, View
@@ -273,8 +273,10 @@ def _installed(plans: Iterable[Config]) -> None:
     wanted: dict[str, None] = {}
     for plan in {(plan.task, plan.reward): plan for plan in plans}.values():
         exam, domain = registry.load("task", plan.task)(), plan.card().domain
-        names = [*(name for name, _ in parts(plan.reward)), exam.reward(domain), *exam.held_out(domain)]
-        wanted |= dict.fromkeys(name for name in names if name not in plan.places)
+        own = [exam.reward(domain), *exam.held_out(domain)]
+        names = [*(name for name, _ in parts(plan.reward)), *(registry.canonical("scorer", name) for name in own)]
+        lives = {registry.canonical("scorer", name) for name in plan.places}
+        wanted |= dict.fromkeys(name for name in names if not {name, name.partition(":")[0]} & lives)
     for name in wanted:
         registry.scorer(name)  # raises Missing, which says what to install
 

@@ -41,6 +41,7 @@ class Config:
     tuned: Table = field(default_factory=dict[str, Any])  # how the settings were chosen: trials, spent, command
     places: Mapping[str, Any] = field(default_factory=dict[str, Any])  # scorer -> scorers.Place, where it lives
     prompts: Mapping[Any, Path] = field(default_factory=dict[Any, Path])  # split -> the person's own file
+    asked: Mapping[Any, str] = field(default_factory=dict[Any, str])  # split -> that file's name and its content's hash
     sources: Mapping[str, str] = field(default_factory=dict[str, str])  # a part's own file -> its content's hash
 
     def mapping(self) -> Table:
@@ -48,7 +49,6 @@ class Config:
 
         How settings were chosen and where scorers live is no part of it: neither changes what a run does.
         """
-        files = {split: f"{path.name}@{file_digest(path)[:12]}" for split, path in self.prompts.items()}
         return {
             "method": self.method,
             "task": self.task,
@@ -60,10 +60,18 @@ class Config:
             "judging": _plain(asdict(self.judging)),
             "precision": self.precision,
             "reward": self.reward,
-            **({"prompts": files} if files else {}),
+            **({"prompts": dict(self.asked)} if self.asked else {}),
             **({"sources": dict(self.sources)} if self.sources else {}),
             **self.execution,
         }
+
+    def unchanged(self) -> None:
+        """Raise UserError where a file that this run is named after has changed since it was planned."""
+        now = {**_asked(self.prompts), **_sources(self.method, self.task, self.reward)}
+        for name, content in {**self.asked, **self.sources}.items():
+            if now.get(name) != content:
+                what = self.prompts.get(name, name)
+                raise UserError(f"{what} changed since this run was planned: the same command plans it anew")
 
     def card(self) -> Card:
         """The model's card with what this run says about execution."""
@@ -125,6 +133,8 @@ def resolve(
     execution = _execution({key: table.pop(key) for key in EXECUTION if key in table}, card)
     if seed < 0:
         raise UserError(f"--seed must not be negative, got {seed}")
+    if seed >= 2**32:
+        raise UserError(f"--seed must be below {2**32}, got {seed}")
     return Config(
         method=method,
         task=task,
@@ -140,8 +150,13 @@ def resolve(
         tuned=tuned,
         places=homes,
         prompts=files,
+        asked=_asked(files),
         sources=_sources(method, task, reward or exam.reward(card.domain)),
     )
+
+
+def _asked(files: Mapping[Any, Path]) -> dict[Any, str]:
+    return {split: f"{path.name}@{file_digest(path)[:12]}" for split, path in files.items()}
 
 
 def _sources(method: str, task: str, reward: str) -> dict[str, str]:
@@ -154,6 +169,8 @@ def _sources(method: str, task: str, reward: str) -> dict[str, str]:
     named = [method, task, *(name for name, _ in parts(reward))]
     found: dict[str, str] = {}
     for path in dict.fromkeys(Path(one.rpartition(":")[0]) for one in named if ".py:" in one):
+        if not path.is_file():
+            raise UserError(f"no such file: {path}")
         found[path.name] = found.get(path.name, "") + file_digest(path)[:12]
     return found
 

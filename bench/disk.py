@@ -31,7 +31,7 @@ def sync(path: Path) -> None:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file and move it over `path` when it is on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
     try:
         write(temporary)
         sync(temporary)

@@ -359,11 +359,28 @@ def device() -> str:
 
 def weights_hash(card: Card) -> str:
     """sha256 over the weight files of a local model, by name; the pinned revision of one from the hub."""
-    folder = Path(card.source)
+    return _hash(Path(card.source), (".safetensors",)) or str(card.revision)
+
+
+def settings_hash(card: Card) -> str:
+    """The same over what stands beside the weights and decides how they are used: configs, recipe, tokenizers."""
+    return _hash(Path(card.source), (".json", ".txt", ".model")) or str(card.revision)
+
+
+def _hash(folder: Path, suffixes: tuple[str, ...]) -> str:
+    """sha256 over the files below that end so; "" where there is no folder. Linked folders are followed: models share parts."""
     if not folder.is_dir():
-        return str(card.revision)
+        return ""
+    found: dict[Path, str] = {}
+    seen = set[str]()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        found |= {Path(place, name): digest(Path(place, name)) for name in files if name.endswith(suffixes)}
     total = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted(found):
         total.update(path.relative_to(folder).as_posix().encode())
-        total.update(digest(path).encode())
+        total.update(found[path].encode())
     return total.hexdigest()

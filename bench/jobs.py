@@ -77,7 +77,8 @@ def apart(
 def _start(job: Job, threads: int) -> subprocess.Popen[bytes]:
     with job.log.open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", OURSELVES, *job.words],
+            # -P: a file of the folder at hand must not stand in for a module
+            [sys.executable, "-P", "-c", OURSELVES, *job.words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,  # the result is on disk
             stderr=log,

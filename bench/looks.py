@@ -17,6 +17,7 @@ from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,9 @@ from . import record
 from .card import Card
 from .crew import Crew
 from .disk import digest, write_atomically
-from .evaluate import Judged, prompts_hash
+from .evaluate import Judged, invalid
+from .hub import settings_hash
+from .scorers import Blend
 from .spec import Embedder, Prompt, Scorer, Task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,34 +43,49 @@ def ground(
     facts: dict[str, Any] = {
         "card": asdict(card),
         "task": [task.name, task.version],
-        "prompts": prompts_hash(prompts),
-        "strata": [p.stratum for p in prompts],
+        "prompts": [[p.text, p.stratum, p.meta] for p in prompts],
+        "folder": settings_hash(card),
         "judges": [one.id for one in judges],
         "drift": [one.id for one in drift],
-        "sources": [_sources(), *(_source(one) for one in (task, *judges, *drift))],
+        "sources": [_sources(), *(source(one) for one in (task, *_apart(judges), *drift))],
         "where": where,
         **settings,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def kept(place: Path, make: Callable[[], Judged], drift: Sequence[Embedder], crew: Crew) -> Judged:
-    """What `make` returns, or what it returned when this place was last asked; who asks meanwhile waits for it."""
+def kept(
+    place: Path,
+    make: Callable[[], Judged],
+    drift: Sequence[Embedder],
+    crew: Crew,
+    say: Callable[[str], None] = lambda text: None,
+) -> Judged:
+    """What `make` returns, or what it returned when this place was last asked; who asks meanwhile waits for it.
+
+    A look in which too many scores are missing is not kept: whatever failed may work when it is asked again.
+    """
     table, images, vectors = (place.with_name(f"{place.name}.{kind}") for kind in ("parquet", "npy", "npz"))
+
+    def read() -> Judged:
+        with np.load(vectors, allow_pickle=False) as found:
+            each = {name: found[name] for name in found.files}
+        return Judged(pd.read_parquet(table), np.load(images, allow_pickle=False), each)
 
     def there() -> bool:
         if not (table.is_file() and images.is_file() and vectors.is_file()):
             return False
-        with np.load(vectors, allow_pickle=False) as found:
-            return set(found.files) == {e.name for e in drift}  # one may have been installed since
+        try:
+            return set(read().vectors) == {e.name for e in drift}  # one may have been installed since
+        except (ValueError, EOFError, KeyError, BadZipFile) as error:  # what a full disk or a copy half-way leaves
+            say(f"{table} is damaged and is made anew: {str(error).partition(chr(10))[0]}")
+            return False
 
     with _turn(place, crew):
         if crew.lead(there):
-            with np.load(vectors, allow_pickle=False) as found:
-                each = {name: found[name] for name in found.files}
-            return Judged(pd.read_parquet(table), np.load(images, allow_pickle=False), each)
+            return read()
         judged = make()
-        if crew.leads:
+        if crew.leads and not invalid(judged.table):
             _save(images, lambda file: np.save(file, judged.images))
             _save(vectors, lambda file: np.savez(file, **judged.vectors))  # type: ignore[arg-type]
             write_atomically(table, lambda path: judged.table.to_parquet(path, index=False))
@@ -83,6 +101,8 @@ def _turn(place: Path, crew: Crew) -> Generator[None]:
     place.parent.mkdir(parents=True, exist_ok=True)
     with place.with_name(f".{place.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for left in place.parent.glob(f".{place.name}.*.tmp"):  # of a start that was killed
+            left.unlink(missing_ok=True)
         yield
 
 
@@ -103,7 +123,15 @@ def _sources() -> str:
     return total.hexdigest()
 
 
-def _source(part: object) -> str:
+def _apart(judges: Sequence[Scorer | Embedder]) -> list[Scorer | Embedder]:
+    """Each by itself: a blend's file is ours, its parts' files may be a person's."""
+    found: list[Scorer | Embedder] = []
+    for one in judges:
+        found += _apart([part for part, _ in one.parts]) if isinstance(one, Blend) else [one]
+    return found
+
+
+def source(part: object) -> str:
     """sha256 of the file that defines it: a person's own scorer may be edited without a new id."""
     try:
         return digest(Path(inspect.getfile(type(part))))

@@ -8,6 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Iterable
 from functools import cache
+from hashlib import sha256
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ GROUPS = {
     "scorer": "gpobench.rewards",
     "model": "gpobench.models",
 }
+PLUGIN = "gpobench_plugin_"  # how modules made of a person's own files begin
 DOMAINS = ("glyphs", "open")  # what a model understands: the embedded ones, and all others
 GROUPS["embedder"] = "gpobench.embedders"
 GROUPS["recipe"] = "gpobench.recipes"
@@ -150,7 +152,8 @@ def _from_file(reference: str) -> Any:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"no such file: {path}")
-    alias = f"gpobench_plugin_{path.stem}"
+    # Two files of one name are two modules: what is looked up by a class's module must be its own file.
+    alias = f"{PLUGIN}{path.stem}_{sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(alias, path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is not a Python file")

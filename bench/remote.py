@@ -292,6 +292,7 @@ class Child:
                 text=True,
                 errors="replace",
                 env=os.environ | {TOKEN: self.token},
+                start_new_session=True,  # a Ctrl-C is ours: the iteration at hand still wants its scores
             )
         except OSError as error:
             raise UserError(f"{what} cannot be started: {error.strerror or error}") from None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import math
 import os
@@ -21,7 +19,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from . import checkpoint, evaluate, looks, pictures, record, registry
@@ -29,10 +26,11 @@ from .budget import Meter
 from .card import Card, find
 from .config import Config
 from .crew import Crew
-from .disk import full, write_atomically
+from .disk import write_atomically
 from .errors import Interrupted, Missing, UserError
 from .evaluate import Judged
-from .hub import weights_hash
+from .home import alone, forget, room, sizes, stands_on
+from .hub import settings_hash, weights_hash
 from .models.open import open_model, usage
 from .pairs import open_pairs
 from .prompts import own
@@ -60,7 +58,6 @@ from .view import Silent, View
 
 SAVES = 10  # checkpoints in the course of a budget, beside those at the marks of the curve
 BASES = ".bases"  # in the folder of runs: looks at the base that several runs have in common
-ROOM = 200 * 2**20  # bytes of free disk below which a run does not begin
 
 
 @dataclass
@@ -161,17 +158,26 @@ def run(
     home, crew = runs / config.slug(), _crew()
     if not crew.leads:
         return _follow(config, home, runs / BASES, crew, interrupted)
-    with _room(home), memory(config):
+    with room(home), memory(config):
+        config.unchanged()
         home.mkdir(parents=True, exist_ok=True)
-        with _alone(home):
+        with alone(home):
+            for left in home.rglob(".*.tmp"):  # of a start that was killed
+                if left.is_file():
+                    left.unlink(missing_ok=True)
             if fresh:
-                _forget(home)
+                forget(home)
             weights = _same_ground(config, home)
             there = (home / "record.json").is_file()
             crew.lead(lambda: (there, weights))
             if there:
-                view.say(f"this run is already done: {home} (--fresh does it again)")
                 done = record.read(home / "record.json")
+                again = (
+                    "; scores are missing in it: without its record.json only the last look is made again"
+                    if done.flags.invalid
+                    else ""
+                )
+                view.say(f"this run is already done: {home} (--fresh does it again{again})")
                 if config.tuned and done.tuning != config.tuned:  # the price of settings found only now, or found anew
                     done = done.model_copy(update={"tuning": config.tuned})
                     record.write(home / "record.json", done)
@@ -292,10 +298,15 @@ def _judged_run(
             ),
             judges.drift if columns else (),
             crew,
+            view.say,
         )
 
+    if crew.leads:
+        _same_jury(home, judges)
     with wall("judge"):
-        before = looks.kept(home / "before", lambda: base(exam, each, judges.all, columns=True), judges.drift, crew)
+        before = looks.kept(
+            home / "before", lambda: base(exam, each, judges.all, columns=True), judges.drift, crew, view.say
+        )
 
     meter = Meter(config.budget, flops_a_forward=model.flops_a_forward())
     method, searching = config.settings, isinstance(config.settings, Search)
@@ -629,91 +640,45 @@ def _watched(view: View, name: str, total: float, work: Callable[[Callable[[int]
     return work(view.advance)
 
 
-def _forget(home: Path) -> None:
-    for path in home.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != ".lock":
-            path.unlink()
-
-
 def _same_ground(config: Config, home: Path) -> str:
-    """Refuse to go on, or to show a result, where the model's weights or the task changed behind the same name.
+    """Refuse to go on, or to show a result, where what it stands on changed behind the same name: the model, the task, the pairs.
 
     Returns the hash of the weights.
     """
     card, task = find(config.model), task_of(config)
     weights = weights_hash(card)
-    ground = json.dumps({"task": f"{task.name} {task.version}", "weights": weights})
-    path = home / "ground.json"
-    if not path.is_file():
-        write_atomically(path, lambda p: p.write_text(ground, "utf-8"))
-    elif path.read_text("utf-8") != ground:
-        raise UserError(
-            f"the weights of {config.model} or the task {config.task} changed since {home} was begun: --fresh starts over"
-        )
+    now = {"task": f"{task.name} {task.version}", "weights": weights, "folder": settings_hash(card)}
+    pairs = getattr(config.settings, "pairs", "")
+    if pairs and Path(pairs).is_dir():
+        now["pairs"] = sizes(Path(pairs))
+    names = {
+        "weights": f"the weights of {config.model}",
+        "task": f"the task {config.task}",
+        "folder": f"the configuration in the folder of {config.model}",
+        "pairs": f"the data set {pairs}",
+    }
+    stands_on(home, now, names)
     return weights
 
 
-@contextmanager
-def _alone(home: Path) -> Generator[None]:
-    """Two processes never write one run directory."""
-    with (home / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is at work on {home}") from None
-        yield
-
-
-def busy(home: Path) -> bool:
-    """Is another process at work on this run directory?"""
-    try:
-        with _alone(home):
-            return False
-    except FileNotFoundError:
-        return False
-    except UserError:
-        return True
-
-
-@contextmanager
-def _room(home: Path) -> Generator[None]:
-    """A full disk is said in one line; what was on it stays."""
-    try:
-        near = next(p for p in (home, *home.absolute().parents) if p.exists())
-        free = shutil.disk_usage(near).free
-        if free < ROOM:
-            raise UserError(f"only {free // 2**20} MB are free at {near}; a run needs {ROOM // 2**20} MB")
-        yield
-    except (OSError, SafetensorError) as error:
-        if _full(error):
-            raise UserError(
-                f"no space left at {home}: the last checkpoint is whole, the same command goes on from it"
-            ) from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
-            raise UserError(f"cannot write {error.filename or home}: {error.strerror}") from error
-        raise
-
-
-def _full(error: Exception) -> bool:
-    """Does the error mean a full disk? safetensors says it in words, with the system's number."""
-    return full(error) or (
-        isinstance(error, SafetensorError)
-        and any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
-    )
+def _same_jury(home: Path, judges: Jury) -> None:
+    """Refuse to go on where a scorer is another one under the same name; one that came or went is told of elsewhere."""
+    own = lambda part: looks.source(part) if type(part).__module__.startswith(registry.PLUGIN) else ""
+    everyone = {part.name: part for part in (*judges.all, *judges.spread, *judges.drift)}
+    now = {f"scorer {name}": f"{part.id} {own(part)}".strip() for name, part in everyone.items()}
+    stands_on(home, now, {key: f"the {key}" for key in now})
 
 
 def _cut(path: Path, iteration: int) -> None:
     """Drop the lines that were written after the checkpoint a run goes on from."""
     if path.is_file():
         kept: list[str] = []
-        for line in path.read_text("utf-8").splitlines():
+        for line in path.read_text("utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["iteration"] <= iteration:
                     kept.append(line)
-            except ValueError:
-                break  # a kill cut this line off
+            except (ValueError, KeyError, TypeError):
+                continue  # a kill cut this line off
         write_atomically(path, lambda p: p.write_text("".join(line + "\n" for line in kept), "utf-8"))
 
 
@@ -725,7 +690,10 @@ def _scores(path: Path, before: Judged, after: Judged) -> None:
 def _keep_mark(path: Path, mark: int, seen: Judged) -> None:
     """Every validation score of one point of the curve, behind those of the points before it; later ones are of a start cut off."""
     new = seen.table.drop(columns=["text", "reason", "note"]).assign(mark=mark)
-    old = pd.read_parquet(path) if mark and path.is_file() else None
+    try:
+        old = pd.read_parquet(path) if mark and path.is_file() else None
+    except (ValueError, OSError):  # damaged: the points themselves are in the checkpoint
+        old = None
     table = new if old is None else pd.concat([old[old.mark < mark], new], ignore_index=True)
     write_atomically(path, lambda p: table.to_parquet(p, index=False))
 
@@ -782,6 +750,11 @@ def _use(judges: Jury, meter: Meter) -> dict[str, record.ScorerUse]:
     }
 
 
+def _literal(value: Any) -> str:
+    """As TOML has it, which is JSON but for what is not finite."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else json.dumps(value)
+
+
 def _toml(config: Config) -> str:
     """The settings as a file that --config takes back."""
     mapping = config.mapping()
@@ -800,7 +773,7 @@ def _toml(config: Config) -> str:
     tables |= {key: tables[""].pop(key) for key in [k for k, v in tables[""].items() if isinstance(v, dict)]}
     for name, table in tables.items():
         lines += ["", f"[{name}]"] if name else [""]
-        lines += [f"{key} = {json.dumps(value)}" for key, value in table.items() if value is not None]
+        lines += [f"{key} = {_literal(value)}" for key, value in table.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 

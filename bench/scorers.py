@@ -260,7 +260,9 @@ def _checked(scorer: Scorer, scores: Any, n: int) -> Scores:
     if not isinstance(scores, Scores):
         raise ValueError(f"returned {type(scores).__name__}, not Scores")
     value: dict[str, Values] = {}
-    reasons = {int(row): str(why) for row, why in dict(scores.reasons).items() if why and 0 <= int(row) < n}
+    told: dict[Any, Any] = dict(scores.reasons)  # foreign code may say anything
+    said = {int(row): "" if why is None else _text(why) for row, why in told.items()}
+    reasons = {row: why for row, why in said.items() if why and 0 <= row < n}
     for metric in scorer.metrics:
         if metric not in scores.value:
             raise ValueError(f"returned no {metric!r}")
@@ -273,7 +275,12 @@ def _checked(scorer: Scorer, scores: Any, n: int) -> Scores:
         value[metric] = column
     if scores.notes is not None and len(scores.notes) != n:
         raise ValueError(f"returned {len(scores.notes)} notes for {n} images")
-    return Scores(value, reasons, scores.notes)
+    return Scores(value, reasons, None if scores.notes is None else [_text(note) for note in scores.notes])
+
+
+def _text(said: Any) -> str:
+    """As a table can hold it: a string, without half characters."""
+    return str(said).encode("utf-8", "replace").decode()
 
 
 def _numbers(values: Any, metric: str) -> Values:

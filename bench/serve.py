@@ -17,7 +17,7 @@ import struct
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +82,15 @@ def serve(
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, limit_concurrency=WAITING, timeout_graceful_shutdown=5
         )
+        server = uvicorn.Server(config)
         main = threading.current_thread() is threading.main_thread()
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # its parent ends it
+            main = False
+            server.capture_signals = nullcontext  # type: ignore[method-assign]
         # uvicorn ends in good order at the first signal, then sends it again to whoever it found in its place
         before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM) if main}
         try:
-            uvicorn.Server(config).run(sockets=[line])
+            server.run(sockets=[line])
         finally:
             line.close()
             for number, action in before.items():
@@ -283,6 +287,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--with-parent", action="store_true", help="end when standard input does")
     given: Any = parser.parse_args(arguments)
     if given.with_parent:
+        for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole job, they are the parent's to obey
+            signal.signal(number, signal.SIG_IGN)
         _end_with_parent()
     try:
         serve(

@@ -15,18 +15,23 @@ class AtOnce(BaseException):
 
 @contextlib.contextmanager
 def asked_to_stop() -> Generator[Callable[[], bool]]:
-    """Within: whether SIGINT or SIGTERM came; the second one raises AtOnce."""
+    """Within: whether SIGINT, SIGTERM or, unless nohup set it aside, SIGHUP came; the second one raises AtOnce."""
     asked: list[int] = []
 
     def hear(number: int, frame: Any) -> None:
         if asked:
             raise AtOnce
         asked.append(number)
-        print(
-            "\nstopping after the step at hand, so that nothing of it is lost (Ctrl-C again: at once)", file=sys.stderr
-        )
+        with contextlib.suppress(OSError, ValueError):  # a pipe whose reader the same Ctrl-C ended
+            print(
+                "\nstopping after the step at hand, so that nothing of it is lost (Ctrl-C again: at once)",
+                file=sys.stderr,
+            )
 
-    old = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # the terminal is gone
+        heard.append(signal.SIGHUP)
+    old = {number: signal.signal(number, hear) for number in heard}
     try:
         yield lambda: bool(asked)
     finally:

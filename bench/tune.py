@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shlex
+import time
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from .config import Config, resolve
 from .disk import write_atomically
 from .errors import Interrupted, UserError
 from .here import here
+from .home import busy
 from .jobs import Job, apart, folder, spent
 from .record import Record
 from .scorers import close_scorers, open_scorer
@@ -170,7 +172,8 @@ def tune(
     unique = {trial.plan.slug(): trial for trial in reversed(trials) if trial.plan is not None}
     work = [trial for trial in trials if trial.plan is not None and unique[trial.plan.slug()] is trial]
     if jobs > 1:
-        left = [t for t in work if not (home / "runs" / _slug(t) / "record.json").is_file()]
+        free = lambda place: not (place / "record.json").is_file() and not busy(place)
+        left = [t for t in work if free(home / "runs" / _slug(t))]
         _apart(tuning, left, home, jobs, view, interrupted)
     for trial in work:
         if not trial.failed:
@@ -190,6 +193,13 @@ def _here(trial: Trial, of: int, home: Path, view: View, interrupted: Callable[[
     """Run a trial in this process, or read what an earlier start made of it."""
     assert trial.plan is not None
     view.say(f"trial {trial.number} (of 0 to {of - 1}): {_words(trial)}")
+    place = home / "runs" / _slug(trial)
+    if busy(place):
+        view.say(f"trial {trial.number}: another process is at work on it; waiting for that to end")
+    while busy(place):
+        if interrupted():
+            raise Interrupted(f"trial {trial.number}: stopped; the same command goes on from there")
+        time.sleep(1)
     try:
         trial.done, trial.failed = here(
             trial.plan, runs=home / "runs", log=_log(trial, home), view=view, interrupted=interrupted

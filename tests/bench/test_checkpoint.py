@@ -390,7 +390,8 @@ def fill():
         room = shutil.disk_usage(file.name).free - {left}
         file.write(bytes(max(0, room)))
 at({STEP}, 13, fill)
-running.ROOM = 0  # else the run would not begin on so small a disk
+from gpobench.bench import home as place
+place.ROOM = 0  # else the run would not begin on so small a disk
 """
     ended = gpobench(*argv, before=AT + fill)
     assert ended.code == 2 and ended.out == "", ended.err
@@ -398,7 +399,7 @@ running.ROOM = 0  # else the run would not begin on so small a disk
     kept = checkpoint.numbers(home_of(out) / "checkpoint")
     assert kept and kept[-1] > 0
     ballast.unlink()
-    ended = gpobench(*argv, before="running.ROOM = 0")
+    ended = gpobench(*argv, before="from gpobench.bench import home; home.ROOM = 0")
     assert ended.code == 0 and "damaged" not in ended.err, ended.err
     assert same(result(out), result(whole)) and iterations(out) == iterations(whole)
 
@@ -424,5 +425,7 @@ def test_a_disk_that_fills_up_at_any_write_loses_nothing(
 def test_a_disk_with_too_little_room_is_refused_at_once(
     gpobench: Any, tiny_pipe: Path, redness: str, tmp_path: Path
 ) -> None:
-    ended = gpobench(*command(tiny_pipe, redness, tmp_path), before="running.ROOM = 2**62")
+    ended = gpobench(
+        *command(tiny_pipe, redness, tmp_path), before="from gpobench.bench import home; home.ROOM = 2**62"
+    )
     assert ended.code == 2 and "MB are free" in ended.err and ended.out == "" and list(tmp_path.iterdir()) == []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,21 @@ def test_the_digest_is_sha256(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"words" * 100_000)
     assert digest(file) == hashlib.sha256(b"words" * 100_000).hexdigest()
+
+
+def test_two_may_write_one_file(tmp_path: Path) -> None:
+    """Two processes: the same file, never the same temporary one."""
+    code = """
+import sys
+from pathlib import Path
+from gpobench.bench.disk import write_atomically
+for i in range(300):
+    write_atomically(Path(sys.argv[1]), lambda path: path.write_text(sys.argv[2] * 1000))
+"""
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "file"), name]) for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    assert (tmp_path / "file").read_text() in ("a" * 1000, "b" * 1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

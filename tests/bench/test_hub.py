@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from gpobench.bench import hub
+from gpobench.bench.card import find
 from gpobench.bench.errors import Missing, UserError
 
 COMMIT = "c" * 40
@@ -256,3 +258,33 @@ def test_a_download_that_breaks_off(empty_machine: Path, monkeypatch: pytest.Mon
 def test_the_device_of_scorers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPOBENCH_SCORER_DEVICE", "cuda:3")
     assert hub.device() == "cuda:3"
+
+
+# What a local folder is known by
+
+
+def test_weights_and_settings_are_hashed_apart_and_links_are_followed(tmp_path: Path) -> None:
+    shared, folder = tmp_path / "shared", tmp_path / "model"
+    for place in (shared, folder / "scheduler"):
+        place.mkdir(parents=True)
+    (shared / "a.safetensors").write_text("weights")
+    (shared / "config.json").write_text("{}")
+    (folder / "transformer").symlink_to(shared)
+    (folder / "loop").symlink_to(folder)
+    card = replace(find("tiny"), source=str(folder))
+    hashes = lambda: (hub.weights_hash(card), hub.settings_hash(card))
+    first = hashes()
+    assert hashes() == first
+    (shared / "a.safetensors").write_text("other")
+    second = hashes()
+    assert second[0] != first[0] and second[1] == first[1]
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"shift": 1}')
+    third = hashes()
+    assert third[0] == second[0] and third[1] != second[1]
+    shutil.copytree(folder / "transformer", tmp_path / "copy" / "transformer")
+    assert hub.weights_hash(replace(card, source=str(tmp_path / "copy"))) == third[0]  # a copy is the same model
+
+
+def test_a_model_of_the_hub_is_known_by_its_revision() -> None:
+    card = find("sd35m")
+    assert hub.weights_hash(card) == hub.settings_hash(card) == card.revision

@@ -19,6 +19,7 @@ from gpobench.bench.card import find
 from gpobench.bench.config import Config, resolve
 from gpobench.bench.crew import Crew
 from gpobench.bench.evaluate import Judged
+from gpobench.bench.scorers import Blend
 from gpobench.bench.view import Silent
 
 SETS = """optim.epochs=1 optim.minibatches=2 optim.lr=3e-3 prompts=2 group=4 judging.test_images=1""".split()
@@ -37,7 +38,7 @@ class Named:
 
 
 def judged(value: float, *names: str) -> Judged:
-    table = pd.DataFrame({"prompt": [0], "ordinal": [0], "value": [value]})
+    table = pd.DataFrame({"prompt": [0], "ordinal": [0], "scorer": ["s"], "metric": ["m"], "value": [value]})
     return Judged(table, np.full((1, 2, 2, 3), 7, np.uint8), {n: np.full((1, 3), value, np.float32) for n in names})
 
 
@@ -64,7 +65,8 @@ def test_a_place_is_named_after_everything_the_look_depends_on(
     changes: list[dict[str, Any]] = [
         {"images": 3}, {"seed": 1}, {"rows": 4}, {"precision": "bf16"}, {"weights": "v"}, {"device": "cuda"},
         {"card": replace(card, steps=card.steps + 1)}, {"card": replace(card, guidance=2.0)}, {"prompts": prompts[:-1]},
-        {"prompts": prompts[::-1]}, {"drift": [Named("a")]}, {"judges": []},
+        {"prompts": prompts[::-1]}, {"prompts": [replace(prompts[0], meta={"target": "A"}), *prompts[1:]]},
+        {"drift": [Named("a")]}, {"judges": []},
     ]  # fmt: skip
     names = [ground(), *(ground(**change) for change in changes)]
     assert len(set(names)) == len(names) and ground() == names[0]
@@ -78,6 +80,43 @@ def test_a_place_is_named_after_everything_the_look_depends_on(
         monkeypatch.setattr(looks.inspect, "getfile", lambda kind: str(source))
         found.add(ground(judges=[space["Mine"]()]))
     assert len(found) == 2
+
+
+def test_a_blend_is_named_after_the_files_of_its_parts(ground: Any, tmp_path: Path) -> None:
+    source, found = tmp_path / "mine.py", set[str]()
+    for body in ("1.0", "2.0", "1.0"):
+        source.write_text(
+            f"class Mine:\n    id = name = 'mine'\n    metrics = ['m']\n    def __call__(self, *a): return {body}\n"
+        )
+        found.add(ground(judges=[Blend([(registry.scorer(f"{source}:Mine"), 2.0)])]))
+    assert len(found) == 2
+
+
+def test_two_files_of_one_name_are_two_sources(tmp_path: Path) -> None:
+    made: list[Any] = []
+    for folder, body in (("a", "1.0"), ("b", "2.0")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(f"class Mine:\n    value = {body}\n")
+        made.append(registry.scorer(f"{tmp_path / folder / 'mine.py'}:Mine"))
+    assert [one.value for one in made] == [1.0, 2.0] and looks.source(made[0]) != looks.source(made[1])
+
+
+def test_a_look_in_which_a_scorer_failed_is_not_kept(tmp_path: Path) -> None:
+    assert looks.kept(tmp_path / "x", lambda: judged(float("nan")), [], Crew()).table.value.isna().all()
+    assert looks.kept(tmp_path / "x", lambda: judged(0.5), [], Crew()).table.value.iloc[0] == 0.5
+    assert looks.kept(tmp_path / "x", lambda: judged(0.7), [], Crew()).table.value.iloc[0] == 0.5
+
+
+@pytest.mark.parametrize("kind", ["parquet", "npy", "npz"])
+@pytest.mark.parametrize("left", [0, 20, -1])
+def test_a_damaged_look_is_said_and_made_anew(tmp_path: Path, kind: str, left: int) -> None:
+    said: list[str] = []
+    looks.kept(tmp_path / "x", lambda: judged(0.25), [], Crew())
+    file = tmp_path / f"x.{kind}"
+    file.write_bytes(file.read_bytes()[:left])
+    found = looks.kept(tmp_path / "x", lambda: judged(0.5), [], Crew(), said.append)
+    assert found.table.value.iloc[0] == 0.5 and len(said) == 1 and "is damaged and is made anew" in said[0]
+    assert looks.kept(tmp_path / "x", lambda: judged(0.7), [], Crew(), said.append).table.value.iloc[0] == 0.5
 
 
 def test_what_was_seen_is_found_again_to_the_last_digit(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -437,6 +439,59 @@ def test_other_weights_in_the_same_folder_are_another_run(plan: Any, tiny_pipe: 
         running.run(config, runs=tmp_path / "runs", view=Silent())
     again = running.run(config, runs=tmp_path / "runs", view=Silent(), fresh=True)
     assert again.provenance["weights"] != first.provenance["weights"]
+
+
+def test_another_configuration_in_the_same_folder_is_another_run(plan: Any, tiny_pipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_pipe, folder)
+    config = plan(budget="nfe=300", model=folder)
+    running.run(config, runs=tmp_path / "runs", view=Silent())
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "shift": 1.5}))
+    with pytest.raises(UserError, match="the configuration in the folder of .* changed .*--fresh starts over"):
+        running.run(config, runs=tmp_path / "runs", view=Silent())
+
+
+def test_a_scorer_that_changed_its_id_judges_no_second_half(plan: Any, tmp_path: Path) -> None:
+    source = Path(tmp_path / "mine.py")
+    redness = plan().task.partition(":")[0]
+    held = f"""
+import sys
+from gpobench.bench.registry import load
+Paint, Warmth = load("task", "{redness}:Paint"), load("scorer", "{redness}:Warmth")
+class Mine(Paint):
+    def held_out(self, domain): return ["{tmp_path}/held.py:Held"]
+"""
+    source.write_text(held)
+    version = lambda n: (tmp_path / "held.py").write_text(
+        f"from gpobench.bench.registry import load\nWarmth = load('scorer', '{redness}:Warmth')\n"
+        f"class Held(Warmth):\n    def __init__(self): super().__init__('held-v{n}', 'held')\n"
+    )
+    version(1)
+    config = resolve("gpo", f"{source}:Mine", plan().model, budget="nfe=400", sets=SETTINGS)
+    with pytest.raises(running.Interrupted):
+        running.run(config, runs=tmp_path / "runs", view=Silent(), interrupted=lambda: True)
+    version(2)
+    with pytest.raises(UserError, match="the scorer held changed since .*--fresh starts over"):
+        running.run(config, runs=tmp_path / "runs", view=Silent())
+    version(1)
+    assert running.run(config, runs=tmp_path / "runs", view=Silent()).scorers["held"].id == "held-v1"
+
+
+def test_what_changed_since_it_was_planned_is_not_run(plan: Any, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("a red circle\na sign\n")
+    config = plan(budget="nfe=300", prompts=[str(mine)])
+    digest = config.digest()
+    mine.write_text("a red circle\na card\n")
+    assert config.digest() == digest  # it is named after what was planned
+    with pytest.raises(UserError, match="mine.txt changed since this run was planned"):
+        running.run(config, runs=tmp_path / "runs", view=Silent())
+
+
+def test_a_clip_without_bound_is_toml(plan: Any, tmp_path: Path) -> None:
+    done = running.run(plan("optim.clip=inf", budget="nfe=300"), runs=tmp_path, view=Silent())
+    assert tomllib.loads((Path(done.run_dir) / "config.toml").read_text())["optim"]["clip"] == math.inf
 
 
 def test_on_the_validation_split_no_test_prompt_is_touched(

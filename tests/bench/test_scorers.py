@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -286,6 +288,19 @@ def test_every_gap_has_a_reason_whatever_the_scorer_says() -> None:
 
     scores = ask(faulty.Spoilt(spoil, ()), np.zeros((2, 4, 4, 3), np.uint8), PROMPTS[:2])
     assert scores.reasons == {0: "sound: returned nan for mean", 1: "sound: returned inf for spread"}
+
+
+def test_what_is_said_beside_numbers_ends_no_run() -> None:
+    """A table of text takes text: not arrays, numbers or half characters."""
+
+    def spoil(scores: Scores, bad: list[int]) -> Scores:
+        notes: Any = [np.arange(3), 7, {"a": 1}, "half \ud800"]
+        return Scores({"mean": np.full(4, np.nan), "spread": np.ones(4)}, {0: notes[0], 1: 3, 2: "half \ud800"}, notes)  # type: ignore[dict-item]
+
+    scores = ask(faulty.Spoilt(spoil, ()), np.zeros((4, 4, 4, 3), np.uint8), PROMPTS[:4])
+    said = [*scores.reasons.values(), *(scores.notes or ())]
+    assert len(said) == 8 and all(isinstance(text, str) and text.encode() for text in said)
+    pd.DataFrame({"note": list(scores.notes or ())}).to_parquet(io.BytesIO())
 
 
 # Places
