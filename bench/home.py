@@ -19,6 +19,7 @@ from .disk import digest, full, write_atomically
 from .errors import UserError
 
 SMALL = 64 * 2**20  # bytes of a file that are read each time to see whether it changed
+PATIENCE = 25  # tries for a lock, in half a second
 ROOM = 200 * 2**20  # bytes of free disk below which a run does not begin
 
 
@@ -64,16 +65,16 @@ def sizes(folder: Path) -> str:
 def alone(home: Path) -> Generator[None]:
     """Two processes never write one run directory."""
     with (home / ".lock").open("w") as lock:
-        for attempt in range(5):  # who only asks whether it is taken holds it for a moment
-            if _taken(lock, fcntl.LOCK_EX):
+        for _ in range(PATIENCE):  # who only asks whether it is taken holds it for a moment
+            if _had(lock, fcntl.LOCK_EX):
                 break
-            if attempt == 4:
-                raise UserError(f"another process is at work on {home}")
-            time.sleep(0.05)
+            time.sleep(0.02)
+        else:
+            raise UserError(f"another process is at work on {home}")
         yield
 
 
-def _taken(lock: IO[str], kind: int) -> bool:
+def _had(lock: IO[str], kind: int) -> bool:
     """Was the lock had? A file system without locks gives it to everybody."""
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
@@ -88,7 +89,7 @@ def busy(home: Path) -> bool:
     """Is another process at work on this run directory?"""
     try:
         with (home / ".lock").open() as lock:
-            return not _taken(lock, fcntl.LOCK_SH)
+            return not _had(lock, fcntl.LOCK_SH)
     except OSError:
         return False
 
