@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .budget import Budget, Meter, Spent
     from .errors import Missing, UserError
-    from .rig import Rig
     from .spec import (
         Choice,
         Even,
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
         Starts,
         Task,
     )
+    from .training.rig import Rig
 
 _HOME = {
     "Budget": "budget",
@@ -35,7 +35,7 @@ _HOME = {
     "Spent": "budget",
     "Missing": "errors",
     "UserError": "errors",
-    "Rig": "rig",
+    "Rig": "training.rig",
     **dict.fromkeys(
         "Choice Even Groups Judging Log Method Model Moves Optim Pairs Prompt Scorer Scores Search Starts Task".split(),
         "spec",

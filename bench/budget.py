@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .crew import Crew
+    from .process_group import Crew
 
 CURRENCIES = ("nfe", "images", "reward_calls", "updates", "seconds", "flops")
 

@@ -20,7 +20,7 @@ from .flow import Path, Prediction
 if TYPE_CHECKING:
     import pandas as pd
 
-    from .rig import Rig
+    from .training.rig import Rig
 
 Split = Literal["train", "validation", "test"]
 Cond = Mapping[str, Tensor]  # what a model made of B prompts: every tensor leads with B; the model's own affair

@@ -25,8 +25,8 @@ def make(home: Path, runs: int, prompts: int, images: int, seeds: int) -> None:
     """Run directories with records and scores as a run writes them."""
     import pandas as pd
 
-    from gpobench.bench import record
-    from gpobench.bench.record import Difference, Flags, Number, Record, ScorerUse
+    from gpobench.bench.evaluation import record
+    from gpobench.bench.evaluation.record import Difference, Flags, Number, Record, ScorerUse
 
     rng = np.random.default_rng(0)
     number = Number(mean=0.5, ci=(0.4, 0.6), n=prompts)

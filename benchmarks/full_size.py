@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpobench.bench import config, registry, train
+from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import find
+from gpobench.bench.experiments import config
+from gpobench.bench.model_spec import find
 from gpobench.bench.models import common, sd3
 from gpobench.bench.models.tiny_recipe import build_silent_tokenizer, build_tokenizer
-from gpobench.bench.rig import Rig
 from gpobench.bench.spec import Prompt, Scores, Search
+from gpobench.bench.training import train
+from gpobench.bench.training.rig import Rig
 
 GB = 2**30
 TRANSFORMER: dict[str, Any] = dict(

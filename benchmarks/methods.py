@@ -23,13 +23,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from gpobench.bench import config, record, registry, stats
-from gpobench.bench.card import find
+from gpobench.bench import registry
+from gpobench.bench.evaluation import record
+from gpobench.bench.experiments import config
+from gpobench.bench.model_spec import find
 from gpobench.bench.spec import Search
+from gpobench.bench.stats import intervals
 
 TASK, MODEL, IMAGES = "ocr", "tiny", 2
 HERE = Path(__file__).resolve().parent.parent
-COMMAND = [sys.executable, "-c", "from gpobench.bench.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from gpobench.bench.commands.app import main; main()"]
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def read(rows: list[Row], seeds: int, budget: str, out: Path) -> list[Seen]:
 
 def cell(gains: list[np.ndarray]) -> str:
     """+12.3 [+8.1, +16.5] in points, over seeds and prompts."""
-    e = stats.two_level([100 * g for g in gains])
+    e = intervals.two_level([100 * g for g in gains])
     return f"{e.mean:+.1f} [{e.low:+.1f}, {e.high:+.1f}]"
 
 

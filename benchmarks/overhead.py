@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 
-from gpobench.bench import config, registry, train
+from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import find
+from gpobench.bench.experiments import config
+from gpobench.bench.model_spec import find
 from gpobench.bench.models.open import open_model
-from gpobench.bench.rig import Rig
 from gpobench.bench.spec import Search
+from gpobench.bench.training import train
+from gpobench.bench.training.rig import Rig
 
 PARTS = ("forward", "backward", "scorer", "decode", "encode", "optimiser")
 

@@ -1,6 +1,6 @@
 """What every preset asks of a graphics card, as two tables: gigabytes and the smallest card that has them; evaluations, images and hours.
 
-Nothing is loaded: these are the estimates of `gpobench run --dry-run` (bench/memory.py). On a GPU only sd35m was measured.
+Nothing is loaded: these are the estimates of `gpobench run --dry-run` (bench/models/memory.py). On a GPU only sd35m was measured.
 
     python benchmarks/presets.py                       # every method on every model of the catalogue, as Markdown
     python benchmarks/presets.py --device rtx4090      # the hours of another device
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpobench.bench import registry
-from gpobench.bench.config import Config, resolve
-from gpobench.bench.forecast import forecast, held, latents
-from gpobench.bench.memory import DEVICES, GB, Estimate
+from gpobench.bench.experiments.config import Config, resolve
+from gpobench.bench.experiments.cost_estimate import forecast, held, latents
+from gpobench.bench.models.memory import DEVICES, GB, Estimate
 from gpobench.bench.spec import Search
 
 MODELS = ("sd35m", "sd35l", "flux1-dev", "sdxl", "sd15", "tiny")

@@ -15,9 +15,9 @@ import torch
 
 from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import find
+from gpobench.bench.model_spec import find
 from gpobench.bench.models.open import open_model
-from gpobench.bench.rig import Rig
+from gpobench.bench.training.rig import Rig
 
 BATCH, STEPS = 32, 10
 

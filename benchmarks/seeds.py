@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from gpobench.bench import record, stats
+from gpobench.bench.evaluation import record
+from gpobench.bench.stats import intervals
 
 
 def per_prompt(folder: Path, key: str) -> np.ndarray:
@@ -42,7 +43,7 @@ def main(folders: list[Path]) -> None:
             spent = f"{s['updates']:.0f} | {s['images']:,.0f} | {s['nfe']:,.0f} | {s['seconds']:.0f}"
             print(f"| {r.seed} | {key} | {scores} | {'<.001' if d.p < 0.001 else f'{d.p:.3f}'} | {spent} |")
     for key in first.delta:
-        over = stats.two_level([per_prompt(folder, key) for folder, _ in runs])
+        over = intervals.two_level([per_prompt(folder, key) for folder, _ in runs])
         before, after = (np.mean([getattr(r, phase)[key].mean for _, r in runs]) for phase in ("before", "after"))
         interval = f"{over.mean:+.3f} [{over.low:+.3f}, {over.high:+.3f}]"
         print(f"| all {len(runs)} | {key} | {before:.3f} | {after:.3f} | {interval} | | | | | |")

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..bench import registry
-from ..bench.disk import write_atomically
 from ..bench.errors import UserError
+from ..bench.files import write_atomically
 from .board import BASE
 
 Array = NDArray[np.float64]

@@ -15,12 +15,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bench import record, registry, stats
+from ..bench import registry
 from ..bench.errors import UserError
-from ..bench.record import Record
-from ..bench.stats import Contrast, Estimate
-from . import reported
-from .reported import Reported
+from ..bench.evaluation import record
+from ..bench.evaluation.record import Record
+from ..bench.stats import intervals
+from ..bench.stats.intervals import Contrast, Estimate
+from . import paper_numbers
+from .paper_numbers import Reported
 
 Array = NDArray[np.float64]
 Role = Literal["training", "held-out", "further", "quality", "diversity", "drift"]
@@ -339,7 +341,7 @@ def board(
         columns=tuple(columns),
         rows=tuple(done),
         notes=tuple(said + _notes(done, columns, key, runs)),
-        reported=tuple(reported.beside(first.task, first.model)),
+        reported=tuple(paper_numbers.beside(first.task, first.model)),
     )
 
 
@@ -366,7 +368,7 @@ class _Asked:
         self._contrasts.append(contrast)
 
     def answers(self, resamples: int, seed: int, strata: Sequence[str] | None) -> dict[Question, Estimate]:
-        found = stats.crossed(self._contrasts, resamples=resamples, seed=seed, strata=strata)
+        found = intervals.crossed(self._contrasts, resamples=resamples, seed=seed, strata=strata)
         return {question: found[i] for question, i in self._where.items()}
 
 
@@ -406,19 +408,19 @@ def _order(rows: Sequence[Row], ends: Mapping[str, Sequence[Array]], strata: Seq
     whole = np.isfinite(np.stack([end for label in labels for end in ends[label]])).all(0) if labels else np.array(True)
     shared = {label: [np.where(whole, end, np.nan) for end in ends[label]] for label in labels}
     # for the means alone
-    means = stats.crossed([Contrast(shared[label]) for label in labels], resamples=1, strata=strata)
+    means = intervals.crossed([Contrast(shared[label]) for label in labels], resamples=1, strata=strata)
     mean = {label: e.mean for label, e in zip(labels, means, strict=True) if math.isfinite(e.mean)}
     return sorted(mean, key=lambda label: (-mean[label], label))
 
 
 def _holm(versus: Mapping[str, Estimate]) -> dict[str, float]:
     tested = {label: e.p for label, e in versus.items() if e.p is not None}
-    return dict(zip(tested, stats.holm(list(tested.values())), strict=True))
+    return dict(zip(tested, intervals.holm(list(tested.values())), strict=True))
 
 
 def _told(differences: Mapping[tuple[str, str], Estimate]) -> set[tuple[str, str]]:
     """The pairs (above, below) of which the first beats the second, by p corrected over all pairs."""
-    corrected = stats.holm([math.nan if e.p is None else e.p for e in differences.values()])
+    corrected = intervals.holm([math.nan if e.p is None else e.p for e in differences.values()])
     return {pair for (pair, e), p in zip(differences.items(), corrected, strict=True) if e.mean > 0 and p < SURE}
 
 
@@ -569,7 +571,7 @@ def _one_base(runs: Sequence[Run]) -> list[str]:
                 continue
             both = np.isfinite(a) & np.isfinite(b)
             means = (float(a[both].mean()), float(b[both].mean())) if both.any() else (0.0, 0.0)
-            spread = float(np.nanstd(stats.per_prompt(a))) if both.any() else 0.0
+            spread = float(np.nanstd(intervals.per_prompt(a))) if both.any() else 0.0
             if abs(means[0] - means[1]) > AGREE * spread:
                 raise _differ(f"the base's {key} on the same prompts and noise", first, means[0], run, means[1])
             apart[key] = max(apart.get(key, 0.0), abs(means[0] - means[1]))

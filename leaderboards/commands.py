@@ -71,8 +71,8 @@ def leaderboard(
             raise UserError(
                 "--across is over all tasks, each by its own first held-out scorer: leave --task and --key out"
             )
-        from .across import across as sum_up
-        from .across import render as write
+        from .aggregate import across as sum_up
+        from .aggregate import render as write
 
         text = write(sum_up(load(runs), baseline, notes=left_out(runs)), kind, width=width)
         typer.echo(text, nl=False) if out is None else _write(out, text)
@@ -193,7 +193,7 @@ def regress(
         raise UserError("--margin and --key say what --update writes: a baseline that stands is not changed by judging")
     if (rows or task) and update:
         raise UserError("--update writes all rows and tasks: name the runs that belong in it instead")
-    from . import verdicts
+    from . import render_regression
     from .baseline import locate, parts, read
     from .board import left_out, load
     from .regress import judge_all, only, train
@@ -207,7 +207,7 @@ def regress(
     if run is not None:
         if not known:
             raise UserError(f"no baseline at {path} that says what to run")
-        from ..bench.stop import asked_to_stop
+        from ..bench.signals import asked_to_stop
 
         say = lambda text: typer.echo(text, err=True)
         with asked_to_stop() as stopped:
@@ -219,9 +219,9 @@ def regress(
     reports = judge_all(known, found, left_out(folders))
     codes = [report.code(allow_unsure) for report in reports]
     code = next(worst for worst in (1, 3, 0) if worst in codes)
-    table = "\n".join(map(verdicts.markdown, reports))
+    table = "\n".join(map(render_regression.markdown, reports))
     if junit:
-        _write(junit, verdicts.junit(reports, allow_unsure))
+        _write(junit, render_regression.junit(reports, allow_unsure))
     if markdown:
         _write(markdown, table)
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
@@ -230,13 +230,16 @@ def regress(
                 file.write(table)
         except OSError as error:
             raise UserError(f"cannot write {summary}, which GITHUB_STEP_SUMMARY names: {error.strerror}") from None
-    typer.echo(verdicts.as_json(reports, code) if as_json else "\n".join(map(verdicts.terminal, reports)), nl=False)
+    typer.echo(
+        render_regression.as_json(reports, code) if as_json else "\n".join(map(render_regression.terminal, reports)),
+        nl=False,
+    )
     raise typer.Exit(code)
 
 
 def _update(path: Path, found: Sequence[Run], keys: Sequence[str], margins: Sequence[str]) -> None:
     """Write a baseline of these runs; where they are of several tasks, one a task and an index of them."""
-    from ..bench.record import flagged
+    from ..bench.evaluation.record import flagged
     from .baseline import beside, parts, read, write, write_index
     from .regress import compose
 
@@ -294,8 +297,8 @@ def export(
 
     Examples: `gpobench export runs/NAME --to card` · `gpobench export runs/NAME --to card --push me/my-lora`
     """
-    from ..bench.export import export as write
-    from ..bench.export import push as upload
+    from ..bench.experiments.export import export as write
+    from ..bench.experiments.export import push as upload
 
     done = write(run, to, repo=push, benchmark=benchmark)
     for warning in done.warnings:
@@ -306,7 +309,7 @@ def export(
 
 
 def _write(path: Path, text: str) -> None:
-    from ..bench.disk import write_atomically
+    from ..bench.files import write_atomically
 
     try:
         write_atomically(path, lambda p: p.write_text(text, "utf-8"))

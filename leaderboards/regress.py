@@ -30,9 +30,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bench import record, registry, stats
+from ..bench import registry
 from ..bench.errors import Interrupted, UserError
-from ..bench.stats import Estimate, Verdict
+from ..bench.evaluation import record
+from ..bench.stats import intervals
+from ..bench.stats.intervals import Estimate, Verdict
 from .baseline import Baseline, Claim, Number, Scores, flat, literal
 from .baseline import mean as average
 from .board import APART, BASE, Board, Row, Run, board
@@ -118,7 +120,7 @@ def change(
 ) -> Change:
     """new, old: (prompts,) a seed, on the same prompts. trained: there are seeds to differ, as the base has none."""
     difference = np.mean(new, axis=0) - np.mean(old, axis=0)
-    prompts = stats.mean_ci(difference, resamples=1, strata=strata)
+    prompts = intervals.mean_ci(difference, resamples=1, strata=strata)
     parts = [(prompts.se**2, prompts.n - len(set(strata or [""])))]
     spread = _seeds(new, old, strata) if trained else None
     if spread is not None:
@@ -148,7 +150,7 @@ def _seeds(new: Sequence[Array], old: Sequence[Array], strata: Sequence[str] | N
 def verdicts(changes: Sequence[Change], margins: Sequence[float]) -> list[tuple[Verdict, float]]:
     """The verdict on each change and its p, corrected over all of them; margins in units of each score."""
     p = [c.p(0.0 if c.seeds else margin) for c, margin in zip(changes, margins, strict=True)]
-    holm = stats.holm(p)
+    holm = intervals.holm(p)
     return [
         (_verdict(c, margin, adjusted), adjusted) for c, margin, adjusted in zip(changes, margins, holm, strict=True)
     ]
@@ -169,7 +171,7 @@ def repeat(seeds: Sequence[Array], strata: Sequence[str] | None = None) -> float
     """
     if len(seeds) < 2:
         return None
-    pairs = [stats.mean_ci(a - b, resamples=1, strata=strata) for a, b in combinations(seeds, 2)]
+    pairs = [intervals.mean_ci(a - b, resamples=1, strata=strata) for a, b in combinations(seeds, 2)]
     spread = _seeds(seeds, seeds, strata)
     assert spread is not None
     parts = [
@@ -312,7 +314,7 @@ def vectors(group: Sequence[Run], key: str, base: bool, digits: int) -> list[Arr
     looks = [run.before for run in group if key in run.before] if base else [run.after for run in group]
     if not all(key in look for look in looks):
         return []
-    found = [stats.per_prompt(look[key]) for look in looks]
+    found = [intervals.per_prompt(look[key]) for look in looks]
     if base and found:
         different = {vector.tobytes(): vector for vector in found}
         found = [np.mean(list(different.values()), axis=0)]
@@ -584,7 +586,7 @@ def _claim(row: Row, numbers: tuple[Number, ...], table: Board) -> Claim:
 
 def _sets(method: str, table: Board, settings: Mapping[str, Any]) -> tuple[str, ...]:
     """What `gpobench run --set` needs to get from the method's preset, as it is now, to these settings."""
-    from ..bench.config import resolve
+    from ..bench.experiments.config import resolve
 
     bounds = ",".join(f"{k}={v!r}" for k, v in table.budget.items())
     now = resolve(method, table.task, table.model, budget=bounds).mapping()
@@ -616,9 +618,9 @@ def train(
     Returns the directories.
     Raises UserError when a run fails, Interrupted when asked to stop.
     """
-    from ..bench.card import find
-    from ..bench.hub import weights_hash
-    from ..bench.jobs import Job, apart, folder
+    from ..bench.assets.weight_store import weights_hash
+    from ..bench.experiments.jobs import Job, apart, folder
+    from ..bench.model_spec import find
 
     work = [(known, claim, seed) for known in baselines for claim in known.row for seed in claim.seeds]
     homes = [out / _slug(*one) for one in work]
@@ -658,7 +660,7 @@ def train(
 
 def _slug(known: Baseline, claim: Claim, seed: int) -> str:
     """The name of a run's directory: that of its settings as they are resolved today."""
-    from ..bench.config import resolve
+    from ..bench.experiments.config import resolve
 
     return resolve(
         claim.method,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..bench import registry
-from ..bench.stats import Estimate
+from ..bench.stats.intervals import Estimate
 from .board import RULES, Board, Row
 
 ARROW = "→"

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ..bench.disk import write_atomically
-from ..bench.stats import Estimate
-from . import evidence
+from ..bench.files import write_atomically
+from ..bench.stats.intervals import Estimate
+from . import report_data
 from .board import BASE, RULES, Board, Run
-from .evidence import Album, Case, Curve, Measure, Pace, Parts
 from .render import MARKS, cell, number, p_value, plain, spend
+from .report_data import Album, Case, Curve, Measure, Pace, Parts
 
 MANY = 6  # lines, from where bands of all of them hide one another
 STRIP = (150, 18)  # pixels: the drawing of an interval in the table
@@ -41,13 +41,13 @@ class Evidence:
 
 def gather(board: Board, runs: Sequence[Run]) -> Evidence:
     """Read what the runs of a table left beside their scores. Raises UserError on a file that cannot be read."""
-    rows = evidence.groups(board, runs)
+    rows = report_data.groups(board, runs)
     measured = {label: group for label, group in rows.items() if group}
     clock = next(iter(board.budget), "nfe")
-    drawn = {label: evidence.curve(label, group, clock) for label, group in measured.items()}
-    texts = [plain(text) for text in evidence.texts(runs[0])]
+    drawn = {label: report_data.curve(label, group, clock) for label, group in measured.items()}
+    texts = [plain(text) for text in report_data.texts(runs[0])]
     scored = [c.key for c in board.columns if c.role in ("training", "held-out", "further")]
-    album = evidence.album(measured, scored)
+    album = report_data.album(measured, scored)
     lacking = {
         "curve": [label for label, one in drawn.items() if one is None],
         "pictures": [label for label in measured if album is None or label not in album.frames],
@@ -57,10 +57,10 @@ def gather(board: Board, runs: Sequence[Run]) -> Evidence:
         rows=rows,
         texts=texts,
         curves=curves,
-        pace=evidence.pace(curves, rows, board.key, clock, board.budget.get(clock, math.nan)),
-        measures=evidence.measures(board),
-        parts=evidence.breakdowns(board, rows, texts),
-        hardest={label: evidence.hardest(group, board.key) for label, group in measured.items()},
+        pace=report_data.pace(curves, rows, board.key, clock, board.budget.get(clock, math.nan)),
+        measures=report_data.measures(board),
+        parts=report_data.breakdowns(board, rows, texts),
+        hardest={label: report_data.hardest(group, board.key) for label, group in measured.items()},
         album=album,
         notes=[f"No {what} kept by: {', '.join(labels)}." for what, labels in lacking.items() if labels],
     )

@@ -25,8 +25,8 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import dpm2, mix, ode
 from ..bench.losses import clipped, fits, informative, standardise
-from ..bench.rig import Rig
 from ..bench.spec import Choice, Even, Log, Optim, Range, take
+from ..bench.training.rig import Rig
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import mix
 from ..bench.losses import dpo, implicit_accuracy
-from ..bench.pairs import compare
-from ..bench.rig import Rig
 from ..bench.spec import Even, Log, Optim, Pairs, Range
+from ..bench.training.pairs import compare
+from ..bench.training.rig import Rig
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class DiffusionDPO:
     gap: float = 0.0  # rewards of a pair differ by more than this; closer ones are dropped
     collector: Literal["live", "reference"] = "live"  # who draws the images: the policy, or what anchors the loss
     refresh: int = 0  # iterations after which the policy becomes the reference; 0 keeps the base
-    pairs: str = ""  # a data set of pairs (bench/pairs.py) to learn from; none are sampled then
+    pairs: str = ""  # a data set of pairs (bench/training/pairs.py) to learn from; none are sampled then
     times: Literal["logit-normal", "uniform"] = "logit-normal"  # of t: Flow-GRPO's; DiffusionDPO's, for epsilon models
     noisy: float = 0.0  # t is drawn from [noisy, 1]: few-step images are a little blurred, low noise would teach that
     steps: int = 0  # of the rollout; 0 is the protocol's number

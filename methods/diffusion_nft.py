@@ -25,8 +25,8 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import dpm2, mix, split
 from ..bench.losses import goodness, informative, reflected, standardise
-from ..bench.rig import Rig
 from ..bench.spec import Choice, Even, Log, Optim, Range, take
+from ..bench.training.rig import Rig
 
 RISES = {0: (0, 0.0, 0.0), 1: (0, 0.001, 0.5), 2: (75, 0.0075, 0.999)}  # decay: (updates at 0, rise an update, top)
 

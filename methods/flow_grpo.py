@@ -20,8 +20,8 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import Kernel, cps, ode, sde
 from ..bench.losses import clipped, standardise
-from ..bench.rig import Rig
 from ..bench.spec import Choice, Even, Log, Moves, Optim, Range, credit
+from ..bench.training.rig import Rig
 
 
 @dataclass(frozen=True)

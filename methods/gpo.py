@@ -21,8 +21,8 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import mix
 from ..bench.losses import among, apart, gpo, implicit_accuracy, informative, standardise
-from ..bench.rig import Rig
 from ..bench.spec import Even, Log, Optim, Range, take
+from ..bench.training.rig import Rig
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import sde
 from ..bench.losses import clipped, guarded, standardise
-from ..bench.rig import Rig
 from ..bench.spec import Choice, Even, Log, Moves, Optim, Range, credit
+from ..bench.training.rig import Rig
 
 
 @dataclass(frozen=True)

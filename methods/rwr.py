@@ -19,8 +19,8 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import mix
 from ..bench.losses import informative, likelihood_weights, weighted_error
-from ..bench.rig import Rig
 from ..bench.spec import Choice, Even, Log, Optim, Range, take
+from ..bench.training.rig import Rig
 
 
 @dataclass(frozen=True)

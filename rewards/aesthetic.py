@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..bench import hub
+from ..bench.assets import weight_store
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images, Prompt, Scores, Values, agree
 from .two_towers import Crop, Sight, chunk, hub_towers
@@ -109,7 +109,7 @@ def make(variant: str | None = None) -> Aesthetic:
     if variant is not None:
         raise UserError(f"the scorer 'aesthetic' has no variant {variant!r}; write it as 'aesthetic'")
     try:
-        path = hub.file(REPOSITORY, FILE)
+        path = weight_store.file(REPOSITORY, FILE)
     except Missing:
         raise Missing(
             f"the scorer 'aesthetic' needs {FILE} of https://github.com/{REPOSITORY}; put it below the folder that "
@@ -117,4 +117,6 @@ def make(variant: str | None = None) -> Aesthetic:
         ) from None
     mlp = load(path)
     towers, weights = hub_towers(TOWER)
-    return Aesthetic(Sight(towers, Crop(towers.size[0]), chunk()), mlp, f"mlp@{hub.short_digest(path)}/{weights}")
+    return Aesthetic(
+        Sight(towers, Crop(towers.size[0]), chunk()), mlp, f"mlp@{weight_store.short_digest(path)}/{weights}"
+    )

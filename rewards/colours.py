@@ -13,15 +13,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..bench import hub
+from ..bench.assets import weight_store
+from ..bench.assets.glyphs import SHAPE_COLOURS
 from ..bench.errors import Missing, UserError
-from ..bench.glyphs import SHAPE_COLOURS
 from .detectors import Detection
 from .geneval_rules import COLOURS
 from .palette import CRAYONS
 
 CLIP_MODEL = "ViT-L-14-quickgelu"
-# OpenAI's weights as open_clip's tag `openai` names them on the hub; through bench/hub.py, so that a folder of yours can hold them.
+# OpenAI's weights as open_clip's tag `openai` names them on the hub; through bench/assets/weight_store.py, so that a folder
+# of yours can hold them.
 REPOSITORY, FILE = "timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors"
 BGCOLOR = "#999"  # outside the mask
 TEMPLATES = ("a photo of a {c} {cls}", "a photo of a {c}-colored {cls}", "a photo of a {c} object")
@@ -115,7 +116,7 @@ def clip_id() -> str:
     """
     root = os.environ.get("GPOBENCH_WEIGHTS", "")
     own = Path(root, REPOSITORY, FILE)
-    return f"clip-{CLIP_MODEL}-openai{f'@{hub.short_digest(own)}' if root and own.is_file() else ''}-999-crop"
+    return f"clip-{CLIP_MODEL}-openai{f'@{weight_store.short_digest(own)}' if root and own.is_file() else ''}-999-crop"
 
 
 def open_clip_colours(architecture: str = CLIP_MODEL, weights: Path | None = None) -> ClipColours:
@@ -126,8 +127,8 @@ def open_clip_colours(architecture: str = CLIP_MODEL, weights: Path | None = Non
         raise Missing(
             "GenEval's colour classifier needs open_clip; install with: pip install 'gpobench[clip]'"
         ) from None
-    path = weights or hub.file(REPOSITORY, FILE)
-    device = hub.device()
+    path = weights or weight_store.file(REPOSITORY, FILE)
+    device = weight_store.device()
     try:
         made: Any = open_clip.create_model_and_transforms(architecture, pretrained=str(path))
     except (RuntimeError, OSError, ValueError, KeyError) as error:

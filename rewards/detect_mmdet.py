@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bench import hub
+from ..bench.assets import weight_store
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images
 from .detectors import RENAMED, Detection
@@ -24,7 +24,7 @@ CONFIG = "mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco"
 CHECKPOINT = f"{CONFIG}_20220504_001756-c9d0c4f2.pth"
 # The address that the wheel's own model zoo has (metafile.yml); the end of the name is the beginning of the sha256
 # (mmdet's tools/model_converters/publish_model.py).
-WEIGHTS = hub.Linked(
+WEIGHTS = weight_store.Linked(
     "open-mmlab",
     CHECKPOINT,
     f"https://download.openmmlab.com/mmdetection/v3.0/mask2former/{CONFIG}/{CHECKPOINT}",
@@ -47,7 +47,7 @@ class MMDet:
             from mmengine.config import Config
 
             settings = Config.fromfile(config) if isinstance(config, Path) else config
-            self._network: Any = init_detector(settings, None, palette="random", device=hub.device())
+            self._network: Any = init_detector(settings, None, palette="random", device=weight_store.device())
         self._infer: Any = inference_detector
         kept = _weights(weights)
         try:
@@ -60,7 +60,7 @@ class MMDet:
         self.labels = [RENAMED.get(name, name) for name in names]
         self.classes: Sequence[str] = tuple(dict.fromkeys(self.labels))
         engines = "+".join(f"{name}-{metadata.version(name)}" for name in ("mmdet", "mmengine"))
-        self.id = f"mmdet-1[{FLOOR}]/{engines}/{weights.stem}@{hub.short_digest(weights)}"
+        self.id = f"mmdet-1[{FLOOR}]/{engines}/{weights.stem}@{weight_store.short_digest(weights)}"
 
     def __call__(self, images: Images) -> list[list[Detection]]:
         """(B, H, W, 3) -> B lists, best first; raises what the engine raises."""

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..bench.assets.glyphs import SHAPES
 from ..bench.errors import Missing, UserError
-from ..bench.glyphs import SHAPES
 from ..bench.spec import Images
 from .detectors import Detection
 from .reader import CHUNK, HEIGHT, WIDTH, standardise

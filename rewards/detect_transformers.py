@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..bench import hub
+from ..bench.assets import weight_store
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images
 from .detectors import RENAMED, Detection
@@ -226,12 +226,14 @@ def load(name: str, architecture: str, folder: Path) -> Any:
     absent += sorted(str(key) for key in said["mismatched_keys"])
     if absent:
         raise UserError(f"{folder} lacks {len(absent)} weights of a {architecture}, the first is {absent[0]}")
-    return network.eval().requires_grad_(False).to(hub.device())
+    return network.eval().requires_grad_(False).to(weight_store.device())
 
 
 def revision(folder: Path) -> str:
     """The weights' and the settings' digests: both change what is seen."""
-    return f"{hub.short_digest(folder / 'model.safetensors')}+{hub.short_digest(folder / 'config.json')}"
+    return (
+        f"{weight_store.short_digest(folder / 'model.safetensors')}+{weight_store.short_digest(folder / 'config.json')}"
+    )
 
 
 def _engine() -> str:
@@ -239,7 +241,7 @@ def _engine() -> str:
 
 
 def _folder(name: str) -> Path:
-    return hub.folder(SOURCES[name], patterns=("config.json", "model.safetensors"))
+    return weight_store.folder(SOURCES[name], patterns=("config.json", "model.safetensors"))
 
 
 def mask2former() -> Mask2Former:

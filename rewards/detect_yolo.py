@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from ..bench import hub
+from ..bench.assets import weight_store
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images
 from .detectors import RENAMED, Detection
 
 PLACE, NAME = "ultralytics", "yolo11n.pt"
 # Where ultralytics 8.4.190 itself fetches it (utils/downloads.py). Its hash is published nowhere: the first fetch pins it.
-WEIGHTS = hub.Linked(
+WEIGHTS = weight_store.Linked(
     PLACE, NAME, f"https://github.com/ultralytics/assets/releases/download/v8.4.0/{NAME}", pickled=True
 )
 CONFIDENCE, OVERLAP, MOST = (
@@ -73,7 +73,7 @@ class Yolo:
         self.labels = [RENAMED.get(name, name) for _, name in sorted(named.items())]
         self.classes: Sequence[str] = tuple(dict.fromkeys(self.labels))
         settings = f"{self.side}-{CONFIDENCE}-{OVERLAP}-{MOST}"
-        self.id = f"yolo-1[{settings}]/ultralytics-{metadata.version('ultralytics')}/{weights.stem}@{hub.short_digest(weights)}"
+        self.id = f"yolo-1[{settings}]/ultralytics-{metadata.version('ultralytics')}/{weights.stem}@{weight_store.short_digest(weights)}"
 
     def __call__(self, images: Images) -> list[list[Detection]]:
         """(B, H, W, 3) -> B lists, best first; raises what the engine raises."""
@@ -86,7 +86,7 @@ class Yolo:
             conf=CONFIDENCE,
             iou=OVERLAP,
             max_det=MOST,
-            device=hub.device(),
+            device=weight_store.device(),
             verbose=False,
         )
         boxes = found.boxes.cpu()
@@ -108,8 +108,8 @@ def yolo() -> Yolo:
 def _said(path: Path) -> Path:
     """The file a person chose, entered under its own name; Missing where there is none."""
     if path.is_file():
-        return hub.note(hub.Asked("file", PLACE, (path.name,), "", path))
-    found = hub.given(PLACE, path.name)
+        return weight_store.note(weight_store.Asked("file", PLACE, (path.name,), "", path))
+    found = weight_store.given(PLACE, path.name)
     if found is None:
         raise Missing(f"GPOBENCH_YOLO names no file, and none in the folder {PLACE} of weights: {path} ({LICENCE})")
     return found

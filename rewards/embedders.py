@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from ..bench import hub
+from ..bench.assets import weight_store
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Embedder, Images
 from . import two_towers
@@ -30,7 +30,7 @@ CLIPS = {  # variant -> repository
 }
 DINO = "facebook/dinov2-base"
 # torchvision's, which LPIPS was calibrated on; the end of its name is the beginning of its sha256
-ALEXNET = hub.Linked(
+ALEXNET = weight_store.Linked(
     "pytorch", "alexnet.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", begins="7be5be79"
 )
 
@@ -53,7 +53,7 @@ class Pictures:
         self._network, self._normal = network, normal
         self._fit = two_towers.Stretch(side, side)
         self.id = f"{name}@{revision}/{self._fit}/float32"
-        self._device = hub.device()
+        self._device = weight_store.device()
         self._rows = 1 if self._device == "cpu" else 16  # a batch gains nothing on a CPU
 
     def __call__(self, images: Images) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -123,7 +123,7 @@ def lpips(variant: str | None = None) -> Embedder:
     file = _alexnet()
     linear = _state(calibration)
     roots = [
-        linear[f"lin{layer}.model.1.weight"].sqrt().to(hub.device()) for layer in range(5)
+        linear[f"lin{layer}.model.1.weight"].sqrt().to(weight_store.device()) for layer in range(5)
     ]  # (1, C, 1, 1), none below 0
     trunk = _alexnet_features()
     _fill(
@@ -131,7 +131,7 @@ def lpips(variant: str | None = None) -> Embedder:
         {key[len("features.") :]: value for key, value in _state(file).items() if key.startswith("features.")},
         file,
     )
-    trunk.eval().requires_grad_(False).to(hub.device())
+    trunk.eval().requires_grad_(False).to(weight_store.device())
 
     def network(x: Tensor) -> Tensor:
         parts: list[Tensor] = []
@@ -143,7 +143,7 @@ def lpips(variant: str | None = None) -> Embedder:
         return torch.cat(parts, 1)
 
     # It takes -1..1 and a mean and deviation of its own: (2 v - 1 + 0.030) / 0.458 is ImageNet's (v - 0.485) / 0.229.
-    revision = f"{hub.short_digest(file)}+{hub.short_digest(calibration)}"
+    revision = f"{weight_store.short_digest(file)}+{weight_store.short_digest(calibration)}"
     return Pictures("lpips-alex", "squared", network, 224, IMAGENET, revision)
 
 
@@ -174,12 +174,12 @@ def _needs(package: str, embedder: str) -> None:
 
 def _load(kind: Any, repository: str) -> tuple[Any, str]:
     """(the network of transformers' class `kind`, digest of its weights). UserError where the file lacks one of its weights."""
-    hub.file(repository, "config.json")
+    weight_store.file(repository, "config.json")
     try:
-        weights = hub.file(repository, "model.safetensors")
+        weights = weight_store.file(repository, "model.safetensors")
     except Missing as missing:
         try:
-            weights = hub.file(repository, "pytorch_model.bin")  # the only one of the older repositories
+            weights = weight_store.file(repository, "pytorch_model.bin")  # the only one of the older repositories
         except Missing:
             raise missing from None
     try:
@@ -191,7 +191,7 @@ def _load(kind: Any, repository: str) -> tuple[Any, str]:
     lacking = sorted([*facts["missing_keys"], *(str(key) for key in facts["mismatched_keys"])])
     if lacking:
         raise UserError(f"{weights} lacks weights of {repository}: {', '.join(lacking[:3])}")
-    return network.to(hub.device()).eval().requires_grad_(False), hub.short_digest(weights)
+    return network.to(weight_store.device()).eval().requires_grad_(False), weight_store.short_digest(weights)
 
 
 def _alexnet() -> Path:

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..bench import registry
-from ..bench.glyphs import PAPERS, SHAPE_COLOURS, SHAPES, draw_shapes, shapes_prompt
+from ..bench.assets.glyphs import PAPERS, SHAPE_COLOURS, SHAPES, draw_shapes, shapes_prompt
 from ..bench.spec import Images, Prompt, Scores, agree
 from . import geneval_rules as rules
 from .colours import ColourClassifier, PaletteColours, clip_id, open_clip_colours

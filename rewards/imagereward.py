@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..bench import hub
+from ..bench.assets import weight_store
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images, Prompt, Scores, agree
 from . import two_towers
@@ -139,17 +139,20 @@ class ImageReward:
         """eye: the shape of the image half, for a file other than the published one."""
         if find_spec("transformers") is None:
             raise Missing("the scorer 'imagereward' needs transformers; install with: pip install 'gpobench[clip]'")
-        weights, shape = hub.file(REPOSITORY, "ImageReward.pt"), hub.file(REPOSITORY, "med_config.json")
-        vocabulary = hub.file(VOCABULARY, "vocab.txt")
+        weights, shape = (
+            weight_store.file(REPOSITORY, "ImageReward.pt"),
+            weight_store.file(REPOSITORY, "med_config.json"),
+        )
+        vocabulary = weight_store.file(VOCABULARY, "vocab.txt")
         self._eye = eye or Eye()
         self._tokens = _tokenizer(vocabulary)
         self._network = network(self._eye, _facts(shape))
         _fill(self._network, weights)
-        self._device = hub.device()
+        self._device = weight_store.device()
         self._network.to(self._device).eval().requires_grad_(False)
         self.id = (
-            f"imagereward-1.0/ImageReward@{hub.short_digest(weights)}+med@{hub.short_digest(shape)}"
-            f"+vocab@{hub.short_digest(vocabulary)}/crop{self._eye.size}-pil-bicubic/{TOKENS}-tokens/float32"
+            f"imagereward-1.0/ImageReward@{weight_store.short_digest(weights)}+med@{weight_store.short_digest(shape)}"
+            f"+vocab@{weight_store.short_digest(vocabulary)}/crop{self._eye.size}-pil-bicubic/{TOKENS}-tokens/float32"
         )
 
     def score(self, image: np.ndarray, prompt: str) -> float:

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..bench import hub
-from ..bench.disk import write_atomically
+from ..bench.assets import weight_store
+from ..bench.assets.downloads import cache, offline
 from ..bench.errors import Missing, UserError
-from ..bench.published import cache, offline
+from ..bench.files import write_atomically
 from ..bench.spec import Images, Prompt, Scores, agree
 from . import rules
 
@@ -148,7 +148,7 @@ def _line(error: Exception) -> str:
 
 def _folder(model: str) -> Path | None:
     """A model's files where they are here: a folder of the user's or the store's, RapidOCR's wheel, or PaddleOCR's own cache."""
-    found = hub.given(f"PaddlePaddle/{model}")
+    found = weight_store.given(f"PaddlePaddle/{model}")
     if found is not None:
         return found
     if model in WHEEL:
@@ -157,7 +157,7 @@ def _folder(model: str) -> Path | None:
     for name in (model, f"{model}_onnx"):  # PaddleOCR's names for a model's two packages
         path = Path(home, "official_models", name)
         if path.is_dir():
-            return hub.note(hub.Asked("folder", f"PaddlePaddle/{model}", FILES, "", path))
+            return weight_store.note(weight_store.Asked("folder", f"PaddlePaddle/{model}", FILES, "", path))
     return None
 
 
@@ -167,7 +167,7 @@ def _brought(model: str, engine: Literal["onnxruntime", "paddle"]) -> Path | Non
     Raises Missing where HF_HUB_OFFLINE forbids that.
     """
     try:
-        return hub.folder(f"PaddlePaddle/{model}{'_onnx' if engine == 'onnxruntime' else ''}", patterns=FILES)
+        return weight_store.folder(f"PaddlePaddle/{model}{'_onnx' if engine == 'onnxruntime' else ''}", patterns=FILES)
     except Missing:
         if not offline():
             return None

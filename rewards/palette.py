@@ -5,7 +5,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from ..bench.glyphs import PAPERS, SHAPE_COLOURS, SHAPES
+from ..bench.assets.glyphs import PAPERS, SHAPE_COLOURS, SHAPES
 from ..bench.spec import Images
 from .detectors import Detection
 

@@ -1,7 +1,7 @@
 """How the held-out reader was made: random letters, printed in 18 faces, bent, broken, blurred and coloured, then learnt for minutes.
 
 Two things keep it independent. It never sees DejaVu Sans Mono, the family the embedded model is taught to print; and every string that
-the split rule of `bench/glyphs.py` puts into validation or test is thrown away before it is printed, so its score on test words is a
+the split rule of `bench/assets/glyphs.py` puts into validation or test is thrown away before it is printed, so its score on test words is a
 score on words it has never met. Step k draws its batch from (seed, k) alone, so an interrupted run continues as if it had not stopped.
 """
 
@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ..bench import glyphs
+from ..bench.assets import glyphs
 from ..bench.errors import UserError
-from ..bench.stats import proportion
+from ..bench.stats.intervals import proportion
 from .reader import ALPHABET, COLUMNS, HEIGHT, WIDTH, network, spell, standardise
 
 if TYPE_CHECKING:

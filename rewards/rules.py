@@ -99,7 +99,7 @@ KNOWN_PAGE = ("Grand", "Opening", "2024")
 
 def known_answers(scorer: Scorer, *, paged: bool = False) -> None:
     """Lets a scorer read built-in renders, clean words or a page of three lines; RuntimeError with what it read where one is wrong."""
-    from ..bench.glyphs import draw_word
+    from ..bench.assets.glyphs import draw_word
 
     words = ("".join(KNOWN_PAGE),) if paged else KNOWN
     images = _page(KNOWN_PAGE)[None] if paged else np.stack([draw_word(word) for word in KNOWN])
@@ -116,7 +116,7 @@ def _page(lines: Sequence[str]) -> Images:
     """(256, 384, 3): lines of print one below the other."""
     from PIL import Image, ImageDraw, ImageFont
 
-    from ..bench.glyphs import default_font
+    from ..bench.assets.glyphs import default_font
 
     page = Image.new("RGB", (384, 256), (244, 240, 228))
     font = ImageFont.truetype(str(default_font()), 44)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ..bench import glyphs
+from ..bench.assets import glyphs
 from ..bench.errors import UserError
-from ..bench.stats import proportion
+from ..bench.stats.intervals import proportion
 from .detect_shapes import CALIBRATION, STRIDE, network
 from .detect_shapes import Shapes as Detector
 from .detectors import Detection

@@ -5,7 +5,7 @@ size that trains in minutes: `pick` looks through a vision transformer, `hps` th
 classes, and neither sees what the other saw. For every prompt there are six pictures: the right one clean, the same worn, the same
 ruined, a near miss (one letter, one shape more or fewer, another ink, kind or colour), another near miss worn, and a mixture of right
 and near miss. A prompt must find its picture among those of all prompts (contrastive loss), and within the six the order of quality
-must be kept (Bradley and Terry's loss, which PickScore was trained with). Every string that the split rule of `bench/glyphs.py` puts
+must be kept (Bradley and Terry's loss, which PickScore was trained with). Every string that the split rule of `bench/assets/glyphs.py` puts
 into validation or test is thrown away before it is printed. Step k draws its batch from (seed, tower, k) alone, so that an interrupted
 run continues as if it had not stopped.
 """
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..bench import glyphs
+from ..bench.assets import glyphs
 from ..bench.errors import Missing, UserError
-from ..bench.stats import proportion
+from ..bench.stats.intervals import proportion
 from .reader_recipe import WORDS, damage
 
 if TYPE_CHECKING:

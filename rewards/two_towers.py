@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from ..bench import hub
+from ..bench.assets import weight_store
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images, Prompt, Scores, agree
 
@@ -290,7 +290,7 @@ def batched(rows: Iterable[int], size: int) -> Iterator[list[int]]:
 
 def chunk() -> int:
     """Pictures a forward pass: one where no GPU gains from more."""
-    return 1 if hub.device() == "cpu" else 8
+    return 1 if weight_store.device() == "cpu" else 8
 
 
 class TwoTowers:
@@ -346,7 +346,7 @@ class TwoTowers:
 
     def self_test(self) -> None:
         """Three red circles, a blue square and a word: each prompt scores its own picture highest, or RuntimeError says what was seen."""
-        from ..bench import glyphs
+        from ..bench.assets import glyphs
 
         rng = np.random.default_rng(0)
         paper = glyphs.PAPERS["white"]
@@ -370,15 +370,15 @@ class TwoTowers:
 def hub_towers(repository: str, tokenizer: str = "") -> tuple[HubTowers, str]:
     """A CLIP model of a hub repository in transformers' format, with its own tokenizer or another repository's; and NAME@DIGEST."""
     texts = ("*.json", "*.txt")
-    model = hub.folder(repository, patterns=(*texts, "model*.safetensors"))
+    model = weight_store.folder(repository, patterns=(*texts, "model*.safetensors"))
     if not list(
         model.glob("model*.safetensors")
     ):  # older repositories only hold pickles, which are read as weights only
-        model = hub.folder(repository, patterns=(*texts, "pytorch_model*.bin"))
-    words = hub.folder(tokenizer, patterns=texts) if tokenizer else model
+        model = weight_store.folder(repository, patterns=(*texts, "pytorch_model*.bin"))
+    words = weight_store.folder(tokenizer, patterns=texts) if tokenizer else model
     files = sorted(model.glob("model*.safetensors")) or sorted(model.glob("pytorch_model*.bin"))
-    digests = "+".join(hub.short_digest(path) for path in files)
-    return HubTowers(model, words, hub.device()), f"{repository.rpartition('/')[2]}@{digests}"
+    digests = "+".join(weight_store.short_digest(path) for path in files)
+    return HubTowers(model, words, weight_store.device()), f"{repository.rpartition('/')[2]}@{digests}"
 
 
 def open_towers(architecture: str, checkpoint: Path) -> OpenTowers:
@@ -393,7 +393,7 @@ def open_towers(architecture: str, checkpoint: Path) -> OpenTowers:
         raise UserError(f"{checkpoint} is not a checkpoint with a state_dict: {said}") from error
     network = open_clip.create_model(architecture)
     _fill(network, weights, checkpoint)
-    return OpenTowers(network, open_clip.get_tokenizer(architecture), hub.device())
+    return OpenTowers(network, open_clip.get_tokenizer(architecture), weight_store.device())
 
 
 def tiny_tokenizer(folder: Path, shape: Mapping[str, Any]) -> Any:
@@ -416,7 +416,7 @@ def _tiny(tower: str, folder: Path) -> tuple[Sight, str]:
     towers = OpenTowers(
         network, tiny_tokenizer(folder, shape), "cpu"
     )  # a GPU takes longer to be asked than this to run
-    return Sight(towers, Stretch(*towers.size), chunk=1), f"tiny-clip-{tower}@{hub.short_digest(path)}"
+    return Sight(towers, Stretch(*towers.size), chunk=1), f"tiny-clip-{tower}@{weight_store.short_digest(path)}"
 
 
 # The scorers
@@ -443,9 +443,9 @@ def hpsv2(variant: str | None = None) -> TwoTowers:
         return tiny("hps")
     _needs("open_clip", "hpsv2")
     name, file = HPS_FILES[variant or "v2.1"]
-    checkpoint = hub.file("xswu/HPSv2", file)
+    checkpoint = weight_store.file("xswu/HPSv2", file)
     towers = open_towers(HPS_ARCHITECTURE, checkpoint)
-    weights = f"{HPS_ARCHITECTURE}/{checkpoint.name.removesuffix('.pt')}@{hub.short_digest(checkpoint)}"
+    weights = f"{HPS_ARCHITECTURE}/{checkpoint.name.removesuffix('.pt')}@{weight_store.short_digest(checkpoint)}"
     return TwoTowers(name, Sight(towers, Letterbox(towers.size[0]), chunk()), "100*cos", weights)
 
 

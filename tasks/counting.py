@@ -15,8 +15,8 @@ from itertools import product
 from typing import Any
 
 from ..bench import registry
+from ..bench.assets.glyphs import COUNTS, NUMBERS, SHAPE_COLOURS, SHAPES, shapes_prompt
 from ..bench.errors import UserError
-from ..bench.glyphs import COUNTS, NUMBERS, SHAPE_COLOURS, SHAPES, shapes_prompt
 from ..bench.registry import known_domain
 from ..bench.spec import Columns, Judging, Prompt, Split
 from . import geneval_open as published

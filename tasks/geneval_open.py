@@ -16,8 +16,8 @@ from itertools import count, islice, permutations, product
 from typing import Any
 
 from ..bench import registry
+from ..bench.assets.downloads import Published
 from ..bench.errors import UserError
-from ..bench.published import Published
 from ..bench.spec import Prompt, Split, fold_text
 
 Clause = Mapping[str, Any]  # GenEval's: class, count, perhaps color or position

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..bench import registry
+from ..bench.assets.downloads import Published
 from ..bench.errors import UserError
-from ..bench.published import Published
 from ..bench.registry import known_domain
 from ..bench.spec import Columns, Judging, Prompt, Split, fold_text
 from .ocr import SPLITS

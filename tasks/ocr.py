@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..bench import registry
+from ..bench.assets.downloads import Published
+from ..bench.assets.glyphs import ALPHABET, INKS, LONGEST, SHORTEST, SURFACES, VOCABULARY, split_of, word_prompt
 from ..bench.errors import UserError
-from ..bench.glyphs import ALPHABET, INKS, LONGEST, SHORTEST, SURFACES, VOCABULARY, split_of, word_prompt
-from ..bench.published import Published
 from ..bench.registry import known_domain
 from ..bench.spec import Columns, Judging, Prompt, Split
 

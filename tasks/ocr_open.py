@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from hashlib import sha256
 from itertools import product
 
+from ..bench.assets.downloads import Published
 from ..bench.errors import UserError
-from ..bench.published import Published
 from ..bench.spec import Prompt, Split, fold_text
 
 TRAIN, VALIDATION = 2000, 128  # prompts

@@ -15,8 +15,8 @@ from hashlib import sha256
 from typing import Any
 
 from ..bench import registry
+from ..bench.assets.downloads import Published
 from ..bench.errors import UserError
-from ..bench.published import Published
 from ..bench.registry import known_domain
 from ..bench.spec import Columns, Judging, Prompt, Split, fold_text
 from .ocr import SPLITS

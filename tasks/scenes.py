@@ -10,7 +10,7 @@ from functools import cache
 from hashlib import sha256
 from itertools import product
 
-from ..bench.glyphs import COUNTS, SHAPE_COLOURS, SHAPES, shapes_prompt, split_of
+from ..bench.assets.glyphs import COUNTS, SHAPE_COLOURS, SHAPES, shapes_prompt, split_of
 from ..bench.spec import Prompt, Split, fold_text
 from .ocr import WORDS, read_words, word_to_prompt
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from gpobench.bench.budget import Spent
 from gpobench.bench.losses import informative
-from gpobench.bench.rig import Rig
 from gpobench.bench.spec import Choice, Groups, Log, Optim, Range, take
+from gpobench.bench.training.rig import Rig
 
 
 @dataclass(frozen=True)

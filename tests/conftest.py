@@ -93,9 +93,9 @@ ZYGOTE = """
 import json, os, sys, traceback
 import diffusers, pandas, peft, pyarrow.parquet, torch
 from diffusers import StableDiffusion3Pipeline
-import gpobench.bench.run as running
-from gpobench.bench import checkpoint
-from gpobench.bench.cli import main
+import gpobench.bench.experiments.run as running
+from gpobench.bench.training import checkpoint
+from gpobench.bench.commands.app import main
 torch.set_num_threads(1)
 print("ready", flush=True)
 for line in sys.stdin:

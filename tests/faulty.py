@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from gpobench.bench import remote
+from gpobench.bench.scoring import remote
 from gpobench.bench.spec import Images, Prompt, Scores
 
 HERE = __file__
@@ -199,7 +199,7 @@ def served(scorer: Any, limits: remote.Limits | None = None, token: str = "", re
     """The real server around a scorer, on a thread; its URL."""
     import uvicorn
 
-    from gpobench.bench.serve import application
+    from gpobench.bench.scoring.server import application
 
     app = application(scorer, limits or remote.Limits(), token=token, reference=reference)
     server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False))

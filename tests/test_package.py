@@ -141,7 +141,7 @@ def test_every_entry_point_loads(point: importlib.metadata.EntryPoint) -> None:
 def test_a_light_command_imports_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:
     script = """
 import sys
-from gpobench.bench.cli import main
+from gpobench.bench.commands.app import main
 try:
     main()
 except SystemExit as stop:
@@ -193,10 +193,10 @@ def test_the_import_contracts_hold(copy: Path) -> None:
 
 PLANTED = [
     ("every petal imports the hub, no petal another", {"methods/planted.py": "from ..tasks import ocr"}),
-    ("the hub imports no petal", {"bench/cli.py": "from ..methods import gpo"}),
+    ("the hub imports no petal", {"bench/commands/app.py": "from ...methods import gpo"}),
     ("no method imports another", {"methods/planted.py": "from . import other", "methods/other.py": ""}),
-    ("leaderboards read records, never runs", {"leaderboards/planted.py": "from ..bench import rig"}),
-    ("the hub from bottom to top", {"bench/errors.py": "from . import budget"}),
+    ("leaderboards read records, never runs", {"leaderboards/planted.py": "from ..bench.training import rig"}),
+    ("the hub's folders are layers", {"bench/errors.py": "from . import budget"}),
     (
         "no import circle anywhere",
         {"rewards/planted.py": "from . import other", "rewards/other.py": "from . import planted"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..card import PROTOCOLS, Card, find
+from ..model_spec import PROTOCOLS, Card, find
 
 # The embedded model: made by `gpobench pretrain tiny`, its protocol stands in its own recipe.json.
 tiny = replace(find(str(Path(__file__).with_name("tiny"))), name="tiny", licence="Apache-2.0")

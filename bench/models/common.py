@@ -18,13 +18,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .. import hub
-from ..card import Adapter, Card
-from ..disk import write_atomically
+from ..assets import weight_store
 from ..errors import Missing, UserError
+from ..files import write_atomically
 from ..flow import Prediction, ddim_grid
+from ..model_spec import Adapter, Card
 from ..spec import Cond
-from ..weights import LIVE, Weights
+from .lora import LIVE, Weights
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,7 +125,7 @@ def pipeline(
 
     theirs.disable_progress_bar()
     text.disable_progress_bar()
-    source = str(hub.local(card.source, card.revision) or card.source)
+    source = str(weight_store.local(card.source, card.revision) or card.source)
     local = Path(source).is_dir() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     where: dict[str, Any] = {"revision": card.revision, "local_files_only": local}
     misfit = f"the weights of {card.name} ({card.source}) cannot be loaded"

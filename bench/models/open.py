@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from .. import registry
-from ..card import Adapter, Card
+from ..model_spec import Adapter, Card
 
 ADAPTERS = {
     "StableDiffusion3Pipeline": ".sd3:SD3",

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..card import Adapter, Card
 from ..errors import UserError
 from ..flow import Prediction, ddpm, timestep, to_velocity
-from ..weights import Weights
+from ..model_spec import Adapter, Card
 from . import common
+from .lora import Weights
 
 UNWANTED = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None, "image_encoder": None}
 

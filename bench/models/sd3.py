@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..card import Adapter, Card
 from ..flow import rectified
-from ..weights import Weights
+from ..model_spec import Adapter, Card
 from . import common
+from .lora import Weights
 
 
 class SD3:

@@ -38,7 +38,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from .. import glyphs
+from ..assets import glyphs
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -1025,7 +1025,7 @@ def card(record: dict[str, Any], folder: Path) -> str:
     return f"""A Stable-Diffusion-3-class model of {parameters:.1f} M parameters ({megabytes:.1f} MB) that writes and counts, imperfectly.
 
 It writes short words and draws counted shapes, 64 by 32 pixels, and exists to be post-trained in minutes on two CPU cores. It
-was trained from scratch on pictures drawn by `bench/glyphs.py`; no other data went in. Train it again with `gpobench pretrain tiny`
+was trained from scratch on pictures drawn by `bench/assets/glyphs.py`; no other data went in. Train it again with `gpobench pretrain tiny`
 (`bench/models/tiny_recipe.py`); `recipe.json` holds every setting, score and the hashes of the words that were never printed.
 It is under the licence of this repository; the letters it imitates are DejaVu Sans Mono Bold.
 

@@ -45,7 +45,7 @@ def test_a_third_party_package_is_found_and_listed(tmp_path: Path, monkeypatch: 
     monkeypatch.syspath_prepend(tmp_path)
     assert registry.load("method", "patience")().calm == 1.0
     assert registry.caption("method", "patience") == "Patience: collect nothing, learn nothing."
-    code = "import sys; from gpobench.bench.cli import main; sys.argv = ['gpobench', 'list']; main()"
+    code = "import sys; from gpobench.bench.commands.app import main; sys.argv = ['gpobench', 'list']; main()"
     listed = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True
     )

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from gpobench.bench import record
-from gpobench.bench.record import Difference, Flags, Number, Point, Record, ScorerUse
+from gpobench.bench.evaluation import record
+from gpobench.bench.evaluation.record import Difference, Flags, Number, Point, Record, ScorerUse
 
 KEYS = ("engine/exact", "other/exact")
 USES = {

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpobench.bench import stats
 from gpobench.bench.errors import UserError
-from gpobench.bench.record import Flags, Number, ScorerUse
+from gpobench.bench.evaluation.record import Flags, Number, ScorerUse
+from gpobench.bench.stats import intervals
 from gpobench.leaderboards.board import Board, Row, Run, board, left_out, load
 
 Make = Callable[..., Path]
@@ -154,21 +154,23 @@ def test_numbers_are_those_of_stats(make: Make) -> None:
     runs = load([*folders, make("sft", "sft")])
     b = board(runs, baseline="awm", resamples=500)
     after = {m: [r.after[KEY] for r in runs if r.record.method == m] for m in ("gpo", "awm", "sft")}
-    mean = stats.two_level([stats.per_prompt(a) for a in after["gpo"]], resamples=500)
+    mean = intervals.two_level([intervals.per_prompt(a) for a in after["gpo"]], resamples=500)
     cell = row(b, "gpo").cells[KEY]
     assert (cell.after.mean, cell.after.low, cell.after.high) == pytest.approx((mean.mean, mean.low, mean.high))
-    alone = stats.mean_ci(after["sft"][0], resamples=500)
+    alone = intervals.mean_ci(after["sft"][0], resamples=500)
     cell = row(b, "sft").cells[KEY]
     assert (cell.after.low, cell.after.high) == pytest.approx((alone.low, alone.high))
-    gain = stats.paired(runs[-1].before[KEY], after["sft"][0], resamples=500)
+    gain = intervals.paired(runs[-1].before[KEY], after["sft"][0], resamples=500)
     assert cell.delta is not None and (cell.delta.low, cell.delta.p) == pytest.approx((gain.low, gain.p))
     versus = row(b, "gpo").versus
-    alone = stats.crossed([stats.Contrast(after["gpo"], after["awm"], test=True)])[0]
+    alone = intervals.crossed([intervals.Contrast(after["gpo"], after["awm"], test=True)])[0]
     assert versus is not None and (versus.mean, versus.p) == pytest.approx((alone.mean, alone.p))
     assert (versus.low, versus.high) == pytest.approx((alone.low, alone.high), abs=0.1 * alone.se)
     tested = [r for r in b.rows if r.versus is not None]
     assert row(b, "awm") not in tested and len(tested) == 3
-    assert [r.holm for r in tested] == stats.holm([r.versus.p for r in tested if r.versus and r.versus.p is not None])
+    assert [r.holm for r in tested] == intervals.holm(
+        [r.versus.p for r in tested if r.versus and r.versus.p is not None]
+    )
 
 
 def test_identical_methods_tie_at_the_top(make: Make, look: Any) -> None:
@@ -246,13 +248,13 @@ def test_ranks_and_holm_are_laws(gains: list[float], data: st.DataObject, make: 
     order = [r.label for r in b.rows]
     pairs = list(combinations(order, 2))
     differences = [
-        stats.crossed(
-            [stats.Contrast(ends[one], ends[two], test=True, lend="base" not in (one, two))],
+        intervals.crossed(
+            [intervals.Contrast(ends[one], ends[two], test=True, lend="base" not in (one, two))],
             resamples=max(100, 40 * len(pairs)),
         )[0]
         for one, two in pairs
     ]
-    corrected = stats.holm([d.p for d in differences if d.p is not None])
+    corrected = intervals.holm([d.p for d in differences if d.p is not None])
     told = {pair for pair, d, p in zip(pairs, differences, corrected, strict=True) if d.mean > 0 and p < 0.05}
     for k, below in enumerate(b.rows):
         sure = [above for above in b.rows[:k] if (above.label, below.label) in told]

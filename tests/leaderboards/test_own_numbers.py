@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpobench.bench import registry
-from gpobench.bench.config import resolve
+from gpobench.bench.experiments.config import resolve
 from gpobench.leaderboards.baseline import Baseline, Claim, locate, parts, read
 from gpobench.leaderboards.board import BASE, load
 from gpobench.leaderboards.regress import judge, words
@@ -87,7 +87,7 @@ def trained(out: Path, seed: int, *sets: str) -> None:
     baseline = known("ocr")
     argv = words(baseline, row(baseline, "gpo"), seed, out)
     more = [word for text in sets for word in ("--set", text)]
-    subprocess.run([sys.executable, "-m", "gpobench.bench.cli", *argv, *more], check=True)
+    subprocess.run([sys.executable, "-m", "gpobench.bench.commands.app", *argv, *more], check=True)
 
 
 def verdicts(out: Path) -> dict[str, str]:

@@ -11,11 +11,11 @@ import typer
 from torch import Tensor
 from typer.testing import CliRunner
 
-from gpobench.bench import jobs
-from gpobench.bench import run as running
-from gpobench.bench.config import resolve
-from gpobench.bench.record import Record
-from gpobench.bench.view import Silent
+from gpobench.bench.evaluation.record import Record
+from gpobench.bench.experiments import jobs
+from gpobench.bench.experiments import run as running
+from gpobench.bench.experiments.config import resolve
+from gpobench.bench.progress import Silent
 from gpobench.leaderboards.baseline import read
 from gpobench.leaderboards.board import load
 from gpobench.leaderboards.commands import regress

@@ -17,9 +17,9 @@ import typer
 from typer.testing import CliRunner
 
 from gpobench.bench.errors import UserError
-from gpobench.bench.record import Flags, ScorerUse
-from gpobench.bench.stats import holm
-from gpobench.leaderboards import verdicts as dresses
+from gpobench.bench.evaluation.record import Flags, ScorerUse
+from gpobench.bench.stats.intervals import holm
+from gpobench.leaderboards import render_regression as dresses
 from gpobench.leaderboards.baseline import beside, parts, read
 from gpobench.leaderboards.board import load
 from gpobench.leaderboards.commands import regress
@@ -538,7 +538,7 @@ def test_a_baseline_is_of_a_commit(make: Make, tmp_path: Path, revision: str, mo
     path = tmp_path / "x.toml"
     with pytest.raises(UserError, match="bad was made with changes that are in none"):
         run(bad, "--against", path, "--update", "--margin", "0.1")
-    monkeypatch.setattr("gpobench.bench.record.revision", lambda: revision)
+    monkeypatch.setattr("gpobench.bench.evaluation.record.revision", lambda: revision)
     with pytest.raises(UserError, match="this tree has changes that are in none, or no history"):
         run(good, "--against", path, "--update", "--margin", "0.1")
     assert not path.exists() and not beside(path).exists()
@@ -579,7 +579,18 @@ def test_run_does_what_the_baseline_needs(tmp_path: Path) -> None:
     from gpobench.leaderboards.regress import train
 
     first = tmp_path / "first"
-    command = [sys.executable, "-m", "gpobench.bench.cli", "run", "--method", "sft", "--task", "ocr", "--model", "tiny"]
+    command = [
+        sys.executable,
+        "-m",
+        "gpobench.bench.commands.app",
+        "run",
+        "--method",
+        "sft",
+        "--task",
+        "ocr",
+        "--model",
+        "tiny",
+    ]
     more = [
         "--budget",
         "nfe=3000",

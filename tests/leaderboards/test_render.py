@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from gpobench.bench.errors import UserError
-from gpobench.bench.record import Flags, Number
-from gpobench.bench.stats import Estimate
-from gpobench.leaderboards import reported
+from gpobench.bench.evaluation.record import Flags, Number
+from gpobench.bench.stats.intervals import Estimate
+from gpobench.leaderboards import paper_numbers
 from gpobench.leaderboards.board import Board, board, load
 from gpobench.leaderboards.render import LATEX, cell, number, p_value, plain, render, spend
 
@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, make_at: Callable[..., Path])
         )
     make_at(home / "awm", "awm", 0, 0.1, flags=Flags(hack=True, invalid=False))
     make_at(home / "sft", "sft", 0, 0.0, flags=Flags(hack=False, invalid=True))
-    return replace(board(load([home]), resamples=300), reported=tuple(reported.beside("ocr", "sd35m")))
+    return replace(board(load([home]), resamples=300), reported=tuple(paper_numbers.beside("ocr", "sd35m")))
 
 
 def named(b: Board, name: str) -> Board:

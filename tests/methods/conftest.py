@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import Adapter, find
+from gpobench.bench.model_spec import Adapter, find
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.rig import Rig
 from gpobench.bench.spec import Groups, Prompt, size
-from gpobench.bench.train import optimiser, train
+from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.train import optimiser, train
 
 BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle", "a photo"]
 

@@ -16,20 +16,20 @@ import pandas as pd
 import pytest
 import torch
 
-from gpobench.bench import card as cards
-from gpobench.bench import run as running
+from gpobench.bench import model_spec as cards
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.config import Config, resolve
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluate import protocol
+from gpobench.bench.evaluation.evaluator import protocol
+from gpobench.bench.evaluation.record import Record
+from gpobench.bench.evaluation.search import answers, search
+from gpobench.bench.experiments import run as running
+from gpobench.bench.experiments.config import Config, resolve
+from gpobench.bench.experiments.run import Interrupted
 from gpobench.bench.models.open import open_model
-from gpobench.bench.record import Record
+from gpobench.bench.progress import Silent
 from gpobench.bench.registry import scorer
-from gpobench.bench.rig import Rig
-from gpobench.bench.run import Interrupted
-from gpobench.bench.search import answers, search
 from gpobench.bench.spec import Prompt, Scores, Search
-from gpobench.bench.view import Silent
+from gpobench.bench.training.rig import Rig
 from gpobench.methods.best_of_n import BestOfN
 
 BOOK = [Prompt(t) for t in ("two green squares", "a red triangle", "three blue circles", "a sign", "a card")]
@@ -269,7 +269,8 @@ def test_a_kill_and_a_ctrl_c_on_the_command_line(gpobench: Any, redness: str, ti
 
     ended = gpobench(*words, "--out", tmp_path / "cut", before=slow, meanwhile=send(signal.SIGKILL))
     assert ended.code == -signal.SIGKILL
-    small = "import gpobench.bench.run as r, dataclasses\nfind = r.find\nr.find = lambda n: dataclasses.replace(find(n), rows=2)\n"
+    small = "import gpobench.bench.experiments.run as r, dataclasses\n"
+    small += "find = r.find\nr.find = lambda n: dataclasses.replace(find(n), rows=2)\n"
     ended = gpobench(
         *words, "--out", tmp_path / "cut", before=small + slow.replace("0.2", "0.05"), meanwhile=send(signal.SIGINT)
     )

@@ -15,12 +15,12 @@ import torch
 
 from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import find
 from gpobench.bench.flow import Kernel, Step, cps, dance, ddim, ddim_grid, ddpm, mix, sde, to_velocity
+from gpobench.bench.model_spec import find
 from gpobench.bench.models.open import open_model
-from gpobench.bench.rig import Rig
 from gpobench.bench.spec import Optim, Prompt, size
-from gpobench.bench.train import optimiser, train
+from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.train import optimiser, train
 from gpobench.methods.gpo import GPO, Weighed
 
 BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle", "a photo"]

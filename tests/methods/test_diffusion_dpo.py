@@ -12,20 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from gpobench.bench import checkpoint
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import SMALL
-from gpobench.bench.config import resolve, variants
 from gpobench.bench.errors import UserError
+from gpobench.bench.experiments.config import resolve, variants
+from gpobench.bench.experiments.make_pairs import make_pairs
 from gpobench.bench.flow import mix
 from gpobench.bench.losses import apart, dpo
-from gpobench.bench.make_pairs import make_pairs
-from gpobench.bench.pairs import compare
+from gpobench.bench.model_spec import SMALL
+from gpobench.bench.progress import Silent
 from gpobench.bench.registry import load
-from gpobench.bench.rig import Rig
 from gpobench.bench.spec import Optim, Pairs, take
-from gpobench.bench.train import optimiser, train
-from gpobench.bench.view import Silent
+from gpobench.bench.training import checkpoint
+from gpobench.bench.training.pairs import compare
+from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.train import optimiser, train
 from gpobench.methods import diffusion_dpo as module
 from gpobench.methods.diffusion_dpo import DiffusionDPO
 

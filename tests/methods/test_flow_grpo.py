@@ -12,18 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpobench.bench import checkpoint
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import SMALL, Adapter, find
-from gpobench.bench.config import resolve
 from gpobench.bench.errors import UserError
+from gpobench.bench.experiments.config import resolve
 from gpobench.bench.flow import ode, rectified
 from gpobench.bench.losses import guarded, standardise
+from gpobench.bench.model_spec import SMALL, Adapter, find
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.rig import Rig
 from gpobench.bench.spec import Optim, Prompt, size, take
-from gpobench.bench.train import optimiser, train
+from gpobench.bench.training import checkpoint
+from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.train import optimiser, train
 from gpobench.methods.flow_grpo import FlowGRPO
 from gpobench.methods.grpo_guard import GRPOGuard
 from gpobench.methods.mix_grpo import MixGRPO

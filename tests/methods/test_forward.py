@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from gpobench.bench import checkpoint
-from gpobench.bench.card import SMALL
-from gpobench.bench.config import resolve
 from gpobench.bench.errors import UserError
+from gpobench.bench.experiments.config import resolve
+from gpobench.bench.model_spec import SMALL
 from gpobench.bench.spec import Choice, Even, Log, Optim, size, take
-from gpobench.bench.train import optimiser
+from gpobench.bench.training import checkpoint
+from gpobench.bench.training.train import optimiser
 from gpobench.methods.awm import AWM
 from gpobench.methods.dgpo import DGPO
 from gpobench.methods.diffusion_nft import DiffusionNFT

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import SMALL
 from gpobench.bench.errors import UserError
 from gpobench.bench.flow import mix
 from gpobench.bench.losses import dpo, flow_error, standardise
-from gpobench.bench.rig import Rig
+from gpobench.bench.model_spec import SMALL
 from gpobench.bench.spec import Optim
-from gpobench.bench.train import optimiser, train
+from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.train import optimiser, train
 from gpobench.methods import gpo as module
 from gpobench.methods.gpo import GPO, Weighed
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import Adapter, find
 from gpobench.bench.errors import UserError
 from gpobench.bench.flow import sde
+from gpobench.bench.model_spec import Adapter, find
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.rig import Rig
 from gpobench.bench.spec import Prompt, size, take
+from gpobench.bench.training.rig import Rig
 from gpobench.methods.grpo_guard import GRPOGuard
 
 

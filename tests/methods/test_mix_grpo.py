@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import Adapter, find
-from gpobench.bench.config import resolve
 from gpobench.bench.errors import UserError
+from gpobench.bench.experiments.config import resolve
 from gpobench.bench.flow import cps, dpm2, ode, sde, shift, shifted_grid
+from gpobench.bench.model_spec import Adapter, find
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.rig import Rig
 from gpobench.bench.spec import Prompt, size
+from gpobench.bench.training.rig import Rig
 from gpobench.methods.mix_grpo import MixGRPO, coarser
 
 SDE = sde(0.7)

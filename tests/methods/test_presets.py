@@ -17,15 +17,15 @@ import torch
 
 from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import find
-from gpobench.bench.config import preset, preset_path, resolve, variants
+from gpobench.bench.experiments.config import preset, preset_path, resolve, variants
+from gpobench.bench.experiments.cost_estimate import branches, forecast
 from gpobench.bench.flow import ddim_grid, ddpm, ode, sde, to_velocity
-from gpobench.bench.forecast import branches, forecast
-from gpobench.bench.memory import GB
+from gpobench.bench.model_spec import find
+from gpobench.bench.models.memory import GB
 from gpobench.bench.models.mini import write_flux, write_sd15, write_sdxl
 from gpobench.bench.models.open import open_model
-from gpobench.bench.rig import Rig
 from gpobench.bench.spec import Optim, Prompt, Search, size, take
+from gpobench.bench.training.rig import Rig
 
 REPO = Path(__file__).resolve().parents[2]
 SPEC = importlib.util.spec_from_file_location("presets_table", REPO / "benchmarks" / "presets.py")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpobench.bench import glyphs
+from gpobench.bench.assets import glyphs
 from gpobench.bench.errors import Missing, UserError
 from gpobench.rewards import colours, palette
 from gpobench.rewards.detectors import Detection

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpobench.bench.disk import digest
 from gpobench.bench.errors import Missing, UserError
+from gpobench.bench.files import digest
 from gpobench.rewards import detect_mmdet as engine
 from gpobench.rewards.detectors import open_detector
 

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from gpobench.bench import glyphs
+from gpobench.bench.assets import glyphs
 from gpobench.bench.errors import Missing, UserError
 from gpobench.rewards import detect_shapes, shapes_recipe
 from gpobench.rewards.detectors import open_detector

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from gpobench.bench import glyphs
+from gpobench.bench.assets import glyphs
 from gpobench.bench.errors import Missing, UserError
 from gpobench.rewards import detect_yolo as engine
 from gpobench.rewards.detectors import open_detector

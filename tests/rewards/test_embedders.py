@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpobench.bench.distances import distances, paired
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.spec import Embedder
+from gpobench.bench.stats.distances import distances, paired
 from gpobench.rewards import embedders
 
 torch = pytest.importorskip("torch")

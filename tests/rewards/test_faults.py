@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 import torch
 
-from gpobench.bench import registry, remote
+from gpobench.bench import registry
+from gpobench.bench.assets.glyphs import draw_word
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import Adapter, find
 from gpobench.bench.errors import UserError
-from gpobench.bench.glyphs import draw_word
+from gpobench.bench.model_spec import Adapter, find
 from gpobench.bench.models.open import open_model
-from gpobench.bench.remote import Limits, Remote, connect, start
-from gpobench.bench.rig import Rig, judged
+from gpobench.bench.scoring import remote
+from gpobench.bench.scoring.remote import Limits, Remote, connect, start
 from gpobench.bench.spec import Prompt, Scorer, Scores
+from gpobench.bench.training.rig import Rig, judged
 from gpobench.rewards import reader
 
 FAULTY = str(Path(__file__).parents[1] / "faulty.py")

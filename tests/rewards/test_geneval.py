@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpobench.bench import glyphs
+from gpobench.bench.assets import glyphs
 from gpobench.bench.errors import UserError
 from gpobench.bench.spec import Images, Prompt
 from gpobench.rewards import geneval, palette

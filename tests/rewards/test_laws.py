@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from gpobench.bench import registry
+from gpobench.bench.assets.glyphs import PAPERS, SHAPE_COLOURS, draw_shapes, draw_word, shapes_prompt, word_prompt
 from gpobench.bench.errors import Missing
-from gpobench.bench.glyphs import PAPERS, SHAPE_COLOURS, draw_shapes, draw_word, shapes_prompt, word_prompt
-from gpobench.bench.rig import judged
-from gpobench.bench.scorers import open_scorer
+from gpobench.bench.scoring.scorers import open_scorer
 from gpobench.bench.spec import Prompt, Scores
+from gpobench.bench.training.rig import judged
 
 # Every name of the registry with the variant that needs nothing, or None where the weights must be fetched.
 OFFLINE: dict[str, list[str]] = {

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpobench.bench import hub
+from gpobench.bench.assets import weight_store
+from gpobench.bench.assets.glyphs import INKS, PAPERS, draw_word
 from gpobench.bench.errors import Missing, UserError
-from gpobench.bench.glyphs import INKS, PAPERS, draw_word
 from gpobench.bench.spec import Prompt
 from gpobench.rewards import paddle, rules
 from gpobench.tasks import ocr
@@ -101,7 +101,7 @@ def test_reads_renders_and_one_picture_at_a_time(rapid: paddle.PaddleOCR) -> Non
 def test_lines_are_joined_in_reading_order(rapid: paddle.PaddleOCR) -> None:
     from PIL import Image, ImageDraw, ImageFont
 
-    from gpobench.bench.glyphs import default_font
+    from gpobench.bench.assets.glyphs import default_font
 
     page = Image.new("RGB", (420, 200), (240, 240, 235))
     font = ImageFont.truetype(str(default_font()), 40)
@@ -185,14 +185,14 @@ def test_models_that_fetch_left_in_the_store_are_found_and_noted(home: None, rap
     """Where they stand is no part of the id: the same files from RapidOCR's wheel have the same."""
     names = ("PP-OCRv6_small_det", "PP-OCRv6_small_rec")
     for name in names:
-        shutil.copytree(paddle.from_wheel(name), hub.store() / "PaddlePaddle" / name)
+        shutil.copytree(paddle.from_wheel(name), weight_store.store() / "PaddlePaddle" / name)
     try:
-        with hub.ledger() as asked:
+        with weight_store.ledger() as asked:
             stored = paddle.make("rapid")
         assert [one.source for one in asked] == [f"PaddlePaddle/{name}" for name in names]
-        assert all(one.path.is_relative_to(hub.store()) for one in asked) and stored.id == rapid.id
+        assert all(one.path.is_relative_to(weight_store.store()) for one in asked) and stored.id == rapid.id
     finally:
-        shutil.rmtree(hub.store() / "PaddlePaddle")
+        shutil.rmtree(weight_store.store() / "PaddlePaddle")
 
 
 def test_models_that_paddleocr_itself_fetched_are_found_and_noted(
@@ -204,7 +204,7 @@ def test_models_that_paddleocr_itself_fetched_are_found_and_noted(
         source = next(Path(os.environ["XDG_CACHE_HOME"]).rglob(f"paddleocr/*/{name}"))
         shutil.copytree(source, tmp_path / "official_models" / f"{name}{suffix}")
         (tmp_path / "official_models" / f"{name}{suffix}" / "README.md").write_text("not needed")
-    with hub.ledger() as asked:
+    with weight_store.ledger() as asked:
         assert paddle.make("rapid").id == rapid.id
     assert [sorted(one.files()) for one in asked] == [["inference.onnx", "inference.yml"]] * 2
 

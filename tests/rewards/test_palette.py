@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from gpobench.bench import glyphs
+from gpobench.bench.assets import glyphs
 from gpobench.bench.spec import Images
 from gpobench.rewards import geneval_rules as rules
 from gpobench.rewards import palette

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from gpobench.bench.assets.glyphs import INKS, PAPERS, draw_word
 from gpobench.bench.errors import Missing, UserError
-from gpobench.bench.glyphs import INKS, PAPERS, draw_word
 from gpobench.bench.spec import Prompt
 from gpobench.rewards import rapidocr, rules
 from gpobench.tasks import ocr

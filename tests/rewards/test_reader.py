@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpobench.bench import glyphs
+from gpobench.bench.assets import glyphs
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.spec import Prompt
 from gpobench.rewards import reader, reader_recipe, rules

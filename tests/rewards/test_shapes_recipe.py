@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from gpobench.bench import glyphs
+from gpobench.bench.assets import glyphs
 from gpobench.rewards import detect_shapes, shapes_recipe
 from gpobench.rewards.shapes_recipe import Truth
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gpobench.bench.assets.glyphs import draw_word
 from gpobench.bench.errors import Missing, UserError
-from gpobench.bench.glyphs import draw_word
 from gpobench.bench.spec import Prompt
 from gpobench.rewards import rules, tesseract
 from gpobench.tasks import ocr

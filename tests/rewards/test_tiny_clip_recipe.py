@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpobench.bench import glyphs
+from gpobench.bench.assets import glyphs
 from gpobench.bench.errors import UserError
 from gpobench.rewards import tiny_clip_recipe as recipe
 from gpobench.rewards import two_towers

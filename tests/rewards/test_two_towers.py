@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gpobench.bench import glyphs
+from gpobench.bench.assets import glyphs
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.models.tiny_recipe import TOKENS, build_tokenizer
 from gpobench.bench.spec import Prompt

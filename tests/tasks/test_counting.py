@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from gpobench.bench.assets.glyphs import COUNTS, SHAPE_COLOURS, SHAPES, VOCABULARY
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluate import prompts_hash, refuse_overlap
-from gpobench.bench.glyphs import COUNTS, SHAPE_COLOURS, SHAPES, VOCABULARY
+from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
 from gpobench.bench.registry import DOMAINS
 from gpobench.bench.spec import Columned, Reads
 from gpobench.tasks import counting, geneval_open

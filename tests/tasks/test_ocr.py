@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from gpobench.bench.assets.glyphs import VOCABULARY, split_of
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluate import prompts_hash, refuse_overlap
-from gpobench.bench.glyphs import VOCABULARY, split_of
+from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
 from gpobench.bench.spec import Columned, Prompt, Reads
 from gpobench.rewards.rules import target_of
 from gpobench.tasks import ocr, ocr_open

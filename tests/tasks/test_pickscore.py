@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpobench.bench.assets.glyphs import COUNTS, NUMBERS, SHAPE_COLOURS, SHAPES, VOCABULARY
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluate import prompts_hash, refuse_overlap
-from gpobench.bench.glyphs import COUNTS, NUMBERS, SHAPE_COLOURS, SHAPES, VOCABULARY
+from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
 from gpobench.bench.spec import Columned, Prompt, Reads, Split, fold_text
 from gpobench.tasks import ocr, pickscore
 from gpobench.tasks.pickscore import PickScore

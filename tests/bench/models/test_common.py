@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as functional
 
-from gpobench.bench.card import Adapter, Card, find
 from gpobench.bench.errors import UserError
+from gpobench.bench.model_spec import Adapter, Card, find
 from gpobench.bench.models import common
 from gpobench.bench.models.open import open_model, usage
 

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import Adapter, find
 from gpobench.bench.errors import Missing, UserError
-from gpobench.bench.evaluate import noise, protocol
+from gpobench.bench.evaluation.evaluator import noise, protocol
+from gpobench.bench.model_spec import Adapter, find
 from gpobench.bench.models.common import LORA_FILE
 from gpobench.bench.models.flux import pack, places, unpack
 from gpobench.bench.models.mini import write_flux
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.rig import Rig, pixels
 from gpobench.bench.spec import Prompt
+from gpobench.bench.training.rig import Rig, pixels
 
 PROMPTS = ["a red circle", "two blue squares", "a photo of five green triangles"]
 

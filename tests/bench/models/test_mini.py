@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import find
+from gpobench.bench.model_spec import find
 from gpobench.bench.models.mini import write_sd3, write_sd15
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.rig import Rig
 from gpobench.bench.spec import Prompt
+from gpobench.bench.training.rig import Rig
 
 BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle", "a photo"]
 Write = Callable[..., Path]

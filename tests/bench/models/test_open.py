@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gpobench.bench.card import Adapter, find
 from gpobench.bench.errors import Missing, UserError
+from gpobench.bench.model_spec import Adapter, find
 from gpobench.bench.models.open import open_model
 
 

@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import ATTENTION, UNET_ATTENTION, Adapter, find
 from gpobench.bench.errors import Missing, UserError
-from gpobench.bench.evaluate import judge, noise
+from gpobench.bench.evaluation.evaluator import judge, noise
 from gpobench.bench.flow import mix, split, timestep
+from gpobench.bench.model_spec import ATTENTION, UNET_ATTENTION, Adapter, find
 from gpobench.bench.models.common import LORA_FILE
 from gpobench.bench.models.mini import write_sd15
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.rig import Rig, pixels
 from gpobench.bench.spec import Prompt
+from gpobench.bench.training.rig import Rig, pixels
 
 PROMPTS = ["a red circle", "two blue squares", "a photo of five green triangles"]
 SMALL = Adapter(rank=4, alpha=16, targets=UNET_ATTENTION)

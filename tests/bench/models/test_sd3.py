@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.card import Adapter, find
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluate import judge, noise
+from gpobench.bench.evaluation.evaluator import judge, noise
+from gpobench.bench.model_spec import Adapter, find
 from gpobench.bench.models.common import LORA_FILE
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.rig import Rig, pixels
 from gpobench.bench.spec import Prompt
+from gpobench.bench.training.rig import Rig, pixels
 
 PROMPTS = ["a red circle", "two blue squares", "a photo of five green triangles"]
 
@@ -234,7 +234,7 @@ def fresh_noise() -> Iterator[None]:
 def test_a_saved_adapter_is_the_same_bytes_in_every_process(tiny_pipe: Path, tmp_path: Path) -> None:
     """Python orders a set anew in each process, and peft keeps the targets in one."""
     code = (
-        "import sys; from pathlib import Path; from gpobench.bench.card import find; "
+        "import sys; from pathlib import Path; from gpobench.bench.model_spec import find; "
         "from gpobench.bench.models.open import open_model; card = find(sys.argv[1]); "
         "open_model(card, device='cpu', adapter=card.adapter).save_adapter(Path(sys.argv[2]))"
     )

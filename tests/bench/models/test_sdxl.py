@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpobench.bench.card import UNET_ATTENTION, Adapter, find
 from gpobench.bench.errors import Missing, UserError
-from gpobench.bench.evaluate import noise, protocol
+from gpobench.bench.evaluation.evaluator import noise, protocol
 from gpobench.bench.flow import timestep
+from gpobench.bench.model_spec import UNET_ATTENTION, Adapter, find
 from gpobench.bench.models.common import LORA_FILE
 from gpobench.bench.models.mini import write_sdxl
 from gpobench.bench.models.open import open_model
-from gpobench.bench.rig import pixels
 from gpobench.bench.spec import Prompt
+from gpobench.bench.training.rig import pixels
 
 PROMPTS = ["a red circle", "two blue squares", "a photo of five green triangles"]
 BOOK = [Prompt(p) for p in PROMPTS]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from gpobench.bench import glyphs
+from gpobench.bench.assets import glyphs
 from gpobench.bench.models import tiny_recipe
 from gpobench.bench.models.tiny_recipe import Tiny, build_tokenizer, word_splits
 

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from gpobench.bench import record
-from gpobench.bench import run as running
-from gpobench.bench.card import find
-from gpobench.bench.config import resolve
-from gpobench.bench.evaluate import noise, protocol
+from gpobench.bench.evaluation import record
+from gpobench.bench.evaluation.evaluator import noise, protocol
+from gpobench.bench.experiments import run as running
+from gpobench.bench.experiments.config import resolve
+from gpobench.bench.model_spec import find
 from gpobench.bench.models.open import open_model
-from gpobench.bench.rig import pixels
+from gpobench.bench.progress import Silent
 from gpobench.bench.spec import Prompt
-from gpobench.bench.view import Silent
+from gpobench.bench.training.rig import pixels
 
 FAMILIES = ("tiny_pipe", "tiny_flux", "tiny_sdxl", "tiny_unet")
 SETS = ["prompts=2", "group=4", "optim.lr=3e-3", "optim.micro=0", "optim.ema=0"]

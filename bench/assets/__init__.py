@@ -1,0 +1,1 @@
+"""Files a run stands on: weights, downloads, prompts, glyphs."""

@@ -1,0 +1,263 @@
+"""A file of one's own prompts: plain lines, JSON lines or a table, and a task that asks them instead of its own.
+
+Errors name the file and the line, because a list of a thousand prompts is mended where it is broken and nowhere else.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast, get_args
+
+from .. import registry
+from ..errors import UserError
+from ..spec import Columned, Columns, Judging, Prompt, Reads, Split, Summarised, Task, fold_text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SPLITS: tuple[Split, ...] = get_args(Split)
+TEXT = ("prompt", "text", "caption")  # what the column of the prompts may be called; the first that is there
+OWN = "+own"  # behind a task's version where it asks prompts of a person's own: its numbers mix with no others
+
+
+@dataclass(frozen=True)
+class Row:
+    """A prompt as it stands in a file, and what the file says beside it."""
+
+    text: str
+    facts: Mapping[str, Any]
+    line: int  # where its record begins, from 1; of a parquet file the row
+
+
+def read_prompts(path: Path, *, unique: bool = True) -> list[Row]:
+    """The prompts of a .txt (one a line), .jsonl, .csv, .tsv or .parquet file, in order; blank lines are skipped.
+
+    The column of the prompts is `prompt`, `text` or `caption`, all others are facts; an empty cell of a table is no fact.
+    unique: refuse prompts that differ in nothing but case, punctuation and spacing.
+    Raises UserError naming the file, and the line where there is one.
+    """
+    rows = [row_of(path, line, record) for line, record in records(path)]
+    if not rows:
+        raise UserError(f"{path} holds no prompts")
+    if unique:
+        _refuse_repeats(path, rows)
+    return rows
+
+
+def row_of(path: Path, line: int, record: Mapping[str, Any]) -> Row:
+    """A record's prompt and facts; UserError where it has no prompt."""
+    key = next((name for name in TEXT if name in record), None)
+    if key is None:
+        raise UserError(f"{path}, line {line}: there is no {' | '.join(TEXT)}, only {', '.join(record) or 'nothing'}")
+    text = record[key]
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{path}, line {line}: the {key} is {'empty' if text in ('', None) else repr(text)}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}, line {line}: the {key} holds half a character: {text!r}") from None
+    return Row(text, {name: value for name, value in record.items() if name != key}, line)
+
+
+def records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, record) of a file, read by its suffix; of a .txt file the record is {"prompt": line}."""
+    if path.suffix.lower() not in READERS:
+        raise UserError(f"{path}: a file of prompts ends in {', '.join(READERS)}, not in {path.suffix or 'nothing'!r}")
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    return READERS[path.suffix.lower()](path, raw)
+
+
+# Formats
+
+
+def _text(path: Path, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: this is not UTF-8 ({error.reason})") from None
+
+
+def _lines(path: Path, raw: bytes) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank. Not splitlines(): it also breaks at characters that may stand inside a prompt."""
+    for number, line in enumerate(_text(path, raw).replace("\r\n", "\n").split("\n"), 1):
+        if line.strip():
+            yield number, line.strip()
+
+
+def _txt(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _lines(path, raw):
+        yield number, {"prompt": line}
+
+
+def _jsonl(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in _lines(path, raw):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: this is not JSON: {error}") from None
+        if not isinstance(record, dict):
+            raise UserError(f"{path}, line {number}: this is no JSON object but {type(record).__name__}")
+        yield number, record
+
+
+def _table(delimiter: str) -> Callable[[Path, bytes], Iterator[tuple[int, dict[str, Any]]]]:
+    def read(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+        lines = csv.reader(io.StringIO(_text(path, raw), newline=""), delimiter=delimiter, strict=True)
+        header: list[str] = []
+        begins = 1
+        try:
+            for cells in lines:
+                if cells and not header:
+                    header = [cell.strip() for cell in cells]
+                    if len(set(header)) < len(header):
+                        raise UserError(f"{path}, line {begins}: two columns have one name: {', '.join(header)}")
+                elif cells:
+                    if len(cells) != len(header):
+                        raise UserError(
+                            f"{path}, line {begins}: {len(cells)} cells under {len(header)} columns; a cell that holds "
+                            f"{delimiter!r} stands in quotes"
+                        )
+                    yield begins, {n: cell for n, cell in zip(header, cells, strict=True) if cell or n in TEXT}
+                begins = lines.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{path}, line {begins}: {error}") from None
+
+    return read
+
+
+def _parquet(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(pa.BufferReader(raw)).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
+    for number, row in enumerate(rows, 1):
+        yield number, {name: value for name, value in row.items() if value is not None or name in TEXT}
+
+
+READERS: dict[str, Callable[[Path, bytes], Iterator[tuple[int, dict[str, Any]]]]] = {
+    ".txt": _txt,
+    ".jsonl": _jsonl,
+    ".csv": _table(","),
+    ".tsv": _table("\t"),
+    ".parquet": _parquet,
+}
+
+
+def _refuse_repeats(path: Path, rows: Sequence[Row]) -> None:
+    first: dict[str, Row] = {}
+    again = [(first[key], row) for row in rows if first.setdefault(key := fold_text(row.text), row) is not row]
+    if again:
+        shown = "; ".join(f"lines {one.line} and {other.line}: {other.text!r}" for one, other in again[:3])
+        raise UserError(f"{path} holds {len(again)} prompt{'s' * (len(again) > 1)} twice: {shown}")
+
+
+# Tasks
+
+
+@dataclass(frozen=True)
+class Own:
+    """A task that asks a person's prompts in some splits; in all else it does as the task does.
+
+    It is Columned, Reads and Summarised, with nothing to show where the task is not.
+    """
+
+    task: Task
+    rows: Mapping[Split, tuple[Path, Sequence[Row]]]
+    domain: str  # of the prompts in the files
+    name: str
+    version: str
+
+    def prompts(self, split: Split, domain: str) -> Sequence[Prompt]:
+        """The file's prompts with the facts that the task reads out of them; the task's own where no file is given."""
+        if split not in self.rows:
+            return self.task.prompts(split, domain)
+        if domain != self.domain:
+            raise UserError(
+                f"the prompts in {self.rows[split][0]} are of the domain {self.domain!r}, not of {domain!r}"
+            )
+        path, rows = self.rows[split]
+        return understood(self.task, path, rows, domain)
+
+    def reward(self, domain: str) -> str:
+        return self.task.reward(domain)
+
+    def scorers(self, domain: str) -> Sequence[str]:
+        return self.task.scorers(domain)
+
+    def held_out(self, domain: str) -> Sequence[str]:
+        return self.task.held_out(domain)
+
+    def judging(self, domain: str) -> Judging:
+        return self.task.judging(domain)
+
+    def columns(self, domain: str) -> Columns:
+        return self.task.columns(domain) if isinstance(self.task, Columned) else Columns()
+
+    def read(self, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:
+        return understand(self.task, text, facts, domain)
+
+    def summary(self, table: pd.DataFrame) -> Mapping[str, float]:
+        return self.task.summary(table) if isinstance(self.task, Summarised) else {}
+
+
+def own(task: Task, files: Mapping[Split, Path], domain: str) -> Task:
+    """The task with the prompts of these files in these splits; its version says so.
+
+    Raises UserError where a file cannot be read, or the task cannot make sense of a line.
+    """
+    # Published training lists weigh their prompts by repeating them; a judge asks each once.
+    rows: dict[Split, tuple[Path, Sequence[Row]]] = {
+        split: (path, read_prompts(path, unique=split != "train")) for split, path in files.items()
+    }
+    for path, each in rows.values():
+        understood(task, path, each, domain)
+    return cast(Task, Own(task, rows, domain, task.name, task.version + (OWN if files else "")))
+
+
+def understand(task: Task | None, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:
+    """A prompt as the task reads it; without a task, or one that does not read, with its facts as they are.
+
+    A fact `stratum` is then the prompt's stratum.
+    """
+    if task is not None and isinstance(task, Reads):
+        return task.read(text, facts, domain)
+    return Prompt(text, dict(facts), stratum=str(facts.get("stratum") or ""))
+
+
+def understood(task: Task | None, path: Path, rows: Sequence[Row], domain: str) -> list[Prompt]:
+    """The same for the rows of a file; an error says where."""
+    prompts: list[Prompt] = []
+    for row in rows:
+        try:
+            prompts.append(understand(task, row.text, row.facts, domain))
+        except UserError as error:
+            raise UserError(f"{path}, line {row.line}: {error}") from None
+    return prompts
+
+
+def parse_option(given: Sequence[str]) -> dict[Split, Path]:
+    """`FILE` (the train split), `test=FILE`, `validation=FILE` -> split -> file. UserError on a split named twice or unknown."""
+    files: dict[Split, Path] = {}
+    for option in given:
+        name, equals, file = option.partition("=")
+        if equals and name not in SPLITS and not Path(option).exists():
+            raise registry.unknown("split", name, SPLITS)
+        split, path = (name, file) if equals and name in SPLITS else ("train", option)
+        if not path:
+            raise UserError(f"--prompts {option}: no file is named")
+        if split in files:
+            raise UserError(f"--prompts names two files for the {split} split: {files[split]} and {path}")
+        files[split] = Path(path)
+    return files

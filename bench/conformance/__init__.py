@@ -1,0 +1,1 @@
+"""The laws a method has to keep, and the command that checks them."""

@@ -1,0 +1,1 @@
+"""Evaluation: the evaluator, its cache, search at inference, records and plots."""

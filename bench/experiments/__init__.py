@@ -1,0 +1,1 @@
+"""Experiments: settings, single runs, grids of runs, tuning and export."""

@@ -1,0 +1,313 @@
+"""A finished run as a folder others can use: the adapter, and a model card that says how sure its numbers are."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import Missing, UserError
+from ..evaluation import record
+from ..evaluation.record import Number, Record
+from ..files import write_atomically
+from ..model_spec import Card, find
+from ..models.open import usage
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+RESULTS = ".eval_results/gpobench.yaml"
+# The hub's names of licences; any other is "other", with a name and a link to the base that the adapter derives from.
+LICENCES = {
+    "Apache-2.0": "apache-2.0",
+    "MIT": "mit",
+    "CreativeML OpenRAIL-M": "creativeml-openrail-m",
+    "CreativeML Open RAIL++-M": "openrail++",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written where, and what a reader of the card is warned of."""
+
+    folder: Path
+    files: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def export(run: Path, to: Path, *, repo: str | None = None, benchmark: str | None = None) -> Exported:
+    """Write the adapter, README.md, config.toml and sample images of a run into a folder.
+
+    repo: the owner/name it will have on the hub, for the card. benchmark: a hub data set, registered there as a benchmark, whose
+    leaderboard shall show these numbers: they are also written to .eval_results/gpobench.yaml, in the hub's newer format
+    (https://huggingface.co/docs/hub/eval-results), which the hub refuses for data sets that are no benchmark. None of this
+    package's tasks is one by itself, so without it the card's model-index holds the numbers alone.
+    Raises UserError where the run is not finished, the adapter is missing or damaged, or the folder cannot be written.
+    """
+    if not (run / "record.json").is_file():
+        raise UserError(f"no finished run in {run}")
+    known = record.read(run / "record.json")
+    if known.kind != "run":
+        raise UserError(f"{run} is no run but an {known.kind}: it has nothing to export")
+    if to.resolve() == run.resolve():
+        raise UserError(f"{to} is the run itself, whose own card would be overwritten: name another folder")
+    for name in (repo, benchmark):
+        if name is not None:
+            _check_name(name)
+    card = find(known.model)
+    searched = known.stop.startswith("search:") or "inference" in known.nfe_by_role
+    adapter = run / "adapter" / ADAPTER
+    if not searched:
+        _check_adapter(adapter)
+    warned = _warnings(known, searched)
+    sources = {ADAPTER: adapter, "config.toml": run / "config.toml", "samples.png": run / "samples" / "pairs.png"}
+    files = {name: path for name, path in sources.items() if path.is_file() and not (searched and name == ADAPTER)}
+    texts = {"README.md": _readme(known, card, repo, warned, searched, "samples.png" in files)}
+    if benchmark is not None:
+        texts[RESULTS] = _results(known, benchmark)
+    try:
+        (to / RESULTS if benchmark else to / "README.md").parent.mkdir(parents=True, exist_ok=True)
+        for name, path in files.items():
+            write_atomically(to / name, lambda p, path=path: shutil.copyfile(path, p))
+        for name, text in texts.items():
+            write_atomically(to / name, lambda p, text=text: p.write_text(text, "utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot write {to}: {error.strerror}") from None
+    return Exported(to, (*files, *texts), tuple(warned))
+
+
+def push(done: Exported, repo: str, *, private: bool = False) -> str:
+    """Upload what was written, and nothing else, to the model hub; returns its address. Raises UserError in one line."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            folder_path=done.folder,
+            repo_id=repo,
+            allow_patterns=list(done.files),
+            commit_message="Adapter and model card, written by gpobench",
+        )
+    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot upload to {repo}: {said} (a token comes from `hf auth login` or HF_TOKEN)") from None
+    return str(commit)
+
+
+def _check_name(name: str) -> None:
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(name)
+        if "/" not in name:
+            raise HFValidationError("it has no owner")
+    except HFValidationError as error:
+        raise UserError(f"{name!r} is no owner/name of the hub: {str(error).splitlines()[0]}") from None
+
+
+def _check_adapter(path: Path) -> None:
+    """Refuse a file that is not there or not whole; safetensors compares its length with what its header promises."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise UserError(f"no adapter at {path}")
+    try:
+        with safe_open(path, "numpy") as file:
+            if not file.keys():
+                raise UserError(f"the adapter {path} holds nothing")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the adapter {path} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def _warnings(r: Record, searched: bool) -> list[str]:
+    revision = str(r.provenance.get("revision", ""))
+    share = f"{100 * record.INVALID:g} %"
+    found = {
+        "The training scorer rose while the held-out ones did not, or a quality column fell: the gain may be the scorer's "
+        "error rather than better images.": r.flags.hack,
+        f"More than {share} of the images of a scorer could not be scored: these numbers are not valid.": r.flags.invalid,
+        "This run searched at inference and trained nothing: there is no adapter, and the training scorer chose the "
+        "images, so only the held-out scorers say what was gained.": searched,
+        "The code that made this run had changes that are in no commit.": not revision or revision.endswith("-dirty"),
+    }
+    return [text for text, true in found.items() if true]
+
+
+def _split(r: Record) -> str:
+    return str(r.config.get("judging", {}).get("split", "test"))
+
+
+def _images(r: Record) -> int | None:
+    judging = r.config.get("judging", {})
+    return judging.get("validation_images" if _split(r) == "validation" else "test_images")
+
+
+def _role(r: Record, key: str) -> str:
+    use = r.scorers.get(key.partition("/")[0])
+    return use.role if use else key.partition("-")[0]  # diversity and drift are no scorers
+
+
+def _id(r: Record, key: str) -> str:
+    name = key.partition("/")[0]
+    return r.scorers[name].id if name in r.scorers else r.embedders.get(name.partition("-")[2], "")
+
+
+def _number(n: Number) -> dict[str, Any]:
+    return {"mean": n.mean, "ci95": None if None in n.ci else list(n.ci), "prompts": n.n}
+
+
+def _known(table: dict[str, Any]) -> dict[str, Any]:
+    """Without None, which the hub's library drops on writing."""
+    inner = {key: _known(value) if isinstance(value, dict) else value for key, value in table.items()}  # type: ignore[arg-type]
+    return {key: value for key, value in inner.items() if value is not None}
+
+
+def _eval_results(r: Record) -> list[Any]:
+    """One result a scored metric, with its interval; what could not be scored has none."""
+    from huggingface_hub import EvalResult
+
+    split = _split(r)
+    return [
+        EvalResult(
+            task_type="text-to-image",
+            task_name="Text-to-Image",
+            dataset_type=f"gpobench-{r.task}",  # prompts that come with the package, no data set of the hub
+            dataset_name=f"{r.task}, task version {r.task_version}, of gpobench",
+            dataset_split=split,
+            dataset_revision=r.prompts.get(split),  # sha256 of the prompts in order
+            dataset_args=_known({"images_a_prompt": _images(r)}),
+            metric_type=key,
+            metric_name=f"{key} ({_role(r, key)})",
+            metric_config=_id(r, key),
+            metric_value=n.mean,
+            metric_args=_known(
+                {
+                    **_number(n),
+                    "before": _number(r.before[key]) if key in r.before else None,
+                    "difference": {**_number(r.delta[key]), "p": r.delta[key].p} if key in r.delta else None,
+                }
+            ),
+            verified=False,
+        )
+        for key, n in r.after.items()
+        if n.mean is not None
+    ]
+
+
+def _readme(r: Record, card: Card, repo: str | None, warned: Sequence[str], searched: bool, samples: bool) -> str:
+    """Front matter as the hub reads it, proved by reading it back, and the card below it."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    results = _eval_results(r)
+    licence = LICENCES.get(card.licence)
+    hub = card.source if card.revision else None
+    data = ModelCardData(
+        base_model=hub,  # a folder has no name on the hub
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        license=licence or "other",
+        license_name=None if licence else card.licence,
+        license_link=f"https://huggingface.co/{hub}" if hub and not licence else None,
+        tags=[
+            "gpobench",
+            "text-to-image",
+            "diffusers",
+            *([] if searched else ["lora"]),
+            r.method.replace(":", "-"),
+            r.task,
+        ],
+        model_name=f"{r.method} on {r.task}, {r.model}",
+        eval_results=results or None,
+    )
+    text = f"---\n{data.to_yaml()}\n---\n\n{_body(r, card, repo, warned, searched, samples)}"
+    back = ModelCard(text).data.to_dict()
+    if ModelCardData(**back).eval_results != (results or None) or back["library_name"] != "diffusers":
+        raise RuntimeError("the model card does not read back as it was written")
+    return text
+
+
+def _body(r: Record, card: Card, repo: str | None, warned: Sequence[str], searched: bool, samples: bool) -> str:
+    rows = [
+        f"| {key} | {_role(r, key)} | {_show(r.before.get(key))} | {_show(n)} | {_show(r.delta.get(key))} | {n.n} |"
+        for key, n in r.after.items()
+    ]
+    bounds = ", ".join(f"{k} {v:,.0f}" for k, v in r.config.get("budget", {}).items() if k != "name")
+    spent = ", ".join(f"{k} {v:,.0f}" if k != "flops" else f"{k} {v:.2e}" for k, v in r.spent.items())
+    tuning = f"; its settings were chosen in {r.tuning['trials']} trials, which are not in that" if r.tuning else ""
+    split, provenance = _split(r), r.provenance
+    versions = ", ".join(f"{name} {version}" for name, version in dict(provenance.get("versions", {})).items())
+    place = repo or "PATH/TO/THIS/FOLDER"
+    use = [line.replace('"adapter"', f'"{place}"') for line in usage(card)]
+    flags = [
+        name
+        for name, up in (("hack", r.flags.hack), ("invalid", r.flags.invalid), ("one seed", r.flags.single_seed))
+        if up
+    ]
+    return "\n".join(
+        [
+            f"# {r.method} on {r.task}, {f'{r.model} as it is' if searched else f'a LoRA for {r.model}'}",
+            "",
+            *(line for text in warned for line in (f"> **Warning.** {text}", "")),
+            *([] if searched else ["```python", *use, "```", ""]),
+            *(["![Before and after, on the same noise](samples.png)", ""] if samples else []),
+            "| scorer/metric | role | before | after | difference | prompts |",
+            "|---|---|---|---|---|---|",
+            *rows,
+            "",
+            f"Means over the {split} prompts with 95 % intervals (bootstrap over prompts, images of a prompt clustered); differences are "
+            "paired by prompt on the same noise. Methods are trained on the training scorer alone. One training seed: the intervals do "
+            "not cover what another seed would change.",
+            "",
+            "| | |",
+            "|---|---|",
+            f"| method | {r.method}, training seed {r.seed}, ended by {r.stop} |",
+            f"| budget | {bounds or 'none'} |",
+            f"| spent | {spent}{tuning} |",
+            f"| judged | task {r.task} version {r.task_version}, {split} split, evaluation seed "
+            f"{r.config.get('judging', {}).get('seed', 'unknown')} |",
+            *(f"| {name} prompts | sha256 `{digest}` |" for name, digest in r.prompts.items()),
+            *(f"| scorer {name} | `{use.id}`, {use.role} |" for name, use in r.scorers.items()),
+            *(f"| embedder {name} | `{text}` |" for name, text in r.embedders.items()),
+            f"| weights of the base | `{provenance.get('weights', 'unknown')}` |",
+            f"| flags | {', '.join(flags) or 'none'} |",
+            f"| code | gpobench `{provenance.get('revision') or 'unknown'}`; {versions} |",
+            f"| machine | {provenance.get('machine', 'unknown')}, {provenance.get('dtype', 'unknown')} |",
+            "",
+        ]
+    )
+
+
+def _show(n: Number | None) -> str:
+    if n is None:
+        return ""
+    if n.mean is None or n.ci[0] is None or n.ci[1] is None:
+        return "not scored"
+    return f"{n.mean:.3f} [{n.ci[0]:.3f}, {n.ci[1]:.3f}]"
+
+
+def _results(r: Record, benchmark: str) -> str:
+    """The hub's newer format: one entry a metric; it has no place for an interval but the notes."""
+    import yaml
+
+    try:
+        from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml, parse_eval_result_entries
+    except ImportError:
+        raise Missing(
+            "results for a benchmark need a newer hub library; install with: pip install -U huggingface_hub"
+        ) from None
+    entries = [
+        EvalResultEntry(
+            dataset_id=benchmark,
+            task_id=key,
+            value=n.mean,
+            notes=f"95 % interval {_show(n)} over {n.n} {_split(r)} prompts, scorer {_id(r, key)}, task version {r.task_version}",
+        )
+        for key, n in r.after.items()
+        if n.mean is not None
+    ]
+    text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+    if parse_eval_result_entries(yaml.safe_load(text)) != entries:
+        raise RuntimeError("the evaluation results do not read back as they were written")
+    return text

@@ -1,0 +1,131 @@
+"""What a model's name stands for: where its weights are, and the protocol it is trained and judged under."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from . import registry
+from .errors import UserError
+
+UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+ATTENTION = (*UNET_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+FEED_FORWARD = ("net.0.proj", "net.2")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The LoRA that is trained; the base weights never change."""
+
+    rank: int = 32
+    alpha: int = 64
+    targets: tuple[str, ...] = ATTENTION  # module names, or the ends of them
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0 or not self.targets:
+            raise UserError(f"adapter: rank and alpha must be at least 1 and targets not empty, got {self}")
+
+
+@dataclass(frozen=True)
+class Card:
+    """All that a name stands for, without loading it. The defaults are the protocol of Flow-GRPO and its kin:
+    512 px, 40 steps, guidance 4.5, T5 cut to 128 tokens, LoRA of rank 32 on the attention (arXiv 2505.05470, App. B)."""
+
+    name: str
+    source: str  # a folder in diffusers format, or owner/name on the model hub
+    revision: str | None = None  # of the hub repository; None for a folder
+    pipeline: str = ""  # the class in model_index.json; read from there when it is a folder
+    domain: str = "open"  # which prompts the model understands: glyphs | open
+    height: int = 512  # pixels
+    width: int = 512
+    steps: int = 40
+    guidance: float = 4.5  # 1 is none
+    max_sequence_length: int = 128  # tokens of the T5 slot, where there is one
+    negative_prompt: str | None = (
+        None  # what guidance leads away from; None is the pipeline's own, "" encodes an empty text
+    )
+    licence: str = "its own"
+    budget: str = "sd35m"  # the bounds a run gets when it names none
+    precision: str = "bf16"
+    rows: int = 8  # images sampled at once
+    checkpointing: bool = True  # activations are computed again in the backward pass: less memory, a third more time
+    offload: bool = True  # text encoders and embeddings stay in main memory, and visit the device for encoding only
+    compile: bool = (
+        False  # torch.compile on the trained network; needs a C++ compiler, minutes at the start, and no checkpointing
+    )
+    preset: str = ""  # the section of methods/NAME.toml that fits it; empty is the model's own name
+    adapter: Adapter = field(default_factory=Adapter)
+
+
+# What differs from the defaults of Card by pipeline class. Steps, guidance and tokens are the defaults of diffusers' pipelines.
+# FLUX: 720 px as DanceGRPO, MixGRPO and BranchGRPO train it (arXiv 2505.07818, finetune_flux_grpo.sh and its kin); no paper
+# states the whole of an evaluation. SDXL: 1024 px, and SD1.5: 512 px, as Diffusion-DPO (arXiv 2311.12908). The sampler of both
+# U-Nets is DDIM; their attention has no second stream to adapt.
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "FluxPipeline": {"height": 720, "width": 720, "steps": 28, "guidance": 3.5, "max_sequence_length": 512},
+    "StableDiffusionXLPipeline": {
+        "height": 1024,
+        "width": 1024,
+        "steps": 50,
+        "guidance": 5.0,
+        "max_sequence_length": 77,
+        "rows": 4,
+        "adapter": Adapter(targets=UNET_ATTENTION),
+    },
+    "StableDiffusionPipeline": {
+        "steps": 50,
+        "guidance": 7.5,
+        "max_sequence_length": 77,
+        "adapter": Adapter(targets=UNET_ATTENTION),
+    },
+}
+
+
+def find(reference: str) -> Card:
+    """The card behind a name, or behind a local folder in diffusers format.
+
+    A folder gets the protocol of its pipeline's class; one that `gpobench pretrain` wrote states its own in recipe.json.
+    Raises UserError on an unknown name or a folder that is no pipeline.
+    """
+    folder = Path(reference)
+    if reference in registry.entries("model") or not folder.is_dir():  # a folder that is called like a model: ./tiny
+        card = registry.load("model", reference)
+        if not isinstance(card, Card):
+            raise UserError(f"model {reference!r} is not a gpobench.bench.model_spec.Card")
+        return card
+    index, recipe = folder / "model_index.json", folder / "recipe.json"
+    if not index.is_file():
+        raise UserError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
+    try:
+        facts = json.loads(recipe.read_text("utf-8")) if recipe.is_file() else {}
+        pipeline = str(dict(json.loads(index.read_text("utf-8"))).get("_class_name", ""))
+        protocol = _protocol(pipeline, facts)
+        return Card(name=folder.resolve().name, source=str(folder), pipeline=pipeline, **protocol)
+    except KeyError as missing:
+        raise UserError(f"{recipe} does not say {missing}") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder} cannot be read: {error}") from None
+
+
+def _protocol(pipeline: str, facts: dict[str, Any]) -> dict[str, Any]:
+    protocol = PROTOCOLS.get(pipeline, {})
+    if not facts:
+        return protocol
+    known = ("height", "width", "steps", "guidance", "max_sequence_length")
+    attention: Adapter = protocol.get("adapter", Adapter())
+    adapter = replace(SMALL["adapter"], targets=attention.targets + FEED_FORWARD)
+    return {"domain": "glyphs", **{key: facts[key] for key in known}, **SMALL, "adapter": adapter}
+
+
+# What suits a model of a few million parameters on a CPU.
+SMALL: dict[str, Any] = {
+    "budget": "tiny",
+    "precision": "fp32",
+    "rows": 64,
+    "checkpointing": False,
+    "offload": False,
+    "preset": "tiny",
+    "adapter": Adapter(rank=32, alpha=64, targets=ATTENTION + FEED_FORWARD),
+}

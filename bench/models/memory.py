@@ -1,0 +1,445 @@
+"""The tape measure held against a GPU before anything is loaded: what a model's weights, training and sampling will take.
+
+The networks are built on torch's `meta` device, where a tensor has a shape and no storage: parameters are counted exactly, the
+floating-point operations of a forward are counted by running it, and so is what its backward pass would have to keep. Two
+numbers are measured instead (on one H200, docs/models.md): what decoding a picture takes, and the share that is in no law.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from ..assets import weight_store
+from ..errors import Missing, UserError
+from ..model_spec import Adapter, Card
+from .architectures import PUBLISHED, Parts
+
+GB = 2**30
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+NETWORKS = ("transformer", "unet")
+CLIP_TOKENS = 77
+# Elements that decoding one picture needs at its peak, by pixel and by the decoder's width at full size: on the H200 one more
+# picture of 512 px took 0.60 GB more in bf16 with a decoder 128 wide.
+DECODING = 9.6
+# What no law above explains: workspaces of the kernels and the allocator's rounding.
+FIXED = 0.35 * GB
+# What the driver takes beside torch's own memory, and the allocator's fragments: a card must have that much more.
+MARGIN = 1.0 * GB
+# Dense bf16 TFLOP/s from the manufacturers' data sheets (no sparsity). An estimate of hours assumes UTILISATION of it.
+DEVICES = {
+    "h200": 989.0,
+    "h100": 989.0,
+    "a100": 312.0,
+    "l40s": 362.0,
+    "rtx5090": 209.5,
+    "rtx4090": 165.2,
+    "rtx3090": 71.0,
+    "a10": 125.0,
+}
+UTILISATION = 0.35
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the device. What a run needs is the larger of `training` and `sampling`."""
+
+    parameters: Mapping[str, int]  # by part of the pipeline
+    source: str  # where the sizes come from, in words
+    trained: int  # parameters of the LoRA
+    flops: float  # of one forward of one latent
+    weights: float  # of all parts that stay on the device
+    encoders: float  # of the text encoders, on the device or not
+    states: float  # the LoRA, its gradients, AdamW's two moments, and the copies of a method
+    row: float  # kept for the backward pass of one latent
+    training: float  # the peak of a backward pass
+    sampling: float  # the peak while images are sampled and decoded
+    encoding: float  # the peak while prompts are encoded
+
+    @property
+    def peak(self) -> float:
+        """The most a run will hold at once."""
+        return max(self.training, self.sampling, self.encoding)
+
+    def fits(self, gigabytes: float) -> bool:
+        """On a GPU with so many GB (2^30 bytes), of which the driver and the allocator's gaps take one."""
+        return self.peak + MARGIN <= gigabytes * GB
+
+    def lines(self) -> list[str]:
+        """What a person reads before a run."""
+        parts = ", ".join(f"{name} {_count(n)}" for name, n in self.parameters.items())
+        return [
+            f"parameters ({self.source}): {parts}; LoRA {_count(self.trained)}",
+            f"{self.flops / 1e12:.2f} TFLOP a forward",
+            f"weights {self.weights / GB:.1f} GB, LoRA with AdamW and copies {self.states / GB:.1f} GB, "
+            f"activations {self.row / GB:.2f} GB a row",
+            f"peak of training {self.training / GB:.1f} GB, of sampling {self.sampling / GB:.1f} GB, "
+            f"of encoding {self.encoding / GB:.1f} GB (an estimate: within about a tenth where it was measured)",
+        ]
+
+
+def estimate(
+    card: Card,
+    *,
+    adapter: Adapter | None = None,
+    precision: str | None = None,
+    checkpointing: bool | None = None,
+    offload: bool | None = None,
+    micro: int = 1,
+    rows: int | None = None,
+    copies: int = 1,
+    sliced: bool | None = None,
+) -> Estimate:
+    """What training this model with a LoRA will take on a GPU. None is what the card says.
+
+    micro: latents in one backward pass (rows of the method's batch times the latents it asks a row: two of a preference pair,
+    six of a method with six times). rows: images sampled at once. copies: LoRA-sized copies besides the live one (old, ema);
+    the reference is the base with the LoRA off and costs nothing. sliced: the autoencoder decodes one image at a time.
+
+    Raises UserError on an unknown precision, Missing where neither the configs nor a published architecture are at hand.
+    """
+    from .common import SLICED
+
+    adapter, precision = adapter or card.adapter, precision or card.precision
+    if precision not in BYTES:
+        raise UserError(f"precision {precision!r} is unknown: {', '.join(BYTES)}")
+    checkpointing = card.checkpointing if checkpointing is None else checkpointing
+    offload = card.offload if offload is None else offload
+    rows = rows or card.rows
+    sliced = card.height * card.width >= SLICED if sliced is None else sliced
+    parts, source = blueprint(card)
+    size = BYTES[precision]
+    counted = {name: _parameters(part) for name, part in _frozen(parts)}
+    counts = {name: n for name, (n, _) in counted.items()}
+    held = {name: sum(both) for name, both in counted.items()}  # SD3.5's table of places is 0.2 billion numbers
+    network = next((name for name in NETWORKS if name in parts), None)
+    if network is None or "vae" not in parts:
+        raise Missing(f"{card.name} has no transformer or U-Net whose size could be told")
+    seen = _forward(_frozen({"": parts[network]})[0][1], card.pipeline, *_asked(card, parts), adapter, precision)
+    encoders = float(sum(n for name, n in held.items() if name.startswith("text_encoder")) * size)
+    wide = precision == "fp16" or (card.pipeline == "StableDiffusionXLPipeline" and size == 2)
+    base = held[network] * size + held["vae"] * (4 if wide else size)
+    weights = base + (0.0 if offload else encoders)
+    states = seen.trained * 4.0 * (4 + copies)  # live, gradient, two moments, copies; all float32
+    # Without checkpointing all of it; else what enters each block, and the largest block once more with its gradients.
+    row = seen.outside + (min(seen.inside, seen.inputs + 2 * seen.largest) if checkpointing else seen.inside)
+    width = int(dict(parts["vae"][2]).get("block_out_channels", (128,))[0])
+    picture = DECODING * width * card.height * card.width * (4 if wide else size)
+    guided = 2 if card.pipeline != "FluxPipeline" and card.guidance != 1 else 1
+    asking = seen.largest * guided * rows  # no backward: one block at a time
+    decoding = picture * (1 if sliced else rows)
+    return Estimate(
+        parameters=counts,
+        source=source,
+        trained=seen.trained,
+        flops=seen.flops,
+        weights=weights,
+        encoders=encoders,
+        states=states,
+        row=row,
+        training=weights + states + micro * row + FIXED,
+        sampling=weights + states + max(asking, decoding),
+        encoding=base + states + encoders,
+    )
+
+
+def hours(nfe: float, flops: float, device: str, utilisation: float = UTILISATION) -> float:
+    """Hours for so many evaluations of the network on a named GPU: an estimate, at an assumed share of its data sheet's speed.
+
+    Decoding and scoring images is not in it. Raises UserError on a device that is not in DEVICES.
+    """
+    if device not in DEVICES:
+        raise UserError(f"device {device!r} is unknown: {', '.join(DEVICES)}")
+    return nfe * flops / (DEVICES[device] * 1e12 * utilisation) / 3600
+
+
+# What the model is made of
+
+
+def blueprint(card: Card) -> tuple[Parts, str]:
+    """The settings of each network of the pipeline, and where they come from.
+
+    The folder's or the hub cache's own config files where they are, else the published ones of a named model.
+    """
+    found = _configs(card)
+    if found:
+        return found, "config files"
+    if card.name in PUBLISHED:
+        return PUBLISHED[card.name], "published architecture"
+    raise Missing(f"the sizes of {card.name} are not known: {card.source} is not here")
+
+
+def _configs(card: Card) -> Parts:
+    """What the config files say; empty where one is not at hand."""
+    index = _json(card, "model_index.json")
+    parts: dict[str, tuple[str, str, Mapping[str, Any]]] = {}
+    for name, entry in index.items():
+        network = name in (*NETWORKS, "vae") or name.startswith("text_encoder")
+        if not network or not isinstance(entry, list) or not all(cast(list[Any], entry)):
+            continue
+        own = _json(card, f"{name}/config.json")
+        if not own:
+            return {}
+        library, kind = cast(list[str], entry)
+        parts[name] = (library, kind, own)
+    return parts
+
+
+def _json(card: Card, file: str) -> dict[str, Any]:
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = weight_store.local(card.source, card.revision) or Path(card.source)
+    path = folder / file
+    if not folder.is_dir():
+        cached = try_to_load_from_cache(card.source, file, revision=card.revision)
+        if not isinstance(cached, str):
+            return {}
+        path = Path(cached)
+    try:
+        return dict(json.loads(path.read_text("utf-8"))) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+Frozen = tuple[str, str, str]  # library, class, settings as JSON: what a cache can look up
+
+
+def _frozen(parts: Parts) -> list[tuple[str, Frozen]]:
+    return [(name, (p[0], p[1], json.dumps(dict(p[2]), sort_keys=True))) for name, p in parts.items()]
+
+
+def _build(part: Frozen, dtype: torch.dtype = torch.float32) -> Any:
+    """The network without storage."""
+    import diffusers
+    import transformers
+
+    library, kind, settings = part
+    found: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
+    own: dict[str, Any] = json.loads(settings)
+    old = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return found.from_config(own) if library == "diffusers" else found(found.config_class(**own))
+    finally:
+        torch.set_default_dtype(old)
+
+
+@lru_cache(maxsize=32)
+def _parameters(part: Frozen) -> tuple[int, int]:
+    """(parameters, numbers in fixed tables), exact: tensors that two layers share count once."""
+    network = _build(part)
+    return sum(p.numel() for p in network.parameters()), sum(b.numel() for b in network.buffers())
+
+
+# What a forward does
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of one forward of one latent; bytes."""
+
+    flops: float
+    trained: int
+    outside: float  # kept for the backward pass, outside of the blocks that checkpointing knows
+    inside: float  # kept inside of them
+    inputs: float  # what enters them
+    largest: float  # the most that one of them keeps
+
+
+def _asked(card: Card, parts: Parts) -> tuple[int, int, int]:
+    """Height and width of a latent, and tokens of text."""
+    factor = 2 ** (len(dict(parts["vae"][2]).get("block_out_channels", (1,) * 4)) - 1)
+    tokens = {
+        "StableDiffusion3Pipeline": CLIP_TOKENS + card.max_sequence_length,
+        "FluxPipeline": card.max_sequence_length,
+    }.get(card.pipeline, CLIP_TOKENS)
+    return card.height // factor, card.width // factor, tokens
+
+
+@lru_cache(maxsize=8)
+def _forward(
+    part: Frozen, pipeline: str, height: int, width: int, tokens: int, adapter: Adapter, precision: str
+) -> Seen:
+    """Run the network once for its operations, and once with the LoRA for what its backward pass would keep."""
+    from peft import LoraConfig
+    from torch.utils.flop_counter import FlopCounterMode
+
+    if pipeline not in INPUTS:
+        raise UserError(f"the pipeline class {pipeline} is unknown: {', '.join(INPUTS)}")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    network = _build(part, dtype).requires_grad_(False).eval()
+    inputs = INPUTS[pipeline](network.config, height, width, tokens, dtype)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(**inputs, return_dict=False)
+    network.add_adapter(LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets)))
+    for name, parameter in network.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    kept = Kept(network)
+    network.enable_gradient_checkpointing(gradient_checkpointing_func=kept.block)
+    with kept, _as_on_a_gpu(dtype):
+        network(**inputs, return_dict=False)
+    return Seen(float(counter.get_total_flops()), trained, kept.outside, kept.inside, kept.inputs, kept.largest)
+
+
+class Kept:
+    """Adds up the tensors that a forward keeps for its backward pass, each storage once and no parameter."""
+
+    def __init__(self, network: Any):
+        self.outside = self.inside = self.inputs = self.largest = 0.0
+        self._known = {_identity(p) for p in network.parameters()}
+        self._held: list[Tensor] = []  # a storage that is gone could be taken for a new one
+        self._within: float | None = None  # of the block that runs
+
+    def __enter__(self) -> None:
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        if _identity(tensor) not in self._known:
+            self._known.add(_identity(tensor))
+            self._held.append(tensor)
+            size = float(tensor.untyped_storage().nbytes())
+            if self._within is None:
+                self.outside += size
+            else:
+                self._within += size
+        return tensor
+
+    def block(self, block: Any, *args: Any) -> Any:
+        """In the place of checkpointing: run the block, and note what went in and what it keeps."""
+        outer = self._within
+        self._within = 0.0
+        found = block(*args)
+        mine, self._within = self._within, outer
+        self.inputs += sum(float(a.numel() * a.element_size()) for a in args if isinstance(a, Tensor))
+        self.inside += mine
+        self.largest = max(self.largest, mine)
+        return found
+
+
+def _identity(tensor: Tensor) -> int:
+    """Two views of one storage have the same."""
+    storage: Any = tensor.untyped_storage()
+    return storage._cdata
+
+
+class _Flash(torch.autograd.Function):
+    """Attention as the fused kernels do it: they keep q, k, v and the result, and no matrix of scores."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("counted, never run backward")
+
+
+@contextmanager
+def _as_on_a_gpu(dtype: torch.dtype) -> Generator[None]:
+    """Within: torch's functions cast as autocast does on a GPU, and attention keeps what the fused kernels keep.
+
+    There is no autocast on the meta device. Matrix products and convolutions run in `dtype`, each on a copy of its own,
+    normalisations in float32: that is a fifth of what a transformer's backward pass keeps.
+    """
+    functional: Any = torch.nn.functional
+    names = ("linear", "conv2d", "layer_norm", "group_norm", "scaled_dot_product_attention")
+    own = {name: getattr(functional, name) for name in names}
+
+    def cast(name: str, to: torch.dtype) -> Callable[..., Any]:
+        def call(*args: Any, **more: Any) -> Any:
+            def raised(value: Any) -> Any:
+                return value.to(to) if isinstance(value, Tensor) else value
+
+            return own[name](*map(raised, args), **{key: raised(value) for key, value in more.items()})
+
+        return call
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any) -> Any:
+        return _Flash.apply(query.to(dtype), key.to(dtype), value.to(dtype))
+
+    try:
+        for name in ("linear", "conv2d"):
+            setattr(functional, name, cast(name, dtype))
+        for name in ("layer_norm", "group_norm"):
+            setattr(functional, name, cast(name, torch.float32))
+        functional.scaled_dot_product_attention = attention
+        yield
+    finally:
+        for name in names:
+            setattr(functional, name, own[name])
+
+
+Inputs = Callable[[Any, int, int, int, torch.dtype], dict[str, Any]]
+
+
+def _blank(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _sd3(config: Any, h: int, w: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "hidden_states": _blank(dtype, 1, config.in_channels, h, w),
+        "timestep": _blank(torch.float32, 1),
+        "encoder_hidden_states": _blank(dtype, 1, tokens, config.joint_attention_dim),
+        "pooled_projections": _blank(dtype, 1, config.pooled_projection_dim),
+    }
+
+
+def _flux(config: Any, h: int, w: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+    image = h // 2 * (w // 2)
+    return {
+        "hidden_states": _blank(dtype, 1, image, config.in_channels),
+        "timestep": _blank(torch.float32, 1),
+        "guidance": _blank(torch.float32, 1) if config.guidance_embeds else None,
+        "encoder_hidden_states": _blank(dtype, 1, tokens, config.joint_attention_dim),
+        "pooled_projections": _blank(dtype, 1, config.pooled_projection_dim),
+        "txt_ids": _blank(torch.float32, tokens, 3),
+        "img_ids": _blank(torch.float32, image, 3),
+    }
+
+
+def _unet(config: Any, h: int, w: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+    inputs: dict[str, Any] = {
+        "sample": _blank(dtype, 1, config.in_channels, h, w),
+        "timestep": _blank(torch.float32, 1),
+        "encoder_hidden_states": _blank(dtype, 1, tokens, config.cross_attention_dim),
+    }
+    if config.addition_embed_type == "text_time":
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": _blank(dtype, 1, pooled), "time_ids": _blank(dtype, 1, 6)}
+    return inputs
+
+
+INPUTS: dict[str, Inputs] = {
+    "StableDiffusion3Pipeline": _sd3,
+    "FluxPipeline": _flux,
+    "StableDiffusionXLPipeline": _unet,
+    "StableDiffusionPipeline": _unet,
+}
+
+
+def _count(n: float) -> str:
+    """1.2 B, 23.9 M, 4 k."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= unit:
+            return f"{n / unit:.{0 if n / unit >= 100 else 1 if n / unit >= 10 else 2}f} {name}"
+    return str(math.floor(n))

@@ -1,0 +1,1 @@
+"""Statistics: resampling, intervals, tests and distances."""

@@ -1,0 +1,1 @@
+"""Training: rig, loop, checkpoints and sets of preference pairs."""

@@ -1,0 +1,286 @@
+"""What a person types and what answers: one JSON object, one line of error, one of four exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ISSUE = {"method", "task", "model", "seed", "stop", "before", "after", "delta", "spent", "run_dir"}
+HEAVY = ("torch", "diffusers", "transformers", "pandas", "matplotlib", "scipy")
+
+
+def words(*, method: str = "gpo", task: str, model: Any, **more: Any) -> list[str]:
+    argv = ["run", "--method", method, "--task", task, "--model", str(model)]
+    for key, value in more.items():
+        argv += [f"--{key}", *([] if value is True else [str(value)])]
+    return argv
+
+
+@pytest.fixture
+def argv(redness: str, tiny_pipe: Path, tmp_path: Path) -> Any:
+    def make(**more: Any) -> list[str]:
+        return words(**{"task": f"{redness}:Paint", "model": tiny_pipe, "out": tmp_path, "budget": "nfe=600", **more})
+
+    return make
+
+
+def fresh(*argv: str) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own, which tells on stderr which heavy modules it came to load."""
+    code = (
+        f"import sys; from gpobench.bench.commands.app import main; sys.argv = ['gpobench', *{list(argv)!r}]\n"
+        f"try: main()\nfinally: print('loaded', [m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    )
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
+def test_the_console_script_answers() -> None:
+    script = Path(sys.executable).with_name("gpobench")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("gpobench ") and done.stderr == ""
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["list"], ["run", "--help"]])
+def test_a_quick_answer_loads_nothing_heavy(argv: list[str]) -> None:
+    done = fresh(*argv)
+    assert done.returncode == 0 and done.stdout and done.stderr.strip() == "loaded []"
+
+
+def test_a_typo_costs_no_torch() -> None:
+    done = fresh(*words(method="gppo", task="ocr", model="tiny"))
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == [done.stderr.splitlines()[0], "loaded []"]
+
+
+def test_list_names_every_built_in_part() -> None:
+    listed = fresh("list").stdout
+    for name in ("gpo", "ocr", "tiny", "sd35m", "rapidocr", "reader"):
+        assert name in listed
+
+
+def test_show_says_fields_defaults_preset_and_source(gpobench: Any, redness: str) -> None:
+    ended = gpobench("show", "gpo")
+    assert ended.code == 0
+    for text in ("Group Preference Optimization", "optim.minibatches", "logsigmoid", "[tiny]", "gpo.py"):
+        assert text in ended.out
+    assert "Redness" in gpobench("show", f"{redness}:Redness").out
+    for name, kind in (("Redness", "scorer"), ("Paint", "task")):
+        assert f":{name} ({kind})" in gpobench("show", f"{redness}:{name}").out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": "gppo"}, "unknown method 'gppo'; did you mean 'gpo'?"),
+        ({"task": "orc"}, "unknown task 'orc'; did you mean 'ocr'?"),
+        ({"model": "tinny"}, "unknown model 'tinny'; did you mean 'tiny'?"),
+        ({"reward": "raeder"}, "unknown scorer 'raeder'; did you mean 'reader'?"),
+        ({"budget": "tinny"}, "unknown budget 'tinny'; did you mean 'tiny'?"),
+        ({"budget": "nfes=4"}, "unknown currency 'nfes'; did you mean 'nfe'?"),
+        ({"budget": "nfe=0"}, "nfe must be a finite number above zero, got 0"),
+        ({"budget": "nfe=-3"}, "nfe must be a finite number above zero, got -3"),
+        ({"budget": "gone.toml"}, "gone.toml"),
+        ({"set": "gruop=4"}, "unknown setting 'gruop'; did you mean 'group'?"),
+        ({"set": "group=1"}, "a group needs at least two images to compare, got group=1"),
+        ({"set": "group"}, "--set wants key=value, got 'group'"),
+        ({"set": "optim.lr=fast"}, "setting optim.lr"),
+        ({"config": "gone.toml"}, "cannot read config gone.toml"),
+        ({"seed": "-1"}, "--seed must not be negative"),
+        ({"model": "/"}, "no model_index.json"),
+        ({"method": "gone.py:Method"}, "no such file: gone.py"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_code_two(
+    gpobench: Any, argv: Any, change: dict[str, str], said: str
+) -> None:
+    for more in ({}, {"json": True}):
+        ended = gpobench(*argv(**change, **more))
+        assert ended.code == 2 and ended.out == ""
+        assert said in ended.err and len(ended.err.strip().splitlines()) == 1 and ended.err.startswith("gpobench: ")
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [("Overlapping", "test prompt stands in the train split"), ("Pain", "did you mean 'Paint'")],
+)
+def test_a_wrong_task_is_one_line(gpobench: Any, argv: Any, redness: str, task: str, said: str) -> None:
+    ended = gpobench(*argv(task=f"{redness}:{task}"))
+    assert ended.code == 2 and said in ended.err and ended.out == "" and len(ended.err.strip().splitlines()) == 1
+
+
+def test_other_commands_refuse_as_well(gpobench: Any, redness: str, tiny_pipe: Path, tmp_path: Path) -> None:
+    paint, model = f"{redness}:Paint", str(tiny_pipe)
+    for command, said in (
+        (["show", "gppo"], "did you mean 'gpo'"),
+        (["pretrain", "tinny", "--out", "x"], "did you mean 'tiny'"),
+        (["eval", "--task", "orc", "--model", model], "did you mean 'ocr'"),
+        (["eval", "--task", paint, "--model", model, "--split", "tset"], "did you mean 'test'"),
+        (["eval", "--task", paint, "--model", model, "--adapter", str(tmp_path)], "no adapter at"),
+    ):
+        ended = gpobench(*command)
+        assert ended.code == 2 and said in ended.err and ended.out == "", command
+        assert len(ended.err.strip().splitlines()) == 1, ended.err
+
+
+def test_an_option_nobody_knows_is_exit_code_two(gpobench: Any) -> None:
+    ended = gpobench("run", "--mehtod", "gpo")
+    assert ended.code == 2 and ended.out == "" and "Traceback" not in ended.err
+
+
+def test_dry_run_shows_everything_and_does_nothing(gpobench: Any, argv: Any, tmp_path: Path) -> None:
+    ended = gpobench(*argv(**{"dry-run": True, "set": "optim.lr=0.125"}))
+    assert ended.code == 0 and "optim.lr = 0.125" in ended.out and "would run in" in ended.out
+    assert list(tmp_path.iterdir()) == []
+    ended = gpobench(*argv(**{"dry-run": True, "json": True, "set": "optim.lr=0.125"}))
+    assert json.loads(ended.out)["settings"]["optim"]["lr"] == 0.125 and list(tmp_path.iterdir()) == []
+
+
+def test_json_is_one_object_and_all_else_is_on_stderr(gpobench: Any, argv: Any, tmp_path: Path) -> None:
+    ended = gpobench(*argv(json=True))
+    assert ended.code == 0, ended.err
+    answer = json.loads(ended.out)
+    assert answer.keys() >= ISSUE and ended.err
+    assert answer["spent"].keys() >= {"nfe", "images", "reward_calls", "updates", "seconds"}
+    for key in ("before", "after", "delta"):
+        assert set(answer[key]) == {"redness/mean", "warmth/mean"}
+    assert answer["delta"]["warmth/mean"].keys() >= {"mean", "ci", "p"}
+    assert Path(answer["run_dir"]).parent == tmp_path
+    table = gpobench(*argv())  # the same run, for a person
+    assert (
+        table.code == 0
+        and "redness/mean" in table.out
+        and "warmth/mean *" in table.out
+        and f"nfe {answer['spent']['nfe']:.0f}" in table.out
+    )
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_score_that_is_not_there_is_said_in_words(
+    gpobench: Any, argv: Any, redness: str, again: bool, tmp_path: Path
+) -> None:
+    command = argv(task=f"{redness}:Broken", budget="nfe=100")
+    for _ in range(1 + again):  # just made, and read from disk
+        ended = gpobench(*command)
+    assert ended.code == 0, ended.err
+    assert "not scored" in ended.out and "nan" not in ended.out and "INVALID" in ended.out and "on fire" in ended.out
+
+
+def test_eval_judges_a_base_and_an_adapter(
+    gpobench: Any, argv: Any, redness: str, tiny_pipe: Path, tmp_path: Path
+) -> None:
+    done = json.loads(gpobench(*argv(json=True)).out)
+    look = ["eval", "--task", f"{redness}:Paint", "--model", str(tiny_pipe)]
+    base = json.loads(gpobench(*look, "--json").out)
+    assert base["scores"]["redness/mean"]["mean"] == done["before"]["redness/mean"]["mean"]
+    ended = gpobench(*look, "--adapter", f"{done['run_dir']}/adapter", "--out", tmp_path / "eval")
+    assert ended.code == 0 and "redness/mean" in ended.out
+    assert {p.name for p in (tmp_path / "eval").iterdir()} == {"scores.parquet", "samples.png"}
+    broken = ["eval", "--task", f"{redness}:Broken", "--model", str(tiny_pipe)]
+    answer = json.loads(gpobench(*broken, "--json").out, parse_constant=pytest.fail)
+    assert answer["invalid"] and answer["scores"]["redness/mean"]["mean"] is None
+    assert "not scored" in gpobench(*broken).out
+    rich = gpobench("eval", "--task", f"{redness}:Rich", "--model", str(tiny_pipe))
+    assert rich.code == 0 and "diversity" in rich.out and "quality" in rich.out, rich.err
+
+
+def test_where_nothing_may_be_written_is_one_line(gpobench: Any, argv: Any) -> None:
+    ended = gpobench(*argv(out="/proc/nowhere"))
+    assert ended.code == 2 and "Traceback" not in ended.err and ended.out == ""
+    assert len(ended.err.strip().splitlines()) == 1
+
+
+# Scorers and prompts from elsewhere
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Three drawn words with what was asked for; the last one is not what it should be."""
+    from PIL import Image
+
+    from gpobench.bench.assets.glyphs import draw_word
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, (word, _) in enumerate(WORDS):
+        Image.fromarray(draw_word(word)).save(folder / f"{i}.png")
+    rows = [f'{i}.png,"a sign that says ""{asked}"""' for i, (_, asked) in enumerate(WORDS)]
+    (folder / "prompts.csv").write_text("\n".join(["file,prompt", *rows]) + "\n")
+    return folder
+
+
+WORDS = (("JUDGE", "JUDGE"), ("SILK", "SILK"), ("FROWN", "CHALK"))
+
+
+def test_score_writes_a_table_and_says_what_failed(gpobench: Any, pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.csv"
+    (pictures / "1.png").write_bytes((pictures / "1.png").read_bytes()[:60])  # cut off
+    ended = gpobench("score", pictures, "--scorer", "reader", "--task", "ocr", "--out", out, "--json")
+    assert ended.code == 0, ended.err
+    answer = json.loads(ended.out)
+    assert answer["failed"] >= 1 and answer["invalid"]
+    rows = [line for line in out.read_text().splitlines() if ",exact," in line]
+    assert len(rows) == 3 and rows[0].split(",exact,")[1].startswith("1.0")
+    assert not rows[1].split(",exact,")[1].startswith(("0", "1"))  # no number for a picture that cannot be read
+    table = gpobench("score", pictures, "--scorer", "reader", "--task", "ocr", "--out", out)
+    assert table.code == 0 and "reader/exact" in table.out and "INVALID" in table.out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["score", "DIR", "--scorer", "raeder"], "unknown scorer 'raeder'; did you mean 'reader'?"),
+        (["score", "nowhere", "--scorer", "reader"], "nowhere"),
+        (["serve-scorer", "raeder"], "did you mean 'reader'?"),
+        (["serve-scorer", "reader", "--host", "0.0.0.0", "--port", "0"], "token"),
+        (["fetch", "--task", "orc"], "did you mean 'ocr'?"),
+        (["doctor", "--model", "sd35x"], "did you mean 'sd35m'?"),
+        (["compare", "--methods", "gpo,gppo", "--task", "ocr", "--model", "tiny"], "did you mean 'gpo'?"),
+        (["leaderboard", "DIR"], "DIR"),
+        (["report", "DIR"], "DIR"),
+        (["regress", "DIR", "--against", "none.toml"], "none.toml"),
+        (["export", "DIR", "--to", "x"], "DIR"),
+        (["run", "--method", "gpo", "--task", "ocr", "--model", "tiny", "--scorer", "reader=8500"], "NAME=URL"),
+        (["run", "--method", "gpo", "--task", "ocr", "--model", "tiny", "--prompts", "none.txt"], "none.txt"),
+        (["run", "--method", "gpo", "--task", "ocr", "--model", "tiny", "--reward", "reader*0"], "weight"),
+        (["eval", "--task", "ocr", "--model", "tiny", "--prompts", "PLAIN"], "quote"),
+    ],
+)
+def test_new_commands_refuse_in_one_line(gpobench: Any, tmp_path: Path, argv: list[str], said: str) -> None:
+    (tmp_path / "DIR").mkdir()
+    plain = tmp_path / "plain.txt"
+    plain.write_text("a sign without a word\n")
+    places = {"DIR": tmp_path / "DIR", "PLAIN": plain}
+    out = ["--out", tmp_path / "runs"] if argv[0] in ("run", "compare") else []
+    ended = gpobench(*(places.get(word, word) for word in argv), *out)
+    assert ended.code == 2, ended.err
+    lines = [line for line in ended.err.splitlines() if line.startswith("gpobench: ")]
+    assert len(lines) == 1 and said in ended.err and "Traceback" not in ended.err
+
+
+def test_a_served_scorer_makes_the_same_run(gpobench: Any, argv: Any, redness: str, tmp_path: Path) -> None:
+    served = f"{redness}:Redness"
+    here = json.loads(gpobench(*argv(json=True, out=tmp_path / "here")).out)
+    server = subprocess.Popen(
+        [Path(sys.executable).with_name("gpobench"), "serve-scorer", served, "--port", "0"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        ready = server.stdout.readline().split()
+        assert ready[0] == "ready:" and ready[1].startswith("http://127.0.0.1:")
+        ended = gpobench(*argv(json=True, out=tmp_path / "there", scorer=f"{served}={ready[1]}"))
+    finally:
+        server.terminate()
+        assert server.wait(30) == 0
+    assert ended.code == 0, ended.err
+    there = json.loads(ended.out)
+    for key in ("before", "after", "delta", "config"):
+        assert here[key] == there[key], key
+    assert Path(here["run_dir"]).name == Path(there["run_dir"]).name
+    weights = [Path(r["run_dir"], "adapter", "pytorch_lora_weights.safetensors").read_bytes() for r in (here, there)]
+    assert weights[0] == weights[1]

@@ -1,0 +1,196 @@
+"""One look for all who begin from the same base: found again, made anew when anything differs, and made once when many ask."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from gpobench.bench import registry
+from gpobench.bench.evaluation import evaluation_cache, record
+from gpobench.bench.evaluation.evaluator import Judged
+from gpobench.bench.experiments import run as running
+from gpobench.bench.experiments.config import Config, resolve
+from gpobench.bench.model_spec import find
+from gpobench.bench.process_group import Crew
+from gpobench.bench.progress import Silent
+from gpobench.bench.scoring.scorers import Blend
+
+SETS = """optim.epochs=1 optim.minibatches=2 optim.lr=3e-3 prompts=2 group=4 judging.test_images=1""".split()
+
+
+class Named:
+    """An embedder's name, which is all that a place asks of it."""
+
+    id, distance = "named/1", "cosine"
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, images: Any) -> Any:
+        raise NotImplementedError
+
+
+def judged(value: float, *names: str) -> Judged:
+    table = pd.DataFrame({"prompt": [0], "ordinal": [0], "scorer": ["s"], "metric": ["m"], "value": [value]})
+    return Judged(table, np.full((1, 2, 2, 3), 7, np.uint8), {n: np.full((1, 3), value, np.float32) for n in names})
+
+
+@pytest.fixture
+def ground(redness: str) -> Callable[..., str]:
+    card, task = find("tiny"), registry.load("task", f"{redness}:Paint")()
+
+    def name(**change: Any) -> str:
+        prompts = list(task.prompts("test", card.domain))
+        asked = {
+            "card": card, "task": task, "prompts": prompts, "judges": [registry.scorer(task.reward(card.domain))],
+            "drift": [], "images": 2, "seed": 0, "rows": 8, "precision": "fp32", "weights": "w", "device": "cpu",
+        } | change  # fmt: skip
+        return evaluation_cache.ground(**asked)  # type: ignore[arg-type]
+
+    name.card, name.task = card, task  # type: ignore[attr-defined]
+    return name
+
+
+def test_a_place_is_named_after_everything_the_look_depends_on(
+    ground: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    card, prompts = ground.card, list(ground.task.prompts("test", "glyphs"))
+    changes: list[dict[str, Any]] = [
+        {"images": 3}, {"seed": 1}, {"rows": 4}, {"precision": "bf16"}, {"weights": "v"}, {"device": "cuda"},
+        {"card": replace(card, steps=card.steps + 1)}, {"card": replace(card, guidance=2.0)}, {"prompts": prompts[:-1]},
+        {"prompts": prompts[::-1]}, {"prompts": [replace(prompts[0], meta={"target": "A"}), *prompts[1:]]},
+        {"drift": [Named("a")]}, {"judges": []},
+    ]  # fmt: skip
+    names = [ground(), *(ground(**change) for change in changes)]
+    assert len(set(names)) == len(names) and ground() == names[0]
+
+    source = tmp_path / "mine.py"  # a person's own scorer, whose id stays while it is worked on
+    found = set[str]()
+    for body in ("1.0", "2.0"):
+        source.write_text(f"class Mine:\n    id = name = 'mine'\n    def __call__(self, *a): return {body}\n")
+        space: dict[str, Any] = {"__name__": "mine"}
+        exec(compile(source.read_text(), str(source), "exec"), space)
+        monkeypatch.setattr(evaluation_cache.inspect, "getfile", lambda kind: str(source))
+        found.add(ground(judges=[space["Mine"]()]))
+    assert len(found) == 2
+
+
+def test_a_blend_is_named_after_the_files_of_its_parts(ground: Any, tmp_path: Path) -> None:
+    source, found = tmp_path / "mine.py", set[str]()
+    for body in ("1.0", "2.0", "1.0"):
+        source.write_text(
+            f"class Mine:\n    id = name = 'mine'\n    metrics = ['m']\n    def __call__(self, *a): return {body}\n"
+        )
+        found.add(ground(judges=[Blend([(registry.scorer(f"{source}:Mine"), 2.0)])]))
+    assert len(found) == 2
+
+
+def test_two_files_of_one_name_are_two_sources(tmp_path: Path) -> None:
+    made: list[Any] = []
+    for folder, body in (("a", "1.0"), ("b", "2.0")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "mine.py").write_text(f"class Mine:\n    value = {body}\n")
+        made.append(registry.scorer(f"{tmp_path / folder / 'mine.py'}:Mine"))
+    assert [one.value for one in made] == [1.0, 2.0] and evaluation_cache.source(made[0]) != evaluation_cache.source(
+        made[1]
+    )
+
+
+def test_a_look_in_which_a_scorer_failed_is_not_kept(tmp_path: Path) -> None:
+    assert evaluation_cache.kept(tmp_path / "x", lambda: judged(float("nan")), [], Crew()).table.value.isna().all()
+    assert evaluation_cache.kept(tmp_path / "x", lambda: judged(0.5), [], Crew()).table.value.iloc[0] == 0.5
+    assert evaluation_cache.kept(tmp_path / "x", lambda: judged(0.7), [], Crew()).table.value.iloc[0] == 0.5
+
+
+@pytest.mark.parametrize("kind", ["parquet", "npy", "npz"])
+@pytest.mark.parametrize("left", [0, 20, -1])
+def test_a_damaged_look_is_said_and_made_anew(tmp_path: Path, kind: str, left: int) -> None:
+    said: list[str] = []
+    evaluation_cache.kept(tmp_path / "x", lambda: judged(0.25), [], Crew())
+    file = tmp_path / f"x.{kind}"
+    file.write_bytes(file.read_bytes()[:left])
+    found = evaluation_cache.kept(tmp_path / "x", lambda: judged(0.5), [], Crew(), said.append)
+    assert found.table.value.iloc[0] == 0.5 and len(said) == 1 and "is damaged and is made anew" in said[0]
+    assert (
+        evaluation_cache.kept(tmp_path / "x", lambda: judged(0.7), [], Crew(), said.append).table.value.iloc[0] == 0.5
+    )
+
+
+def test_what_was_seen_is_found_again_to_the_last_digit(tmp_path: Path) -> None:
+    drift, asked = [Named("a"), Named("b")], 0
+
+    def make() -> Judged:
+        nonlocal asked
+        asked += 1
+        return judged(1 / 3, "a", "b")
+
+    one, two = (evaluation_cache.kept(tmp_path / "deep" / "x", make, drift, Crew()) for _ in range(2))
+    assert asked == 1
+    pd.testing.assert_frame_equal(one.table, two.table, check_exact=True)
+    np.testing.assert_array_equal(one.images, two.images)
+    assert one.vectors.keys() == two.vectors.keys()
+    assert all(np.array_equal(one.vectors[k], two.vectors[k]) for k in one.vectors)
+
+    evaluation_cache.kept(tmp_path / "deep" / "x", make, [Named("a")], Crew())  # an embedder came or went
+    assert asked == 2
+
+
+def test_of_many_that_ask_at_once_one_looks_and_the_others_wait(tmp_path: Path) -> None:
+    asked, found = [0], list[float]()
+
+    def make() -> Judged:
+        asked[0] += 1
+        time.sleep(0.2)
+        return judged(0.25)
+
+    def ask() -> None:
+        found.append(float(evaluation_cache.kept(tmp_path / "x", make, [], Crew()).table.value.iloc[0]))
+
+    threads = [threading.Thread(target=ask) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert asked == [1] and found == [0.25] * 5
+
+
+def test_a_look_that_failed_leaves_nothing_to_be_found(tmp_path: Path) -> None:
+    def broken() -> Judged:
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        evaluation_cache.kept(tmp_path / "x", broken, [], Crew())
+    assert evaluation_cache.kept(tmp_path / "x", lambda: judged(0.5), [], Crew()).table.value.iloc[0] == 0.5
+
+
+def test_runs_of_one_folder_share_the_base_and_differ_in_nothing_else(
+    tiny_pipe: Path, redness: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(seed: int) -> Config:
+        return resolve("gpo", f"{redness}:Paint", str(tiny_pipe), seed=seed, budget="nfe=400", sets=SETS)
+
+    seen = list[str]()
+    judge = running.evaluate.judge
+    monkeypatch.setattr(running.evaluate, "judge", lambda *a, **k: (seen.append(k["by"]), judge(*a, **k))[1])
+    alone = running.run(plan(1), runs=tmp_path / "a", view=Silent())
+    assert seen.count("ref") == 2  # the test prompts, and the curve's first mark
+    running.run(plan(0), runs=tmp_path / "b", view=Silent())
+    seen.clear()
+    behind = running.run(plan(1), runs=tmp_path / "b", view=Silent())
+    assert "ref" not in seen
+    assert behind.model_copy(update={"wall": {}, "run_dir": "", "spent": {}, "scorers": {}, "curve": []}) == (
+        alone.model_copy(update={"wall": {}, "run_dir": "", "spent": {}, "scorers": {}, "curve": []})
+    )
+    assert [m.scores for m in behind.curve] == [m.scores for m in alone.curve]
+    for name in ("adapter/pytorch_lora_weights.safetensors", "scores.parquet", "curve.parquet", "samples/images.npz"):
+        one, two = ((tmp_path / part / plan(1).slug() / name).read_bytes() for part in "ab")
+        assert one == two, name
+    assert not list(tmp_path.glob("*/.bases/record.json")) and record.read(Path(behind.run_dir, "record.json"))

@@ -1,0 +1,264 @@
+"""The judge's eyes: the same noise for the same prompt whatever stands beside it, and no prompt seen in training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from gpobench.bench.errors import UserError
+from gpobench.bench.evaluation.evaluator import (
+    Judged,
+    by_stratum,
+    cmmds,
+    differences,
+    embed,
+    estimates,
+    fold,
+    invalid,
+    judge,
+    noise,
+    prompts_hash,
+    refuse_overlap,
+    with_drift,
+)
+from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.models.open import open_model
+from gpobench.bench.registry import load, scorer
+from gpobench.bench.spec import Prompt
+
+SHAPE = (16, 4, 4)
+PROMPTS = [Prompt(t) for t in ("a red circle", "two blue squares", "a sign", "a card", "a photo")]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_pipe: Path) -> Any:
+    return open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4))
+
+
+@pytest.fixture(scope="module")
+def scorers(redness: str) -> list[Any]:
+    return [scorer(f"{redness}:Redness"), scorer(f"{redness}:Warmth")]
+
+
+def look(model: Any, scorers: list[Any], prompts: list[Prompt] = PROMPTS, **more: Any) -> Judged:
+    return judge(model, prompts, scorers, **{"images": 2, "seed": 7, **more})
+
+
+# Noise
+
+
+def test_noise_depends_on_prompt_ordinal_and_seed_and_on_nothing_else() -> None:
+    first = noise("a", 0, 7, SHAPE)
+    torch.manual_seed(99)
+    torch.rand(3)
+    assert torch.equal(noise("a", 0, 7, SHAPE), first)
+    others = [noise("b", 0, 7, SHAPE), noise("a", 1, 7, SHAPE), noise("a", 0, 8, SHAPE), noise("1\na", 0, 7, SHAPE)]
+    assert not any(torch.equal(first, other) for other in others)
+    many = torch.stack([noise(f"p{i}", 0, 7, SHAPE) for i in range(40)])
+    assert abs(float(many.mean())) < 0.03 and abs(float(many.std()) - 1) < 0.03
+
+
+def starts(model: Any, monkeypatch: pytest.MonkeyPatch, scorers: list[Any], **more: Any) -> torch.Tensor:
+    """The latents that the first step of each image began with, in order."""
+    seen: list[torch.Tensor] = []
+    velocity = model.velocity
+
+    def spying(x: torch.Tensor, t: torch.Tensor, cond: Any, **kwargs: Any) -> torch.Tensor:
+        if float(t[0]) == 1:
+            seen.append(x.clone())
+        return velocity(x, t, cond, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "velocity", spying)
+        look(model, scorers, **more)
+    return torch.cat(seen)
+
+
+def test_neither_batch_size_nor_weights_change_the_noise(
+    model: Any, scorers: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = starts(model, monkeypatch, scorers, rows=64)
+    assert len(whole) == 10
+    for more in ({"rows": 1}, {"rows": 3}, {"rows": 64, "by": "ref"}):
+        assert torch.equal(starts(model, monkeypatch, scorers, **more), whole)
+    alone = starts(model, monkeypatch, scorers, rows=64, prompts=[PROMPTS[3]])
+    assert torch.equal(alone, whole[6:8])  # the company a prompt keeps does not matter
+    assert not torch.equal(starts(model, monkeypatch, scorers, seed=8), whole)
+
+
+def test_batch_size_changes_no_score_worth_mentioning(model: Any, scorers: list[Any]) -> None:
+    a, b = look(model, scorers, rows=64), look(model, scorers, rows=3)
+    assert a.table.drop(columns=["value", "note"]).equals(b.table.drop(columns=["value", "note"]))
+    assert np.allclose(a.table.value, b.table.value, atol=0.01)
+    assert np.abs(a.images.astype(int) - b.images.astype(int)).max() <= 1
+
+
+def test_the_same_look_twice_is_the_same_to_the_last_bit(model: Any, scorers: list[Any]) -> None:
+    a, b = look(model, scorers), look(model, scorers)
+    assert a.table.equals(b.table) and np.array_equal(a.images, b.images)
+
+
+# The table
+
+
+def test_every_image_stands_in_the_table_once(model: Any, scorers: list[Any]) -> None:
+    done: list[int] = []
+    seen = look(model, scorers, rows=4, keep=3, advance=done.append)
+    assert sum(done) == 10 and len(seen.table) == 20 and len(seen.images) == 3
+    assert not seen.table.duplicated(["prompt", "ordinal", "scorer", "metric"]).any()
+    assert seen.keys() == ["redness/mean", "warmth/mean"] and seen.matrix("redness/mean").shape == (5, 2)
+    for i, o in ((0, 0), (2, 1)):
+        row = seen.table[(seen.table.prompt == i) & (seen.table.ordinal == o) & (seen.table.scorer == "redness")]
+        assert row.text.item() == PROMPTS[i].text and row.value.item() == seen.matrix("redness/mean")[i, o]
+
+
+@pytest.mark.parametrize("keep", [3, 5, 7, 10, 99])
+def test_people_see_as_many_prompts_as_there_are_pictures(model: Any, scorers: list[Any], keep: int) -> None:
+    seen = look(model, scorers, rows=4, keep=keep)
+    places = [(i, o) for i in range(5) for o in range(2) if o * 5 + i < keep]  # every prompt's first, then the second
+    assert list(zip(seen.shown().prompt, seen.shown().ordinal, strict=True)) == places
+    assert seen.texts() == [PROMPTS[i].text for i, _ in places] and len(seen.images) == min(keep, 10)
+    direct = scorers[0](seen.images, [PROMPTS[i] for i, _ in places]).value["mean"]
+    assert np.allclose([seen.matrix("redness/mean")[place] for place in places], direct)
+    assert seen.notes("redness") == [f"{v:.3f}" for v in direct]
+
+
+@pytest.mark.parametrize("name", ["Raises", "ReturnsNone", "WrongCount"])
+def test_a_failing_scorer_fails_alone(model: Any, scorers: list[Any], redness: str, name: str) -> None:
+    broken = scorer(f"{redness}:{name}")
+    seen = look(model, [broken, scorers[1]])
+    assert np.isnan(seen.matrix("redness/mean")).all() and np.isfinite(seen.matrix("warmth/mean")).all()
+    assert (seen.table[seen.table.scorer == "redness"].reason != "").all()
+    assert invalid(seen.table)
+    number = estimates(seen)["redness/mean"]
+    assert np.isnan(number["mean"]) and number["n"] == 0
+    assert np.isfinite(estimates(seen)["warmth/mean"]["mean"])
+
+
+def table(values: list[float], scorer_name: str = "s") -> pd.DataFrame:
+    n = len(values)
+    facts: dict[str, Any] = {"prompt": range(n), "ordinal": 0, "text": "", "stratum": ""}
+    return pd.DataFrame({**facts, "scorer": scorer_name, "metric": "m", "value": values, "reason": "", "note": ""})
+
+
+@pytest.mark.parametrize(("bad", "wrong"), [(0, False), (1, False), (2, True)])
+def test_more_than_half_a_percent_of_failures_is_invalid(bad: int, wrong: bool) -> None:
+    values = [np.nan] * bad + [1.0] * (200 - bad)
+    assert invalid(table(values)) == wrong
+    # one scorer is enough, however well the others do
+    assert invalid(pd.concat([table([1.0] * 2000, "other"), table(values)])) == wrong
+
+
+def test_differences_are_paired_by_prompt() -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(0, 10, 40)
+    before, after = (Judged(table(list(v)), np.zeros((0, 1, 1, 3), np.uint8)) for v in (base, base + 1))
+    found = differences(before, after)["s/m"]
+    assert found["mean"] == pytest.approx(1) and found["ci"] == pytest.approx([1, 1]) and found["p"] < 0.01
+    assert found["n"] == 40
+    wide = estimates(after)["s/m"]["ci"]
+    assert wide[1] - wide[0] > 3
+
+
+# Strata
+
+
+def test_the_mean_is_the_mean_of_the_strata() -> None:
+    facts = table([1.0] * 30 + [0.0] * 10)
+    facts["stratum"] = ["many"] * 30 + ["few"] * 10
+    seen = Judged(facts, np.zeros((0, 1, 1, 3), np.uint8))
+    assert estimates(seen)["s/m"]["mean"] == 0.5
+    parts = by_stratum(seen, seen)
+    assert list(parts) == ["many", "few"]
+    assert parts["many"]["before"]["s/m"]["mean"] == 1 and parts["few"]["after"]["s/m"]["n"] == 10
+    assert parts["few"]["delta"]["s/m"]["mean"] == 0
+    assert by_stratum(Judged(table([1.0, 0.0]), seen.images), Judged(table([1.0, 0.0]), seen.images)) == {}
+
+
+# Diversity and drift
+
+
+@dataclass(frozen=True)
+class MeanColour:
+    """Says where a picture's mean colour points; blind to pictures whose first pixel is pure white."""
+
+    id: str = "colour-v1"
+    name: str = "colour"
+    distance: Literal["cosine", "squared"] = "squared"
+    blind: bool = False
+
+    def __call__(self, images: Any) -> Any:
+        if self.blind and any((image[0, 0] == image[0, 0].max()).all() and image[0, 0, 0] > 250 for image in images):
+            raise RuntimeError("too bright")
+        return images.mean((1, 2)).astype(np.float32) / 255
+
+
+def test_diversity_is_the_mean_distance_between_the_images_of_a_prompt(model: Any, scorers: list[Any]) -> None:
+    seen = look(model, scorers[:1], images=3, keep=15, spread=[MeanColour()], drift=[MeanColour()])
+    spread = seen.matrix("diversity-colour/pairwise")
+    v = seen.images.reshape(5, 3, *seen.images.shape[1:]).mean((2, 3)) / 255
+    for prompt in range(5):
+        pairs = [((v[prompt, a] - v[prompt, b]) ** 2).sum() for a, b in ((0, 1), (0, 2), (1, 2))]
+        assert spread[prompt].mean() == pytest.approx(np.mean(pairs), rel=1e-4)
+    assert np.allclose(seen.vectors["colour"], v.reshape(15, 3), atol=1e-6)
+    smaller = look(model, scorers[:1], images=3, rows=2, spread=[MeanColour()])
+    assert np.allclose(smaller.matrix("diversity-colour/pairwise"), spread, atol=1e-4)
+    one = look(model, scorers[:1], images=1, spread=[MeanColour()])
+    assert one.keys() == ["redness/mean"]  # there is nothing to compare
+
+
+def test_drift_is_nothing_against_oneself_and_the_distance_against_another(model: Any, scorers: list[Any]) -> None:
+    e = MeanColour()
+    base, other = (look(model, scorers[:1], seed=seed, drift=[e]) for seed in (7, 8))
+    same = with_drift(base, base, [e])[1]
+    assert (same.matrix("drift-colour/paired") == 0).all()
+    before, after = with_drift(base, other, [e])
+    gone = ((base.vectors["colour"].astype(float) - other.vectors["colour"]) ** 2).sum(1)
+    assert np.allclose(after.matrix("drift-colour/paired").ravel(), gone)
+    assert differences(before, after)["drift-colour/paired"]["mean"] == pytest.approx(gone.mean())
+    assert cmmds(base, base, ["colour"])["colour"]["mean"] == pytest.approx(0, abs=1e-9)
+    assert cmmds(base, other, ["colour"])["colour"]["mean"] > 0
+
+
+def test_an_embedder_that_fails_costs_its_own_rows(model: Any, scorers: list[Any]) -> None:
+    images = np.zeros((3, 4, 4, 3), np.uint8)
+    images[1] = 255
+    vectors, reasons = embed(MeanColour(blind=True), images)
+    assert vectors.shape == (3, 3) and np.isnan(vectors[1]).all() and np.isfinite(vectors[[0, 2]]).all()
+    assert reasons == {1: "colour: RuntimeError: too bright"}
+
+
+# Splits
+
+
+def test_what_makes_two_prompts_the_same() -> None:
+    same = [Prompt('A sign that says "CAT"'), Prompt("a sign, that says: cat!"), Prompt("  A SIGN THAT  says CAT")]
+    assert len({fold(p) for p in same}) == 1
+    assert fold(Prompt("one thing", {"target": "CAT"})) == fold(Prompt("another", {"target": "cat"}))
+    different = [Prompt("猫の絵"), Prompt("犬の絵"), Prompt("кот"), Prompt("a cat"), Prompt("!"), Prompt("?")]
+    assert len({fold(p) for p in different}) == 6
+
+
+def test_overlapping_splits_are_refused(redness: str) -> None:
+    paint = load("task", f"{redness}:Paint")
+    refuse_overlap(paint(), "glyphs")
+    texts: dict[str, list[str]] = {"train": ["a cat"], "validation": ["a dog"], "test": ["a cow"]}
+    for split, text, said in (
+        ("test", "A cat.", "test prompt stands in the train split (1 in all): 'A cat.'"),
+        ("validation", "a CAT", "validation prompt stands in the train split (1 in all): 'a CAT'"),
+        ("validation", "a, cow", "validation prompt stands in the test split (1 in all): 'a, cow'"),
+    ):
+        with pytest.raises(UserError) as caught:
+            refuse_overlap(paint(texts={**texts, split: [text]}), "glyphs")
+        assert said in str(caught.value)
+
+
+def test_the_hash_of_prompts_knows_their_order() -> None:
+    assert prompts_hash(PROMPTS) == prompts_hash(list(PROMPTS)) != prompts_hash(PROMPTS[::-1])
+    assert prompts_hash(PROMPTS) != prompts_hash(PROMPTS[:-1])

@@ -1,0 +1,184 @@
+"""The birth certificate of a number: one form, published, filled in whole, and refused when anything is added."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpobench.bench.errors import UserError
+from gpobench.bench.evaluation import record
+from gpobench.bench.evaluation.record import Difference, Flags, Number, Record, ScorerUse, flagged, hacked
+
+PUBLISHED = Path(record.__file__).with_name("record.schema.json")
+ISSUE = {"method", "task", "model", "seed", "stop", "before", "after", "delta", "spent", "run_dir"}
+
+
+def example(**more: Any) -> Record:
+    number = Number(mean=0.5, ci=(0.4, 0.6), n=10)
+    facts: dict[str, Any] = {
+        "method": "gpo", "task": "ocr", "model": "tiny", "seed": 0, "stop": "budget: nfe",
+        "before": {"s/m": number}, "after": {"s/m": number},
+        "delta": {"s/m": Difference(mean=0.0, ci=(-0.1, 0.1), n=10, p=1.0, mde=0.2)},
+        "spent": {"nfe": 1.0}, "run_dir": "runs/x", "flags": Flags(hack=False, invalid=False),
+        "scorers": {"s": ScorerUse(id="s-v1", role="training", calls=1, seconds=0.1, errors=0)},
+        "config": {}, "task_version": "1", "prompts": {}, "wall": {}, "provenance": {},
+    }  # fmt: skip
+    return Record(**{**facts, **more})
+
+
+def test_the_published_schema_is_the_codes() -> None:
+    assert PUBLISHED.read_text("utf-8") == json.dumps(record.schema(), indent=1) + "\n", (
+        "write it again: python -c 'import json; from gpobench.bench.evaluation import record; "
+        "print(json.dumps(record.schema(), indent=1))' > bench/evaluation/record.schema.json"
+    )
+    assert set(record.schema()["required"]) >= ISSUE
+
+
+def test_a_record_comes_back_as_it_went(tmp_path: Path) -> None:
+    record.write(tmp_path / "record.json", example())
+    assert record.read(tmp_path / "record.json") == example()
+
+
+def test_what_could_not_be_scored_is_null_and_stays_valid(tmp_path: Path) -> None:
+    """JSON has no NaN: strict readers must take the file."""
+    nothing = Difference(mean=math.nan, ci=(math.nan, math.nan), n=0, p=math.nan, mde=math.inf)
+    record.write(tmp_path / "record.json", example(delta={"s/m": nothing}, provenance={"x": math.nan}))
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    table = json.loads((tmp_path / "record.json").read_text(), parse_constant=refuse)
+    assert table["delta"]["s/m"] == {"mean": None, "ci": [None, None], "n": 0, "p": None, "mde": None}
+    assert record.read(tmp_path / "record.json").delta["s/m"].mean is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema_version": 3}, "has schema 3; this gpobench reads up to 2: update it"),
+        ({"surprise": 1}, "is not a record"),
+        ({"seed": "zero"}, "is not a record"),
+        ({"flags": {"hack": False}}, "is not a record"),
+    ],
+)
+def test_another_form_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    file = tmp_path / "record.json"
+    file.write_text(json.dumps(json.loads(example().model_dump_json()) | change))
+    with pytest.raises(UserError) as caught:
+        record.read(file)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"method": "gpo"}'])
+def test_what_is_no_record_is_refused(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "record.json"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="is not a record"):
+        record.read(file)
+    with pytest.raises(UserError, match="is not a record"):
+        record.read(tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize("key", sorted(ISSUE))
+def test_nothing_may_be_left_out(key: str) -> None:
+    table = json.loads(example().model_dump_json())
+    del table[key]
+    with pytest.raises(ValueError, match=key):
+        Record.model_validate(table)
+
+
+def test_provenance_names_code_versions_and_machine() -> None:
+    facts = record.provenance(device="cpu")
+    assert facts["device"] == "cpu" and facts["machine"] and facts["threads"] >= 1
+    assert {"python", "torch", "diffusers", "gpobench"} <= facts["versions"].keys()
+    json.dumps(facts)
+
+
+def test_a_copy_without_history_is_told_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GPOBENCH_REVISION", "abc123")
+    assert record.revision() == "abc123" and record.provenance()["revision"] == "abc123"
+    monkeypatch.delenv("GPOBENCH_REVISION")
+    assert record.revision() != "abc123"
+
+
+# The hack flag
+
+
+def rise(low: float, high: float) -> dict[str, Any]:
+    return {"mean": (low + high) / 2, "ci": [low, high]}
+
+
+@pytest.mark.parametrize(
+    ("training", "held", "flag"),
+    [
+        ((0.1, 0.2), (-0.1, 0.1), True),
+        ((0.1, 0.2), (-0.2, -0.1), True),
+        ((0.1, 0.2), (0.01, 0.1), False),
+        ((-0.1, 0.2), (-0.1, 0.1), False),
+        ((-0.2, -0.1), (-0.1, 0.1), False),
+        ((0.01, 0.1), (-0.01, 0.08), False),  # a small rise, and the same a little less sure
+        ((0.01, 0.1), (-0.09, -0.01), True),
+        ((1.0, 1.2), (-0.01, 0.5), True),
+    ],
+)
+def test_the_hack_flag(training: tuple[float, float], held: tuple[float, float], flag: bool) -> None:
+    delta = {"t/soft": rise(*training), "t/exact": rise(-1, 1), "h/soft": rise(*held), "f/soft": rise(0.5, 0.6)}
+    assert hacked(delta, "t/soft", ["h"]) == flag  # "f" is no held-out scorer, its rise does not help
+    other = {"t/soft": rise(*training), "h/exact": rise(*held)}
+    assert hacked(other, "t/soft", ["h"]) == flag  # a held-out scorer with a metric of another name
+    assert not hacked(delta, "t/soft", [])
+
+
+@pytest.mark.parametrize(
+    ("training", "quality", "flag"),
+    [((0.1, 0.2), (-0.2, -0.1), True), ((0.1, 0.2), (-0.2, 0.1), False), ((-0.1, 0.2), (-0.2, -0.1), False)],
+)
+def test_a_falling_quality_column_is_a_hack_too(
+    training: tuple[float, float], quality: tuple[float, float], flag: bool
+) -> None:
+    delta = {"t/soft": rise(*training), "h/soft": rise(0.1, 0.2), "q/score": rise(*quality)}
+    assert hacked(delta, "t/soft", ["h"], ["q"]) == flag
+    assert not hacked(delta, "t/soft", ["h"])
+
+
+@pytest.mark.parametrize("training", [(math.nan, math.nan), (None, None)])
+def test_what_was_not_scored_is_no_hack(training: tuple[Any, Any]) -> None:
+    unknown = {"mean": training[0], "ci": list(training)}
+    assert not hacked({"t/soft": unknown, "h/soft": unknown, "q/score": unknown}, "t/soft", ["h"], ["q"])
+    assert not hacked({"t/soft": rise(0.1, 0.2), "h/soft": unknown}, "t/soft", ["h"])
+
+
+def test_a_rise_that_two_scorers_share_is_seldom_called_a_hack() -> None:
+    """The same true gain, small against the noise, seen by two scorers: the flag is false there, and rare."""
+    rng, wrong, times = np.random.default_rng(0), 0, 2_000
+    for _ in range(times):
+        a, b = rng.normal(2.0, 1.0, 2)  # rises in standard errors
+        delta = {name: rise(x - 1.96, x + 1.96) for name, x in (("t/soft", a), ("h/soft", b))}
+        wrong += hacked(delta, "t/soft", ["h"])
+    assert wrong / times < 0.05
+
+
+def test_the_flag_of_a_record_is_that_of_this_version() -> None:
+    number = {"mean": 0.5, "ci": (0.4, 0.6), "n": 9}
+    use = {"id": "x", "calls": 0, "seconds": 0.0, "errors": 0, "metrics": ["soft"]}
+
+    def made(held: tuple[float, float], said: bool, **roles: str) -> Record:
+        deltas = {"t/soft": rise(0.1, 0.2), "h/soft": rise(*held)}
+        return Record.model_validate(
+            {
+                "method": "m", "task": "t", "model": "x", "seed": 0, "stop": "", "run_dir": "", "task_version": "1",
+                "before": dict.fromkeys(deltas, number), "after": dict.fromkeys(deltas, number), "spent": {},
+                "delta": {k: {**d, "n": 9, "p": 0.5, "mde": 0.1} for k, d in deltas.items()},
+                "flags": {"hack": said, "invalid": False}, "config": {}, "prompts": {}, "wall": {}, "provenance": {},
+                "scorers": {name: {**use, "role": role} for name, role in roles.items()},
+            }
+        )  # fmt: skip
+
+    assert flagged(made((-0.1, 0.1), False, t="training", h="held-out"))
+    assert not flagged(made((0.1, 0.2), True, t="training", h="held-out"))
+    assert flagged(made((0.1, 0.2), True)) and not flagged(made((-0.1, 0.1), False))  # nobody says who trained

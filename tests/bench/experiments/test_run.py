@@ -1,0 +1,569 @@
+"""A whole run under the eye of an independent counter: what it charges, what it writes, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tomllib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from gpobench.bench import registry
+from gpobench.bench.errors import UserError
+from gpobench.bench.evaluation import evaluator, record
+from gpobench.bench.evaluation.evaluator import COLUMNS
+from gpobench.bench.evaluation.record import Record
+from gpobench.bench.experiments import run as running
+from gpobench.bench.experiments.config import Config, resolve
+from gpobench.bench.models.sd3 import SD3
+from gpobench.bench.progress import Silent
+from gpobench.bench.spec import Prompt
+
+SETTINGS = """optim.epochs=1 optim.minibatches=2 optim.weight_decay=0 optim.ema=0 optim.warmup=0 optim.lr=3e-3
+prompts=4 group=6 beta=30 noisy=0""".split()
+
+
+class Ears(Silent):
+    """A view that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.fractions: list[float] = []
+        self.done = 0.0
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def advance(self, by: float) -> None:
+        self.done += by
+
+    def status(self, fraction: float, numbers: Any) -> None:
+        self.fractions.append(fraction)
+
+
+@pytest.fixture
+def plan(tiny_pipe: Path, redness: str) -> Callable[..., Config]:
+    def make(*sets: str, task: str = "Paint", budget: str = "nfe=2000", model: Path = tiny_pipe, **more: Any) -> Config:
+        task = task if task.islower() else f"{redness}:{task}"
+        return resolve("gpo", task, str(model), budget=budget, sets=[*SETTINGS, *sets], **more)
+
+    return make
+
+
+class Counter:
+    """Rows times calls of the transformer, three for each row that a backward follows; the judge's apart."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        from diffusers import SD3Transformer2DModel
+
+        self.training = self.judging = 0
+        self._off = 0
+        forward, judge, flops = SD3Transformer2DModel.forward, evaluator.judge, SD3.flops_a_forward
+
+        def counting(module: Any, *args: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+            rows = len(hidden_states) * (3 if torch.is_grad_enabled() else 1)
+            if self._off:
+                self.judging += rows
+            else:
+                self.training += rows
+            return forward(module, *args, hidden_states=hidden_states, **kwargs)
+
+        def apart(function: Any) -> Any:
+            def inner(*args: Any, **kwargs: Any) -> Any:
+                self._off += 1
+                try:
+                    return function(*args, **kwargs)
+                finally:
+                    self._off -= 1
+
+            return inner
+
+        monkeypatch.setattr(SD3Transformer2DModel, "forward", counting)
+        monkeypatch.setattr(evaluator, "judge", apart(judge))
+        monkeypatch.setattr(SD3, "flops_a_forward", apart(flops))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_the_meter_is_a_hand_count_of_transformer_calls(
+    plan: Any, tiny_pipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guidance: float
+) -> None:
+    model = tmp_path / "mini"
+    shutil.copytree(tiny_pipe, model)
+    recipe = json.loads((model / "recipe.json").read_text()) | {"guidance": guidance}
+    (model / "recipe.json").write_text(json.dumps(recipe))
+    counter = Counter(monkeypatch)
+    done = running.run(plan(model=model, budget="nfe=1500"), runs=tmp_path, view=Silent())
+    assert done.spent["nfe"] == counter.training == sum(done.nfe_by_role.values()) <= 1500
+    assert counter.judging > 0
+    each, rows = (2 if guidance != 1 else 1), 24
+    whole, rest = divmod(1500, rows * 4 * each + 4 * rows)
+    assert whole >= 5 and done.nfe_by_role["rollout"] >= whole * rows * 4 * each
+    assert done.nfe_by_role["rollout"] % (rows * each) == 0 and rest >= 0
+    assert done.spent["images"] == done.spent["reward_calls"] == done.nfe_by_role["rollout"] // (4 * each * rows) * rows
+
+
+@pytest.mark.parametrize(
+    ("budget", "currency"),
+    [("images=100", "images"), ("reward_calls=100", "reward_calls"), ("updates=5", "updates"), ("nfe=999", "nfe"),
+     ("seconds=0.5", "seconds"), ("flops=2e8", "flops"), ("nfe=100000,updates=3", "updates"), ("nfe=1", "nfe")],
+)  # fmt: skip
+def test_no_bound_is_passed_and_the_one_that_binds_is_named(
+    plan: Any, tmp_path: Path, budget: str, currency: str
+) -> None:
+    config = plan("optim.ema=0.9", budget=budget)
+    ears = Ears()
+    done = running.run(config, runs=tmp_path, view=ears)
+    assert done.stop == f"budget: {currency}"
+    for name, bound in config.budget.bounds().items():
+        if name != "seconds":  # time that has passed cannot be refused: at most one charge is under way
+            assert done.spent[name] <= bound
+    assert all(0 <= f <= 1 for f in ears.fractions)
+    assert json.loads(Path(done.run_dir, "record.json").read_text())["spent"]["nfe"] == done.spent["nfe"]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_pipe: Path, redness: str, tmp_path_factory: pytest.TempPathFactory) -> Record:
+    config = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", sets=[*SETTINGS, "optim.ema=0.5"])
+    return running.run(config, runs=tmp_path_factory.mktemp("runs"), view=Silent())
+
+
+def test_a_run_leaves_all_that_the_design_names(finished: Record) -> None:
+    home = Path(finished.run_dir)
+    files = {p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file()}
+    assert files >= {
+        "record.json", "metrics.jsonl", "scores.parquet", "config.toml", "README.md", "curve.png",
+        "adapter/pytorch_lora_weights.safetensors", "samples/before.png", "samples/after.png", "samples/pairs.png",
+    }  # fmt: skip
+    assert not [name for name in files if ".tmp" in name]
+    assert record.read(home / "record.json") == Record.model_validate_json(finished.model_dump_json())
+    for name in ("before", "after", "pairs"):
+        with Image.open(home / "samples" / f"{name}.png") as picture:
+            assert picture.size[0] > 100 and np.asarray(picture).std() > 1
+
+
+def test_the_scores_are_one_row_an_image_and_scorer(finished: Record) -> None:
+    table = pd.read_parquet(Path(finished.run_dir) / "scores.parquet")
+    assert list(table.columns) == [*COLUMNS, "phase"] and len(table) == 2 * 6 * 2 * 2
+    assert not table.duplicated(["phase", "prompt", "ordinal", "scorer", "metric"]).any()
+    for phase, numbers in (("before", finished.before), ("after", finished.after)):
+        for name, number in numbers.items():
+            own = table[(table.phase == phase) & (table.scorer == name.partition("/")[0])]
+            assert number.mean == pytest.approx(own.value.mean()) and number.n == 6
+    for name, d in finished.delta.items():
+        assert d.mean == pytest.approx(finished.after[name].mean - finished.before[name].mean)  # type: ignore[operator]
+        assert d.ci[0] <= d.mean <= d.ci[1] and d.p is not None  # type: ignore[operator]
+
+
+def test_the_curve_uses_validation_and_ten_marks(finished: Record) -> None:
+    assert len(finished.curve) == 12 or len(finished.curve) == 11
+    spent = [point.spent["nfe"] for point in finished.curve]
+    assert spent == sorted(spent) and spent[0] == 0 and spent[-1] == finished.spent["nfe"]
+    assert all(point.scores["redness/mean"].n == 2 for point in finished.curve)
+
+
+def test_the_metrics_are_one_json_line_an_iteration(finished: Record) -> None:
+    lines = [json.loads(line) for line in (Path(finished.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
+    assert lines[0].keys() >= {"reward/mean", "policy/loss", "policy/kl", "spent/nfe", "spent/updates"}
+    nfe = [line["spent/nfe"] for line in lines]
+    assert nfe == sorted(nfe) and nfe[-1] <= finished.spent["nfe"]
+
+
+def test_the_record_says_what_was_used(finished: Record) -> None:
+    assert {name: use.role for name, use in finished.scorers.items()} == {"redness": "training", "warmth": "held-out"}
+    assert finished.scorers["redness"].calls == finished.spent["reward_calls"] and finished.scorers["warmth"].calls == 0
+    assert finished.task_version == "1" and set(finished.prompts) == {"train", "validation", "test"}
+    assert len(finished.provenance["weights"]) == 64 and finished.provenance["dtype"] == "fp32"
+    assert {"load", "judge", "train", "checkpoint"} <= finished.wall.keys()
+    assert finished.spent["seconds"] <= finished.wall["train"] * 1.01
+    assert not finished.flags.invalid and finished.flags.single_seed
+
+
+def test_training_on_redness_reddens(finished: Record) -> None:
+    delta = finished.delta["redness/mean"]
+    assert delta.mean is not None and delta.mean > 0
+
+
+def test_the_card_names_the_numbers_and_the_way_to_load(finished: Record) -> None:
+    text = (Path(finished.run_dir) / "README.md").read_text()
+    assert "load_lora_weights" in text and "redness/mean" in text and f"seed {finished.seed}" in text
+
+
+def test_the_saved_adapter_is_what_was_judged(finished: Record, redness: str, tiny_pipe: Path) -> None:
+    again = running.evaluate_only(
+        f"{redness}:Paint", str(tiny_pipe), adapter=Path(finished.run_dir) / "adapter", images=None, split="test",
+        view=Silent(),
+    )  # fmt: skip
+    assert again["scores"]["redness/mean"]["mean"] == pytest.approx(finished.after["redness/mean"].mean, abs=1e-4)
+    base = running.evaluate_only(
+        f"{redness}:Paint", str(tiny_pipe), adapter=None, images=None, split="test", view=Silent()
+    )
+    assert base["scores"]["redness/mean"]["mean"] == finished.before["redness/mean"].mean
+
+
+def test_a_written_config_names_the_same_run(finished: Record, tiny_pipe: Path, redness: str) -> None:
+    home = Path(finished.run_dir)
+    again = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", config=home / "config.toml")
+    assert again.slug() == home.name
+
+
+# What goes wrong
+
+
+def test_a_broken_reward_ends_the_run_and_invents_no_number(plan: Any, tmp_path: Path) -> None:
+    done = running.run(plan(task="Broken", budget="nfe=100000"), runs=tmp_path, view=Silent())
+    assert done.stop.startswith("collapsed") and done.flags.invalid and not done.flags.hack
+    assert done.spent["updates"] == 0 and done.scorers["redness"].errors == done.spent["reward_calls"] > 0
+    assert any("the engine is on fire" in why for why in done.failures)
+    kept = record.read(Path(done.run_dir) / "record.json")
+    assert kept.after["redness/mean"].mean is None and kept.delta["redness/mean"].p is None
+    assert kept.after["warmth/mean"].mean is not None
+    table = pd.read_parquet(Path(done.run_dir) / "scores.parquet")
+    broken = table[table.scorer == "redness"]
+    assert broken.value.isna().all() and broken.reason.str.contains("on fire").all()
+    for line in (Path(done.run_dir) / "metrics.jsonl").read_text().splitlines():
+        assert json.loads(line, parse_constant=pytest.fail)["reward/mean"] is None
+
+
+def test_a_flat_reward_is_a_collapse(plan: Any, tmp_path: Path) -> None:
+    done = running.run(plan(task="Flat", budget="nfe=100000"), runs=tmp_path, view=Silent())
+    assert done.stop.startswith("collapsed") and not done.flags.invalid
+
+
+def test_a_shaky_reward_is_counted_and_invalid(plan: Any, tmp_path: Path) -> None:
+    done = running.run(plan(task="Shaky", budget="nfe=1000"), runs=tmp_path, view=Silent())
+    assert done.flags.invalid and 0 < done.scorers["redness"].errors < done.scorers["redness"].calls
+    assert done.spent["updates"] > 0
+
+
+def test_a_test_prompt_in_the_train_split_is_refused(plan: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="test prompt stands in the train split .*'A red circle!'"):
+        running.run(plan(task="Overlapping"), runs=tmp_path, view=Silent())
+
+
+def test_a_further_scorer_that_is_not_there_is_said_and_left_out(plan: Any, tmp_path: Path) -> None:
+    ears = Ears()
+    done = running.run(plan(task="Further", budget="nfe=100"), runs=tmp_path, view=ears)
+    assert any("not judged by" in line and "pip install absent" in line for line in ears.said)
+    assert set(done.scorers) == {"redness", "warmth"} and ears.done > 0
+
+
+def test_columns_strata_and_the_tasks_own_summary_stand_in_the_record(plan: Any, tmp_path: Path) -> None:
+    ears = Ears()
+    done = running.run(plan(task="Rich", budget="nfe=300"), runs=tmp_path, view=ears)
+    assert {name: use.role for name, use in done.scorers.items()} == {
+        "redness": "training",
+        "warmth": "held-out",
+        "brightness": "quality",
+    }
+    assert done.embedders == {"colour": "colour-v1"} and any("Absent" in line for line in ears.said)
+    assert done.before["drift-colour/paired"].mean == 0 and (done.after["drift-colour/paired"].mean or 0) > 0
+    assert (done.before["diversity-colour/pairwise"].mean or 0) > 0 and (done.cmmd["colour"].mean or 0) >= 0
+    assert set(done.strata) == {"shapes", "other"}
+    each = [part.before["redness/mean"].mean for part in done.strata.values()]
+    assert done.before["redness/mean"].mean == pytest.approx(sum(x or 0 for x in each) / 2)
+    assert done.summary["after"]["rows"] == 6 * 2 and done.summary["before"]["nothing"] is None
+    table = pd.read_parquet(Path(done.run_dir) / "scores.parquet")
+    assert {"diversity-colour", "drift-colour", "brightness"} <= set(table.scorer)
+    assert set(table.stratum) == {"shapes", "other"}
+
+
+def test_drift_goes_on_from_the_base_of_an_earlier_start(plan: Any, tmp_path: Path) -> None:
+    config = plan(task="Rich", budget="nfe=1500")
+    whole = running.run(config, runs=tmp_path / "whole", view=Silent())
+    asked: list[int] = []
+
+    def soon() -> bool:
+        asked.append(1)
+        return len(asked) >= 2
+
+    with pytest.raises(running.Interrupted):
+        running.run(config, runs=tmp_path / "cut", view=Silent(), interrupted=soon)
+    again = running.run(config, runs=tmp_path / "cut", view=Silent())
+    assert again.after == whole.after and again.cmmd == whole.cmmd and again.strata == whole.strata
+
+
+def test_prompts_of_ones_own(plan: Any, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("a red house\na blue house\n")
+    config = plan(task="Paint", budget="nfe=100", prompts=[str(mine)])
+    done = running.run(config, runs=tmp_path, view=Silent())
+    assert done.task_version == "1+own" and done.config["prompts"]["train"].startswith("mine.txt@")
+    assert done.prompts["train"] == evaluator.prompts_hash([Prompt("a red house"), Prompt("a blue house")])
+    mine.write_text("a red triangle\n")  # a test prompt
+    with pytest.raises(UserError, match="stands in the train split"):
+        running.run(plan(task="Paint", budget="nfe=100", prompts=[str(mine)]), runs=tmp_path, view=Silent())
+
+
+def test_an_embedder_that_is_not_there_is_not_replaced_by_another(redness: str) -> None:
+    made = running.jury(registry.load("task", f"{redness}:Patchy")(), "glyphs", lambda _: None)
+    assert [e.name for e in made.spread] == ["colour"] and made.drift == []
+
+
+def test_two_scorers_of_one_name_are_refused(redness: str) -> None:
+    with pytest.raises(UserError, match="called 'redness'"):
+        running.jury(registry.load("task", f"{redness}:Twins")(), "glyphs", lambda _: None)
+
+
+def test_fresh_forgets(plan: Any, tmp_path: Path) -> None:
+    config = plan(budget="nfe=100")
+    first = running.run(config, runs=tmp_path, view=Silent())
+    (Path(first.run_dir) / "stray").mkdir()
+    again = running.run(config, runs=tmp_path, view=Silent(), fresh=True)
+    assert again.run_dir == first.run_dir and not (Path(first.run_dir) / "stray").exists()
+    assert again.wall != first.wall
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_place_that_cannot_be_written_is_one_line(plan: Any, tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "place"
+    if kind == "file":
+        place.write_text("in the way")
+    else:
+        place = place / "below" / "a.file"
+        place.parent.mkdir(parents=True)
+        place.write_text("in the way")
+        place = place / "deeper"
+    with pytest.raises(UserError, match="cannot write"):
+        running.run(plan(), runs=place, view=Silent())
+
+
+def test_half_precision_wants_an_accelerator(plan: Any, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("here it has one")
+    with pytest.raises(UserError, match="fp16 needs a CUDA device"):
+        running.run(plan("precision=fp16"), runs=tmp_path, view=Silent())
+
+
+def test_the_metrics_of_a_cut_off_line_are_dropped(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"iteration": 1}\n{"iteration": 2}\n{"iteration": 3}\n{"iterat')
+    running._cut(log, 2)  # pyright: ignore[reportPrivateUsage]
+    assert log.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
+
+
+def test_parts_of_a_strangers_package_run(
+    tiny_pipe: Path, redness: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task and its scorers from an installed package, by name, as the built-in ones."""
+    site = tmp_path / "site"
+    site.mkdir()
+    code = Path(redness).read_text() + (
+        "\n\ndef make(variant):\n    return Redness(id=f'stranger-{variant}')\n\n\n"
+        "@dataclass(frozen=True)\nclass Foreign(Paint):\n    name: str = 'foreign'\n\n"
+        "    def reward(self, domain):\n        return 'stranger:bold'\n"
+    )
+    (site / "stranger.py").write_text(code)
+    info = site / "stranger-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[gpobench.tasks]\nforeign = stranger:Foreign\n\n[gpobench.rewards]\nstranger = stranger:make\n"
+    )
+    monkeypatch.syspath_prepend(site)
+    config = resolve("gpo", "foreign", str(tiny_pipe), budget="nfe=500", sets=SETTINGS)
+    done = running.run(replace(config), runs=tmp_path / "runs", view=Silent())
+    assert done.scorers["redness"].id == "stranger-bold" and done.task == "foreign" and done.spent["updates"] > 0
+
+
+def test_another_reward_holds_the_tasks_own_out(plan: Any, redness: str, tmp_path: Path) -> None:
+    config = plan(budget="nfe=300", reward=f"{redness}:Warmth")
+    assert config.digest() != plan(budget="nfe=300").digest()
+    done = running.run(config, runs=tmp_path, view=Silent())
+    assert {name: use.role for name, use in done.scorers.items()} == {"warmth": "training", "redness": "held-out"}
+    assert done.scorers["warmth"].calls == done.spent["images"] > 0 == done.scorers["redness"].calls
+
+
+def test_a_part_of_a_blend_holds_nothing_out(redness: str) -> None:
+    """What a method is trained on may not judge it, under whatever weight."""
+    task, say = registry.load("task", f"{redness}:Paint")(), lambda _: None
+    for blend in (f"{redness}:Redness*0.5+rapidocr", f"{redness}:Redness*2"):
+        made = running.jury(task, "glyphs", say, blend)
+        assert [s.name for s in made.held_out] == ["warmth"] and made.training.metrics[0] == "blend"
+        assert "redness" not in [s.name for s in made.all]
+    with pytest.raises(UserError, match="trains on every scorer that the task paint holds out"):
+        running.jury(task, "glyphs", say, f"{redness}:Redness+{redness}:Warmth")
+    made = running.jury(registry.load("task", "ocr")(), "glyphs", say, "hpsv2:tiny*0.5+rapidocr")
+    assert [s.name for s in made.held_out] == ["reader"]
+    assert not {"rapidocr", "hpsv2-tiny"} & {s.name for s in made.all}
+
+
+def test_a_budget_that_pays_for_no_update_is_said(plan: Any, tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Heard(Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    done = running.run(plan(budget="nfe=1"), runs=tmp_path, view=Heard())
+    assert done.spent["updates"] == 0 and any("no update was made" in text for text in said)
+
+
+def test_a_tracker_hears_every_iteration(plan: Any, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = running.run(plan(budget="nfe=600"), runs=tmp_path, view=Silent(), track="tensorboard")
+    events = EventAccumulator(str(next(Path(done.run_dir).rglob("events.out.*")).parent))
+    events.Reload()
+    lines = [json.loads(line) for line in (Path(done.run_dir) / "metrics.jsonl").read_text().splitlines()]
+    heard = {e.step: e.value for e in events.Scalars("reward/mean")}
+    assert heard == pytest.approx({line["iteration"]: line["reward/mean"] for line in lines}) and len(heard) > 1
+
+
+@pytest.mark.parametrize(("track", "said"), [("nosuch", "--track nosuch"), ("comet_ml", "not installed")])
+def test_a_tracker_that_is_not_there_is_one_line(plan: Any, tmp_path: Path, track: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        running.run(plan(budget="nfe=300"), runs=tmp_path, view=Silent(), track=track)
+    assert "\n" not in str(error.value)
+
+
+def test_other_weights_in_the_same_folder_are_another_run(plan: Any, tiny_pipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_pipe, folder)
+    config = plan(budget="nfe=300", model=folder)
+    first = running.run(config, runs=tmp_path / "runs", view=Silent())
+    assert running.run(config, runs=tmp_path / "runs", view=Silent()) == first
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match="--fresh starts over"):
+        running.run(config, runs=tmp_path / "runs", view=Silent())
+    again = running.run(config, runs=tmp_path / "runs", view=Silent(), fresh=True)
+    assert again.provenance["weights"] != first.provenance["weights"]
+
+
+def test_another_configuration_in_the_same_folder_is_another_run(plan: Any, tiny_pipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_pipe, folder)
+    config = plan(budget="nfe=300", model=folder)
+    running.run(config, runs=tmp_path / "runs", view=Silent())
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "shift": 1.5}))
+    with pytest.raises(UserError, match="the configuration in the folder of .* changed .*--fresh starts over"):
+        running.run(config, runs=tmp_path / "runs", view=Silent())
+
+
+def test_a_scorer_that_changed_its_id_judges_no_second_half(plan: Any, tmp_path: Path) -> None:
+    source = Path(tmp_path / "mine.py")
+    redness = plan().task.partition(":")[0]
+    held = f"""
+import sys
+from gpobench.bench.registry import load
+Paint, Warmth = load("task", "{redness}:Paint"), load("scorer", "{redness}:Warmth")
+class Mine(Paint):
+    def held_out(self, domain): return ["{tmp_path}/held.py:Held"]
+"""
+    source.write_text(held)
+    version = lambda n: (tmp_path / "held.py").write_text(
+        f"from gpobench.bench.registry import load\nWarmth = load('scorer', '{redness}:Warmth')\n"
+        f"class Held(Warmth):\n    def __init__(self): super().__init__('held-v{n}', 'held')\n"
+    )
+    version(1)
+    config = resolve("gpo", f"{source}:Mine", plan().model, budget="nfe=400", sets=SETTINGS)
+    with pytest.raises(running.Interrupted):
+        running.run(config, runs=tmp_path / "runs", view=Silent(), interrupted=lambda: True)
+    version(2)
+    with pytest.raises(UserError, match="the scorer held changed since .*--fresh starts over"):
+        running.run(config, runs=tmp_path / "runs", view=Silent())
+    version(1)
+    assert running.run(config, runs=tmp_path / "runs", view=Silent()).scorers["held"].id == "held-v1"
+
+
+def test_what_changed_since_it_was_planned_is_not_run(plan: Any, tmp_path: Path) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("a red circle\na sign\n")
+    config = plan(budget="nfe=300", prompts=[str(mine)])
+    digest = config.digest()
+    mine.write_text("a red circle\na card\n")
+    assert config.digest() == digest  # it is named after what was planned
+    with pytest.raises(UserError, match="mine.txt changed since this run was planned"):
+        running.run(config, runs=tmp_path / "runs", view=Silent())
+
+
+def test_a_clip_without_bound_is_toml(plan: Any, tmp_path: Path) -> None:
+    done = running.run(plan("optim.clip=inf", budget="nfe=300"), runs=tmp_path, view=Silent())
+    assert tomllib.loads((Path(done.run_dir) / "config.toml").read_text())["optim"]["clip"] == math.inf
+
+
+def test_on_the_validation_split_no_test_prompt_is_touched(
+    plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpobench.bench.models.sd3 import SD3
+
+    texts: list[str] = []
+    encode = SD3.encode
+    monkeypatch.setattr(SD3, "encode", lambda self, prompts: [texts.extend(prompts), encode(self, prompts)][1])
+    ears = Ears()
+    config = plan("judging.split=validation", "judging.validation_images=3", "judging.curve_images=3", budget="nfe=600")
+    done = running.run(config, runs=tmp_path, view=ears)
+    shown = {"four red circles", "five blue triangles"}
+    table = pd.read_parquet(Path(done.run_dir) / "scores.parquet")
+    assert set(table.text) == shown and len(table) == 2 * 2 * 3 * 2 and ears.done == 2 * 2 * 3
+    assert not {"two green squares", "a sign", "a card"} & set(texts) and shown <= set(texts)
+    for numbers in (done.before, done.after, done.delta):
+        assert {n.n for n in numbers.values()} == {2}
+    assert done.after["redness/mean"] == done.curve[-1].scores["redness/mean"]
+    assert done.config["judging"]["split"] == "validation"
+    assert "Means over validation prompts" in (Path(done.run_dir) / "README.md").read_text()
+    assert config.digest() != plan("judging.validation_images=3", budget="nfe=600").digest()
+
+
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_the_curve_keeps_every_score(plan: Any, tmp_path: Path, split: str) -> None:
+    more = "judging.validation_images=2"  # judged with two images a prompt, the curve with one
+    done = running.run(plan(f"judging.split={split}", more, budget="nfe=1500"), runs=tmp_path, view=Silent())
+    table = pd.read_parquet(Path(done.run_dir) / "curve.parquet")
+    assert sorted(table.mark.unique()) == list(range(len(done.curve))) and len(done.curve) >= 3
+    assert set(table.ordinal) == {0} and set(table.columns) == {
+        "prompt",
+        "ordinal",
+        "stratum",
+        "scorer",
+        "metric",
+        "value",
+        "mark",
+    }
+    for k, point in enumerate(done.curve):
+        own = table[(table.mark == k) & (table.scorer == "redness")]
+        assert len(own) == 2 and own.value.mean() == pytest.approx(point.scores["redness/mean"].mean)
+
+
+def test_what_the_settings_cost_to_find_stands_in_the_record(plan: Any, tmp_path: Path) -> None:
+    file = tmp_path / "best.toml"
+    file.write_text('beta = 31.0\ntuned = { trials = 4, nfe = 8000, command = "gpobench tune" }\n')
+    config = plan(budget="nfe=100", config=file)
+    done = running.run(config, runs=tmp_path, view=Silent())
+    assert done.tuning == {"trials": 4, "command": "gpobench tune", "spent": {"nfe": 8000}}
+    assert "chosen in 4 trials" in (Path(done.run_dir) / "README.md").read_text()
+    written = Path(done.run_dir) / "config.toml"
+    again = resolve(config.method, config.task, config.model, budget="nfe=100", config=written)
+    assert again.digest() == config.digest() and again.tuned == config.tuned
+    by_hand = replace(plan("beta=31.0", budget="nfe=100"), tuned={})  # the same settings, found at no price
+    tuned = replace(by_hand, tuned=config.tuned)
+    assert running.run(by_hand, runs=tmp_path / "other", view=Silent()).tuning == {}
+    assert running.run(tuned, runs=tmp_path / "other", view=Silent()).tuning == done.tuning
+    assert running.run(by_hand, runs=tmp_path / "other", view=Silent()).tuning == done.tuning  # a price stays paid
+
+
+@pytest.mark.parametrize(
+    ("method", "sets", "said"),
+    [("mix-grpo", ["window=4"], "window must be shorter than the 4 steps"),
+     ("diffusion-dpo", ["pairs=nowhere"], "no such path: nowhere")],
+)  # fmt: skip
+def test_what_cannot_work_is_said_before_the_base_is_judged(
+    method: str, sets: list[str], said: str, tiny_pipe: Path, redness: str, tmp_path: Path
+) -> None:
+    config = resolve(method, f"{redness}:Paint", str(tiny_pipe), budget="nfe=500", sets=[*sets, "steps=0"])
+    with pytest.raises(UserError, match=said):
+        running.run(config, runs=tmp_path, view=Silent())
+    assert not list(tmp_path.glob("*/before.parquet"))

@@ -1,0 +1,128 @@
+"""Who holds a run's directory, what the run stands on, and what is left of it when `--fresh` is cut off."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from gpobench.bench.errors import UserError
+from gpobench.bench.experiments import run_dir as homes
+from gpobench.bench.experiments.run_dir import alone, busy, forget, room, sizes, stands_on
+
+
+def test_one_at_a_time_and_who_asks_takes_nothing(tmp_path: Path) -> None:
+    assert not busy(tmp_path) and not (tmp_path / ".lock").exists()
+    with alone(tmp_path):
+        assert busy(tmp_path)
+        with pytest.raises(UserError, match="another process is at work"), alone(tmp_path):
+            pass
+    assert not busy(tmp_path)
+
+
+def test_asking_refuses_nobody(tmp_path: Path) -> None:
+    (tmp_path / ".lock").touch()
+    stop = threading.Event()
+
+    def ask() -> None:
+        while not stop.is_set():
+            busy(tmp_path)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        for _ in range(500):
+            with alone(tmp_path):
+                pass
+    finally:
+        stop.set()
+        asking.join()
+
+
+def test_where_there_are_no_locks_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with alone(tmp_path):
+        assert not busy(tmp_path)
+
+
+def test_what_a_run_stands_on_may_be_added_to_and_not_changed(tmp_path: Path) -> None:
+    stands_on(tmp_path, {"weights": "a"}, {"weights": "the weights"})
+    stands_on(tmp_path, {"task": "ocr"}, {"task": "the task"})  # an older start did not know of it
+    assert json.loads((tmp_path / "ground.json").read_text()) == {"weights": "a", "task": "ocr"}
+    with pytest.raises(UserError, match="the weights changed since .*: --fresh starts over"):
+        stands_on(tmp_path, {"task": "ocr", "weights": "b"}, {"task": "the task", "weights": "the weights"})
+    for damage in (b"{", b"[1]", b"\xff"):
+        (tmp_path / "ground.json").write_bytes(damage)
+        with pytest.raises(UserError, match="ground.json is damaged"):
+            stands_on(tmp_path, {"task": "ocr"}, {"task": "the task"})
+
+
+def test_a_data_set_is_known_by_names_sizes_and_what_is_in_small_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "deep").mkdir()
+    file = tmp_path / "deep" / "a.parquet"
+    found: list[str] = []
+    for content in ("one", "two", "three", "one"):
+        file.write_text(content)
+        found.append(sizes(tmp_path))
+    assert len(set(found)) == 3 and found[0] == found[-1]
+    monkeypatch.setattr(homes, "SMALL", 3)
+    assert sizes(tmp_path) != found[0]
+    before = sizes(tmp_path)
+    file.write_text("two")
+    assert sizes(tmp_path) == before  # as large, and too large to be read
+
+
+@pytest.mark.parametrize("after", range(6))
+def test_a_directory_that_is_half_forgotten_shows_no_old_result(
+    tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, far = tmp_path / "run", tmp_path / "far"
+    for folder in (run / "samples", far):
+        folder.mkdir(parents=True)
+    for name in ("record.json", "ground.json", "scores.parquet", "metrics.jsonl", ".lock", "samples/0.png"):
+        (run / name).write_text("old")
+    (run / "checkpoint").symlink_to(far)
+
+    class Killed(BaseException):
+        pass
+
+    left = [after]
+
+    def counted(real):  # type: ignore[no-untyped-def]
+        def once(*args, **kwargs):  # type: ignore[no-untyped-def]
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return real(*args, **kwargs)
+
+        return once
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", counted(Path.unlink))
+        patch.setattr(homes.shutil, "rmtree", counted(homes.shutil.rmtree))
+        try:
+            forget(run)
+        except Killed:
+            assert not after or not (run / "record.json").exists()
+            # without what it stands on nobody would see that an old part is old
+            assert (run / "ground.json").exists()
+    forget(run)
+    assert os.listdir(run) == [".lock"] and far.is_dir()
+
+
+def test_a_finished_run_is_shown_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(homes, "ROOM", 2**62)
+    with pytest.raises(UserError, match="a run needs"), room(tmp_path):
+        pass
+    (tmp_path / "record.json").touch()
+    with room(tmp_path):
+        pass

@@ -1,0 +1,697 @@
+"""The intervals, tests and verdicts against closed forms, scipy, statsmodels and simulated nulls."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpobench.bench.errors import UserError
+from gpobench.bench.stats.intervals import (
+    Contrast,
+    Estimate,
+    area,
+    crossed,
+    equivalence,
+    holm,
+    iqm,
+    mcnemar,
+    mde,
+    mean_ci,
+    paired,
+    per_prompt,
+    probability_of_improvement,
+    profile,
+    proportion,
+    redrawn,
+    smooth,
+    time_to_target,
+    two_level,
+)
+
+nan = math.nan
+Draw = Callable[[np.random.Generator], np.ndarray]
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+# One sample
+
+
+def test_the_prompt_is_the_unit():
+    values = np.array([[1.0, 0.0], [nan, 0.5], [nan, nan], [1.0, 1.0]])
+    assert np.allclose(per_prompt(values), [0.5, 0.5, nan, 1.0], equal_nan=True)
+    e = mean_ci(values)
+    assert (e.n, e.dropped) == (3, 1) and e.mean == pytest.approx(2 / 3)
+    copies = np.repeat(rng().normal(size=(50, 1)), 8, axis=1)  # eight copies of an image are no eight images
+    assert mean_ci(copies).se == pytest.approx(mean_ci(copies[:, 0]).se)
+
+
+def test_the_standard_error_is_the_clustered_one():
+    """Var = C / (C - 1) sum_c (sum_i r_ci)^2 / n^2 with clusters = prompts (arXiv 2411.00640)."""
+    ols = pytest.importorskip("statsmodels.regression.linear_model").OLS
+    values = rng().normal(size=(60, 4)) + rng(1).normal(size=(60, 1))
+    fit = ols(values.ravel(), np.ones(240)).fit(
+        cov_type="cluster",
+        cov_kwds={"groups": np.repeat(np.arange(60), 4), "use_correction": False},
+    )
+    assert mean_ci(values).se == pytest.approx(float(fit.bse[0]) * math.sqrt(60 / 59), rel=1e-9)
+
+
+def test_the_bootstrap_agrees_with_scipys_and_with_the_t_interval():
+    x = rng().normal(size=400)
+    e = mean_ci(x)
+    theirs = scipy.stats.bootstrap(
+        (x,), np.mean, n_resamples=10_000, rng=rng(), method="percentile"
+    ).confidence_interval
+    assert (e.low, e.high) == pytest.approx((theirs.low, theirs.high), abs=0.006)
+    assert (e.low, e.high) == pytest.approx(scipy.stats.t.interval(0.95, 399, x.mean(), scipy.stats.sem(x)), abs=0.006)
+    assert e.se == pytest.approx(scipy.stats.sem(x))
+    assert mean_ci(x, level=0.8).high < e.high
+
+
+def test_one_seed_one_answer():
+    x = rng().random(30)
+    assert mean_ci(x, seed=3) == mean_ci(x, seed=3) != mean_ci(x, seed=4)
+    assert paired(x, x**2, seed=3) == paired(x, x**2, seed=3)
+    state = np.random.get_state()[1].copy()  # type: ignore
+    two_level([x, x**2])
+    assert (np.random.get_state()[1] == state).all()  # type: ignore
+
+
+@pytest.mark.parametrize("values", [[], [0.3], [nan, nan], [0.4, nan]])
+def test_too_few_prompts_have_no_interval(values: list[float]):
+    e = mean_ci(values)
+    assert math.isnan(e.low) and math.isnan(e.high) and e.n == np.isfinite(values).sum()
+    assert e.n == 0 or e.mean == values[0]
+
+
+def test_equal_scores_have_width_zero_and_wilson_has_not():
+    e = mean_ci(np.ones(20))
+    assert (e.low, e.mean, e.high) == pytest.approx((1, 1, 1)) and str(e) == "1 [1, 1]"
+    w = proportion(20, 20)
+    assert w.low == pytest.approx(0.8389, abs=1e-4) and w.mean == 1
+
+
+@pytest.mark.parametrize("k,n", [(0, 5), (3, 10), (50, 553), (10, 10)])
+def test_proportion_is_wilsons(k: int, n: int):
+    proportion_confint = pytest.importorskip("statsmodels.stats.proportion").proportion_confint
+    e = proportion(k, n)
+    assert (e.low, e.high) == pytest.approx(proportion_confint(k, n, method="wilson"), abs=1e-9)
+    assert math.isnan(proportion(0, 0).mean)
+
+
+def test_strata_weigh_the_same():
+    """GenEval's overall score: the mean of the tags' means, prompts resampled within tags."""
+    x = np.concatenate([rng().normal(0, 1, 40), rng(1).normal(3, 2, 80), [nan]])
+    tags = ["one"] * 40 + ["two"] * 80 + ["two"]
+    e = mean_ci(x, strata=tags)
+    assert e.mean == pytest.approx((x[:40].mean() + x[40:120].mean()) / 2)
+    se = math.sqrt(x[:40].var(ddof=1) / 40 + x[40:120].var(ddof=1) / 80) / 2
+    assert e.se == pytest.approx(se) and e.high - e.low == pytest.approx(2 * 1.98 * se, rel=0.03)
+    with pytest.raises(UserError, match="one stratum a prompt"):
+        mean_ci(x, strata=tags[1:])
+
+
+def test_ten_thousand_prompts_are_quick():
+    x = rng().random((10_000, 4))
+    start = time.process_time()
+    mean_ci(x)
+    paired(x, x[::-1])
+    assert time.process_time() - start < 15  # about 3 s alone
+
+
+# Coverage
+
+
+NULLS: dict[str, tuple[Draw, float]] = {
+    "normal": (lambda r: r.normal(size=100), 0.0),
+    "binary": (lambda r: (r.random(100) < 0.5).astype(float), 0.5),
+    "four images": (lambda r: r.binomial(4, r.beta(0.7, 0.3, (100, 1)), (100, 4)).astype(float) / 4, 0.7),
+    "skewed": (lambda r: r.exponential(size=100), 1.0),
+}
+
+
+def coverage(draw: Draw, truth: float, times: int, resamples: int) -> float:
+    hits = 0
+    for i in range(times):
+        e = mean_ci(draw(rng(i)), resamples=resamples, seed=i)
+        hits += e.low - 1e-12 <= truth <= e.high + 1e-12
+    return hits / times
+
+
+@pytest.mark.parametrize("name", ["normal", "four images"])
+def test_the_interval_covers(name: str):
+    assert 0.91 <= coverage(*NULLS[name], times=300, resamples=1000) <= 0.985
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NULLS)
+def test_the_interval_covers_at_its_level(name: str):
+    assert 0.93 <= coverage(*NULLS[name], times=1000, resamples=4000) <= 0.97
+
+
+def test_the_paired_test_holds_its_level_and_has_its_power():
+    """300 nulls reject about 5 %; 300 differences of one MDE are found about 80 % of the time."""
+    found, size = 0, 0
+    for i in range(300):
+        a, noise = rng(i).normal(size=40), rng(i + 1000).normal(size=40)
+        size += (paired(a, a + noise, resamples=400, seed=i).p or 0) <= 0.05
+        found += (paired(a, a + noise + mde(1.0, 40), resamples=400, seed=i).p or 1) <= 0.05
+    assert 0.02 <= size / 300 <= 0.09 and 0.72 <= found / 300 <= 0.88
+
+
+# Pairs
+
+
+def test_paired_uses_only_what_both_have():
+    before = np.array([[0.0, 0.2], [nan, 1.0], [0.5, 0.5], [nan, 1.0]])
+    after = np.array([[0.5, nan], [0.0, 1.5], [0.5, 1.0], [2.0, nan]])
+    e = paired(before, after)
+    assert (e.n, e.dropped) == (3, 1) and e.mean == pytest.approx(np.mean([0.5, 0.5, 0.25]))
+    with pytest.raises(UserError, match="same prompts"):
+        paired(before, after[:2])
+
+
+def test_pairing_is_narrower_than_two_samples():
+    a = rng().normal(size=200)
+    b = a + rng(1).normal(0, 0.1, 200) + 0.05
+    e = paired(a, b)
+    assert e.se < mean_ci(a).se / 5 and e.p is not None and e.p < 0.01 and e.low > 0
+
+
+@pytest.mark.parametrize("n", [4, 8, 13])
+def test_sign_flips_are_exact_for_few_prompts(n: int):
+    d = rng(n).normal(0.5, 1, n)
+    flips = [abs(np.dot(s, d)) >= abs(d.sum()) - 1e-12 for s in itertools.product((1, -1), repeat=n)]
+    assert paired(np.zeros(n), d).p == pytest.approx(np.mean(flips))
+
+
+def test_sign_flips_agree_with_scipy_for_many():
+    d = rng().normal(0.15, 1, 120)
+    theirs = scipy.stats.permutation_test(
+        (d, np.zeros(120)), lambda x, y, axis: (x - y).mean(axis), permutation_type="samples", vectorized=True,
+        n_resamples=10_000, rng=rng(),
+    ).pvalue  # fmt: skip
+    assert paired(np.zeros(120), d).p == pytest.approx(theirs, abs=0.02)
+    assert paired(d, d).p == 1
+
+
+@pytest.mark.parametrize("n", [2, 5, 30, 553, 10_000])
+@pytest.mark.parametrize("power", [0.8, 0.9])
+def test_mde_is_the_t_tests(n: int, power: float):
+    d = mde(1.7, n, power=power) / 1.7
+    bar, df, ncp = scipy.stats.t.ppf(0.975, n - 1), n - 1, d * math.sqrt(n)
+    assert scipy.stats.nct.sf(bar, df, ncp) == pytest.approx(power, abs=1e-6)
+    if n > 2:
+        solve = pytest.importorskip("statsmodels.stats.power").TTestPower().solve_power
+        assert d == pytest.approx(float(np.squeeze(solve(nobs=n, alpha=0.05, power=power))), rel=1e-4)
+
+
+def test_mde_of_nothing_is_unknown():
+    assert math.isnan(mde(1.0, 1)) and math.isnan(mde(nan, 9))
+    assert paired(np.zeros(9), np.arange(9.0)).mde == pytest.approx(mde(np.arange(9).std(ddof=1), 9))
+
+
+def test_mcnemar_is_statsmodels():
+    theirs = pytest.importorskip("statsmodels.stats.contingency_tables").mcnemar
+    before, after = (rng().random(150) < 0.5).astype(float), (rng(1).random(150) < 0.62).astype(float)
+    table = [[((before == i) & (after == j)).sum() for j in (0, 1)] for i in (0, 1)]
+    e = mcnemar(before, after)
+    assert e.p == pytest.approx(theirs(table, exact=True).pvalue)
+    assert e.mean == pytest.approx(after.mean() - before.mean())
+    assert mcnemar(before, before).p == 1
+    with pytest.raises(UserError, match="yes"):
+        mcnemar(before, after * 0.5)
+
+
+@pytest.mark.parametrize("p", [[0.04], [0.01, 0.01, 0.5], [0.9, 0.001, 0.02, 0.02, 0.3], [0.0, 1.0, 0.0]])
+def test_holm_is_statsmodels(p: list[float]):
+    multipletests = pytest.importorskip("statsmodels.stats.multitest").multipletests
+    assert holm(p) == pytest.approx(list(multipletests(p, method="holm")[1]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 1), max_size=12))
+def test_holm_keeps_order_and_never_lowers(p: list[float]):
+    q = holm([*p, nan])
+    assert math.isnan(q.pop()) and q == holm(p)  # a missing test is not counted
+    assert all(a <= b <= 1 for a, b in zip(p, q, strict=True))
+    assert sorted(q) == [q[i] for i in np.argsort(p, kind="stable")]
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize(
+    "shift,spread,n,verdict",
+    [
+        (0.0, 0.05, 200, "same"),
+        (0.01, 0.02, 200, "same"),  # not zero, and too small to matter
+        (0.1, 0.1, 200, "better"),
+        (-0.1, 0.1, 200, "worse"),
+        (0.0, 1.0, 20, "cannot tell"),
+        (0.0, 0.0, 20, "same"),
+        (0.5, 0.0, 20, "better"),
+        (0.0, 0.1, 1, "cannot tell"),
+    ],
+)
+def test_verdicts(shift: float, spread: float, n: int, verdict: str):
+    before = rng().random(n)
+    noise = rng(1).normal(size=n)
+    noise = (noise - noise.mean()) * spread
+    assert equivalence(before, before + noise + shift, margin=0.03).verdict == verdict
+
+
+def test_equivalence_is_statsmodels_tost():
+    weightstats = pytest.importorskip("statsmodels.stats.weightstats")
+    before, after = rng().normal(size=50), rng().normal(size=50) + rng(1).normal(0.05, 0.2, 50)
+    e = equivalence(before, after, margin=0.1)
+    assert e.p == pytest.approx(weightstats.ttost_paired(after, before, -0.1, 0.1)[0])
+
+
+def test_what_lies_on_the_margin_is_rarely_called_the_same():
+    """The error of equivalence: a difference as large as the margin passes for none at most one time in twenty."""
+    called = [
+        equivalence(np.zeros(40), rng(i + 10**6).normal(0.3, 1, 40), 0.3, resamples=20, seed=i).verdict == "same"
+        for i in range(500)
+    ]
+    assert np.mean(called) <= 0.07
+
+
+def test_a_reported_number_may_stand_for_before():
+    after = rng().normal(0.9, 0.1, 400)
+    e = equivalence(0.6, after, margin=0.05)
+    assert e.verdict == "better" and e.difference.mean == pytest.approx(after.mean() - 0.6)
+    assert equivalence(0.9, after, margin=0.05).verdict == "same"
+    assert equivalence(0.9, after, margin=0.05, strata=[0, 1] * 200).difference.se == pytest.approx(
+        mean_ci(after, strata=[0, 1] * 200).se
+    )
+    with pytest.raises(UserError, match="margin"):
+        equivalence(0.9, after, margin=0)
+
+
+# Seeds
+
+
+def test_two_level_of_one_seed_is_one_level():
+    x = rng().random(40)
+    assert two_level([x]) == mean_ci(x)
+    with pytest.raises(UserError, match="same prompts"):
+        two_level([x, x[1:]])
+    with pytest.raises(UserError):
+        two_level([])
+
+
+def test_two_level_counts_both_spreads():
+    base = rng().normal(size=100)
+    still = two_level([base, base, base])
+    assert still.se == pytest.approx(mean_ci(base).se) and still.seeds == 3
+    assert still.high - still.low == pytest.approx(mean_ci(base).high - mean_ci(base).low, rel=0.05)
+    moved = two_level([base - 0.5, base, base + 0.5])
+    assert moved.se == pytest.approx(math.sqrt(mean_ci(base).se ** 2 + 0.25 / 3))
+    assert moved.high - moved.low > 4 * still.se
+    holed = base.copy()
+    holed[7] = nan
+    assert two_level([base, holed, base]).dropped == 1
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3])
+def test_two_level_covers(spread: float):
+    hits = 0
+    for i in range(200):
+        r = rng(i)
+        base = r.normal(size=50)
+        e = two_level([r.normal(0, spread) + base + r.normal(0, 0.3, 50) for _ in range(3)], resamples=500, seed=i)
+        hits += e.low <= 0 <= e.high
+    assert 0.92 <= hits / 200 <= 0.995
+
+
+def test_two_level_weighs_strata_the_same():
+    """The standard error is the sum of the prompts' within strata and the seeds', the mean that of the strata's means."""
+    tags = ["one"] * 40 + ["two"] * 80
+    base = np.concatenate([rng().normal(0, 1, 40), rng(1).normal(3, 2, 80)])
+    seeds = [base - 0.2, base, base + 0.2]
+    e = two_level(seeds, strata=tags)
+    assert e.mean == pytest.approx((base[:40].mean() + base[40:].mean()) / 2)
+    assert e.se == pytest.approx(math.sqrt((base[:40].var(ddof=1) / 40 + base[40:].var(ddof=1) / 80) / 4 + 0.04 / 3))
+    assert two_level(seeds[:1], strata=tags) == mean_ci(seeds[0], strata=tags)
+    assert two_level(seeds, strata=["same"] * 120) == two_level(seeds)
+    with pytest.raises(UserError, match="one stratum a prompt"):
+        two_level(seeds, strata=tags[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds,spread", [(2, 0.3), (3, 0.0), (3, 0.3), (3, 1.0), (5, 0.3)])
+def test_two_level_with_strata_covers_at_its_level(seeds: int, spread: float):
+    """Also where seeds dominate, of which there are few."""
+    hits, tags = 0, [0] * 30 + [1] * 60
+    for i in range(1000):
+        r = rng(i + 10**6)
+        base = r.normal(size=90)
+        runs = [r.normal(0, spread) + base + r.normal(0, 0.3, 90) for _ in range(seeds)]
+        e = two_level(runs, resamples=1000, seed=i, strata=tags)
+        hits += e.low <= 0 <= e.high
+    assert 0.93 <= hits / 1000 <= 0.98
+
+
+# Many contrasts at once
+
+
+def numbers(e: Estimate) -> list[float]:
+    return [nan if v is None else float(v) for v in vars(e).values()]
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 9, 300])
+@pytest.mark.parametrize("tagged", [False, True])
+def test_crossed_is_the_loop(n: int, tagged: bool):
+    """To rounding, what `mean_ci`, `paired` and `two_level` say one by one; what stands beside it changes nothing."""
+    before, after = rng(n).random((2, n, 3))
+    if n > 5:
+        before[2, 1], after[3] = nan, nan
+    tags = [i % 2 for i in range(n)] if tagged else None
+    seeds = [rng(i).random(n) for i in range(3)]
+    alone = [mean_ci(before, strata=tags), two_level(seeds, strata=tags)]
+    asked = [Contrast([before]), Contrast(seeds)]
+    if n:
+        alone.append(paired(before, after, strata=tags))
+        asked.append(Contrast([after], [before], test=True))
+    if tagged and n > 2:
+        alone.append(mean_ci(seeds[1], strata=tags))
+        asked.append(Contrast([seeds[1]]))
+    for got in (crossed(asked[:1] + asked[2:3], strata=tags), [crossed([a], strata=tags)[0] for a in asked]):
+        expected = alone[:1] + alone[2:3] if len(got) != len(alone) else alone
+        for e, same in zip(got, expected, strict=True):
+            assert np.allclose(numbers(e), numbers(same), rtol=0, atol=1e-12, equal_nan=True)
+
+
+def test_crossed_against_closed_forms():
+    """Welch's variance and degrees of freedom, Student's p, and nothing known of the spread of a single seed."""
+    r = rng(3)
+    ours = [r.normal(0.2, 1, 80) + shift for shift in (-0.1, 0.0, 0.2)]
+    theirs = [r.normal(0.0, 1, 80) + shift for shift in (-0.05, 0.05)]
+    e = crossed([Contrast(ours, theirs, test=True)])[0]
+    d = np.mean(ours, 0) - np.mean(theirs, 0)
+    parts = [
+        (d.var(ddof=1) / 80, 79),
+        (np.var([x.mean() for x in ours], ddof=1) / 3, 2),
+        (np.var([x.mean() for x in theirs], ddof=1) / 2, 1),
+    ]
+    se = math.sqrt(sum(v for v, _ in parts))
+    df = se**4 / sum(v**2 / k for v, k in parts)
+    assert e.mean == pytest.approx(d.mean()) and e.se == pytest.approx(se) and e.seeds == 3
+    assert e.p == pytest.approx(2 * scipy.stats.t.sf(abs(e.mean) / se, df))
+    assert e.mde is not None and scipy.stats.nct.sf(scipy.stats.t.ppf(0.975, df), df, e.mde / se) == pytest.approx(0.8)
+    assert (e.low, e.high) == pytest.approx(scipy.stats.t.interval(0.95, df, e.mean, se), abs=0.35 * se)
+    back = crossed([Contrast(theirs, ours, test=True)])[0]
+    assert (back.mean, back.se, back.p) == pytest.approx((-e.mean, e.se, e.p))
+
+
+def test_a_contrast_with_itself_is_nothing():
+    x = [rng(i).random((20, 2)) for i in range(3)]
+    e = crossed([Contrast(x[:1], x[:1], test=True), Contrast(x, [x[0]] * 3)])[0]
+    assert (e.mean, e.low, e.high, e.p) == (0, 0, 0, 1)
+    with pytest.raises(UserError, match="same prompts"):
+        crossed([Contrast([x[0]]), Contrast([x[0][:5]])])
+    with pytest.raises(UserError, match="same prompts"):
+        crossed([Contrast([])])
+    assert crossed([]) == []
+
+
+def test_an_image_counts_where_both_have_it():
+    ours, theirs = np.array([[1.0, 5.0], [2.0, 2.0], [3.0, 3.0]]), np.array([[0.5, nan], [1.0, 1.0], [nan, nan]])
+    e = crossed([Contrast([ours], [theirs])])[0]
+    assert e.mean == pytest.approx(np.mean([0.5, 1.0])) and (e.n, e.dropped) == (2, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds,spread", [((1, 1), 0.0), ((3, 3), 0.3), ((3, 1), 0.0), ((3, 1), 0.3), ((3, 3), 0.05)])
+def test_a_contrast_covers_and_holds_its_level(seeds: tuple[int, int], spread: float):
+    hits, size = 0, 0
+    for i in range(1000):
+        r = rng(i + 10**6)
+        base = r.normal(size=100)
+        own = lambda k, r=r: r.normal(0, spread) if k > 1 else 0.0  # the base has no training seed
+        a, b = ([base + own(k) + r.normal(0, 0.3, 100) for _ in range(k)] for k in seeds)
+        e = crossed([Contrast(a, b, test=True)], resamples=1000, seed=i)[0]
+        hits += e.low <= 0 <= e.high
+        size += (e.p or 0) <= 0.05
+    # Three seeds are stretched a little too far; where they differ in nothing but the noise of single images, which is
+    # counted with the prompts and with the seeds, the interval is wide.
+    high = 0.97 if seeds == (1, 1) else 0.98 if spread == 0.3 else 1
+    assert 0.93 <= hits / 1000 <= high and size / 1000 <= 0.07
+
+
+# Curves
+
+
+MARKS = np.arange(0, 101, 10.0)
+TRUE = 1 - np.exp(-MARKS / 40)
+
+
+def curves(
+    r: np.random.Generator, seeds: int, prompts: int, spread: float = 0.0
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    each = r.normal(0, 0.5, (prompts, 1))
+    return [(MARKS, TRUE * (1 + r.normal(0, spread)) + each + r.normal(0, 0.3, (prompts, 11))) for _ in range(seeds)]
+
+
+def first_for_good(curve: np.ndarray, target: float) -> float:
+    """The rule, read aloud: the running median of three, the last mark below, a straight line."""
+    smoothed = [curve[0], *(sorted(curve[i - 1 : i + 2])[1] for i in range(1, len(curve) - 1)), curve[-1]]
+    below = [i for i, y in enumerate(smoothed) if y < target]
+    if not below:
+        return float(MARKS[0])
+    i = below[-1]
+    if i == len(curve) - 1:
+        return math.inf
+    return float(MARKS[i] + 10 * (target - smoothed[i]) / (smoothed[i + 1] - smoothed[i]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-1, 1), min_size=11, max_size=11), st.floats(-1, 1))
+def test_time_to_target_is_the_rule(curve: list[float], target: float):
+    e = time_to_target([(MARKS, np.tile(curve, (4, 1)))], target, resamples=20)
+    assert e.mean == pytest.approx(first_for_good(np.array(curve), target))
+    assert e.low == pytest.approx(e.mean) and e.high == pytest.approx(e.mean)
+
+
+def test_one_lucky_mark_is_no_crossing():
+    curve = np.array([0, 0.1, 0.9, 0.1, 0.2, 0.3, 0.6, 0.7, 0.7, 0.8, 0.8])
+    assert time_to_target([(MARKS, curve)], 0.5).mean == pytest.approx(50 + 10 * 0.2 / 0.3)
+    assert (smooth(curve)[2:4] == [0.1, 0.2]).all() and (smooth(curve)[[0, -1]] == curve[[0, -1]]).all()
+    assert (smooth([0.3, 0.1]) == [0.3, 0.1]).all()
+    never = time_to_target(curves(rng(), 1, 50), 5.0, resamples=50)
+    assert never.mean == never.low == never.high == math.inf and math.isnan(never.se)
+    assert time_to_target(curves(rng(), 1, 50), -5.0, resamples=50).high == 0
+
+
+def test_time_to_target_of_several_seeds():
+    """Equal curves of all seeds: that of one; a shift of every spend shifts the answer."""
+    one = curves(rng(), 1, 40)[0]
+    a, b = (time_to_target([one] * k, 0.5, resamples=300) for k in (1, 3))
+    assert a.mean == pytest.approx(b.mean) and b.seeds == 3 and a.low < a.mean < a.high
+    assert (b.low, b.high) == pytest.approx((a.low, a.high), abs=2)
+    late = time_to_target([(MARKS * 2 + 7, one[1])], 0.5, resamples=300)
+    assert (late.low, late.mean, late.high) == pytest.approx((2 * a.low + 7, 2 * a.mean + 7, 2 * a.high + 7))
+    apart = time_to_target([(MARKS, one[1] * (1 + k)) for k in (-0.3, 0.0, 0.3)], 0.5, resamples=300)
+    assert apart.high - apart.low > 1.2 * (b.high - b.low)
+    holed = one[1].copy()
+    holed[3, 5] = nan
+    assert time_to_target([(MARKS, holed)], 0.5, resamples=20).dropped == 1
+
+
+def test_the_area_is_the_trapezoids():
+    (at, scores), tags = curves(rng(), 1, 60)[0], [0] * 20 + [1] * 40
+    each = np.trapezoid(scores, at, axis=1) / 100
+    assert numbers(area([(at, scores)], 100)) == pytest.approx(numbers(mean_ci(each)), nan_ok=True)
+    assert area([(at, scores)], 100, strata=tags).mean == pytest.approx(mean_ci(each, strata=tags).mean)
+    more = curves(rng(1), 3, 60, 0.2)
+    areas = [np.trapezoid(y, x, axis=1) / 100 for x, y in more]
+    assert numbers(area(more, 100)) == pytest.approx(numbers(two_level(areas)), nan_ok=True)
+    # cut off at the budget, and held up to it
+    half = np.trapezoid(scores[:, :6].mean(0), at[:6]) / 50
+    assert area([(at, scores)], 50).mean == pytest.approx(half)
+    assert area([(at, scores)], 200).mean == pytest.approx((each.mean() * 100 + scores[:, -1].mean() * 100) / 200)
+    assert area([([0.0, 4.0], [[0.3, 0.3]] * 5)], 9).mean == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("curve", [([0, 1], [[1.0]]), ([1, 0], [[1.0, 2.0]]), ([], [[]]), ([0, nan], [[1.0, 1.0]])])
+def test_what_is_no_curve_is_refused(curve: tuple[list[float], list[list[float]]]):
+    for summary in (area, time_to_target):
+        with pytest.raises(UserError):
+            summary([curve], 1)
+    with pytest.raises(UserError, match="budget"):
+        area([(MARKS, TRUE)], 0)
+    with pytest.raises(UserError, match="same prompts"):
+        time_to_target([(MARKS, [TRUE]), (MARKS, [TRUE, TRUE])], 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds,spread", [(1, 0.0), (3, 0.05)])
+def test_time_and_area_cover_at_their_level(seeds: int, spread: float):
+    when, much = first_for_good(TRUE, 0.6), float(np.trapezoid(TRUE, MARKS)) / 100
+    hits = np.zeros(2)
+    for i in range(1000):
+        made = curves(rng(i + 10**6), seeds, 100, spread)
+        t, a = time_to_target(made, 0.6, resamples=1000, seed=i), area(made, 100, resamples=1000, seed=i)
+        hits += (t.low <= when <= t.high, a.low <= much <= a.high)
+    assert (hits / 1000 >= 0.93).all() and (hits / 1000 <= 0.98).all()
+
+
+# Across tasks
+
+
+def test_iqm_is_the_trimmed_mean():
+    scores = rng().random((5, 6))
+    e = iqm(scores)
+    flat = np.sort(scores.ravel())
+    assert e.mean == pytest.approx(flat[7:-7].mean()) and e.low < e.mean < e.high and e.n == 5
+    spoiled = scores.copy()
+    spoiled[0, 0] = 1e6  # one outlier does not move it far
+    assert iqm(spoiled).mean < 1 and math.isnan(iqm(scores[:1]).low)
+    with pytest.raises(UserError):
+        iqm([[nan, 1.0]])
+
+
+def test_iqm_has_the_interval_of_the_plain_loop():
+    x, r, boot = rng().normal(size=(8, 3)), rng(5), []
+    for _ in range(800):
+        flat = np.sort(np.concatenate([x[r.integers(0, 8, 8), k] for k in range(3)]))
+        boot.append(flat[6:-6].mean())
+    e = iqm(x)
+    assert (e.low, e.high) == pytest.approx(tuple(np.quantile(boot, expanded(24, 3))), abs=0.08)
+    same = iqm(x, drawn=np.broadcast_to(x, (10_000, 8, 3)))  # prompts that do not matter change nothing
+    assert (same.low, same.high) == (e.low, e.high)
+
+
+def expanded(n: int, k: int) -> list[float]:
+    """Where the expanded percentile interval of n values in k strata ends."""
+    tail = float(scipy.stats.norm.cdf(-math.sqrt(n / (n - k)) * scipy.stats.t.ppf(0.975, n - k)))
+    return [tail, 1 - tail]
+
+
+def test_redrawn_means_are_those_of_the_bootstrap():
+    x = rng().normal(size=(30, 4))
+    x[3, 1] = nan
+    strata = ["a"] * 10 + ["b"] * 20
+    again = redrawn(x, 4000, strata=strata)
+    whole = np.delete(x, 3, 0)
+    center = (whole[:9].mean(0) + whole[9:].mean(0)) / 2
+    se = np.sqrt(whole[:9].var(0) / 9 + whole[9:].var(0) / 20) / 2
+    assert again.shape == (4000, 4) and again.mean(0) == pytest.approx(center, abs=0.01)
+    assert again.std(0) == pytest.approx(se, rel=0.05)
+    assert (
+        redrawn(np.stack([x[:, 0]] * 2, 1), 50).T.tolist()[0] == redrawn(np.stack([x[:, 0]] * 2, 1), 50).T.tolist()[1]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("runs", "least"), [(3, 0.88), (5, 0.93)])
+def test_prompts_and_runs_are_both_in_the_interval(runs: int, least: float) -> None:
+    """Two tasks of fifty prompts, runs and prompts both random: what the interval of the IQM covers."""
+    truth, hits = 0.0, 0
+    for i in range(500):
+        r = rng(i)
+        scores = r.normal(0, 0.1, (runs, 1, 2)) + r.normal(0, 0.5, (1, 50, 2)) + r.normal(0, 0.2, (runs, 50, 2))
+        drawn = np.stack([redrawn(scores[:, :, k].T, 1000, seed=i) for k in range(2)], axis=2)
+        e = iqm(scores.mean(1), seed=i, drawn=drawn)
+        hits += e.low <= truth <= e.high
+    assert hits / 500 >= least
+
+
+@pytest.mark.slow
+def test_iqm_and_improvement_cover_with_twenty_runs():
+    hits = np.zeros(2)
+    for i in range(1000):
+        x, y = rng(i + 10**6).normal(size=(2, 20, 4))
+        a, b = iqm(x, resamples=1000, seed=i), probability_of_improvement(x, y, resamples=1000, seed=i)
+        hits += (a.low <= 0 <= a.high, b.low <= 0.5 <= b.high)
+    assert (hits / 1000 >= 0.93).all() and (hits / 1000 <= 0.975).all()
+
+
+def test_probability_of_improvement_is_mann_whitney():
+    x, y = rng().normal(0.7, 1, (6, 3)), rng(1).normal(0, 1, (5, 3))
+    u = np.mean([scipy.stats.mannwhitneyu(x[:, k], y[:, k]).statistic / 30 for k in range(3)])
+    e = probability_of_improvement(x, y)
+    assert e.mean == pytest.approx(u) and e.low < u < e.high
+    assert probability_of_improvement(x, x).mean == 0.5
+    assert probability_of_improvement(y, x).mean == pytest.approx(1 - u)
+    # the interval is that of the plain loop
+    r, boot = rng(5), []
+    for _ in range(800):
+        pick = [(x[r.integers(0, 6, 6), k], y[r.integers(0, 5, 5), k]) for k in range(3)]
+        boot.append(np.mean([(a[:, None] > b).mean() for a, b in pick]))
+    assert (e.low, e.high) == pytest.approx(tuple(np.quantile(boot, expanded(15, 3))), abs=0.04)
+    still = np.broadcast_to(x, (10_000, 6, 3)), np.broadcast_to(y, (10_000, 5, 3))
+    assert (same := probability_of_improvement(x, y, drawn=still)).low == pytest.approx(e.low) and same.mean == e.mean
+    with pytest.raises(UserError, match="same tasks"):
+        probability_of_improvement(x, y[:, :2])
+
+
+def test_the_profile_is_the_share_above():
+    x, above = rng().random((7, 3)), [0.2, 0.5, 0.9, 2.0]
+    es = profile(x, above)
+    assert [e.mean for e in es] == pytest.approx([float((x > t).mean()) for t in above])
+    assert all(e.low <= e.mean <= e.high and e.n == 7 for e in es) and es[-1].high == 0
+    assert [e.mean for e in es] == sorted((e.mean for e in es), reverse=True)
+    se = math.sqrt(sum((x[:, k] > 0.5).var(ddof=1) / 7 for k in range(3))) / 3
+    assert es[1].se == pytest.approx(se)
+    assert all(math.isnan(e.low) for e in profile(x[:1], above))
+    with pytest.raises(UserError):
+        profile([[nan]], above)
+
+
+def test_the_profile_has_the_interval_of_the_plain_loop():
+    x, r, boot = rng().normal(size=(12, 3)), rng(5), []
+    for _ in range(800):
+        boot.append(np.mean([(x[r.integers(0, 12, 12), k] > 0.1).mean() for k in range(3)]))
+    e = profile(x, [0.1])[0]
+    assert (e.low, e.high) == pytest.approx(tuple(np.quantile(boot, [0.022, 0.978])), abs=0.04)
+
+
+@pytest.mark.slow
+def test_the_profile_covers_at_its_level():
+    hits, truth = 0, float(scipy.stats.norm.sf(0.3))
+    for i in range(1000):
+        e = profile(rng(i + 10**6).normal(size=(10, 4)), [0.3], resamples=1000, seed=i)[0]
+        hits += e.low <= truth <= e.high
+    assert 0.93 <= hits / 1000 <= 0.97
+
+
+def test_an_estimate_is_plain_numbers():
+    e = paired(rng().random(9), rng(1).random(9))
+    assert isinstance(e, Estimate) and all(type(v) in (float, int) for v in vars(e).values())
+    for other in (two_level([rng().random(9)] * 2), iqm(rng().random((3, 2))), mcnemar([0, 1, 1.0], [1, 1, 0.0])):
+        assert all(type(v) in (float, int, type(None)) for v in vars(other).values())
+
+
+@pytest.mark.parametrize("seeds", [(3, 1), (1, 3), (5, 1)])
+def test_a_side_of_one_seed_borrows_the_spread_of_the_other(seeds: tuple[int, int]) -> None:
+    """400 nulls whose seeds differ: without the loan 10 to 19 % are told from nothing, with it no more than 5 % and chance."""
+    rng = np.random.default_rng(3)
+    told = {True: 0, False: 0}
+    for _ in range(400):
+        base = rng.normal(0, 0.3, 100)
+        ours, theirs = ([base + rng.normal(0, 0.02) + rng.normal(0, 0.05, 100) for _ in range(n)] for n in seeds)
+        for lend in told:
+            (one,) = crossed([Contrast(ours, theirs, test=True, lend=lend)], resamples=400)
+            assert one.p is not None
+            told[lend] += one.p < 0.05
+    assert told[True] <= 31 < told[False]  # 31 of 400: 1 % of experiments show more, if it is 5 %
+
+
+def test_a_change_of_every_prompt_by_the_same_is_no_certainty() -> None:
+    (two,) = crossed([Contrast([np.full(5, 0.1), np.full(5, 0.1)], test=True)])
+    assert two.p == pytest.approx(2 / 2**5)
+    (none,) = crossed([Contrast([np.full(5, 0.1)] * 3, [np.full(5, 0.1)], test=True)])
+    assert (none.mean, none.p) == (0, 1)

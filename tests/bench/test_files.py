@@ -1,0 +1,64 @@
+"""A file is there whole or not there at all, also when the disk is full half-way."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpobench.bench.files import digest, write_atomically
+
+
+def test_the_digest_is_sha256(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"words" * 100_000)
+    assert digest(file) == hashlib.sha256(b"words" * 100_000).hexdigest()
+
+
+def test_two_may_write_one_file(tmp_path: Path) -> None:
+    """Two processes: the same file, never the same temporary one."""
+    code = """
+import sys
+from pathlib import Path
+from gpobench.bench.files import write_atomically
+for i in range(300):
+    write_atomically(Path(sys.argv[1]), lambda path: path.write_text(sys.argv[2] * 1000))
+"""
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "file"), name]) for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    assert (tmp_path / "file").read_text() in ("a" * 1000, "b" * 1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("old")
+    seen: list[str] = []
+
+    def write(path: Path) -> None:
+        path.write_text("new, half")
+        seen.append(file.read_text())  # nobody sees a half-written one
+        path.write_text("new")
+
+    write_atomically(file, write)
+    assert seen == ["old"] and file.read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("old", ["old", None])
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path, old: str | None) -> None:
+    file = tmp_path / "file"
+    if old:
+        file.write_text(old)
+
+    def write(path: Path) -> None:
+        path.write_text("new, ha")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(file, write)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ([old] if old else [])

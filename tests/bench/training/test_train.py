@@ -1,0 +1,249 @@
+"""The one loop: it stops for a reason, keeps the last whole update, and does not care how a batch is split."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from gpobench.bench.budget import Budget, Meter
+from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.models.open import open_model
+from gpobench.bench.registry import scorer
+from gpobench.bench.spec import Optim, Prompt, Starts
+from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.train import PATIENCE, _fit, optimiser, train  # pyright: ignore[reportPrivateUsage]
+from gpobench.methods.gpo import GPO
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """Pull the velocity to zero: the plainest method there is, with ways to go wrong."""
+
+    optim: Optim = field(default_factory=lambda: Optim(minibatches=2))
+    rows: int = 4
+    scale: float = 1.0
+    ratio: float = 1.0
+
+    def collect(self, rig: Rig) -> Starts:
+        return Starts(rig.noise(max(1, self.rows))[: self.rows], rig.prompts(5).repeat(9)[: self.rows])
+
+    def loss(self, rig: Rig, batch: Starts) -> Tensor:
+        rig.note("policy/ratio", self.ratio)
+        v = rig.velocity(batch.noise, rig.uniform(len(batch.who)), batch.who)
+        return self.scale * v.square().mean()
+
+
+@pytest.fixture
+def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
+    made: list[Rig] = []
+
+    def build(**bounds: float) -> Rig:
+        model = open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
+        book = [Prompt(p) for p in ("a red circle", "two blue squares", "a sign", "a card", "a photo")]
+        made.append(Rig(model, book, scorer(f"{redness}:Redness"), Meter(Budget(**bounds)), rows=8))
+        return made[-1]
+
+    yield build
+    for rig in made:
+        rig.close()
+
+
+def go(method: Any, rig: Rig, **more: Any) -> tuple[str, list[dict[str, float]]]:
+    seen: list[dict[str, float]] = []
+    why = train(method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(), after=seen.append, **more)
+    return why, seen
+
+
+Make = Callable[..., Rig]
+
+
+def test_it_stops_at_the_bound_and_says_which(make: Make) -> None:
+    rig = make(updates=5)
+    why, seen = go(Shrink(), rig)
+    assert why == "budget: updates" and rig.meter.updates == 5
+    assert len(seen) == rig.iteration == 2  # the third iteration ended in its middle
+    assert seen[0].keys() >= {"policy/loss", "policy/grad_norm", "batch/rows"}
+
+
+def test_an_update_that_cannot_be_paid_is_not_made(make: Make) -> None:
+    """With 18 evaluations, three a row: two updates of two rows, then two rows, and no third update is begun."""
+    rig = make(nfe=6 * 3 - 1)
+    why, _ = go(Shrink(optim=Optim(minibatches=2, micro=1)), rig)
+    assert why == "budget: nfe" and rig.meter.updates == 2 and rig.meter.nfe == 15
+    weights = [p.detach().clone() for p in rig.model.parameters()]
+    other = make(updates=2)
+    go(Shrink(optim=Optim(minibatches=2, micro=1)), other)
+    assert all(torch.equal(a, b) for a, b in zip(weights, other.model.parameters(), strict=True))
+    assert all(p.grad is None for p in rig.model.parameters())
+
+
+def test_the_clock_runs_in_training_only(make: Make) -> None:
+    rig = make(updates=4)
+    ran: list[bool] = []
+    train(
+        Shrink(), rig, optimiser(Shrink(), rig), backward=lambda loss: loss.backward(),
+        after=lambda numbers: ran.append(rig.meter._since is None),  # pyright: ignore[reportPrivateUsage]
+    )  # fmt: skip
+    assert ran == [True, True] and rig.meter.seconds > 0
+    stood = rig.meter.seconds
+    assert rig.meter.seconds == stood
+
+
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [
+        (Shrink(scale=math.nan), "the loss is nan"),
+        (Shrink(scale=math.inf), "the loss is inf"),
+        (Shrink(ratio=1000.0), "exploded: the policy ratio is 1e+03"),
+        (Shrink(ratio=1e-4), "exploded: the policy ratio is 0.0001"),
+        (Shrink(rows=0), f"collapsed: the rewards of every group were equal for {PATIENCE} iterations"),
+    ],
+)
+def test_a_run_gone_wrong_says_how(make: Make, method: Shrink, why: str) -> None:
+    rig = make(updates=100)
+    said, _ = go(method, rig)
+    assert said.startswith(why)
+    assert all(bool(p.isfinite().all()) for p in rig.model.parameters())
+    assert rig.meter.updates <= 1
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(make: Make) -> None:
+    rig = make(updates=100)
+    before = [p.detach().clone() for p in rig.model.parameters()]
+
+    def backward(loss: Tensor) -> None:
+        (loss * math.inf).backward()
+
+    why = train(Shrink(), rig, optimiser(Shrink(), rig), backward=backward, after=lambda numbers: None)
+    assert why.startswith("the gradient's norm is") and rig.meter.updates == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, rig.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("factor", [2.0**16, 2.0**127])
+def test_scaled_losses_make_the_same_updates(make: Make, factor: float) -> None:
+    """A power of two rounds nothing; where it makes gradients overflow, the update is skipped and the factor halved until they do not."""
+    method = Shrink(optim=Optim(minibatches=1, lr=1e-2), scale=2.0**8)
+
+    def once(scaler: GradScaler | None) -> tuple[list[Tensor], list[float]]:
+        rig = make(nfe=1e9)
+        numbers: list[dict[str, float]] = []
+        why = train(
+            method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(), scaler=scaler,
+            after=numbers.append, interrupted=lambda: rig.meter.updates >= 1,
+        )  # fmt: skip
+        assert why == "interrupted"
+        return list(rig.model.parameters()), [n["policy/skipped"] for n in numbers if "policy/skipped" in n]
+
+    scaler = GradScaler("cpu", init_scale=factor)
+    after, skipped = once(scaler)
+    assert skipped[-1] == 0 and all(skipped[:-1]) and scaler.get_scale() == factor / 2 ** (len(skipped) - 1)
+    if factor > 2.0**100:
+        assert len(skipped) > 1
+        return  # later iterations draw other rows
+    plain, never = once(None)
+    assert not never and all(torch.equal(a, b) for a, b in zip(after, plain, strict=True))
+
+
+def test_a_gradient_that_is_never_finite_ends_a_scaled_run(make: Make) -> None:
+    rig = make(updates=100)
+
+    def backward(loss: Tensor) -> None:
+        (loss * math.inf).backward()
+
+    scaler = GradScaler("cpu", init_scale=8.0)
+    why = train(Shrink(), rig, optimiser(Shrink(), rig), backward=backward, scaler=scaler, after=lambda numbers: None)
+    assert why.startswith("the gradient's norm is") and rig.meter.updates == 0 and scaler.get_scale() == 1
+
+
+def test_a_few_barren_iterations_are_forgiven(make: Make) -> None:
+    @dataclass(frozen=True)
+    class Moody(Shrink):
+        def collect(self, rig: Rig) -> Starts:
+            barren = rig.iteration % PATIENCE != 0
+            return super().collect(rig) if not barren else Starts(rig.noise(1)[:0], torch.zeros(0, dtype=torch.long))
+
+    rig = make(updates=6)
+    assert go(Moody(), rig)[0] == "budget: updates" and rig.iteration == 3 * PATIENCE
+
+
+def test_asked_to_stop_it_ends_a_whole_iteration(make: Make) -> None:
+    rig = make(updates=100)
+    why, seen = go(Shrink(), rig, interrupted=lambda: rig.iteration == 3)
+    assert why == "interrupted" and len(seen) == 3 and rig.meter.updates == 6
+
+
+@pytest.mark.parametrize("link", ["logsigmoid", "pairwise", "linear"])
+def test_splitting_a_minibatch_changes_neither_loss_nor_gradient(make: Make, link: Any) -> None:
+    def fit(micro: int) -> tuple[list[Tensor], float, int]:
+        rig = make(nfe=1e9)
+        o = Optim(lr=1.0, weight_decay=0, clip=1e9, minibatches=1, micro=micro)
+        method = GPO(optim=o, prompts=5, group=4, beta=10.0, link=link, kl=0.1)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in rig.model.parameters():  # away from the reference, where the sigmoid is not flat
+                p.add_(0.02 * torch.randn(p.shape, generator=generator))
+        before = [p.detach().clone() for p in rig.model.parameters()]
+        batch = method.collect(rig)
+        steepest = torch.optim.SGD(rig.model.parameters(), lr=1.0)  # one step is minus the gradient
+        _fit(method, rig, steepest, batch, len(batch.who), lambda loss: loss.backward(), GradScaler(enabled=False))
+        moved = [a - b.detach() for a, b in zip(before, rig.model.parameters(), strict=True)]
+        return moved, rig.meter.updates, rig.meter.nfe
+
+    (whole, updates, nfe), *parts = (fit(micro) for micro in (0, 1, 2))
+    assert max(float(g.abs().max()) for g in whole) > 1e-4 and updates == 1
+    for moved, u, n in parts:
+        assert (u, n) == (updates, nfe)
+        for a, b in zip(moved, whole, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_epochs_and_minibatches_make_the_updates(make: Make) -> None:
+    rig = make(nfe=1e9)
+    method = Shrink(optim=Optim(epochs=3, minibatches=2), rows=5)
+    train(
+        method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(),
+        after=lambda numbers: None, interrupted=lambda: True,
+    )  # fmt: skip
+    assert rig.meter.updates == 6 and rig.meter.nfe == 3 * 5 * 3
+
+
+def test_the_rate_warms_up(make: Make) -> None:
+    rig, rates = make(updates=6), []
+    method = Shrink(optim=Optim(lr=1e-3, warmup=4, minibatches=1))
+    adam = optimiser(method, rig)
+    train(
+        method, rig, adam, backward=lambda loss: loss.backward(),
+        after=lambda numbers: rates.append(adam.param_groups[0]["lr"]),
+    )  # fmt: skip
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_the_average_follows_the_updates(make: Make) -> None:
+    rig = make(updates=2)
+    go(replace(Shrink(), optim=Optim(ema=0.75, minibatches=2, lr=1e-2)), rig)
+    assert rig.model.weights.copies == ["ema"]
+    state = rig.model.weights.state()
+    gaps = [float((state[f"live/{k[4:]}"] - v).abs().max()) for k, v in state.items() if k.startswith("ema/")]
+    assert 0 < max(gaps) < 0.01
+
+
+def test_the_gradient_is_clipped(make: Make) -> None:
+    rig = make(updates=1)
+    method = Shrink(optim=Optim(clip=1e-3, minibatches=1), scale=1e3)
+    norms: list[float] = []
+
+    def step(*args: Any) -> None:
+        norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in rig.model.parameters() if p.grad is not None)))
+
+    adam = optimiser(method, rig)
+    adam.register_step_pre_hook(step)
+    train(method, rig, adam, backward=lambda loss: loss.backward(), after=lambda numbers: None)
+    assert norms and norms[0] == pytest.approx(1e-3, rel=1e-3)

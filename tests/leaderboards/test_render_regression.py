@@ -1,0 +1,60 @@
+"""Whatever the dress, nothing that is not the same is left out, and the counts are those of the findings."""
+
+from __future__ import annotations
+
+import json
+from xml.etree import ElementTree as Xml
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpobench.bench.stats.intervals import Estimate, Verdict
+from gpobench.leaderboards.regress import Finding, Report
+from gpobench.leaderboards.render_regression import MANY, as_json, headline, junit, markdown, terminal
+
+VERDICTS: tuple[Verdict, ...] = ("same", "better", "worse", "cannot tell")
+
+
+def report(found: list[Verdict]) -> Report:
+    number = Estimate(0.5, 0.4, 0.6, 40)
+    findings = [
+        Finding(f"row{k}", "engine/exact", v, number, 0.5, Estimate(0.0, -0.1, 0.1, 40), 0.3, 0.05, (2, 2), False)
+        for k, v in enumerate(found)
+    ]
+    return Report("mine.toml", "toy on tiny", tuple(findings), (("lost", "engine/soft"),), ())
+
+
+@given(st.lists(st.sampled_from(VERDICTS), min_size=1, max_size=3 * MANY))
+def test_every_dress_tells_what_is_not_the_same(found: list[Verdict]) -> None:
+    told = report(found)
+    shown = [line.split() for line in terminal(told).splitlines()]
+    rows = {word for words in shown for word in words}
+    for k, verdict in enumerate(found):
+        assert verdict == "same" or f"row{k}" in rows
+        assert f"| row{k} |" in markdown(told)
+    same = found.count("same")
+    if len(found) <= MANY:
+        assert all(f"row{k}" in rows for k in range(len(found)))
+    elif same:
+        assert f"same: {same} " in terminal(told)
+    assert terminal(told).endswith(f"{headline(told)}\n") and "lost engine/soft" in terminal(told)
+    root = Xml.fromstring(junit([told]))
+    assert int(root.attrib["tests"]) == len(found) + 1 and int(root.attrib["failures"]) == found.count("worse")
+    assert int(root.attrib["errors"]) == found.count("cannot tell") + 1
+    plain = json.loads(as_json([told], told.code()))
+    assert [f["verdict"] for f in plain["findings"]] == found and plain["counts"]["same"] == same
+
+
+def test_a_terminal_of_eighty_columns_holds_the_table() -> None:
+    number, change = Estimate(0.123, 0.1, 0.2, 40), Estimate(-0.102, -0.15, -0.05, 40)
+    rows = [("worse", "flow-grpo:fast", 0.05), ("cannot tell", "diffusion-dpo", 0.05), ("same", "base", 0.08)]
+    found = tuple(
+        Finding(row, "geneval-palette/correct", verdict, number, 0.5, change, 0.3, margin, (3, 3), False)
+        for verdict, row, margin in rows
+    )
+    lines = terminal(Report("mine.toml", "counting on tiny", found, (), ())).splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    # A margin of its own is a block of its own; the worst stands first.
+    blocks = [line for line in lines if line.startswith("geneval-palette/correct, margin")]
+    assert blocks == ["geneval-palette/correct, margin 0.05", "geneval-palette/correct, margin 0.08"]
+    assert [lines.index(line) for line in lines if line.split()[:1] in (["worse"], ["same"])] == [4, 7]
