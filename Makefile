@@ -8,10 +8,10 @@ QUIET := OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 HF_HUB_OFFLINE=1
 
 # What leaderboards/tiny.toml and leaderboards/short.toml report, and how far from a number is still the same.
 FULL := --methods gpo,diffusion-nft,awm,diffusion-dpo,dgpo,flow-grpo,grpo-guard,mix-grpo,rwr --task ocr,counting \
-    --model tiny --seeds 3 --budget nfe=30000 --set judging.marks=4
+    --model tiny --seeds 3 --budget nfe=30000 --set evaluation.eval_points=4
 SHORT := --methods gpo,diffusion-dpo --no-baselines --task ocr --model tiny --seeds 2 --budget nfe=8000 \
     --set optim.lr=3e-4 --set optim.warmup=0 --set optim.ema=0 \
-    --set judging.split=validation --set judging.validation_images=2 --set judging.marks=1
+    --set evaluation.split=validation --set evaluation.validation_images=2 --set evaluation.eval_points=1
 MARGINS := --margin .08 --margin rapidocr/soft=.04 --margin reader/soft=.04
 
 .PHONY: run test regress slow bench board clean help

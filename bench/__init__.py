@@ -11,21 +11,21 @@ if TYPE_CHECKING:
     from .errors import Missing, UserError
     from .spec import (
         Choice,
-        Even,
+        EvaluationSettings,
         Groups,
-        Judging,
-        Log,
+        InitialNoise,
+        LogUniform,
         Method,
         Model,
-        Moves,
         Optim,
         Pairs,
         Prompt,
         Scorer,
         Scores,
         Search,
-        Starts,
         Task,
+        Transitions,
+        Uniform,
     )
     from .training.rig import Rig
 
@@ -37,7 +37,8 @@ _HOME = {
     "UserError": "errors",
     "Rig": "training.rig",
     **dict.fromkeys(
-        "Choice Even Groups Judging Log Method Model Moves Optim Pairs Prompt Scorer Scores Search Starts Task".split(),
+        "Choice EvaluationSettings Groups InitialNoise LogUniform Method Model Optim Pairs Prompt Scorer Scores Search Task "
+        "Transitions Uniform".split(),
         "spec",
     ),
 }
@@ -45,15 +46,15 @@ _HOME = {
 __all__ = [
     "Budget",
     "Choice",
-    "Even",
+    "Uniform",
     "Groups",
-    "Judging",
-    "Log",
+    "EvaluationSettings",
+    "LogUniform",
     "Meter",
     "Method",
     "Missing",
     "Model",
-    "Moves",
+    "Transitions",
     "Optim",
     "Pairs",
     "Prompt",
@@ -62,7 +63,7 @@ __all__ = [
     "Scores",
     "Search",
     "Spent",
-    "Starts",
+    "InitialNoise",
     "Task",
     "UserError",
 ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from .process_group import Crew
+    from .process_group import ProcessGroup
 
 CURRENCIES = ("nfe", "images", "reward_calls", "updates", "seconds", "flops")
 
@@ -93,10 +93,10 @@ class Meter:
     def seconds(self) -> float:
         return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
 
-    def agree(self, crew: Crew) -> None:
+    def agree(self, processes: ProcessGroup) -> None:
         """Take over the first process's clock. Between two calls seconds bind none of several: all would have to stop at once."""
-        if crew.size > 1:
-            self._before, self._together = crew.lead(lambda: self.seconds), True
+        if processes.size > 1:
+            self._before, self._together = processes.from_main(lambda: self.seconds), True
 
     def start(self) -> None:
         """Let the clock of training run."""

@@ -29,7 +29,7 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelSpec:
     """All that a name stands for, without loading it. The defaults are the protocol of Flow-GRPO and its kin:
     512 px, 40 steps, guidance 4.5, T5 cut to 128 tokens, LoRA of rank 32 on the attention (arXiv 2505.05470, App. B)."""
 
@@ -83,7 +83,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 
 
-def find(reference: str) -> Card:
+def find_model_spec(reference: str) -> ModelSpec:
     """The card behind a name, or behind a local folder in diffusers format.
 
     A folder gets the protocol of its pipeline's class; one that `gpobench pretrain` wrote states its own in recipe.json.
@@ -91,10 +91,10 @@ def find(reference: str) -> Card:
     """
     folder = Path(reference)
     if reference in registry.entries("model") or not folder.is_dir():  # a folder that is called like a model: ./tiny
-        card = registry.load("model", reference)
-        if not isinstance(card, Card):
-            raise UserError(f"model {reference!r} is not a gpobench.bench.model_spec.Card")
-        return card
+        model_spec = registry.load("model", reference)
+        if not isinstance(model_spec, ModelSpec):
+            raise UserError(f"model {reference!r} is not a gpobench.bench.model_spec.ModelSpec")
+        return model_spec
     index, recipe = folder / "model_index.json", folder / "recipe.json"
     if not index.is_file():
         raise UserError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
@@ -102,7 +102,7 @@ def find(reference: str) -> Card:
         facts = json.loads(recipe.read_text("utf-8")) if recipe.is_file() else {}
         pipeline = str(dict(json.loads(index.read_text("utf-8"))).get("_class_name", ""))
         protocol = _protocol(pipeline, facts)
-        return Card(name=folder.resolve().name, source=str(folder), pipeline=pipeline, **protocol)
+        return ModelSpec(name=folder.resolve().name, source=str(folder), pipeline=pipeline, **protocol)
     except KeyError as missing:
         raise UserError(f"{recipe} does not say {missing}") from None
     except (OSError, ValueError, TypeError) as error:

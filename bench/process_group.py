@@ -21,28 +21,28 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Crew:
+class ProcessGroup:
     """Process `rank` of `size`. Alone, every method does nothing."""
 
     rank: int = 0
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """The one that speaks and writes."""
         return self.rank == 0
 
-    def mine(self, part: int) -> bool:
+    def owns(self, part: int) -> bool:
         """Is this part of the work this process's?"""
         return part % self.size == self.rank
 
-    def share(self, parts: Sequence[Tensor]) -> None:
+    def broadcast_parts(self, parts: Sequence[Tensor]) -> None:
         """Fill in, in place, the parts that others computed; part k is the (k modulo size)-th process's."""
         if self.size > 1:
             for k, part in enumerate(parts):
                 torch.distributed.broadcast(part, src=k % self.size)
 
-    def exchange(self, parts: Sequence[T | None]) -> list[T]:
+    def exchange_objects(self, parts: Sequence[T | None]) -> list[T]:
         """The same for any small object; what this process has at the place of another's part does not matter."""
         found: list[T] = []
         for k, part in enumerate(parts):
@@ -61,15 +61,15 @@ class Crew:
         torch.distributed.all_gather_object(all_, mine)
         return [one for one in all_ if one is not None]
 
-    def lead(self, say: Callable[[], T]) -> T:
+    def from_main(self, say: Callable[[], T]) -> T:
         """What the first process says."""
-        return self.exchange([say() if self.leads else None])[0]
+        return self.exchange_objects([say() if self.is_main else None])[0]
 
     def any(self, flag: bool) -> bool:
         """Does it hold for one of them?"""
         return any(self.gather(flag))
 
-    def add_up(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum the gradients over the processes; where one has none, it counts as zero."""
         if self.size == 1:
             return

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 
-class View(Protocol):
+class Progress(Protocol):
     """Where progress goes; never stdout, which belongs to the result."""
 
     def say(self, text: str) -> None:
@@ -26,7 +26,7 @@ class View(Protocol):
         ...
 
 
-class Silent:
+class NullProgress:
     """Shows nothing."""
 
     def say(self, text: str) -> None: ...

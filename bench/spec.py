@@ -63,7 +63,7 @@ class Model(Protocol):
     def encode(self, prompts: Sequence[str]) -> Cond: ...
 
     def velocity(
-        self, x: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, by: str = "live", detach: bool = False
+        self, x: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy", detach: bool = False
     ) -> Tensor:
         """(B, C, h, w), (B,) -> (B, C, h, w) float32; guidance other than 1 costs a second evaluation.
 
@@ -81,12 +81,12 @@ class Model(Protocol):
 
     def parameters(self) -> list[torch.nn.Parameter]: ...
 
-    def blend(self, name: str, decay: float) -> None:
+    def update_copy(self, name: str, decay: float) -> None:
         """Copy `name` <- decay * `name` + (1 - decay) * live; the copy is made on the first call."""
         ...
 
 
-def counted(model: Model) -> float:
+def counted_guidance(model: Model) -> float:
     """The protocol's guidance as `Method.cost` counts it: 1, no second evaluation, where it is an input of the network."""
     return model.guidance if model.guided_cost > 1 else 1.0
 
@@ -110,7 +110,7 @@ class Scorer(Protocol):
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores: ...
 
 
-def agree(images: Images, prompts: Sequence[Prompt]) -> None:
+def check_images(images: Images, prompts: Sequence[Prompt]) -> None:
     """ValueError where images are not (B, H, W, 3) uint8 or their number is not the prompts'."""
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(
@@ -142,13 +142,13 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Judging:
+class EvaluationSettings:
     """How a task is judged: on which prompts, with how many images a prompt, and the seed of the evaluation noise."""
 
     test_images: int = 2
     validation_images: int = 1  # where validation prompts judge the result
     curve_images: int = 1  # at every mark of the budget, on validation prompts
-    marks: int = 10  # looks at the validation prompts in the course of a budget, beside the one before it
+    eval_points: int = 10  # evaluations on validation prompts in the course of a budget, beside the one before it
     seed: int = 20_260_101
     split: Literal["test", "validation"] = "test"  # what the result is judged on; settings are chosen on validation
 
@@ -158,8 +158,8 @@ class Judging:
                 f"judging: at least one image a prompt, got {self.test_images}, {self.validation_images} "
                 f"and {self.curve_images}"
             )
-        if self.marks < 1:
-            raise UserError(f"judging: the curve needs at least one mark, got {self.marks}")
+        if self.eval_points < 1:
+            raise UserError(f"judging: the curve needs at least one mark, got {self.eval_points}")
 
 
 class Task(Protocol):
@@ -172,18 +172,18 @@ class Task(Protocol):
     def reward(self, domain: str) -> str: ...
     def scorers(self, domain: str) -> Sequence[str]: ...
     def held_out(self, domain: str) -> Sequence[str]: ...
-    def judging(self, domain: str) -> Judging: ...
+    def evaluation(self, domain: str) -> EvaluationSettings: ...
 
 
 @runtime_checkable
-class Columned(Protocol):
+class SupportsColumns(Protocol):
     """A task with further columns."""
 
     def columns(self, domain: str) -> Columns: ...
 
 
 @runtime_checkable
-class Reads(Protocol):
+class SupportsOwnPrompts(Protocol):
     """A task that understands prompts of a person's own (`--prompts FILE`)."""
 
     def read(self, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:
@@ -192,7 +192,7 @@ class Reads(Protocol):
 
 
 @runtime_checkable
-class Summarised(Protocol):
+class SupportsSummary(Protocol):
     """A task whose publication aggregates in its own way."""
 
     def summary(self, table: pd.DataFrame) -> Mapping[str, float]:
@@ -226,7 +226,7 @@ class Optim:
 
 
 @dataclass(frozen=True)
-class Log:
+class LogUniform:
     """A number whose logarithm is uniform in [low, high]: learning rates, betas, clips."""
 
     low: float
@@ -234,7 +234,7 @@ class Log:
 
 
 @dataclass(frozen=True)
-class Even:
+class Uniform:
     """A number that is uniform in [low, high]."""
 
     low: float
@@ -248,7 +248,7 @@ class Choice:
     options: tuple[Any, ...]
 
 
-Range = Log | Even | Choice
+Range = LogUniform | Uniform | Choice
 
 
 class Method(Protocol):
@@ -273,7 +273,7 @@ class Method(Protocol):
 
 
 @runtime_checkable
-class Wide(Protocol):
+class SupportsLatentCount(Protocol):
     """A method whose rows need several latents in the network at once; a quote of the memory must know it."""
 
     @property
@@ -286,7 +286,7 @@ class Wide(Protocol):
 class Search(Protocol):
     """A method without training: it spends the budget on drawing better images at inference."""
 
-    def answer(self, rig: Rig, noise: Tensor, who: Tensor, images: int) -> Tensor:
+    def answer(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
         """(B, C, h, w): latents for prompts who (B,), from this noise (B, C, h, w) and any more it draws.
 
         images: how many will be asked for in all, so that the budget can be shared out.
@@ -302,7 +302,7 @@ class Groups:
     """P prompts with G images each."""
 
     x0: Tensor  # (P, G, C, h, w)
-    who: Tensor  # (P,) which prompt
+    prompt_ids: Tensor  # (P,) which prompt
     reward: Tensor  # (P, G); NaN where the image could not be scored
 
 
@@ -312,11 +312,11 @@ class Pairs:
 
     win: Tensor  # (P, C, h, w)
     lose: Tensor  # (P, C, h, w)
-    who: Tensor  # (P,)
+    prompt_ids: Tensor  # (P,)
 
 
 @dataclass(frozen=True)
-class Moves:
+class Transitions:
     """N transitions x at t -> to at s of the images of a rollout, each with the credit it earned."""
 
     x: Tensor  # (N, C, h, w)
@@ -326,11 +326,11 @@ class Moves:
     mean: Tensor  # (N, C, h, w) under the policy that sampled
     logp: Tensor  # (N,)
     adv: Tensor  # (N,)
-    who: Tensor  # (N,)
+    prompt_ids: Tensor  # (N,)
     image: Tensor  # (N,) which image of the rollout, p G + g
 
 
-def credit(moves: Moves, advantage: Tensor) -> Moves:
+def assign_advantages(transitions: Transitions, advantage: Tensor) -> Transitions:
     """The transitions with their image's advantage (P, G); those of images with advantage 0 are dropped.
 
     Such an image lies in a group without spread, was not scored, or earned exactly the mean: a policy gradient would
@@ -338,23 +338,23 @@ def credit(moves: Moves, advantage: Tensor) -> Moves:
     """
     each = advantage.flatten().cpu()
     learn = (each != 0).nonzero().flatten()
-    rows = torch.isin(moves.image.cpu(), learn).nonzero().flatten()
-    kept = take(moves, rows)
-    return replace(kept, adv=each[kept.image.cpu()].to(moves.adv))
+    rows = torch.isin(transitions.image.cpu(), learn).nonzero().flatten()
+    kept = select_rows(transitions, rows)
+    return replace(kept, adv=each[kept.image.cpu()].to(transitions.adv))
 
 
 @dataclass(frozen=True)
-class Starts:
+class InitialNoise:
     """N noises with their prompts, for methods that differentiate the sampler."""
 
     noise: Tensor  # (N, C, h, w)
-    who: Tensor  # (N,)
+    prompt_ids: Tensor  # (N,)
 
 
 B = TypeVar("B")
 
 
-def take(batch: B, rows: Tensor) -> B:
+def select_rows(batch: B, rows: Tensor) -> B:
     """Some rows of a batch of any kind, by index or by mask; batch and rows may lie on different devices."""
     return replace(batch, **{f.name: _rows(getattr(batch, f.name), rows) for f in fields(batch)})  # type: ignore[type-var]
 
@@ -363,6 +363,6 @@ def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor[rows.to(tensor.device)]
 
 
-def size(batch: Any) -> int:
+def batch_size(batch: Any) -> int:
     """How many rows a batch has."""
     return len(getattr(batch, fields(batch)[0].name))

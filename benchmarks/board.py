@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 
-def make(home: Path, runs: int, prompts: int, images: int, seeds: int) -> None:
+def make(run_dir: Path, runs: int, prompts: int, images: int, seeds: int) -> None:
     """Run directories with records and scores as a run writes them."""
     import pandas as pd
 
@@ -37,7 +37,7 @@ def make(home: Path, runs: int, prompts: int, images: int, seeds: int) -> None:
     prompt, ordinal = (part.ravel() for part in np.indices((prompts, images)))
     for k in range(runs):
         method, seed = divmod(k, seeds)
-        folder = home / f"run{k}"
+        folder = run_dir / f"run{k}"
         folder.mkdir()
         parts: list[pd.DataFrame] = []
         for phase in ("before", "after"):
@@ -65,20 +65,20 @@ def make(home: Path, runs: int, prompts: int, images: int, seeds: int) -> None:
                 method=f"method-{method}", task="made", model="made", seed=seed, stop="budget: nfe",
                 before=dict.fromkeys(keys, number), after=dict.fromkeys(keys, number), delta=dict.fromkeys(keys, change),
                 spent={"nfe": 1000.0}, run_dir=str(folder), flags=Flags(hack=False, invalid=False), scorers=use,
-                config={"budget": {"nfe": 1000.0}, "judging": {}, "settings": {}}, task_version="1", prompts={}, wall={},
+                config={"budget": {"nfe": 1000.0}, "evaluation": {}, "settings": {}}, task_version="1", prompts={}, wall={},
                 provenance={},
             ),
         )  # fmt: skip
 
 
-def measure(home: Path) -> None:
+def measure(run_dir: Path) -> None:
     """Seconds of each part and the peak of memory, of this process."""
     start = time.perf_counter()
     from gpobench.leaderboards.board import board, load
     from gpobench.leaderboards.render import render
 
     marks = [("import", start, time.perf_counter())]
-    runs = load([home])
+    runs = load([run_dir])
     marks.append(("read", marks[-1][2], time.perf_counter()))
     made = board(runs)
     marks.append(("resample", marks[-1][2], time.perf_counter()))
@@ -102,11 +102,11 @@ def main() -> None:
     if a.measure:
         measure(a.measure)
         return
-    with tempfile.TemporaryDirectory() as home:
-        make(Path(home), a.runs, a.prompts, a.images, a.seeds)
+    with tempfile.TemporaryDirectory() as run_dir:
+        make(Path(run_dir), a.runs, a.prompts, a.images, a.seeds)
         print(f"{a.runs} runs, {a.prompts:,} prompts x {a.images} images, 2 scorers:", flush=True)
         for _ in range(2):
-            subprocess.run([sys.executable, __file__, "--measure", home], check=True)
+            subprocess.run([sys.executable, __file__, "--measure", run_dir], check=True)
 
 
 if __name__ == "__main__":

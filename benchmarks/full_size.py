@@ -18,7 +18,7 @@ import torch
 from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.experiments import config
-from gpobench.bench.model_spec import find
+from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models import common, sd3
 from gpobench.bench.models.tiny_recipe import build_silent_tokenizer, build_tokenizer
 from gpobench.bench.spec import Prompt, Scores, Search
@@ -104,10 +104,10 @@ def shrunk(settings: Any) -> Any:
 def main(names: list[str]) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this needs a GPU")
-    card = find("sd35m")
-    common.pipeline = lambda kind, card, dtype: pipeline(dtype)
+    model_spec = find_model_spec("sd35m")
+    common.pipeline = lambda kind, model_spec, dtype: pipeline(dtype)
     began = time.perf_counter()
-    model = sd3.SD3(card, device="cuda", precision="bf16", adapter=card.adapter)
+    model = sd3.SD3(model_spec, device="cuda", precision="bf16", adapter=model_spec.adapter)
     count = sum(p.numel() for p in model.transformer.parameters()) / 1e9
     trained = sum(p.numel() for p in model.parameters()) / 1e6
     print(

@@ -26,7 +26,7 @@ import pandas as pd
 from gpobench.bench import registry
 from gpobench.bench.evaluation import record
 from gpobench.bench.experiments import config
-from gpobench.bench.model_spec import find
+from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.spec import Search
 from gpobench.bench.stats import intervals
 
@@ -74,22 +74,22 @@ CLAIM = [
 
 def arguments(row: Row, seed: int, budget: str, out: Path) -> list[str]:
     """The command line of one run."""
-    sets = [*row.sets, "judging.split=validation", f"judging.validation_images={IMAGES}"]
+    sets = [*row.sets, "evaluation.split=validation", f"evaluation.validation_images={IMAGES}"]
     line = ["run", "--method", row.method, "--task", TASK, "--model", MODEL, "--seed", str(seed)]
     line += ["--budget", row.budget or budget]
     return [*line, "--out", str(out), *(part for s in sets for part in ("--set", s))]
 
 
-def home(row: Row, seed: int, budget: str, out: Path) -> Path:
+def run_dir(row: Row, seed: int, budget: str, out: Path) -> Path:
     """The run directory of one run."""
-    sets = [*row.sets, "judging.split=validation", f"judging.validation_images={IMAGES}"]
+    sets = [*row.sets, "evaluation.split=validation", f"evaluation.validation_images={IMAGES}"]
     return out / config.resolve(row.method, TASK, MODEL, seed=seed, budget=row.budget or budget, sets=sets).slug()
 
 
 def run(rows: list[Row], seeds: int, budget: str, out: Path, jobs: int) -> int:
     """All runs, `jobs` at a time, each in a process of its own; returns how many failed."""
     out.mkdir(parents=True, exist_ok=True)
-    todo = {home(row, s, budget, out): arguments(row, s, budget, out) for s in range(seeds) for row in rows}
+    todo = {run_dir(row, s, budget, out): arguments(row, s, budget, out) for s in range(seeds) for row in rows}
 
     def one(item: tuple[Path, list[str]]) -> int:
         place, line = item
@@ -152,7 +152,7 @@ def read(rows: list[Row], seeds: int, budget: str, out: Path) -> list[Seen]:
     """The rows that have runs; what is missing is said on stderr."""
     found: list[Seen] = []
     for row in rows:
-        folders = [home(row, s, budget, out) for s in range(seeds)]
+        folders = [run_dir(row, s, budget, out) for s in range(seeds)]
         whole = [f for f in folders if (f / "record.json").is_file()]
         if len(whole) < len(folders):
             print(f"{row.label}: {len(folders) - len(whole)} of {len(folders)} seeds are missing", file=sys.stderr)
@@ -194,10 +194,10 @@ def facts(row: Row) -> tuple[str, int]:
 
 def passes(row: Row, seen: Seen) -> str:
     """F and B an image: what the method declares, and what the runs spent (groups without spread are not learnt from)."""
-    card = find(MODEL)
+    model_spec = find_model_spec(MODEL)
     settings = config.resolve(row.method, TASK, MODEL, sets=row.sets).settings
     roles, images = seen.records[0].nfe_by_role, seen.records[0].spent["images"]
-    static = settings.cost(card.steps, card.guidance)
+    static = settings.cost(model_spec.steps, model_spec.guidance)
     said, done = (
         (sum(v for k, v in r.items() if k != "policy") + r.get("policy", 0) / 3, r.get("policy", 0) / 3)
         for r in (dict(static), {k: v / images for k, v in roles.items()})

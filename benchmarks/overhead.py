@@ -18,7 +18,7 @@ import torch
 from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.experiments import config
-from gpobench.bench.model_spec import find
+from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.spec import Search
 from gpobench.bench.training import train
@@ -48,12 +48,15 @@ class Clock:
 
 def profile(name: str, iterations: int) -> tuple[Counter[str], float]:
     """(seconds by part, seconds in all) of `iterations` iterations."""
-    plan, card = config.resolve(name, "ocr", "tiny"), find("tiny")
+    plan, model_spec = config.resolve(name, "ocr", "tiny"), find_model_spec("tiny")
     model: Any = open_model(
-        card, device="cuda" if torch.cuda.is_available() else "cpu", adapter=plan.adapter, precision=plan.precision
+        model_spec,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        adapter=plan.adapter,
+        precision=plan.precision,
     )
-    book = registry.load("task", "ocr")().prompts("train", card.domain)
-    rig = Rig(model, book, registry.scorer(plan.reward), Meter(Budget(nfe=1e12)), rows=card.rows)
+    book = registry.load("task", "ocr")().prompts("train", model_spec.domain)
+    rig = Rig(model, book, registry.scorer(plan.reward), Meter(Budget(nfe=1e12)), rows=model_spec.rows)
     clock, total = Clock(), [0.0]
     model.velocity, model.decode = clock.on("forward", model.velocity), clock.on("decode", model.decode)
     model.encode = clock.on("encode", model.encode)

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gpobench.bench.errors import UserError
-from gpobench.leaderboards.board import Board, Run, board, load
+from gpobench.leaderboards.board import Board, LoadedRun, board, load
 from gpobench.leaderboards.render import cell, p_value, rank, render, spend
 from gpobench.leaderboards.report import gather, plots
 
@@ -26,7 +26,7 @@ MARKS = ("<!-- made by benchmarks/own_numbers.py -->", "<!-- end -->")
 SHOWN = ("training", "quality", "diversity")  # one column of each role, and the drift
 
 
-def tables(runs: Sequence[Run]) -> dict[str, Board]:
+def tables(runs: Sequence[LoadedRun]) -> dict[str, Board]:
     """Task -> its table, the one of most prompts first: it tells most."""
     tasks = dict.fromkeys(run.record.task for run in runs)
     found = {task: board([run for run in runs if run.record.task == task]) for task in tasks}
@@ -70,7 +70,7 @@ def _first(table: Board, role: str) -> str:
     return next((key for key in keys if key.partition("/")[2] == metric), next(iter(keys), ""))
 
 
-def ground(runs: Sequence[Run]) -> str:
+def ground(runs: Sequence[LoadedRun]) -> str:
     """Where the numbers come from, in a sentence."""
     first = runs[0].record
     commits = sorted({str(run.record.provenance.get("revision", ""))[:12] for run in runs})
@@ -83,16 +83,16 @@ def ground(runs: Sequence[Run]) -> str:
     )
 
 
-def readme(found: dict[str, Board], runs: Sequence[Run]) -> str:
+def readme(found: dict[str, Board], runs: Sequence[LoadedRun]) -> str:
     """The part between the marks."""
     lines = [f"`make board`: {ground(runs)}", ""]
     for task, table in found.items():
-        split = table.judging.get("split", "test")
+        split = table.evaluation.get("split", "test")
         lines += [f"**{task}**, {prompts(table)} {split} prompts", "", *short(table, roles=["training"]), ""]
     return "\n".join(lines)
 
 
-def page(found: dict[str, Board], runs: Sequence[Run]) -> str:
+def page(found: dict[str, Board], runs: Sequence[LoadedRun]) -> str:
     """leaderboards/tiny.md."""
     lines = [
         "# The methods on the embedded model",
@@ -108,7 +108,7 @@ def page(found: dict[str, Board], runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
-def figures(found: dict[str, Board], runs: Sequence[Run]) -> None:
+def figures(found: dict[str, Board], runs: Sequence[LoadedRun]) -> None:
     """docs/board-TASK-*.png."""
     for task, table in found.items():
         mine = [run for run in runs if run.record.task == task]

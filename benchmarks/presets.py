@@ -15,8 +15,8 @@ from pathlib import Path
 
 from gpobench.bench import registry
 from gpobench.bench.experiments.config import Config, resolve
-from gpobench.bench.experiments.cost_estimate import forecast, held, latents
-from gpobench.bench.models.memory import DEVICES, GB, Estimate
+from gpobench.bench.experiments.cost_estimate import estimate_cost, held, latents
+from gpobench.bench.models.memory import DEVICES, GB, MemoryEstimate
 from gpobench.bench.spec import Search
 
 MODELS = ("sd35m", "sd35l", "flux1-dev", "sdxl", "sd15", "tiny")
@@ -40,8 +40,8 @@ class Need:
     plan: Config
     family: str
     held: int  # latents in one backward pass, both branches of guidance counted
-    size: Estimate
-    card: int  # GB of the smallest of CARDS that holds it; 0 where none does
+    size: MemoryEstimate
+    gpu_gb: int  # GB of the smallest of CARDS that holds it; 0 where none does
     nfe: float  # of an image
     images: int  # that the model's own budget pays for
     hours: float  # of the model's own budget on the named device, the network alone
@@ -55,10 +55,10 @@ def methods() -> list[str]:
 def need(method: str, model: str, device: str = "h100", sets: tuple[str, ...] = ()) -> Need:
     """What the preset of a method for a model holds and takes, estimated."""
     plan = resolve(method, TASK, model, sets=sets)
-    told, size = forecast(plan, device), held(plan)
-    card = next((gigabytes for gigabytes in CARDS if size.fits(gigabytes)), 0)
+    told, size = estimate_cost(plan, device), held(plan)
+    gpu_gb = next((gigabytes for gigabytes in CARDS if size.fits(gigabytes)), 0)
     nfe = sum(told["nfe_an_image"].values())
-    return Need(plan, family(method, plan), latents(plan), size, card, nfe, told["images"], told["hours"][device])
+    return Need(plan, family(method, plan), latents(plan), size, gpu_gb, nfe, told["images"], told["hours"][device])
 
 
 def family(method: str, plan: Config) -> str:
@@ -80,9 +80,9 @@ def table() -> list[str]:
             names = ", ".join(f"{method} {one.held}" if one.held else method for method, one in own.items())
             sizes = [one.size.peak / GB for one in own.values()]
             low, high = f"{min(sizes):.1f}", f"{max(sizes):.1f}"
-            cards = [one.card for one in own.values()]
+            cards = [one.gpu_gb for one in own.values()]
             lines.append(
-                f"| `{model}` | {kind} | {names} | {next(iter(own.values())).plan.card().rows} | "
+                f"| `{model}` | {kind} | {names} | {next(iter(own.values())).plan.model_spec().rows} | "
                 f"{low if low == high else f'{low} to {high}'} | {f'{max(cards)} GB' if all(cards) else 'larger'} |"
             )
     return lines

@@ -15,7 +15,7 @@ import torch
 
 from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.model_spec import find
+from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.training.rig import Rig
 
@@ -23,12 +23,12 @@ BATCH, STEPS = 32, 10
 
 
 def measure(precision: str, adapted: bool, rounds: int) -> None:
-    card = find("tiny")
-    model = open_model(card, device="cpu", precision=precision, adapter=card.adapter if adapted else None)
-    book = registry.load("task", "ocr")().prompts("train", card.domain)
+    model_spec = find_model_spec("tiny")
+    model = open_model(model_spec, device="cpu", precision=precision, adapter=model_spec.adapter if adapted else None)
+    book = registry.load("task", "ocr")().prompts("train", model_spec.domain)
     rig = Rig(model, book, registry.scorer("rapidocr"), Meter(Budget(nfe=1e12)), rows=BATCH)
-    who, times = rig.prompts(BATCH), model.times(STEPS)
-    noise, cond = rig.noise(BATCH), model.encode([p.text for p in rig.texts(who)])
+    prompt_ids, times = rig.prompts(BATCH), model.times(STEPS)
+    noise, cond = rig.noise(BATCH), model.encode([p.text for p in rig.texts(prompt_ids)])
     dtype = next(model.transformer.parameters()).dtype
 
     @torch.no_grad()
@@ -47,7 +47,7 @@ def measure(precision: str, adapted: bool, rounds: int) -> None:
         return x
 
     def metered() -> torch.Tensor:
-        return rig.sample(noise, who, steps=STEPS)
+        return rig.sample(noise, prompt_ids, steps=STEPS)
 
     work: dict[str, Callable[[], torch.Tensor]] = {"bare": bare, "rig": metered, "decode": lambda: model.decode(noise)}
     apart = (bare() - metered()).abs().max().item()

@@ -18,7 +18,7 @@ from ..bench import registry
 from ..bench.errors import UserError
 from ..bench.stats import intervals
 from ..bench.stats.intervals import Contrast, Estimate
-from .board import BASE, Board, Run, board
+from .board import BASE, Board, LoadedRun, board
 from .render import cell, escape_markdown, plain
 
 Array = NDArray[np.float64]
@@ -32,7 +32,7 @@ RULES = (
 
 
 @dataclass(frozen=True)
-class Line:
+class AggregateRow:
     """A method over all tasks."""
 
     label: str
@@ -49,11 +49,13 @@ class Across:
     model: str
     baseline: str
     keys: Mapping[str, str]  # task -> the scorer/metric that its gain is measured by
-    lines: tuple[Line, ...]
+    lines: tuple[AggregateRow, ...]
     notes: tuple[str, ...]
 
 
-def across(runs: Sequence[Run], baseline: str = BASE, *, resamples: int = 10_000, notes: Sequence[str] = ()) -> Across:
+def across(
+    runs: Sequence[LoadedRun], baseline: str = BASE, *, resamples: int = 10_000, notes: Sequence[str] = ()
+) -> Across:
     """Sum up runs of several tasks with one model; each task's runs must belong in one table.
 
     A row that lacks a task, or a seed on some task, is left out and named. Raises UserError where fewer than two tasks are
@@ -82,14 +84,14 @@ def across(runs: Sequence[Run], baseline: str = BASE, *, resamples: int = 10_000
     tables, drawn, over = _numbers(kept, tasks, strata, resamples)
     # the base gains nothing, for sure
     tables[BASE], drawn[BASE] = np.zeros((2, len(tasks))), np.zeros((resamples, 2, len(tasks)))
-    lines: list[Line] = []
+    lines: list[AggregateRow] = []
     for label in kept:
         middle = intervals.iqm(tables[label], drawn=drawn[label])
         better = None
         if label != baseline:
             both = drawn[label], drawn[baseline]
             better = intervals.probability_of_improvement(tables[label], tables[baseline], drawn=both)
-        lines.append(Line(label, tuple(sorted(kept[label][0])), over[label], middle, better))
+        lines.append(AggregateRow(label, tuple(sorted(kept[label][0])), over[label], middle, better))
     lines.sort(key=lambda line: (-line.middle.mean, line.label))
     return Across(models[0], baseline, {task: boards[task].key for task in tasks}, tuple(lines), tuple(said))
 
@@ -97,7 +99,7 @@ def across(runs: Sequence[Run], baseline: str = BASE, *, resamples: int = 10_000
 Gains = Mapping[str, Mapping[int, Array]]  # label -> seed -> (prompts,) in standard deviations
 
 
-def _gains(table: Board, runs: Sequence[Run]) -> Gains:
+def _gains(table: Board, runs: Sequence[LoadedRun]) -> Gains:
     """What each run of the ranked rows gained on every prompt."""
     key, by_folder = table.key, {str(run.folder): run for run in runs}
     base = next(run.before[key] for run in runs if key in run.before)

@@ -31,7 +31,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Number(_Part):
+class BaselineNumber(_Part):
     """The mean of one scorer/metric over the prompts, after training, and how far from it is still the same."""
 
     key: str
@@ -58,7 +58,7 @@ class Claim(_Part):
     settings: dict[str, Any] = Field(
         default_factory=dict, description="resolved: key -> value, nested keys with points"
     )
-    number: tuple[Number, ...]
+    number: tuple[BaselineNumber, ...]
 
 
 class Baseline(_Part):
@@ -79,14 +79,14 @@ class Baseline(_Part):
     digits: int = Field(ge=0, le=12, description="decimals of the scores beside this file")
     scores_sha256: str
     budget: dict[str, float]
-    judging: dict[str, Any]
+    evaluation: dict[str, Any]
     prompts: dict[str, str]
     scorers: dict[str, str] = Field(description="name -> id")
     row: tuple[Claim, ...] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
-class Scores:
+class BaselineScores:
     """The score of every prompt, a mean over its images."""
 
     by: Mapping[tuple[str, str], Sequence[Array]]  # (row, key) -> (prompts,) for each seed of the row; NaN = no score
@@ -132,7 +132,7 @@ def beside(path: Path) -> Path:
     return path.with_name(f"{path.stem}.scores.csv")
 
 
-def write(path: Path, known: Baseline, scores: Scores) -> Baseline:
+def write(path: Path, known: Baseline, scores: BaselineScores) -> Baseline:
     """Both files, each whole or not at all; returns the baseline with the sum of its scores."""
     table = _scores_text(known, scores)
     known = known.model_copy(update={"scores_sha256": hashlib.sha256(table.encode()).hexdigest()})
@@ -144,7 +144,7 @@ def write(path: Path, known: Baseline, scores: Scores) -> Baseline:
     return known
 
 
-def read(path: Path) -> tuple[Baseline, Scores]:
+def read(path: Path) -> tuple[Baseline, BaselineScores]:
     """A baseline and its scores.
 
     Raises UserError where either cannot be read, the scores are not those the baseline was written with, a mean is not
@@ -246,7 +246,7 @@ def _pairs(table: Mapping[str, Any]) -> Iterator[str]:
         yield f"{key if bare.isascii() and bare.isalnum() else literal(key)} = {literal(value)}"
 
 
-def _scores_text(known: Baseline, scores: Scores) -> str:
+def _scores_text(known: Baseline, scores: BaselineScores) -> str:
     """One line a row, key and seed, one column a prompt: a number that did not change leaves its line as it was."""
     out = io.StringIO()
     sheet = csv.writer(out, lineterminator="\n")
@@ -262,7 +262,7 @@ def _scores_text(known: Baseline, scores: Scores) -> str:
     return out.getvalue()
 
 
-def _parse(path: Path, text: str, known: Baseline) -> Scores:
+def _parse(path: Path, text: str, known: Baseline) -> BaselineScores:
     found: dict[tuple[str, str, str], Array] = {}
     strata: list[str] | None = None
     try:
@@ -285,4 +285,4 @@ def _parse(path: Path, text: str, known: Baseline) -> Scores:
         raise UserError(f"cannot read {path}: {error}") from None
     except KeyError as error:
         raise UserError(f"{path} lacks the scores of {' '.join(map(str, error.args[0]))}") from None
-    return Scores(by, strata)
+    return BaselineScores(by, strata)

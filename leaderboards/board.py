@@ -44,7 +44,7 @@ RULES = (
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadedRun:
     """A finished run, read: its record and every score."""
 
     folder: Path
@@ -74,7 +74,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class BoardRow:
     """A method with one set of settings, over its training seeds."""
 
     label: str
@@ -110,13 +110,13 @@ class Board:
     weights: str
     dtype: str
     budget: Mapping[str, float]
-    judging: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
     prompts: Mapping[str, str]  # split -> hash
     scorers: Mapping[str, str]  # name -> id, embedders too
     key: str
     baseline: str
     columns: tuple[Column, ...]
-    rows: tuple[Row, ...]  # ranked ones first, by mean
+    rows: tuple[BoardRow, ...]  # ranked ones first, by mean
     notes: tuple[str, ...]
     reported: tuple[Reported, ...] = ()
 
@@ -124,7 +124,7 @@ class Board:
 # Reading
 
 
-def load(paths: Sequence[Path], task: str | None = None) -> list[Run]:
+def load(paths: Sequence[Path], task: str | None = None) -> list[LoadedRun]:
     """The finished runs in these folders: each is a run directory, holds some, or is the JSON file that `compare` wrote about some.
 
     One that is met twice counts once. task: only the runs of this one.
@@ -200,11 +200,11 @@ def _begun(file: Path) -> str | None:
         return None
 
 
-def _read(folder: Path) -> Run:
+def _read(folder: Path) -> LoadedRun:
     known = record.read(folder / "record.json")
     if known.kind != "run":
         raise UserError(f"{folder} is no run but an {known.kind}: a table is made of runs")
-    return Run(folder, known, *_scores(folder / "scores.parquet"))
+    return LoadedRun(folder, known, *_scores(folder / "scores.parquet"))
 
 
 def _scores(path: Path) -> tuple[dict[str, Array], dict[str, Array], tuple[str, ...]]:
@@ -263,7 +263,7 @@ def _codes(column: Any) -> tuple[NDArray[np.int64], list[str]]:
 
 
 def board(
-    runs: Sequence[Run],
+    runs: Sequence[LoadedRun],
     baseline: str = BASE,
     key: str | None = None,
     *,
@@ -333,7 +333,7 @@ def board(
         weights=str(first.provenance.get("weights", "")),
         dtype=str(first.provenance.get("dtype", "")),
         budget=_budget(first),
-        judging=dict(first.config.get("judging", {})),
+        evaluation=dict(first.config.get("evaluation", {})),
         prompts=dict(first.prompts),
         scorers={name: text for r in reversed(runs) for name, text in _ids(r.record).items()},
         key=key,
@@ -373,7 +373,7 @@ class _Asked:
 
 
 def _ask_cells(
-    asked: _Asked, columns: Sequence[Column], bases: Mapping[str, Run], groups: Mapping[str, Sequence[Run]]
+    asked: _Asked, columns: Sequence[Column], bases: Mapping[str, LoadedRun], groups: Mapping[str, Sequence[LoadedRun]]
 ) -> None:
     """Before, after and difference of every row in every column."""
     for c in columns:
@@ -390,8 +390,8 @@ def _ask_cells(
 def _cells(
     label: str,
     columns: Sequence[Column],
-    bases: Mapping[str, Run],
-    groups: Mapping[str, Sequence[Run]],
+    bases: Mapping[str, LoadedRun],
+    groups: Mapping[str, Sequence[LoadedRun]],
     answers: Mapping[Question, Estimate],
 ) -> dict[str, Cell]:
     found: dict[str, Cell] = {}
@@ -402,7 +402,7 @@ def _cells(
     return found
 
 
-def _order(rows: Sequence[Row], ends: Mapping[str, Sequence[Array]], strata: Sequence[str] | None) -> list[str]:
+def _order(rows: Sequence[BoardRow], ends: Mapping[str, Sequence[Array]], strata: Sequence[str] | None) -> list[str]:
     """The rows that are ranked, by falling mean over the images that all of them have a score of, as pairs are compared."""
     labels = [r.label for r in rows if not r.invalid and ends[r.label]]
     whole = np.isfinite(np.stack([end for label in labels for end in ends[label]])).all(0) if labels else np.array(True)
@@ -437,7 +437,7 @@ def _ranks(order: Sequence[str], told: set[tuple[str, str]]) -> dict[str, int]:
     return ranks
 
 
-def _counts(group: Sequence[Run], key: str, base: bool) -> tuple[int, int]:
+def _counts(group: Sequence[LoadedRun], key: str, base: bool) -> tuple[int, int]:
     """Images a seed, and how many of all seeds could not be scored."""
     looks = [look[key] for r in group for look in ((r.before,) if base else (r.before, r.after)) if key in look]
     return looks[0].size, int(sum(np.isnan(look).sum() for look in looks))
@@ -448,16 +448,16 @@ def _missing(looks: Sequence[Mapping[str, Array]]) -> float:
     return max((float(np.isnan(scores).mean()) for look in looks for scores in look.values()), default=1.0)
 
 
-def _base_row(bases: Mapping[str, Run]) -> Row:
+def _base_row(bases: Mapping[str, LoadedRun]) -> BoardRow:
     invalid = _missing([{key: run.before[key]} for key, run in bases.items()]) > record.INVALID
-    return Row(BASE, BASE, "base", (), (), {}, {}, invalid=invalid)
+    return BoardRow(BASE, BASE, "base", (), (), {}, {}, invalid=invalid)
 
 
-def _row(label: str, group: Sequence[Run]) -> Row:
+def _row(label: str, group: Sequence[LoadedRun]) -> BoardRow:
     records = [r.record for r in group]
     currencies = dict.fromkeys(c for r in records for c in r.spent)
     method = records[0].method
-    return Row(
+    return BoardRow(
         label=label,
         method=method,
         kind="baseline" if method.partition(":")[0] in MANDATORY else "method",
@@ -501,10 +501,10 @@ def _cmmd(records: Sequence[Record]) -> dict[str, Estimate]:
 # What belongs in one table
 
 
-def _one_ground(runs: Sequence[Run]) -> None:
+def _one_ground(runs: Sequence[LoadedRun]) -> None:
     """Raise UserError, naming both values, where two runs differ in what a table must not mix, or are the same."""
-    first, seen = runs[0], dict[tuple[str, int], Run]()
-    ids: dict[str, tuple[str, Run]] = {}
+    first, seen = runs[0], dict[tuple[str, int], LoadedRun]()
+    ids: dict[str, tuple[str, LoadedRun]] = {}
     for run in runs:
         for (what, a), (_, b) in zip(_ground(first), _ground(run), strict=True):
             for part in dict.fromkeys([*a, *b]):
@@ -521,7 +521,7 @@ def _one_ground(runs: Sequence[Run]) -> None:
             )
 
 
-def _ground(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
+def _ground(run: LoadedRun) -> Iterator[tuple[str, dict[str, Any]]]:
     """What runs of one table share."""
     r = run.record
     yield "task", {"": r.task}
@@ -529,19 +529,19 @@ def _ground(run: Run) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "model", {"": r.model}
     yield "weights of the model", {"": r.provenance.get("weights", "")}
     yield "budget", _budget(r)
-    yield "judging", dict(r.config.get("judging", {}))
+    yield "evaluation", dict(r.config.get("evaluation", {}))
     yield "prompts of split", dict(r.prompts)
     yield "training scorer", {"": next((n for n, s in r.scorers.items() if s.role == "training"), "none")}
     yield "number of prompts and images", {"": next(iter(run.after.values())).shape if run.after else "none"}
     yield "strata of the prompts", {"": sorted(set(run.strata))}
 
 
-def _differ(what: str, a: Run, mine: Any, b: Run, other: Any) -> UserError:
+def _differ(what: str, a: LoadedRun, mine: Any, b: LoadedRun, other: Any) -> UserError:
     hint = (
         " (--task takes one, --across sums them up)"
         if what == "task"
         else " (name the runs, or the JSON file that `compare` wrote about them)"
-        if what.startswith(("budget", "judging"))
+        if what.startswith(("budget", "evaluation"))
         else ""
     )
     return UserError(
@@ -558,11 +558,11 @@ def _ids(r: Record) -> dict[str, str]:
     return {name: s.id for name, s in r.scorers.items()} | {f"embedder {n}": i for n, i in r.embedders.items()}
 
 
-def _one_base(runs: Sequence[Run]) -> list[str]:
+def _one_base(runs: Sequence[LoadedRun]) -> list[str]:
     """Notes on where the base's scores are not the same in all runs. Raises UserError where they are of another base."""
     notes: list[str] = []
     apart: dict[str, float] = {}
-    known: dict[str, Run] = {}
+    known: dict[str, LoadedRun] = {}
     for run in runs:
         for key, scores in run.before.items():
             first = known.setdefault(key, run)
@@ -581,7 +581,7 @@ def _one_base(runs: Sequence[Run]) -> list[str]:
     return notes
 
 
-def _columns(runs: Sequence[Run]) -> list[Column]:
+def _columns(runs: Sequence[LoadedRun]) -> list[Column]:
     keys = dict.fromkeys(key for run in runs for key in run.after if key in run.before)
     roles: dict[str, Role] = {name: use.role for run in runs for name, use in run.record.scorers.items()}
     found: list[Column] = []
@@ -613,12 +613,12 @@ def _key(columns: Sequence[Column], key: str | None) -> str:
     return best.key
 
 
-def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def _groups(runs: Sequence[LoadedRun]) -> dict[str, list[LoadedRun]]:
     """Label -> the seeds of one method with one set of settings; settings are named where a method comes with several."""
-    by: dict[str, dict[str, list[Run]]] = {}
+    by: dict[str, dict[str, list[LoadedRun]]] = {}
     for run in runs:
         by.setdefault(run.record.method, {}).setdefault(_settings_text(run.record), []).append(run)
-    found: dict[str, list[Run]] = {}
+    found: dict[str, list[LoadedRun]] = {}
     for method, sets in by.items():
         flat = [dict(_flat(_settings(group[0].record))) for group in sets.values()]
         differ = [k for k in dict.fromkeys(k for f in flat for k in f) if len({str(f.get(k)) for f in flat}) > 1]
@@ -646,7 +646,7 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _baseline(rows: Sequence[Row], name: str) -> Row:
+def _baseline(rows: Sequence[BoardRow], name: str) -> BoardRow:
     exact = [r for r in rows if r.label == name]
     mine = exact or [r for r in rows if r.method == name]
     if not mine:
@@ -660,7 +660,7 @@ def _list(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
 
 
-def _notes(rows: Sequence[Row], columns: Sequence[Column], key: str, runs: Sequence[Run]) -> list[str]:
+def _notes(rows: Sequence[BoardRow], columns: Sequence[Column], key: str, runs: Sequence[LoadedRun]) -> list[str]:
     notes: list[str] = []
     methods = {r.method.partition(":")[0] for r in rows}
     missing = [name for name in MANDATORY if name not in methods]

@@ -15,7 +15,7 @@ import typer
 from ..bench.errors import UserError
 
 if TYPE_CHECKING:
-    from .board import Run
+    from .board import LoadedRun
 
 # Nothing heavy above this line: `gpobench --help` loads this module.
 
@@ -237,13 +237,13 @@ def regress(
     raise typer.Exit(code)
 
 
-def _update(path: Path, found: Sequence[Run], keys: Sequence[str], margins: Sequence[str]) -> None:
+def _update(path: Path, found: Sequence[LoadedRun], keys: Sequence[str], margins: Sequence[str]) -> None:
     """Write a baseline of these runs; where they are of several tasks, one a task and an index of them."""
     from ..bench.evaluation.record import flagged
     from .baseline import beside, parts, read, write, write_index
     from .regress import compose
 
-    by: dict[str, list[Run]] = {}
+    by: dict[str, list[LoadedRun]] = {}
     for one in found:
         by.setdefault(one.record.task, []).append(one)
     listed = parts(path)
@@ -271,7 +271,7 @@ def _update(path: Path, found: Sequence[Run], keys: Sequence[str], margins: Sequ
     typer.echo(f"wrote {files}: {numbers} numbers of {sum(len(one.row) for one in done)} rows", err=True)
 
 
-def _own(margins: Sequence[str], runs: Sequence[Run], found: Sequence[Run]) -> list[str]:
+def _own(margins: Sequence[str], runs: Sequence[LoadedRun], found: Sequence[LoadedRun]) -> list[str]:
     """The margins that concern these runs: one of a metric that only another task has is left to that task."""
     mine, all_ = ({key for run in group for key in run.after} for group in (runs, found))
     return [text for text in margins if (key := text.rpartition("=")[0]) in mine or key not in all_]

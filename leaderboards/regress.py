@@ -35,9 +35,9 @@ from ..bench.errors import Interrupted, UserError
 from ..bench.evaluation import record
 from ..bench.stats import intervals
 from ..bench.stats.intervals import Estimate, Verdict
-from .baseline import Baseline, Claim, Number, Scores, flat, literal
+from .baseline import Baseline, BaselineNumber, BaselineScores, Claim, flat, literal
 from .baseline import mean as average
-from .board import APART, BASE, Board, Row, Run, board
+from .board import APART, BASE, Board, BoardRow, LoadedRun, board
 
 Array = NDArray[np.float64]
 LEVEL = 0.95
@@ -185,7 +185,7 @@ def repeat(seeds: Sequence[Array], strata: Sequence[str] | None = None) -> float
 # Runs against a baseline
 
 
-Guarded = tuple[Path, Baseline, Scores]  # a baseline's file and what it holds
+Guarded = tuple[Path, Baseline, BaselineScores]  # a baseline's file and what it holds
 
 
 @dataclass(frozen=True)
@@ -193,13 +193,13 @@ class _Measured:
     """The runs held against a baseline, before the verdicts."""
 
     guarded: Guarded
-    found: Sequence[tuple[Claim, Number, list[Array], tuple[int, ...]]]
+    found: Sequence[tuple[Claim, BaselineNumber, list[Array], tuple[int, ...]]]
     changes: Sequence[Change]
     missing: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
 
 
-def judge(path: Path, known: Baseline, scores: Scores, runs: Sequence[Run]) -> Report:
+def judge(path: Path, known: Baseline, scores: BaselineScores, runs: Sequence[LoadedRun]) -> Report:
     """The verdict on every number of the baseline that these runs have; runs of other methods, tasks and models are left out.
 
     Raises UserError where no run is of the baseline, where their ground is another one, where more than 0.5 % of a run's
@@ -208,7 +208,7 @@ def judge(path: Path, known: Baseline, scores: Scores, runs: Sequence[Run]) -> R
     return judge_all([(path, known, scores)], runs)[0]
 
 
-def judge_all(baselines: Sequence[Guarded], runs: Sequence[Run], notes: Sequence[str] = ()) -> list[Report]:
+def judge_all(baselines: Sequence[Guarded], runs: Sequence[LoadedRun], notes: Sequence[str] = ()) -> list[Report]:
     """The same for several baselines, whose numbers are corrected together. notes: to stand in the first report.
 
     Of several, one that these runs have nothing of is reported as missing. Raises UserError where that is so of all.
@@ -231,18 +231,18 @@ def judge_all(baselines: Sequence[Guarded], runs: Sequence[Run], notes: Sequence
     return [_report(m, [next(rule) for _ in m.found]) for m in measured]
 
 
-def _mine(known: Baseline, runs: Sequence[Run]) -> list[Run]:
+def _mine(known: Baseline, runs: Sequence[LoadedRun]) -> list[LoadedRun]:
     """The runs of a baseline's ground and methods. One of the base alone is judged by any run: each has judged the base."""
     methods = {claim.method for claim in known.row if claim.label != BASE}
     ground = lambda r: (r.record.task, r.record.model) == (known.task, known.model)
     return [r for r in runs if ground(r) and (r.record.method in methods or not methods)]
 
 
-def _measure(guarded: Guarded, mine: Sequence[Run], left: Sequence[str]) -> _Measured:
+def _measure(guarded: Guarded, mine: Sequence[LoadedRun], left: Sequence[str]) -> _Measured:
     path, known, scores = guarded
     notes = list(left)
     rows = [row for row in known.row if row.label != BASE]
-    found: list[tuple[Claim, Number, list[Array], tuple[int, ...]]] = []
+    found: list[tuple[Claim, BaselineNumber, list[Array], tuple[int, ...]]] = []
     missing: list[tuple[str, str]] = []
     if not mine:
         return _Measured(guarded, [], [], tuple((c.label, n.key) for c in known.row for n in c.number), tuple(notes))
@@ -306,7 +306,7 @@ def only(baselines: Sequence[Guarded], rows: Sequence[str], task: str | None = N
     return [one for one in cut if one[1].row]
 
 
-def vectors(group: Sequence[Run], key: str, base: bool, digits: int) -> list[Array]:
+def vectors(group: Sequence[LoadedRun], key: str, base: bool, digits: int) -> list[Array]:
     """(prompts,) for each run, rounded as a baseline keeps it; [] where one of them lacks the key.
 
     base: one vector, the mean of those that the runs measured, where another machine's last bits made several.
@@ -321,7 +321,7 @@ def vectors(group: Sequence[Run], key: str, base: bool, digits: int) -> list[Arr
     return [np.round(vector, digits) for vector in found]
 
 
-def _same_ground(path: Path, known: Baseline, table: Board, runs: Sequence[Run]) -> None:
+def _same_ground(path: Path, known: Baseline, table: Board, runs: Sequence[LoadedRun]) -> None:
     """Raise UserError on the first thing in which the runs are not what the baseline's numbers were measured on."""
     training = next((c.key.partition("/")[0] for c in table.columns if c.role == "training"), "none")
     pairs: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
@@ -331,7 +331,7 @@ def _same_ground(path: Path, known: Baseline, table: Board, runs: Sequence[Run])
         ("scorer id of", known.scorers, {k: v for k, v in table.scorers.items() if k in known.scorers}),
         ("budget", known.budget, table.budget),
         ("weights of the model", {"": known.weights}, {"": table.weights}),
-        ("judging", flat(known.judging), flat(table.judging)),
+        ("evaluation", flat(known.evaluation), flat(table.evaluation)),
     ]
     for what, reported, new in pairs:
         for part in dict.fromkeys([*reported, *new]):
@@ -345,7 +345,7 @@ def _same_ground(path: Path, known: Baseline, table: Board, runs: Sequence[Run])
     _scored(runs)
 
 
-def _scored(runs: Sequence[Run]) -> None:
+def _scored(runs: Sequence[LoadedRun]) -> None:
     """Raise UserError where too many images have no score: what is left is no fair sample."""
     for run in runs:
         for scores in (run.before, run.after):
@@ -362,8 +362,8 @@ def _scored(runs: Sequence[Run]) -> None:
 
 
 def _group(
-    claim: Claim, claims: Sequence[Claim], table: Board, by_folder: Mapping[str, Run], runs: Sequence[Run]
-) -> tuple[list[Run], tuple[int, ...], list[str]]:
+    claim: Claim, claims: Sequence[Claim], table: Board, by_folder: Mapping[str, LoadedRun], runs: Sequence[LoadedRun]
+) -> tuple[list[LoadedRun], tuple[int, ...], list[str]]:
     """The runs of a row, their seeds, and what is to be said of them. claims: all rows of the baseline.
 
     Runs with other settings stand for a row when it is the only one of its method: then it is the method that changed. Where
@@ -390,7 +390,7 @@ def _group(
     return mine, chosen[0].seeds, said
 
 
-def _differences(reported: Mapping[str, Any], row: Row) -> str:
+def _differences(reported: Mapping[str, Any], row: BoardRow) -> str:
     new = flat(row.settings)
     keys = [k for k in dict.fromkeys([*reported, *new]) if reported.get(k) != new.get(k)]
     return ", ".join(f"{k.removeprefix('settings.')} {reported.get(k, 'none')} -> {new.get(k, 'none')}" for k in keys)
@@ -407,7 +407,7 @@ def _repeats(new: Sequence[Array], seeds: Sequence[int], old: Sequence[Array], r
 
 def _finding(
     claim: Claim,
-    number: Number,
+    number: BaselineNumber,
     new: Sequence[Array],
     seeds: Sequence[int],
     c: Change,
@@ -442,13 +442,13 @@ def _finding(
 
 
 def compose(
-    runs: Sequence[Run],
+    runs: Sequence[LoadedRun],
     *,
     keys: Sequence[str] = (),
     margins: Sequence[str] = (),
     old: Baseline | None = None,
     command: str,
-) -> tuple[Baseline, Scores]:
+) -> tuple[Baseline, BaselineScores]:
     """The numbers of these runs as a baseline. keys: what to guard; by default what `old` does, else the metrics of the
     training and the held-out scorers. margins: NUMBER, or KEY=NUMBER for one metric; what is not given is taken from `old`.
 
@@ -482,7 +482,7 @@ def compose(
     strata = list(runs[0].strata) if len(set(runs[0].strata)) > 1 else None
     for row in sorted(table.rows, key=lambda r: (r.kind != "base", r.label)):
         group = [by_folder[folder] for folder in row.folders] or runs
-        base, numbers = row.kind == "base", list[Number]()
+        base, numbers = row.kind == "base", list[BaselineNumber]()
         for key in chosen:
             new = vectors(group, key, base, digits)
             if new and key in row.cells:
@@ -493,7 +493,7 @@ def compose(
                     raise UserError(f"{row.label} has too few scored prompts for an interval of {key}")
                 again = None if base else repeat(new, strata)
                 numbers.append(
-                    Number(
+                    BaselineNumber(
                         key=key,
                         mean=said[0],
                         ci=(said[1], said[2]),
@@ -522,12 +522,12 @@ def compose(
         digits=digits,
         scores_sha256="",
         budget=dict(table.budget),
-        judging=flat(table.judging),
+        evaluation=flat(table.evaluation),
         prompts=dict(table.prompts),
         scorers={name: text for name, text in table.scorers.items() if name in guarded},
         row=tuple(claims),
     )
-    return baseline, Scores(by, strata)
+    return baseline, BaselineScores(by, strata)
 
 
 def _margins(
@@ -569,7 +569,7 @@ def _margins(
     return found
 
 
-def _claim(row: Row, numbers: tuple[Number, ...], table: Board) -> Claim:
+def _claim(row: BoardRow, numbers: tuple[BaselineNumber, ...], table: Board) -> Claim:
     if row.kind == "base":
         return Claim(label=row.label, method=BASE, number=numbers)
     settings = flat(row.settings)
@@ -596,7 +596,7 @@ def _sets(method: str, table: Board, settings: Mapping[str, Any]) -> tuple[str, 
         for key, value in settings.items()
         if key != "reward" and not key.startswith("sources.")
     }
-    own |= flat({"judging": table.judging})
+    own |= flat({"evaluation": table.evaluation})
     return tuple(f"{key}={literal(value)}" for key, value in own.items() if there.get(key) != value)
 
 
@@ -619,14 +619,14 @@ def train(
     Raises UserError when a run fails, Interrupted when asked to stop.
     """
     from ..bench.assets.weight_store import weights_hash
-    from ..bench.experiments.jobs import Job, apart, folder
-    from ..bench.model_spec import find
+    from ..bench.experiments.jobs import Job, make_folder, run_jobs
+    from ..bench.model_spec import find_model_spec
 
     work = [(known, claim, seed) for known in baselines for claim in known.row for seed in claim.seeds]
     homes = [out / _slug(*one) for one in work]
     names = [f"{claim.label} on {known.task}, seed {seed}" for known, claim, seed in work]
-    logs = [out / "logs" / f"{home.name}.log" for home in homes]
-    folder(out / "logs")
+    logs = [out / "logs" / f"{run_dir.name}.log" for run_dir in homes]
+    make_folder(out / "logs")
     failed: list[str] = []
 
     def ends(k: int, why: str) -> None:
@@ -638,7 +638,7 @@ def train(
     if not fresh and (there := [k for k in left if (homes[k] / "record.json").is_file()]):
         left = [k for k in left if k not in there]
         done = {k: record.read(homes[k] / "record.json") for k in there}
-        now = {model: weights_hash(find(model)) for model in dict.fromkeys(work[k][0].model for k in there)}
+        now = {model: weights_hash(find_model_spec(model)) for model in dict.fromkeys(work[k][0].model for k in there)}
         for k, one in done.items():
             if one.provenance.get("weights") != now[work[k][0].model]:
                 raise UserError(
@@ -651,7 +651,7 @@ def train(
     again = ["--fresh"] if fresh else []
     todo = [Job([*words(*work[k], out), *again], logs[k]) for k in left]
     begins = lambda j: say(f"run {left[j] + 1} of {len(work)}: {names[left[j]]}")
-    if not apart(todo, jobs, begins=begins, ends=lambda j, why: ends(left[j], why), interrupted=interrupted):
+    if not run_jobs(todo, jobs, begins=begins, ends=lambda j, why: ends(left[j], why), interrupted=interrupted):
         raise Interrupted("stopped; the same command goes on from there")
     if failed:
         raise UserError(failed[0])

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..bench import registry
 from ..bench.stats.intervals import Estimate
-from .board import RULES, Board, Row
+from .board import RULES, Board, BoardRow
 
 ARROW = "→"
 MARKS = {"s": "one training seed", "h": "hack flag", "!": "invalid, not ranked", "t": "tuned"}
@@ -73,14 +73,14 @@ def plain(text: str) -> str:
     return "".join("?" if unicodedata.category(c).startswith("C") else c for c in " ".join(text.split()))
 
 
-def rank(row: Row, rows: Sequence[Row]) -> str:
+def rank(row: BoardRow, rows: Sequence[BoardRow]) -> str:
     """2, or 2= where another row has it too."""
     if row.rank is None:
         return "-"
     return f"{row.rank}{'=' if sum(r.rank == row.rank for r in rows) > 1 else ''}"
 
 
-def _flags(row: Row) -> dict[str, str]:
+def _flags(row: BoardRow) -> dict[str, str]:
     """Letter of MARKS -> the mark in words."""
     said = {
         "s": "one seed" if row.single_seed else "",
@@ -95,7 +95,7 @@ def _title(board: Board) -> str:
     bounds = ", ".join(f"{plain(str(k))} {v:,.0f}" for k, v in board.budget.items()) or "none"
     base = next(iter(r for r in board.rows if r.kind == "base"))
     n = base.cells[board.key].after.n
-    split = board.judging.get("split", "test")
+    split = board.evaluation.get("split", "test")
     return (
         f"{plain(board.task)} (version {plain(board.task_version)}) on {plain(board.model)}, budget {bounds}: "
         f"ranked by {plain(board.key)} over {n:,} {plain(str(split))} prompts"
@@ -330,7 +330,7 @@ def _json(board: Board) -> str:
         "schema_version": 1,
         "task": {"name": board.task, "version": board.task_version, "prompts": dict(board.prompts)},
         "base_model": {"id": board.model, "revision": board.weights, "dtype": board.dtype},
-        "sampling": {"seed_policy": "noise by (prompt, ordinal, evaluation seed)", **board.judging},
+        "sampling": {"seed_policy": "noise by (prompt, ordinal, evaluation seed)", **board.evaluation},
         "budget": dict(board.budget),
         "scorers": dict(board.scorers),
         "checkpoint_rule": "the last weights, or their running average where the settings ask for it",
@@ -344,13 +344,13 @@ def _json(board: Board) -> str:
     return json.dumps(_finite(first), indent=1, allow_nan=False)
 
 
-def _json_row(board: Board, r: Row) -> dict[str, Any]:
+def _json_row(board: Board, r: BoardRow) -> dict[str, Any]:
     metrics: list[dict[str, Any]] = []
     for c in board.columns:
         mine = r.cells.get(c.key)
         if mine is None:
             continue
-        entry: dict[str, Any] = {"name": c.key, "role": c.role, "split": board.judging.get("split", "test")}
+        entry: dict[str, Any] = {"name": c.key, "role": c.role, "split": board.evaluation.get("split", "test")}
         entry |= {**_estimate(mine.after), "n_images": mine.images, "n_errors": mine.errors}
         entry["before"] = _estimate(mine.before) if mine.before else None
         entry["difference"] = _estimate(mine.delta) if mine.delta else None

@@ -16,9 +16,9 @@ import numpy as np
 from ..bench.files import write_atomically
 from ..bench.stats.intervals import Estimate
 from . import report_data
-from .board import BASE, RULES, Board, Run
+from .board import BASE, RULES, Board, LoadedRun
 from .render import MARKS, cell, number, p_value, plain, spend
-from .report_data import Album, Case, Curve, Measure, Pace, Parts
+from .report_data import Album, Breakdown, Case, Curve, Measure, Pace
 
 MANY = 6  # lines, from where bands of all of them hide one another
 STRIP = (150, 18)  # pixels: the drawing of an interval in the table
@@ -28,18 +28,18 @@ STRIP = (150, 18)  # pixels: the drawing of an interval in the table
 class Evidence:
     """Everything a page shows beside the table."""
 
-    rows: Mapping[str, Sequence[Run]]  # label -> its runs
+    rows: Mapping[str, Sequence[LoadedRun]]  # label -> its runs
     texts: Sequence[str]  # the test prompts
     curves: Sequence[Curve]
     pace: Pace | None
     measures: Sequence[Measure]
-    parts: Sequence[Parts]
+    parts: Sequence[Breakdown]
     hardest: Mapping[str, tuple[Sequence[Case], Sequence[Case]]]  # label -> lowest, largest losses
     album: Album | None
     notes: Sequence[str]  # on what is not here
 
 
-def gather(board: Board, runs: Sequence[Run]) -> Evidence:
+def gather(board: Board, runs: Sequence[LoadedRun]) -> Evidence:
     """Read what the runs of a table left beside their scores. Raises UserError on a file that cannot be read."""
     rows = report_data.groups(board, runs)
     measured = {label: group for label, group in rows.items() if group}
@@ -86,7 +86,7 @@ def page(board: Board, found: Evidence) -> str:
         board=board,
         base=next(r for r in board.rows if r.kind == "base"),
         bounds=", ".join(f"{plain(str(k))} {v:,.0f}" for k, v in board.budget.items()) or "none",
-        split=plain(str(board.judging.get("split", "test"))),
+        split=plain(str(board.evaluation.get("split", "test"))),
         columns=sorted(board.columns, key=lambda c: c.key != board.key),
         embedders=list(dict.fromkeys(name for r in board.rows for name in r.cmmd)),
         currencies=list(dict.fromkeys(c for r in board.rows for c in r.spent)),
@@ -199,7 +199,7 @@ def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
     return dict(pd.json_normalize(dict(table)).iloc[0]) if table else {}
 
 
-def _roles(rows: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, float]]:
+def _roles(rows: Mapping[str, Sequence[LoadedRun]]) -> dict[str, dict[str, float]]:
     """Label -> evaluations of the network by what they were for, the mean over seeds."""
     names = dict.fromkeys(role for group in rows.values() for run in group for role in run.record.nfe_by_role)
     return {
@@ -209,7 +209,7 @@ def _roles(rows: Mapping[str, Sequence[Run]]) -> dict[str, dict[str, float]]:
     }
 
 
-def _scorers(rows: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
+def _scorers(rows: Mapping[str, Sequence[LoadedRun]]) -> list[dict[str, Any]]:
     """One line a scorer or embedder: its id, its role and how long it took in training, over all runs."""
     lines: dict[str, dict[str, Any]] = {}
     for run in (run for group in rows.values() for run in group):
@@ -224,7 +224,7 @@ def _scorers(rows: Mapping[str, Sequence[Run]]) -> list[dict[str, Any]]:
     return list(lines.values())
 
 
-def _versions(rows: Mapping[str, Sequence[Run]]) -> dict[str, str]:
+def _versions(rows: Mapping[str, Sequence[LoadedRun]]) -> dict[str, str]:
     """Package -> its version; several where runs differ."""
     found: dict[str, dict[str, None]] = {}
     for run in (run for group in rows.values() for run in group):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ..bench.errors import UserError
 from ..bench.stats import intervals
 from ..bench.stats.intervals import Contrast, Estimate
-from .board import BASE, Array, Board, Row, Run
+from .board import BASE, Array, Board, BoardRow, LoadedRun
 
 RESAMPLES = 2_000  # of bands and parts: nothing is ranked or tested by them
 PARTS = 6  # groups of a length, at most
@@ -27,7 +27,7 @@ ROOM = 3_000_000  # bytes of pictures in a page
 NUMBERS = {word: n for n, word in enumerate("one two three four five six seven eight nine ten".split(), start=1)}
 
 
-def groups(board: Board, runs: Sequence[Run]) -> dict[str, list[Run]]:
+def groups(board: Board, runs: Sequence[LoadedRun]) -> dict[str, list[LoadedRun]]:
     """Label -> the runs of that row, in the order of the table; the base has none."""
     by = {str(r.folder): r for r in runs}
     return {row.label: [by[folder] for folder in row.folders] for row in board.rows}
@@ -45,7 +45,7 @@ class Curve:
     scores: Mapping[str, Sequence[Estimate]]  # scorer/metric -> (marks,)
 
 
-def curve(label: str, runs: Sequence[Run], clock: str) -> Curve | None:
+def curve(label: str, runs: Sequence[LoadedRun], clock: str) -> Curve | None:
     """The curve of one row; None where a run kept none. clock: the currency at whose spends seeds are put side by side.
 
     One seed is shown at its own marks. Several are read, along straight lines, at as many evenly spaced spends of the clock
@@ -89,7 +89,9 @@ class Pace:
     rows: Mapping[str, tuple[Estimate, Estimate]]  # label -> mean gain over the budget, what is spent until the target
 
 
-def pace(curves: Sequence[Curve], rows: Mapping[str, Sequence[Run]], key: str, clock: str, bound: float) -> Pace | None:
+def pace(
+    curves: Sequence[Curve], rows: Mapping[str, Sequence[LoadedRun]], key: str, clock: str, bound: float
+) -> Pace | None:
     """The area under each curve and what is spent until it stays above the target, by the rules of `stats.area` and
     `stats.time_to_target`; None where no row was looked at on the way. bound: of the budget, in units of the clock.
     """
@@ -115,7 +117,7 @@ class _Look:
     strata: Sequence[str]  # (prompts,)
 
 
-def _marks(run: Run) -> _Look | None:
+def _marks(run: LoadedRun) -> _Look | None:
     path, marks = run.folder / "curve.parquet", len(run.record.curve)
     if not path.is_file() or not marks:
         return None
@@ -150,7 +152,7 @@ def _read(path: Path, columns: Sequence[str] | None = None) -> Any:
 # What was asked for
 
 
-def texts(run: Run) -> list[str]:
+def texts(run: LoadedRun) -> list[str]:
     """The test prompts in order; their numbers where the run kept no texts."""
     import pyarrow.parquet as pq
 
@@ -164,7 +166,7 @@ def texts(run: Run) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Parts:
+class Breakdown:
     """The table's key over the prompts of each part of the test set."""
 
     name: str
@@ -173,7 +175,7 @@ class Parts:
     cells: Mapping[str, Sequence[tuple[Estimate, Estimate | None]]]  # label -> a part's after, and after - before
 
 
-def breakdowns(board: Board, rows: Mapping[str, Sequence[Run]], asked: Sequence[str]) -> list[Parts]:
+def breakdowns(board: Board, rows: Mapping[str, Sequence[LoadedRun]], asked: Sequence[str]) -> list[Breakdown]:
     """By stratum, by the length of the text a prompt quotes and by the number it names, as far as prompts differ in them."""
     strata = next(run.strata for group in rows.values() for run in group)
     lengths = [max((len(said) for said in re.findall(r'"([^"]+)"', text)), default=None) for text in asked]
@@ -204,7 +206,7 @@ def _ranges(lengths: Sequence[int | None]) -> list[str | None]:
     return [None if n is None else names[int(np.searchsorted(ends, n))] for n in lengths]
 
 
-def _parts(name: str, labels: Sequence[str | None], board: Board, rows: Mapping[str, Sequence[Run]]) -> Parts:
+def _parts(name: str, labels: Sequence[str | None], board: Board, rows: Mapping[str, Sequence[LoadedRun]]) -> Breakdown:
     count = {part: labels.count(part) for part in dict.fromkeys(labels) if part is not None}
     parts = sorted((part for part, n in count.items() if n >= FEWEST), key=_natural)
     cells: dict[str, list[tuple[Estimate, Estimate | None]]] = {}
@@ -223,7 +225,7 @@ def _parts(name: str, labels: Sequence[str | None], board: Board, rows: Mapping[
         for label in rows:
             if f"after {label}" in told:
                 cells.setdefault(label, []).append((told[f"after {label}"], told.get(f"gain {label}")))
-    return Parts(name, parts, [count[part] for part in parts], cells)
+    return Breakdown(name, parts, [count[part] for part in parts], cells)
 
 
 def _natural(text: str) -> tuple[int, str]:
@@ -241,7 +243,7 @@ class Case:
     images: int  # that could be scored after, of all seeds
 
 
-def hardest(runs: Sequence[Run], key: str, count: int = 8) -> tuple[list[Case], list[Case]]:
+def hardest(runs: Sequence[LoadedRun], key: str, count: int = 8) -> tuple[list[Case], list[Case]]:
     """The prompts with the lowest score after, and those that lost most; of equal ones, the larger loss first."""
     mine = [run for run in runs if key in run.before and key in run.after]
     if not mine:
@@ -283,7 +285,7 @@ class Album:
     seeds: Mapping[str, int]  # label -> the training seed shown
 
 
-def album(rows: Mapping[str, Sequence[Run]], keys: Sequence[str], room: int = ROOM) -> Album | None:
+def album(rows: Mapping[str, Sequence[LoadedRun]], keys: Sequence[str], room: int = ROOM) -> Album | None:
     """The pictures that the first run of each row kept, of as many noises as fit into the room; None where none did.
 
     Raises UserError on pictures that cannot be read.
@@ -327,7 +329,7 @@ def album(rows: Mapping[str, Sequence[Run]], keys: Sequence[str], room: int = RO
     )
 
 
-def _kept(run: Run) -> Path:
+def _kept(run: LoadedRun) -> Path:
     return run.folder / "samples" / "images.npz"
 
 
@@ -359,12 +361,12 @@ def _encode(image: NDArray[Any]) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
-def _scores(run: Run, noise: tuple[int, int], keys: Sequence[str]) -> dict[str, tuple[float, float]]:
+def _scores(run: LoadedRun, noise: tuple[int, int], keys: Sequence[str]) -> dict[str, tuple[float, float]]:
     there = [key for key in keys if key in run.before and key in run.after]
     return {key: (float(run.before[key][noise]), float(run.after[key][noise])) for key in there}
 
 
-def _notes(run: Run, noises: set[tuple[int, int]]) -> dict[tuple[int, int], dict[str, tuple[str, str]]]:
+def _notes(run: LoadedRun, noises: set[tuple[int, int]]) -> dict[tuple[int, int], dict[str, tuple[str, str]]]:
     import pyarrow.parquet as pq
 
     path = run.folder / "scores.parquet"
@@ -412,7 +414,7 @@ def measures(board: Board) -> list[Measure]:
     return [m for m in found if m.values]
 
 
-def _spent(rows: Sequence[Row], currency: str) -> dict[str, Estimate]:
+def _spent(rows: Sequence[BoardRow], currency: str) -> dict[str, Estimate]:
     # A mean over seeds, counted and not estimated: no interval.
     known = {r.label: 0.0 if r.kind == "base" else r.spent.get(currency) for r in rows}
     return {label: Estimate(x, x, x, 0) for label, x in known.items() if x is not None}

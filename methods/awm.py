@@ -25,7 +25,7 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import dpm2, mix, ode
 from ..bench.losses import clipped, fits, informative, standardise
-from ..bench.spec import Choice, Even, Log, Optim, Range, take
+from ..bench.spec import Choice, LogUniform, Optim, Range, Uniform, select_rows
 from ..bench.training.rig import Rig
 
 
@@ -34,7 +34,7 @@ class Praised:
     """N images, each with its advantage."""
 
     x0: Tensor  # (N, C, h, w)
-    who: Tensor  # (N,)
+    prompt_ids: Tensor  # (N,)
     adv: Tensor  # (N,) in [-1, 1]
 
 
@@ -43,10 +43,10 @@ class AWM:
     """The fields are the hyper-parameters; `collect` is the algorithm, `loss` its equation."""
 
     space: ClassVar[Mapping[str, Range]] = {
-        "optim.lr": Log(1e-4, 1e-3),
-        "beta": Log(1e-4, 1e-1),
-        "ema_beta": Log(1e-2, 10),
-        "until": Even(0.6, 0.9),
+        "optim.lr": LogUniform(1e-4, 1e-3),
+        "beta": LogUniform(1e-4, 1e-1),
+        "ema_beta": LogUniform(1e-2, 10),
+        "until": Uniform(0.6, 0.9),
         "timesteps": Choice((1, 2, 4)),
         "form": Choice(("uniform", "ghuber")),
     }
@@ -113,29 +113,31 @@ class AWM:
         """Sample and score P groups; keep the scored images of those whose rewards differ; standardise."""
         self.strata(self.steps or rig.model.steps)
         if self.trails:  # decay 0 at the start: equal to the live weights
-            rig.model.blend("old", min(0.3, 0.001 * rig.iteration * self.optim.epochs * self.optim.minibatches))
+            rig.model.update_copy("old", min(0.3, 0.001 * rig.iteration * self.optim.epochs * self.optim.minibatches))
         groups = rig.groups(
             self.prompts, self.group, steps=self.steps, guidance=self.guidance or None,
             kernel=dpm2 if self.solver == "dpm2" else ode,
         )  # fmt: skip
         adv = standardise(groups.reward, self.std).clamp(-self.bound, self.bound) / self.bound
-        batch = Praised(groups.x0.flatten(0, 1), groups.who.repeat_interleave(self.group), adv.flatten())
-        return take(batch, (informative(groups.reward)[:, None] & groups.reward.isfinite()).flatten())
+        batch = Praised(groups.x0.flatten(0, 1), groups.prompt_ids.repeat_interleave(self.group), adv.flatten())
+        return select_rows(batch, (informative(groups.reward)[:, None] & groups.reward.isfinite()).flatten())
 
     def loss(self, rig: Rig, batch: Praised) -> Tensor:
         """PPO's loss of A and rho + beta mean (v - v_ref)^2 + ema_beta mean (v - v_old)^2, over images and their times."""
-        t = self.times(rig, len(batch.who)).flatten()
-        x0, who, adv = (part.repeat_interleave(self.timesteps, 0) for part in (batch.x0, batch.who, batch.adv))
+        t = self.times(rig, len(batch.prompt_ids)).flatten()
+        x0, prompt_ids, adv = (
+            part.repeat_interleave(self.timesteps, 0) for part in (batch.x0, batch.prompt_ids, batch.adv)
+        )
         x, target = mix(rig.path, x0, rig.noise(len(x0)), t)
-        v = rig.velocity(x, t, who)
+        v = rig.velocity(x, t, prompt_ids)
         ell = old = fits(rig.error(v, target, t), t, self.form)
         penalty = torch.zeros_like(ell)
         if self.beta:
-            drift = rig.error(v, rig.velocity(x, t, who, by="ref"), t)
+            drift = rig.error(v, rig.velocity(x, t, prompt_ids, weights="ref"), t)
             rig.note("policy/kl", drift.mean())
             penalty = penalty + self.beta * drift
         if self.trails:
-            v_old = rig.velocity(x, t, who, by="old")
+            v_old = rig.velocity(x, t, prompt_ids, weights="old")
             penalty = penalty + self.ema_beta * rig.error(v, v_old, t)
             old = fits(rig.error(v_old, target, t), t, self.form) if self.off_policy else ell
         ratio = (ell - old.detach()).exp()

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..bench.budget import Spent
 from ..bench.errors import UserError
 from ..bench.flow import ode
-from ..bench.spec import Range, counted
+from ..bench.spec import Range, counted_guidance
 from ..bench.training.rig import Rig
 
 SHARE = "candidates"  # in rig.state: decided once, when nothing is spent, so that every image gets the same
@@ -41,16 +41,16 @@ class BestOfN:
         """Of one answered image; of one candidate where n is left to the budget."""
         return {"inference": max(1, self.n) * steps * (1 if guidance == 1 else 2)}
 
-    def answer(self, rig: Rig, noise: Tensor, who: Tensor, images: int) -> Tensor:
+    def answer(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
         """Of n candidates a row, the one the training scorer likes best; ties and unscored ones leave the earlier one."""
         if SHARE not in rig.state:
-            each = int(self.cost(rig.model.steps, counted(rig.model))["inference"])
+            each = int(self.cost(rig.model.steps, counted_guidance(rig.model))["inference"])
             afforded = self.n or rig.affords(nfe=each, images=1, reward_calls=1) // images
             rig.state[SHARE] = max(1, afforded)
-        best, top = self._candidate(rig, noise, who)
+        best, top = self._candidate(rig, noise, prompt_ids)
         for _ in range(1, rig.state[SHARE]):
             try:
-                x0, reward = self._candidate(rig, rig.noise(len(who)), who)
+                x0, reward = self._candidate(rig, rig.noise(len(prompt_ids)), prompt_ids)
             except Spent:  # a given n may pass the budget: what was found until then counts
                 break
             better = reward > top  # top is -inf where nothing was scored yet
@@ -59,12 +59,12 @@ class BestOfN:
         rig.note("search/best", top[top.isfinite()].mean() if top.isfinite().any() else float("nan"))
         return best
 
-    def _candidate(self, rig: Rig, x: Tensor, who: Tensor) -> tuple[Tensor, Tensor]:
+    def _candidate(self, rig: Rig, x: Tensor, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The base's image from noise x by the protocol, and its reward; -inf where it could not be scored."""
         for t, s in pairwise(rig.model.times(rig.model.steps).to(x.device)):
             at, to = t.expand(len(x)), s.expand(len(x))
-            step = rig.step(ode, x, at, to, who, by="ref", guidance=rig.model.guidance, role="inference")
+            step = rig.step(ode, x, at, to, prompt_ids, weights="ref", guidance=rig.model.guidance, role="inference")
             x = step.mean
-        reward = rig.score(x, who)
+        reward = rig.score(x, prompt_ids)
         rig.note("reward/mean", reward.nanmean())
         return x, reward.nan_to_num(nan=float("-inf"))

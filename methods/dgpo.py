@@ -24,7 +24,7 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import dpm2, mix, ode
 from ..bench.losses import among, dgpo, implicit_accuracy, informative, standardise
-from ..bench.spec import Choice, Log, Optim, Range, take
+from ..bench.spec import Choice, LogUniform, Optim, Range, select_rows
 from ..bench.training.rig import Rig
 
 
@@ -33,7 +33,7 @@ class Timed:
     """N pairs of a group of G images and a time at which it is learnt from."""
 
     x0: Tensor  # (N, G, C, h, w)
-    who: Tensor  # (N,)
+    prompt_ids: Tensor  # (N,)
     t: Tensor  # (N,)
     reward: Tensor  # (N, G); NaN where the image could not be scored
     adv: Tensor  # (N, G); 0 there
@@ -44,10 +44,10 @@ class DGPO:
     """The fields are the hyper-parameters; `collect` is the algorithm, `loss` its equation."""
 
     space: ClassVar[Mapping[str, Range]] = {
-        "optim.lr": Log(1e-4, 1e-3),
-        "beta": Log(10, 1000),
-        "kl": Log(1e-4, 1e-1),
-        "clip": Log(1e-3, 1e-1),
+        "optim.lr": LogUniform(1e-4, 1e-3),
+        "beta": LogUniform(10, 1000),
+        "kl": LogUniform(1e-4, 1e-1),
+        "clip": LogUniform(1e-3, 1e-1),
         "timesteps": Choice((1, 2, 4)),
     }
     optim: Optim = field(default_factory=lambda: Optim(lr=3e-4, minibatches=1))
@@ -93,31 +93,31 @@ class DGPO:
         if len(grid) < self.timesteps:
             raise UserError(f"dgpo: {self.timesteps} timesteps cannot be drawn from a sampler of {len(grid)} steps")
         updates = rig.iteration * self.optim.epochs * self.optim.minibatches
-        rig.model.blend("old", min(0.3, 0.001 * updates))  # 0 at the start: equal to the live weights
+        rig.model.update_copy("old", min(0.3, 0.001 * updates))  # 0 at the start: equal to the live weights
         groups = rig.groups(
             self.prompts, self.group, steps=self.steps, guidance=self.guidance or None,
-            by="live" if updates < self.switch else "old", kernel=dpm2 if self.solver == "dpm2" else ode,
+            weights="policy" if updates < self.switch else "old", kernel=dpm2 if self.solver == "dpm2" else ode,
         )  # fmt: skip
         chance = rig.uniform(len(grid))
         t = grid.to(chance)[chance.argsort()[: self.timesteps]]
         adv = standardise(groups.reward, self.std).clamp(-self.bound, self.bound)
         rows = informative(groups.reward).nonzero().flatten().repeat_interleave(self.timesteps)
-        kept = take(groups, rows)
-        return Timed(kept.x0, kept.who, t.repeat(len(rows) // self.timesteps), kept.reward, adv[rows])
+        kept = select_rows(groups, rows)
+        return Timed(kept.x0, kept.prompt_ids, t.repeat(len(rows) // self.timesteps), kept.reward, adv[rows])
 
     def loss(self, rig: Rig, batch: Timed) -> Tensor:
         """mean_i w A_i e_i + kl mean (v - v_ref)^2, averaged over (group, time); one eps for a group at a time."""
         t = batch.t.repeat_interleave(self.group)
-        eps = rig.noise(len(batch.who)).repeat_interleave(self.group, 0)
-        who = batch.who.repeat_interleave(self.group)
+        eps = rig.noise(len(batch.prompt_ids)).repeat_interleave(self.group, 0)
+        prompt_ids = batch.prompt_ids.repeat_interleave(self.group)
         x, target = mix(rig.path, batch.x0.flatten(0, 1), eps, t)
-        v, v_ref = (rig.velocity(x, t, who, by=by) for by in ("live", "ref"))
+        v, v_ref = (rig.velocity(x, t, prompt_ids, weights=weights) for weights in ("policy", "ref"))
         live, ref, drift = (
             rig.error(u, to, t).view_as(batch.adv) for u, to in ((v, target), (v_ref, target), (v, v_ref))
         )
         old = None
         if self.clip:
-            old = rig.error(rig.velocity(x, t, who, by="old"), target, t).view_as(batch.adv)
+            old = rig.error(rig.velocity(x, t, prompt_ids, weights="old"), target, t).view_as(batch.adv)
             rig.note("policy/ratio", (old - live).detach().exp().mean())
         kl = among(batch.reward.isfinite(), drift).mean()
         rig.note("policy/accuracy", implicit_accuracy(batch.reward, live, ref))

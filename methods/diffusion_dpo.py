@@ -28,7 +28,7 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import mix
 from ..bench.losses import dpo, implicit_accuracy
-from ..bench.spec import Even, Log, Optim, Pairs, Range
+from ..bench.spec import LogUniform, Optim, Pairs, Range, Uniform
 from ..bench.training.pairs import compare
 from ..bench.training.rig import Rig
 
@@ -38,9 +38,9 @@ class DiffusionDPO:
     """The fields are the hyper-parameters; `collect` finds the pairs, `loss` is the equation above."""
 
     space: ClassVar[Mapping[str, Range]] = {
-        "optim.lr": Log(1e-4, 1e-3),
-        "beta": Log(10, 5000),
-        "noisy": Even(0, 0.8),
+        "optim.lr": LogUniform(1e-4, 1e-3),
+        "beta": LogUniform(10, 5000),
+        "noisy": Uniform(0, 0.8),
     }
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-5, minibatches=1))  # epochs: timesteps a pair is seen at
     prompts: int = 8  # groups an iteration; with `pairs`, pairs an iteration
@@ -48,7 +48,7 @@ class DiffusionDPO:
     beta: float = 100.0  # how soon the sigmoid saturates, mean-and-half; the raw loss is divided by it
     choose: Literal["extremes", "random", "all"] = "extremes"  # of a group: best and worst, any one, or all
     gap: float = 0.0  # rewards of a pair differ by more than this; closer ones are dropped
-    collector: Literal["live", "reference"] = "live"  # who draws the images: the policy, or what anchors the loss
+    collector: Literal["policy", "reference"] = "policy"  # who draws the images: the policy, or what anchors the loss
     refresh: int = 0  # iterations after which the policy becomes the reference; 0 keeps the base
     pairs: str = ""  # a data set of pairs (bench/training/pairs.py) to learn from; none are sampled then
     times: Literal["logit-normal", "uniform"] = "logit-normal"  # of t: Flow-GRPO's; DiffusionDPO's, for epsilon models
@@ -89,23 +89,23 @@ class DiffusionDPO:
         if (
             self.refresh and rig.iteration % self.refresh == 0
         ):  # the first one, at iteration 0, copies the untrained policy
-            rig.model.blend("old", 0.0)
+            rig.model.update_copy("old", 0.0)
         if self.pairs:
             return rig.pairs(self.pairs, self.prompts)
-        by = "live" if self.collector == "live" else self.anchor
-        groups = rig.groups(self.prompts, self.group, steps=self.steps, by=by, guidance=self.guidance or None)
+        weights = "policy" if self.collector == "policy" else self.anchor
+        groups = rig.groups(self.prompts, self.group, steps=self.steps, weights=weights, guidance=self.guidance or None)
         which, win, lose = compare(groups.reward, self.choose, self.gap, rig.uniform(self.prompts))
         rig.note("pairs/kept", len(which))
-        return Pairs(groups.x0[which, win], groups.x0[which, lose], groups.who[which])
+        return Pairs(groups.x0[which, win], groups.x0[which, lose], groups.prompt_ids[which])
 
     def loss(self, rig: Rig, batch: Pairs) -> Tensor:
         """-log sigmoid(-(beta / 2) (s_win - s_lose)) / beta, averaged over pairs; one (t, eps) a pair."""
-        n = len(batch.who)
+        n = len(batch.prompt_ids)
         u = rig.normal(n).sigmoid() if self.times == "logit-normal" else rig.uniform(n)
         t = (self.noisy + (1 - self.noisy) * u).repeat(2)
-        eps, who = rig.noise(n).repeat(2, 1, 1, 1), batch.who.repeat(2)
+        eps, prompt_ids = rig.noise(n).repeat(2, 1, 1, 1), batch.prompt_ids.repeat(2)
         x, target = mix(rig.path, torch.cat([batch.win, batch.lose]), eps, t)
-        v, v_ref = (rig.velocity(x, t, who, by=by) for by in ("live", self.anchor))
+        v, v_ref = (rig.velocity(x, t, prompt_ids, weights=weights) for weights in ("policy", self.anchor))
         live, ref = (rig.error(u, target, t).view(2, n) for u in (v, v_ref))
         better = torch.tensor([1.0, 0.0]).to(live).expand(n, 2)
         rig.note("policy/accuracy", implicit_accuracy(better, live.T, ref.T))

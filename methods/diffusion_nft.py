@@ -25,18 +25,18 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import dpm2, mix, split
 from ..bench.losses import goodness, informative, reflected, standardise
-from ..bench.spec import Choice, Even, Log, Optim, Range, take
+from ..bench.spec import Choice, LogUniform, Optim, Range, Uniform, select_rows
 from ..bench.training.rig import Rig
 
 RISES = {0: (0, 0.0, 0.0), 1: (0, 0.001, 0.5), 2: (75, 0.0075, 0.999)}  # decay: (updates at 0, rise an update, top)
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredImages:
     """N images, each with the probability that it is a good one."""
 
     x0: Tensor  # (N, C, h, w)
-    who: Tensor  # (N,)
+    prompt_ids: Tensor  # (N,)
     good: Tensor  # (N,) in [0, 1]
 
 
@@ -45,10 +45,10 @@ class DiffusionNFT:
     """The fields are the hyper-parameters; `collect` is the algorithm, `loss` its equation."""
 
     space: ClassVar[Mapping[str, Range]] = {
-        "optim.lr": Log(1e-4, 1e-3),
+        "optim.lr": LogUniform(1e-4, 1e-3),
         "mix": Choice((0.1, 0.3, 1.0)),
-        "kl": Log(1e-5, 1e-2),
-        "noisy": Even(0, 0.6),
+        "kl": LogUniform(1e-5, 1e-2),
+        "noisy": Uniform(0, 0.6),
         "timesteps": Choice((1, 2, 4)),
         "decay": Choice((0, 1, 2)),
     }
@@ -100,28 +100,28 @@ class DiffusionNFT:
         ref = {"ref": times} if self.kl else {}
         return {"rollout": (self.steps or steps) * passes, "policy": 3 * times, "old": times, **ref}
 
-    def collect(self, rig: Rig) -> Judged:
+    def collect(self, rig: Rig) -> ScoredImages:
         """Let the old copy sample P groups, score them; keep the scored images of those whose rewards differ."""
         self.grid(rig)
-        rig.model.blend("old", self.lag(rig.iteration * self.optim.epochs * self.optim.minibatches))
+        rig.model.update_copy("old", self.lag(rig.iteration * self.optim.epochs * self.optim.minibatches))
         groups = rig.groups(
-            self.prompts, self.group, steps=self.steps, guidance=self.guidance or None, by="old", kernel=dpm2
+            self.prompts, self.group, steps=self.steps, guidance=self.guidance or None, weights="old", kernel=dpm2
         )
         good = goodness(standardise(groups.reward, self.std), self.bound)
-        batch = Judged(groups.x0.flatten(0, 1), groups.who.repeat_interleave(self.group), good.flatten())
-        return take(batch, (informative(groups.reward)[:, None] & groups.reward.isfinite()).flatten())
+        batch = ScoredImages(groups.x0.flatten(0, 1), groups.prompt_ids.repeat_interleave(self.group), good.flatten())
+        return select_rows(batch, (informative(groups.reward)[:, None] & groups.reward.isfinite()).flatten())
 
-    def loss(self, rig: Rig, batch: Judged) -> Tensor:
+    def loss(self, rig: Rig, batch: ScoredImages) -> Tensor:
         """(r l(v+) + (1 - r) l(v-)) bound / b + kl mean (v - v_ref)^2, over images and their times."""
-        times = self.times(rig, len(batch.who))
+        times = self.times(rig, len(batch.prompt_ids))
         t, k = times.flatten(), times.shape[1]
-        x0, who, good = (part.repeat_interleave(k, 0) for part in (batch.x0, batch.who, batch.good))
+        x0, prompt_ids, good = (part.repeat_interleave(k, 0) for part in (batch.x0, batch.prompt_ids, batch.good))
         x, _ = mix(rig.path, x0, rig.noise(len(x0)), t)
-        v, v_old = (rig.velocity(x, t, who, by=by) for by in ("live", "old"))
+        v, v_old = (rig.velocity(x, t, prompt_ids, weights=weights) for weights in ("policy", "old"))
         plus, minus = (split(rig.path, x, v_old + b * (v - v_old), t)[0] for b in (self.mix, -self.mix))
         loss = reflected(plus, minus, x0, good).mean() * self.bound / self.mix
         if self.kl:
-            drift = rig.error(v, rig.velocity(x, t, who, by="ref"), t).mean()
+            drift = rig.error(v, rig.velocity(x, t, prompt_ids, weights="ref"), t).mean()
             rig.note("policy/kl", drift)
             loss = loss + self.kl * drift
         return loss

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import Kernel, cps, ode, sde
 from ..bench.losses import clipped, standardise
-from ..bench.spec import Choice, Even, Log, Moves, Optim, Range, credit
+from ..bench.spec import Choice, LogUniform, Optim, Range, Transitions, Uniform, assign_advantages
 from ..bench.training.rig import Rig
 
 
@@ -29,9 +29,9 @@ class FlowGRPO:
     """The fields are the hyper-parameters; `collect` is the algorithm, `loss` its equation."""
 
     space: ClassVar[Mapping[str, Range]] = {
-        "optim.lr": Log(1e-4, 2e-3),
-        "clip": Log(1e-5, 1e-2),
-        "noise_level": Even(0.4, 1.0),
+        "optim.lr": LogUniform(1e-4, 2e-3),
+        "clip": LogUniform(1e-5, 1e-2),
+        "noise_level": Uniform(0.4, 1.0),
         "kl": Choice((0.0, 0.004, 0.04)),
         "std": Choice(("group", "global")),
     }
@@ -101,24 +101,24 @@ class FlowGRPO:
         kept = [start + i for i in learnt]
         return [self.kernel if i in kept else ode for i in range(steps)], kept
 
-    def collect(self, rig: Rig) -> Moves:
+    def collect(self, rig: Rig) -> Transitions:
         """Walk P groups with noise, score the ends, and credit each transition kept with its image's advantage."""
         kernels, kept = self.plan(rig)
-        moves, reward = rig.moves(
+        transitions, reward = rig.transitions(
             self.prompts, self.group, kernels, keep=kept, drop=self.sampler == "cps", guidance=self.guidance or None
         )
-        return credit(moves, standardise(reward, self.std).clamp(-self.adv_clip, self.adv_clip))
+        return assign_advantages(transitions, standardise(reward, self.std).clamp(-self.adv_clip, self.adv_clip))
 
-    def loss(self, rig: Rig, batch: Moves) -> Tensor:
+    def loss(self, rig: Rig, batch: Transitions) -> Tensor:
         """mean max(-A rho, -A clip(rho, 1 - c, 1 + c)) + kl KL(live || ref), over transitions."""
-        guidance, at = self.guidance or rig.model.guidance, (batch.x, batch.t, batch.s, batch.who)
+        guidance, at = self.guidance or rig.model.guidance, (batch.x, batch.t, batch.s, batch.prompt_ids)
         step = rig.step(self.kernel, *at, guidance=guidance, detach=self.detach_uncond)
         ratio = (step.logp(batch.to, drop=self.sampler == "cps") - batch.logp).exp()
         rig.note("policy/ratio", ratio.mean())
         rig.note("policy/clipped", ((ratio - 1).abs() > self.clip).float().mean())
         loss = clipped(ratio, batch.adv, self.clip).mean()
         if self.kl:
-            ref = rig.step(self.kernel, *at, by="ref", guidance=guidance)
+            ref = rig.step(self.kernel, *at, weights="ref", guidance=guidance)
             # The authors' code leaves dt out of its SDE's KL, and keeps the whole variance in that of cps.
             kl = step.kl(ref, batch.t - batch.s if self.kl_form == "code" and self.sampler == "sde" else None).mean()
             rig.note("policy/kl", kl)

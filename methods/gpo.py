@@ -21,16 +21,16 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import mix
 from ..bench.losses import among, apart, gpo, implicit_accuracy, informative, standardise
-from ..bench.spec import Even, Log, Optim, Range, take
+from ..bench.spec import LogUniform, Optim, Range, Uniform, select_rows
 from ..bench.training.rig import Rig
 
 
 @dataclass(frozen=True)
-class Weighed:
+class WeightedGroups:
     """P groups of G images with what each image weighs."""
 
     x0: Tensor  # (P, G, C, h, w)
-    who: Tensor  # (P,)
+    prompt_ids: Tensor  # (P,)
     reward: Tensor  # (P, G); NaN where the image could not be scored
     adv: Tensor  # (P, G); 0 there
 
@@ -40,9 +40,9 @@ class GPO:
     """The fields are the hyper-parameters; `collect` is the algorithm, `loss` its equation."""
 
     space: ClassVar[Mapping[str, Range]] = {
-        "optim.lr": Log(1e-4, 1e-3),
-        "beta": Log(10, 1000),
-        "noisy": Even(0, 0.8),
+        "optim.lr": LogUniform(1e-4, 1e-3),
+        "beta": LogUniform(10, 1000),
+        "noisy": Uniform(0, 0.8),
     }
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-5))
     prompts: int = 8  # groups an iteration
@@ -75,20 +75,20 @@ class GPO:
         passes, t = 1 if (self.guidance or guidance) == 1 else 2, self.optim.epochs
         return {"rollout": (self.steps or steps) * passes, "policy": 3 * t, "ref": t}
 
-    def collect(self, rig: Rig) -> Weighed:
+    def collect(self, rig: Rig) -> WeightedGroups:
         """Sample and score P groups; keep those whose images differ in reward; standardise."""
         groups = rig.groups(self.prompts, self.group, steps=self.steps, guidance=self.guidance or None)
-        batch = Weighed(groups.x0, groups.who, groups.reward, standardise(groups.reward, self.std))
-        return take(batch, informative(groups.reward))
+        batch = WeightedGroups(groups.x0, groups.prompt_ids, groups.reward, standardise(groups.reward, self.std))
+        return select_rows(batch, informative(groups.reward))
 
-    def loss(self, rig: Rig, batch: Weighed) -> Tensor:
+    def loss(self, rig: Rig, batch: WeightedGroups) -> Tensor:
         """-log sigmoid(-(beta / G) sum_i A_i s_i) / beta, averaged over groups; s_i from one (t, eps) a group."""
-        t = self.noisy + (1 - self.noisy) * rig.normal(len(batch.who)).sigmoid()
+        t = self.noisy + (1 - self.noisy) * rig.normal(len(batch.prompt_ids)).sigmoid()
         t = t.repeat_interleave(self.group)
-        eps = rig.noise(len(batch.who)).repeat_interleave(self.group, 0)
-        who = batch.who.repeat_interleave(self.group)
+        eps = rig.noise(len(batch.prompt_ids)).repeat_interleave(self.group, 0)
+        prompt_ids = batch.prompt_ids.repeat_interleave(self.group)
         x, target = mix(rig.path, batch.x0.flatten(0, 1), eps, t)
-        v, v_ref = (rig.velocity(x, t, who, by=by) for by in ("live", "ref"))
+        v, v_ref = (rig.velocity(x, t, prompt_ids, weights=weights) for weights in ("policy", "ref"))
         live, ref = (rig.error(u, target, t).view_as(batch.reward) for u in (v, v_ref))
         rig.note("policy/accuracy", implicit_accuracy(batch.reward, live, ref))
         known = batch.reward.isfinite()

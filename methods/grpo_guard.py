@@ -21,7 +21,7 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import sde
 from ..bench.losses import clipped, guarded, standardise
-from ..bench.spec import Choice, Even, Log, Moves, Optim, Range, credit
+from ..bench.spec import Choice, LogUniform, Optim, Range, Transitions, Uniform, assign_advantages
 from ..bench.training.rig import Rig
 
 
@@ -30,9 +30,9 @@ class GRPOGuard:
     """The fields are the hyper-parameters; `collect` is the algorithm, `loss` its equation."""
 
     space: ClassVar[Mapping[str, Range]] = {
-        "optim.lr": Log(1e-4, 2e-3),
-        "clip": Log(1e-6, 1e-3),
-        "noise_level": Even(0.4, 1.0),
+        "optim.lr": LogUniform(1e-4, 2e-3),
+        "clip": LogUniform(1e-6, 1e-3),
+        "noise_level": Uniform(0.4, 1.0),
         "std": Choice(("group", "global")),
     }
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-4, minibatches=2, ema=0.9))
@@ -71,17 +71,19 @@ class GRPOGuard:
         steps, passes = self.steps or steps, 1 if (self.guidance or guidance) == 1 else 2
         return {"rollout": steps * passes, "policy": 3 * self.learnt(steps) * self.optim.epochs * passes}
 
-    def collect(self, rig: Rig) -> Moves:
+    def collect(self, rig: Rig) -> Transitions:
         """Walk P groups with noise, score the ends, and credit each transition kept with its image's advantage."""
         steps = self.steps or rig.model.steps
         kernels, kept = [sde(self.noise_level)] * steps, range(self.learnt(steps))
-        moves, reward = rig.moves(self.prompts, self.group, kernels, keep=kept, guidance=self.guidance or None)
-        return credit(moves, standardise(reward, self.std).clamp(-self.adv_clip, self.adv_clip))
+        transitions, reward = rig.transitions(
+            self.prompts, self.group, kernels, keep=kept, guidance=self.guidance or None
+        )
+        return assign_advantages(transitions, standardise(reward, self.std).clamp(-self.adv_clip, self.adv_clip))
 
-    def loss(self, rig: Rig, batch: Moves) -> Tensor:
+    def loss(self, rig: Rig, batch: Transitions) -> Tensor:
         """mean max(-A rho, -A clip(rho, 1 - c, 1 + c)) / dt over transitions, rho = exp(-mean (mu_then - mu) eps)."""
         step = rig.step(
-            sde(self.noise_level), batch.x, batch.t, batch.s, batch.who,
+            sde(self.noise_level), batch.x, batch.t, batch.s, batch.prompt_ids,
             guidance=self.guidance or rig.model.guidance, detach=self.detach_uncond,
         )  # fmt: skip
         ratio = guarded(step.mean, batch.mean, batch.to, step.std).exp()

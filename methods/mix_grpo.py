@@ -26,7 +26,7 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import Kernel, cps, dpm2, ode, sde
 from ..bench.losses import clipped, standardise
-from ..bench.spec import Choice, Even, Log, Moves, Optim, Range, credit
+from ..bench.spec import Choice, LogUniform, Optim, Range, Transitions, Uniform, assign_advantages
 from ..bench.training.rig import Rig
 
 
@@ -35,9 +35,9 @@ class MixGRPO:
     """The fields are the hyper-parameters; `collect` is the algorithm, `loss` its equation."""
 
     space: ClassVar[Mapping[str, Range]] = {
-        "optim.lr": Log(1e-4, 2e-3),
-        "clip": Log(1e-5, 1e-2),
-        "noise_level": Even(0.4, 1.0),
+        "optim.lr": LogUniform(1e-4, 2e-3),
+        "clip": LogUniform(1e-5, 1e-2),
+        "noise_level": Uniform(0.4, 1.0),
         "window": Choice((2, 3, 4)),
         "every": Choice((6, 12, 25)),
     }
@@ -93,23 +93,23 @@ class MixGRPO:
         rollout, learnt = len(self.plan(0, steps)), self.window * self.optim.epochs
         return {"rollout": rollout * passes, "policy": 3 * learnt * passes}
 
-    def collect(self, rig: Rig) -> Moves:
+    def collect(self, rig: Rig) -> Transitions:
         """Walk P groups with noise inside the window, score the ends, and credit the window's transitions."""
         steps = self.steps or rig.model.steps
         kernels = self.plan(rig.iteration, steps)
         start = kernels.index(self.kernel)
         after = start + self.window
         rig.note("rollout/window", start)
-        moves, reward = rig.moves(
+        transitions, reward = rig.transitions(
             self.prompts, self.group, kernels, times=coarser(rig.model.times(steps), after, len(kernels) - after),
             drop=self.sampler == "cps", shared=True, guidance=self.guidance or None,
         )  # fmt: skip
-        return credit(moves, standardise(reward, self.std).clamp(-self.adv_clip, self.adv_clip))
+        return assign_advantages(transitions, standardise(reward, self.std).clamp(-self.adv_clip, self.adv_clip))
 
-    def loss(self, rig: Rig, batch: Moves) -> Tensor:
+    def loss(self, rig: Rig, batch: Transitions) -> Tensor:
         """mean max(-A rho, -A clip(rho, 1 - c, 1 + c)), over transitions."""
         step = rig.step(
-            self.kernel, batch.x, batch.t, batch.s, batch.who,
+            self.kernel, batch.x, batch.t, batch.s, batch.prompt_ids,
             guidance=self.guidance or rig.model.guidance, detach=self.detach_uncond,
         )  # fmt: skip
         ratio = (step.logp(batch.to, drop=self.sampler == "cps") - batch.logp).exp()

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import mix
 from ..bench.losses import informative, likelihood_weights, weighted_error
-from ..bench.spec import Choice, Even, Log, Optim, Range, take
+from ..bench.spec import Choice, LogUniform, Optim, Range, Uniform, select_rows
 from ..bench.training.rig import Rig
 
 
@@ -28,7 +28,7 @@ class Weighted:
     """N images with what each weighs, each as often as it is learnt in a pass."""
 
     x0: Tensor  # (N, C, h, w)
-    who: Tensor  # (N,)
+    prompt_ids: Tensor  # (N,)
     weight: Tensor  # (N,)
 
 
@@ -37,10 +37,10 @@ class RWR:
     """The fields are the hyper-parameters; `collect` is the algorithm, `loss` its equation."""
 
     space: ClassVar[Mapping[str, Range]] = {
-        "optim.lr": Log(3e-5, 3e-4),
+        "optim.lr": LogUniform(3e-5, 3e-4),
         "kl": Choice((0.0, 1.0, 4.0)),
-        "temperature": Log(0.02, 1),
-        "noisy": Even(0, 0.8),
+        "temperature": LogUniform(0.02, 1),
+        "noisy": Uniform(0, 0.8),
         "timesteps": Choice((1, 2, 4)),
     }
     optim: Optim = field(default_factory=lambda: Optim(lr=3e-4, minibatches=1))
@@ -76,18 +76,18 @@ class RWR:
         groups = rig.groups(self.prompts, self.group, steps=self.steps, guidance=self.guidance or None)
         reward = groups.reward
         weight = likelihood_weights(reward, self.temperature) if self.weights == "softmax" else reward
-        batch = Weighted(groups.x0.flatten(0, 1), groups.who.repeat_interleave(self.group), weight.flatten())
+        batch = Weighted(groups.x0.flatten(0, 1), groups.prompt_ids.repeat_interleave(self.group), weight.flatten())
         kept = (informative(reward)[:, None] & reward.isfinite()).flatten()
-        return take(batch, kept.nonzero().flatten().repeat_interleave(self.timesteps))
+        return select_rows(batch, kept.nonzero().flatten().repeat_interleave(self.timesteps))
 
     def loss(self, rig: Rig, batch: Weighted) -> Tensor:
         """mean w (v - v*)^2 + kl mean (v - v_ref)^2, averaged over images and their times."""
-        t = self.noisy + (1 - self.noisy) * rig.normal(len(batch.who)).sigmoid()
-        x, target = mix(rig.path, batch.x0, rig.noise(len(batch.who)), t)
-        v = rig.velocity(x, t, batch.who)
+        t = self.noisy + (1 - self.noisy) * rig.normal(len(batch.prompt_ids)).sigmoid()
+        x, target = mix(rig.path, batch.x0, rig.noise(len(batch.prompt_ids)), t)
+        v = rig.velocity(x, t, batch.prompt_ids)
         loss = weighted_error(rig.error(v, target, t), batch.weight).mean()
         if self.kl:
-            drift = rig.error(v, rig.velocity(x, t, batch.who, by="ref"), t).mean()
+            drift = rig.error(v, rig.velocity(x, t, batch.prompt_ids, weights="ref"), t).mean()
             rig.note("policy/kl", drift)
             loss = loss + self.kl * drift
         return loss

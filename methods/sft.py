@@ -19,7 +19,7 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import mix
 from ..bench.losses import best, informative
-from ..bench.spec import Choice, Even, Log, Optim, Range, take
+from ..bench.spec import Choice, LogUniform, Optim, Range, Uniform, select_rows
 from ..bench.training.rig import Rig
 
 
@@ -28,7 +28,7 @@ class Chosen:
     """N images to learn, each as often as it is learnt in a pass."""
 
     x0: Tensor  # (N, C, h, w)
-    who: Tensor  # (N,)
+    prompt_ids: Tensor  # (N,)
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,9 @@ class SFT:
     """The fields are the hyper-parameters; `collect` is the algorithm, `loss` its equation."""
 
     space: ClassVar[Mapping[str, Range]] = {
-        "optim.lr": Log(3e-5, 3e-4),
+        "optim.lr": LogUniform(3e-5, 3e-4),
         "kl": Choice((0.0, 1.0, 4.0)),
-        "noisy": Even(0, 0.8),
+        "noisy": Uniform(0, 0.8),
         "timesteps": Choice((1, 2, 4, 8)),
         "group": Choice((4, 8, 16)),
     }
@@ -72,16 +72,16 @@ class SFT:
         groups = rig.groups(self.prompts, self.group, steps=self.steps, guidance=self.guidance or None)
         kept = (best(groups.reward) & informative(groups.reward)[:, None]).flatten()
         rows = kept.nonzero().flatten().repeat_interleave(self.timesteps)
-        return take(Chosen(groups.x0.flatten(0, 1), groups.who.repeat_interleave(self.group)), rows)
+        return select_rows(Chosen(groups.x0.flatten(0, 1), groups.prompt_ids.repeat_interleave(self.group)), rows)
 
     def loss(self, rig: Rig, batch: Chosen) -> Tensor:
         """mean (v - v*)^2 + kl mean (v - v_ref)^2, averaged over the kept images and their times."""
-        t = self.noisy + (1 - self.noisy) * rig.normal(len(batch.who)).sigmoid()
-        x, target = mix(rig.path, batch.x0, rig.noise(len(batch.who)), t)
-        v = rig.velocity(x, t, batch.who)
+        t = self.noisy + (1 - self.noisy) * rig.normal(len(batch.prompt_ids)).sigmoid()
+        x, target = mix(rig.path, batch.x0, rig.noise(len(batch.prompt_ids)), t)
+        v = rig.velocity(x, t, batch.prompt_ids)
         loss = rig.error(v, target, t).mean()
         if self.kl:
-            drift = rig.error(v, rig.velocity(x, t, batch.who, by="ref"), t).mean()
+            drift = rig.error(v, rig.velocity(x, t, batch.prompt_ids, weights="ref"), t).mean()
             rig.note("policy/kl", drift)
             loss = loss + self.kl * drift
         return loss

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..bench.assets import weight_store
 from ..bench.errors import Missing, UserError
-from ..bench.spec import Images, Prompt, Scores, Values, agree
+from ..bench.spec import Images, Prompt, Scores, Values, check_images
 from .two_towers import Crop, Sight, chunk, hub_towers
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Aesthetic:
         """(B, H, W, 3) and B prompts -> score, about 1 to 10; NaN with a reason where a picture could not be scored."""
         import torch
 
-        agree(images, prompts)
+        check_images(images, prompts)
         vectors, reasons = self.sight(images)
         value = np.full(len(images), np.nan)
         with torch.inference_mode():

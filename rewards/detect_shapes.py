@@ -79,7 +79,7 @@ def peaks(maps: "Tensor", calibration: "Tensor") -> list[list[Detection]]:
     return found
 
 
-class Shapes:
+class ShapesDetector:
     """Finds shapes with the trained network; boxes only."""
 
     name = "shapes"
@@ -131,6 +131,6 @@ def recipe_facts() -> dict[str, object]:
     return facts
 
 
-def detector() -> Shapes:
+def detector() -> ShapesDetector:
     """The detector; Missing where its weights are not there."""
-    return Shapes()
+    return ShapesDetector()

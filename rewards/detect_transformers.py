@@ -39,7 +39,7 @@ VOC = {
 
 
 @dataclass(frozen=True)
-class Framing:
+class ResizeRule:
     """A picture is enlarged or reduced, keeping its proportions, until it fits into `long` x `short`; then padded to whole `multiple`s."""
 
     long: int = 1333  # px
@@ -62,7 +62,7 @@ class Mask2Former:
     be another: bilinear without antialiasing (OpenCV's way), rounded to whole grey levels, padded with grey on the right and below.
     """
 
-    def __init__(self, name: str, folder: Path, source: str, framing: Framing = Framing()) -> None:
+    def __init__(self, name: str, folder: Path, source: str, framing: ResizeRule = ResizeRule()) -> None:
         """source: what the id calls the weights. Raises Missing without transformers, UserError for a folder that does not hold them."""
         self.name, self.framing = name, framing
         self._network: Any = load(name, "Mask2FormerForUniversalSegmentation", folder)

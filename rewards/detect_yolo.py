@@ -108,7 +108,7 @@ def yolo() -> Yolo:
 def _said(path: Path) -> Path:
     """The file a person chose, entered under its own name; Missing where there is none."""
     if path.is_file():
-        return weight_store.note(weight_store.Asked("file", PLACE, (path.name,), "", path))
+        return weight_store.note(weight_store.DownloadRequest("file", PLACE, (path.name,), "", path))
     found = weight_store.given(PLACE, path.name)
     if found is None:
         raise Missing(f"GPOBENCH_YOLO names no file, and none in the folder {PLACE} of weights: {path} ({LICENCE})")

@@ -15,7 +15,7 @@ import numpy as np
 
 from ..bench import registry
 from ..bench.assets.glyphs import PAPERS, SHAPE_COLOURS, SHAPES, draw_shapes, shapes_prompt
-from ..bench.spec import Images, Prompt, Scores, agree
+from ..bench.spec import Images, Prompt, Scores, check_images
 from . import geneval_rules as rules
 from .colours import ColourClassifier, PaletteColours, clip_id, open_clip_colours
 from .detectors import DETECTORS, Detection, Detector, open_detector
@@ -28,7 +28,7 @@ GLYPHS = ("palette", "shapes")  # detectors of the embedded model's shapes, whos
 METRICS = ("partial", "correct", "strict")
 
 
-class GenEval:
+class GenEvalScorer:
     """Judges pictures by a detector and a rule; the colour classifier is made when the first prompt asks for a colour."""
 
     metrics: Sequence[str] = METRICS
@@ -54,7 +54,7 @@ class GenEval:
 
         UserError where a prompt lacks GenEval's facts, or asks for what the detector does not know.
         """
-        agree(images, prompts)
+        check_images(images, prompts)
         asked = [self._asked(prompt) for prompt in prompts]
         if any(clause.color for each in asked for clause in each.include):
             self._colours = self._colours or self._make_colours()
@@ -74,7 +74,7 @@ class GenEval:
                     value[metric][row] = verdict[metric]
         return Scores(value, reasons, notes)
 
-    def _asked(self, prompt: Prompt) -> rules.Asked:
+    def _asked(self, prompt: Prompt) -> rules.GenEvalTarget:
         asked = rules.asked(prompt)
         for clause in (*asked.include, *asked.exclude):
             if clause.name not in self.detector.classes:
@@ -97,7 +97,7 @@ class GenEval:
             return [found for i in range(len(images)) for found in self._detect(images[i : i + 1])]
 
     def _judge(
-        self, image: np.ndarray, asked: rules.Asked, seen: Sequence[Detection]
+        self, image: np.ndarray, asked: rules.GenEvalTarget, seen: Sequence[Detection]
     ) -> tuple[Mapping[str, float], str]:
         found = rules.counted(seen, asked.tag, self.rule)
         colour = self._seen_colours(image, rules.to_colour(asked, found))
@@ -165,7 +165,7 @@ def _whole(found: list[list[Detection]], n: int) -> list[list[Detection]]:
     return found
 
 
-def make(variant: str | None = None) -> GenEval:
+def make(variant: str | None = None) -> GenEvalScorer:
     """The scorer over a detector (`mask2former` by default), with `-legacy` for the server's credit; Missing where a part is not here."""
     name = variant or DEFAULT
     legacy = name.endswith(LEGACY)
@@ -173,7 +173,7 @@ def make(variant: str | None = None) -> GenEval:
     if name not in DETECTORS:
         raise registry.unknown("variant of the scorer geneval:", name, DETECTORS)
     shapes = name in GLYPHS
-    return GenEval(
+    return GenEvalScorer(
         open_detector(name),
         PaletteColours if shapes else open_clip_colours,
         colours_id=PaletteColours.id if shapes else clip_id(),

@@ -41,7 +41,7 @@ class Clause:
 
 
 @dataclass(frozen=True)
-class Asked:
+class GenEvalTarget:
     """A prompt's facts: every clause of `include` must hold and none of `exclude`."""
 
     tag: str
@@ -49,7 +49,7 @@ class Asked:
     exclude: tuple[Clause, ...] = ()
 
 
-def asked(prompt: Prompt) -> Asked:
+def asked(prompt: Prompt) -> GenEvalTarget:
     """The facts of a prompt in GenEval's format; UserError naming the prompt and what is missing or wrong."""
     meta, where = prompt.meta, f"the prompt {prompt.text!r}"
     if missing := [fact for fact in ("tag", "include") if not meta.get(fact)]:
@@ -60,7 +60,7 @@ def asked(prompt: Prompt) -> Asked:
     if tag == "counting" and not meta.get("exclude"):
         raise UserError(f"{where} has no exclude: a counting prompt says from which count on there are too many")
     include = tuple(_clause(clause, i, where) for i, clause in enumerate(meta["include"]))
-    return Asked(tag, include, tuple(_clause(clause, 0, where) for clause in meta.get("exclude") or ()))
+    return GenEvalTarget(tag, include, tuple(_clause(clause, 0, where) for clause in meta.get("exclude") or ()))
 
 
 def _clause(facts: Any, place: int, where: str) -> Clause:
@@ -158,7 +158,7 @@ def relative_position(a: Box, b: Box, threshold: float = OFFICIAL.position_thres
     return frozenset(side for side, holds in sides.items() if holds)
 
 
-def to_colour(asked: Asked, found: Found) -> list[Detection]:
+def to_colour(asked: GenEvalTarget, found: Found) -> list[Detection]:
     """The objects whose colour some rule will ask for: the first `count` of every clause that names a colour and has enough."""
     these = [(clause, found.get(clause.name, ())) for clause in asked.include if clause.color]
     return [d for clause, objects in these if len(objects) >= clause.count for d in objects[: clause.count]]
@@ -167,7 +167,7 @@ def to_colour(asked: Asked, found: Found) -> list[Detection]:
 # The verdicts
 
 
-def official(asked: Asked, found: Found, colour: Colour, rule: Rule = OFFICIAL) -> tuple[bool, str]:
+def official(asked: GenEvalTarget, found: Found, colour: Colour, rule: Rule = OFFICIAL) -> tuple[bool, str]:
     """Is the image correct, and if not, every reason why, one a line."""
     reasons: list[str] = []
     matched: list[Sequence[Detection] | None] = []
@@ -218,7 +218,7 @@ def _astray(clause: Clause, objects: Sequence[Detection], targets: Sequence[Dete
 
 
 def partial(
-    asked: Asked, found: Found, colour: Colour, rule: Rule = OFFICIAL, *, legacy_position_bug: bool = False
+    asked: GenEvalTarget, found: Found, colour: Colour, rule: Rule = OFFICIAL, *, legacy_position_bug: bool = False
 ) -> list[float]:
     """The credits of the clauses; their mean, in (-inf, 1], is the training reward, and 1 means `strict`.
 
@@ -250,13 +250,13 @@ def partial(
     return credits
 
 
-def strict(asked: Asked, found: Found, colour: Colour, rule: Rule = OFFICIAL) -> bool:
+def strict(asked: GenEvalTarget, found: Found, colour: Colour, rule: Rule = OFFICIAL) -> bool:
     """Exactly as many as asked for in every clause, and every colour and position right; stricter than `official`."""
     exact = all(len(found.get(clause.name, ())) == clause.count for clause in asked.include)
     return exact and all(credit == 1 for credit in partial(asked, found, colour, rule))
 
 
-def said(asked: Asked, found: Found, colour: Colour) -> str:
+def said(asked: GenEvalTarget, found: Found, colour: Colour) -> str:
     """What was counted, for the record: `3 circle (2 red)`; colours are told where they were looked at."""
     parts: list[str] = []
     for clause in asked.include:

@@ -20,7 +20,7 @@ import numpy as np
 
 from ..bench.assets import weight_store
 from ..bench.errors import Missing, UserError
-from ..bench.spec import Images, Prompt, Scores, agree
+from ..bench.spec import Images, Prompt, Scores, check_images
 from . import two_towers
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ class ImageReward:
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         """(B, H, W, 3) and B prompts -> imagereward, row by row; NaN with a reason where a picture could not be scored."""
-        agree(images, prompts)
+        check_images(images, prompts)
         value, reasons = np.full(len(images), np.nan), dict[int, str]()
         for row, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
             try:

@@ -23,7 +23,7 @@ from ..bench.assets import weight_store
 from ..bench.assets.downloads import cache, offline
 from ..bench.errors import Missing, UserError
 from ..bench.files import write_atomically
-from ..bench.spec import Images, Prompt, Scores, agree
+from ..bench.spec import Images, Prompt, Scores, check_images
 from . import rules
 
 INSTALL = "the scorer 'paddleocr' needs {}; install with: pip install 'gpobench[paddle]' onnxruntime"
@@ -124,7 +124,7 @@ class PaddleOCR:
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         """(B, H, W, 3) and B prompts -> soft and exact; NaN with a reason where the engine failed on a picture."""
-        agree(images, prompts)
+        check_images(images, prompts)
         texts: list[str | None] = []
         reasons: dict[int, str] = {}
         for row, image in enumerate(images):
@@ -157,7 +157,7 @@ def _folder(model: str) -> Path | None:
     for name in (model, f"{model}_onnx"):  # PaddleOCR's names for a model's two packages
         path = Path(home, "official_models", name)
         if path.is_dir():
-            return weight_store.note(weight_store.Asked("folder", f"PaddlePaddle/{model}", FILES, "", path))
+            return weight_store.note(weight_store.DownloadRequest("folder", f"PaddlePaddle/{model}", FILES, "", path))
     return None
 
 

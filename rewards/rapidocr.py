@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..bench.errors import Missing, UserError
-from ..bench.spec import Images, Prompt, Scores, agree
+from ..bench.spec import Images, Prompt, Scores, check_images
 from . import rules
 
 DETECTOR, RECOGNISER = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"
@@ -25,7 +25,7 @@ LINE_HEIGHT = 48  # px, what the recogniser was trained on
 
 
 @dataclass(frozen=True)
-class Line:
+class TextLine:
     """A picture is one line: squeezed to `width` x 48 and recognised as a whole."""
 
     width: int = (
@@ -47,7 +47,7 @@ class Page:
         return f"page-{self.side}-{self.confidence:g}"
 
 
-FRAMINGS: dict[str, Line | Page] = {"line": Line(), "page": Page()}
+FRAMINGS: dict[str, TextLine | Page] = {"line": TextLine(), "page": Page()}
 
 
 def _model(name: str) -> Path:
@@ -71,7 +71,7 @@ class RapidOCR:
     name = "rapidocr"
     metrics: Sequence[str] = rules.METRICS
 
-    def __init__(self, framing: Line | Page = FRAMINGS["line"]) -> None:
+    def __init__(self, framing: TextLine | Page = FRAMINGS["line"]) -> None:
         self.framing = framing
         self._lock = (
             threading.Lock()
@@ -109,7 +109,7 @@ class RapidOCR:
     def read(self, image: np.ndarray) -> str:
         """(H, W, 3) uint8 RGB -> the text in it, lines joined without a gap. Raises what the engine raises."""
         bgr = np.ascontiguousarray(image[..., ::-1])  # the channel order the models were trained on
-        if isinstance(self.framing, Line):
+        if isinstance(self.framing, TextLine):
             import cv2
 
             bgr = cv2.resize(bgr, (self.framing.width, LINE_HEIGHT))
@@ -120,7 +120,7 @@ class RapidOCR:
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         """(B, H, W, 3) and B prompts -> soft and exact; NaN with a reason where the engine failed on a picture."""
-        agree(images, prompts)
+        check_images(images, prompts)
         texts: list[str | None] = []
         reasons: dict[int, str] = {}
         for row, image in enumerate(images):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..bench.errors import Missing, UserError
-from ..bench.spec import Images, Prompt, Scores, agree
+from ..bench.spec import Images, Prompt, Scores, check_images
 from . import rules
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Reader:
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         """(B, 32, 64, 3) and B prompts -> soft and exact; ValueError for another shape, NaN with a reason where reading failed."""
-        agree(images, prompts)
+        check_images(images, prompts)
         if images.shape[1:] != (HEIGHT, WIDTH, 3):
             raise ValueError(f"the reader reads pictures of (32, 64, 3), got {images.shape[1:]}")
         try:

@@ -292,8 +292,10 @@ def degraded_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
     g = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
     _, words = clean_words()
-    moves = rng.integers(-2, 3, (len(words), 2))
-    prints = np.stack([glyphs.draw_word(w, dx=int(dx), dy=int(dy)) for w, (dx, dy) in zip(words, moves, strict=True)])
+    transitions = rng.integers(-2, 3, (len(words), 2))
+    prints = np.stack(
+        [glyphs.draw_word(w, dx=int(dx), dy=int(dy)) for w, (dx, dy) in zip(words, transitions, strict=True)]
+    )
     grey = torch.from_numpy(prints).float().mean(-1)[:, None]
     coverage = (255 - grey) / (255 - grey.amin((2, 3), keepdim=True))
     pictures = colour(damage(coverage, g), g).movedim(1, -1)
@@ -310,7 +312,7 @@ def rate(read: Callable[[np.ndarray], list[str]], pictures: np.ndarray, words: l
 
 
 @dataclass(frozen=True)
-class Reader:
+class ReaderRecipe:
     """Trains the reader from nothing: AdamW on random strings, the rate falling along a cosine, weights averaged at the end."""
 
     steps: int = 1800

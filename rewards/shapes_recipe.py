@@ -19,7 +19,7 @@ from ..bench.assets import glyphs
 from ..bench.errors import UserError
 from ..bench.stats.intervals import proportion
 from .detect_shapes import CALIBRATION, STRIDE, network
-from .detect_shapes import Shapes as Detector
+from .detect_shapes import ShapesDetector as Detector
 from .detectors import Detection
 from .reader import HEIGHT, WIDTH, standardise
 from .reader_recipe import colour, damage, print_letters, random_letters
@@ -306,7 +306,7 @@ def calibrate(maps: "Tensor", truth: Truth) -> tuple[float, float, float]:
 
 
 @dataclass(frozen=True)
-class Shapes:
+class ShapesRecipe:
     """Trains the detector from nothing: AdamW, the rate falling along a cosine, weights averaged, scores calibrated at the end."""
 
     steps: int = 1500

@@ -19,14 +19,14 @@ import numpy as np
 from PIL import Image
 
 from ..bench.errors import Missing, UserError
-from ..bench.spec import Images, Prompt, Scores, agree
+from ..bench.spec import Images, Prompt, Scores, check_images
 from . import rules
 
 INSTALL = "the scorer 'tesseract' needs {}; install them with: apt-get install tesseract-ocr tesseract-ocr-eng (or your system's packages)"
 
 
 @dataclass(frozen=True)
-class Framing:
+class PageFraming:
     """How a picture is put before the engine."""
 
     name: str
@@ -34,7 +34,7 @@ class Framing:
     enlarge: int
 
 
-FRAMINGS = {"line": Framing("line", 7, 4), "page": Framing("page", 11, 1)}
+FRAMINGS = {"line": PageFraming("line", 7, 4), "page": PageFraming("page", 11, 1)}
 
 
 def _run(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[bytes]:
@@ -80,14 +80,14 @@ class Tesseract:
     name = "tesseract"
     metrics: Sequence[str] = rules.METRICS
 
-    def __init__(self, framing: Framing = FRAMINGS["line"]) -> None:
+    def __init__(self, framing: PageFraming = FRAMINGS["line"]) -> None:
         release, data = version()
         self.framing = framing
         self.id = f"tesseract-{release}/eng@{data}/{rules.RULE}/{framing.name}-psm{framing.mode}-x{framing.enlarge}"
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         """(B, H, W, 3) and B prompts -> soft and exact; NaN with a reason where the engine failed on a picture."""
-        agree(images, prompts)
+        check_images(images, prompts)
         reasons: dict[int, str] = {}
         texts: list[str | None] = [None] * len(images)
         with TemporaryDirectory(prefix="gpobench-tesseract-") as folder:

@@ -479,7 +479,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class TinyClip:
+class TinyClipRecipe:
     """Trains both critics from nothing, one after the other: Muon on matrices, AdamW on the rest, weights averaged at the end."""
 
     towers: tuple[str, ...] = tuple(TOWERS)

@@ -25,7 +25,7 @@ import numpy as np
 
 from ..bench.assets import weight_store
 from ..bench.errors import Missing, UserError
-from ..bench.spec import Images, Prompt, Scores, agree
+from ..bench.spec import Images, Prompt, Scores, check_images
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -320,7 +320,7 @@ class TwoTowers:
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         """(B, H, W, 3) and B prompts -> score; NaN with a reason where a picture or its prompt could not be scored."""
-        agree(images, prompts)
+        check_images(images, prompts)
         vectors, reasons = self.sight(images)
         value = np.full(len(images), np.nan)
         for row, prompt in enumerate(prompts):

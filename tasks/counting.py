@@ -18,7 +18,7 @@ from ..bench import registry
 from ..bench.assets.glyphs import COUNTS, NUMBERS, SHAPE_COLOURS, SHAPES, shapes_prompt
 from ..bench.errors import UserError
 from ..bench.registry import known_domain
-from ..bench.spec import Columns, Judging, Prompt, Split
+from ..bench.spec import Columns, EvaluationSettings, Prompt, Split
 from . import geneval_open as published
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -55,9 +55,9 @@ class Counting:
         """All that judge."""
         return [self.reward(domain), *self.held_out(domain)]
 
-    def judging(self, domain: str) -> Judging:
+    def evaluation(self, domain: str) -> EvaluationSettings:
         """Four images of a published prompt, as published; many of each of the few prompts of shapes."""
-        return judging(known_domain(self.name, domain))
+        return evaluation(known_domain(self.name, domain))
 
     def columns(self, domain: str) -> Columns:
         """Quality, diversity and drift beside the count."""
@@ -83,11 +83,11 @@ class Counting:
         return prompt
 
 
-def judging(domain: str) -> Judging:
+def evaluation(domain: str) -> EvaluationSettings:
     """How both tasks are judged."""
     if domain == "glyphs":
-        return Judging(test_images=24, validation_images=8, curve_images=8)
-    return Judging(test_images=4, validation_images=4, curve_images=1)
+        return EvaluationSettings(test_images=24, validation_images=8, curve_images=8)
+    return EvaluationSettings(test_images=4, validation_images=4, curve_images=1)
 
 
 @cache

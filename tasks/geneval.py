@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from ..bench import registry
 from ..bench.errors import UserError
 from ..bench.registry import known_domain
-from ..bench.spec import Columns, Judging, Prompt, Split
+from ..bench.spec import Columns, EvaluationSettings, Prompt, Split
 from . import geneval_open as published
-from .counting import COLUMNS, HELD_OUT, REWARD, SPLITS, combinations, judging, parse_shapes, shapes
+from .counting import COLUMNS, HELD_OUT, REWARD, SPLITS, combinations, evaluation, parse_shapes, shapes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,9 +54,9 @@ class GenEval:
         """All that judge."""
         return [self.reward(domain), *self.held_out(domain)]
 
-    def judging(self, domain: str) -> Judging:
+    def evaluation(self, domain: str) -> EvaluationSettings:
         """Four images of a published prompt, as published; many of each of the few prompts of shapes."""
-        return judging(known_domain(self.name, domain))
+        return evaluation(known_domain(self.name, domain))
 
     def columns(self, domain: str) -> Columns:
         """Quality, diversity and drift beside the benchmark."""

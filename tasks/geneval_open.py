@@ -16,7 +16,7 @@ from itertools import count, islice, permutations, product
 from typing import Any
 
 from ..bench import registry
-from ..bench.assets.downloads import Published
+from ..bench.assets.downloads import PinnedFile
 from ..bench.errors import UserError
 from ..bench.spec import Prompt, Split, fold_text
 
@@ -24,13 +24,13 @@ Clause = Mapping[str, Any]  # GenEval's: class, count, perhaps color or position
 Include = Sequence[Clause]
 
 _AT = "https://raw.githubusercontent.com/djghosh13/geneval/af4902f24d3ca90ebbb446dd9891a59e0f82725f"
-METADATA = Published(
+METADATA = PinnedFile(
     "geneval/prompts/evaluation_metadata.jsonl",
     f"{_AT}/prompts/evaluation_metadata.jsonl",
     "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13",
     records=553,
 )
-OBJECTS = Published(
+OBJECTS = PinnedFile(
     "geneval/evaluation/object_names.txt",
     f"{_AT}/evaluation/object_names.txt",
     "608f6a0e5c8ca1c7a92b818430141fe268c85b7930b50f4160f1d65893b5bacd",

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..bench import registry
-from ..bench.assets.downloads import Published
+from ..bench.assets.downloads import PinnedFile
 from ..bench.errors import UserError
 from ..bench.registry import known_domain
-from ..bench.spec import Columns, Judging, Prompt, Split, fold_text
+from ..bench.spec import Columns, EvaluationSettings, Prompt, Split, fold_text
 from .ocr import SPLITS
 from .scenes import STYLES, glyph_prompts, styled_scenes
 
@@ -30,7 +30,7 @@ WEIGHTS = ("v2.1", "v2")
 GROUPS = 10  # of consecutive prompts, whose means' deviation the publication prints
 # No hash of these files was available when this was written: the number of prompts is all that tells another file.
 PUBLISHED = {
-    style: Published(
+    style: PinnedFile(
         f"HPDv2/benchmark/{style}.json",
         f"https://huggingface.co/datasets/zhwang/HPDv2/resolve/main/benchmark/{style}.json",
         records=800,
@@ -71,9 +71,9 @@ class HPSv2:
             "open": Columns(quality=["aesthetic", "imagereward"], diversity=["clip"], drift=["clip"]),
         }[known_domain("hpsv2", domain)]
 
-    def judging(self, domain: str) -> Judging:
+    def evaluation(self, domain: str) -> EvaluationSettings:
         """Four images of each of the 60 test prompts of the domain glyphs; one image a prompt for real models, as published."""
-        return Judging(
+        return EvaluationSettings(
             test_images=self.test_images if known_domain("hpsv2", domain) == "glyphs" else 1, validation_images=1
         )
 
@@ -143,7 +143,7 @@ def _splits(data: str) -> dict[Split, list[Prompt]]:
     return {**styled_scenes({fold_text(prompt.text) for prompt in test}), "test": test}
 
 
-def _texts(published: Published) -> list[str]:
+def _texts(published: PinnedFile) -> list[str]:
     """A JSON list of prompts, as published; UserError where it is no such list, or one of another length."""
     try:
         raw = published.read()

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from ..bench import registry
-from ..bench.assets.downloads import Published
+from ..bench.assets.downloads import PinnedFile
 from ..bench.assets.glyphs import ALPHABET, INKS, LONGEST, SHORTEST, SURFACES, VOCABULARY, split_of, word_prompt
 from ..bench.errors import UserError
 from ..bench.registry import known_domain
-from ..bench.spec import Columns, Judging, Prompt, Split
+from ..bench.spec import Columns, EvaluationSettings, Prompt, Split
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 WORDS = Path(__file__).with_name("ocr_words.txt")
-PUBLISHED = Published(  # MIT
+PUBLISHED = PinnedFile(  # MIT
     "flow_grpo/dataset/ocr/test.txt",
     "https://raw.githubusercontent.com/yifan123/flow_grpo/ac4c86e8cae021841f1fde853d340e0db67690dd/dataset/ocr/test.txt",
     sha256="4dd8caf3ab6ade73bd376c7d14c6ca49b6eacfb1bd321e22c40714ae4a98d4dc",
@@ -107,9 +107,9 @@ class OCR:
             raise registry.unknown(f"word for tiny in {text!r}:", strange[0], VOCABULARY)
         return Prompt(text, {**facts, "target": target})
 
-    def judging(self, domain: str) -> Judging:
+    def evaluation(self, domain: str) -> EvaluationSettings:
         """Two images of every test word; one of each validation word. One image a prompt for real models, as published."""
-        return Judging(
+        return EvaluationSettings(
             test_images=self.test_images if known_domain("ocr", domain) == "glyphs" else 1, validation_images=1
         )
 

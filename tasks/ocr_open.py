@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from itertools import product
 
-from ..bench.assets.downloads import Published
+from ..bench.assets.downloads import PinnedFile
 from ..bench.errors import UserError
 from ..bench.spec import Prompt, Split, fold_text
 
@@ -44,7 +44,7 @@ SECOND = (
 LAST = ("", "Club", "Today", "Room 12", "Since 1987", "No Entry", "Half Price", "Ahead")
 
 
-def published(file: Published) -> list[Prompt]:
+def published(file: PinnedFile) -> list[Prompt]:
     """The prompts of the published test file; UserError where it cannot be had or is another one."""
     try:
         raw = file.read()

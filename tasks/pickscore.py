@@ -15,10 +15,10 @@ from hashlib import sha256
 from typing import Any
 
 from ..bench import registry
-from ..bench.assets.downloads import Published
+from ..bench.assets.downloads import PinnedFile
 from ..bench.errors import UserError
 from ..bench.registry import known_domain
-from ..bench.spec import Columns, Judging, Prompt, Split, fold_text
+from ..bench.spec import Columns, EvaluationSettings, Prompt, Split, fold_text
 from .ocr import SPLITS
 from .scenes import glyph_prompts
 
@@ -27,9 +27,9 @@ PINNED = "https://raw.githubusercontent.com/yifan123/flow_grpo/ac4c86e8cae021841
 NOT_PINNED = "https://raw.githubusercontent.com/yifan123/flow_grpo/main/dataset"
 
 
-def _list(folder: str, file: str, records: int, root: str) -> Published:
+def _list(folder: str, file: str, records: int, root: str) -> PinnedFile:
     """No hash of these files was available when this was written: the number of lines is all that tells another file."""
-    return Published(f"flow_grpo/dataset/{folder}/{file}", f"{root}/{folder}/{file}", records=records)
+    return PinnedFile(f"flow_grpo/dataset/{folder}/{file}", f"{root}/{folder}/{file}", records=records)
 
 
 SAFE = {
@@ -71,9 +71,9 @@ class PickScore:
             "open": Columns(quality=["aesthetic", "imagereward"], diversity=["clip"], drift=["clip"]),
         }[known_domain("pickscore", domain)]
 
-    def judging(self, domain: str) -> Judging:
+    def evaluation(self, domain: str) -> EvaluationSettings:
         """Four images of each of the 60 test prompts of the domain glyphs; one image a prompt for real models, as published."""
-        return Judging(
+        return EvaluationSettings(
             test_images=self.test_images if known_domain("pickscore", domain) == "glyphs" else 1, validation_images=1
         )
 
@@ -116,7 +116,7 @@ def split(test: Sequence[str], train: Sequence[str], validation: int) -> dict[Sp
     }
 
 
-def _lines(published: Published) -> list[str]:
+def _lines(published: PinnedFile) -> list[str]:
     """One prompt a line, as published; UserError where there are more or fewer than there must be."""
     try:
         raw = published.read()

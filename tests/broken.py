@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gpobench.bench.budget import Spent
 from gpobench.bench.losses import informative
-from gpobench.bench.spec import Choice, Groups, Log, Optim, Range, take
+from gpobench.bench.spec import Choice, Groups, LogUniform, Optim, Range, select_rows
 from gpobench.bench.training.rig import Rig
 
 
@@ -19,7 +19,7 @@ from gpobench.bench.training.rig import Rig
 class Sound:
     """Every image of a group is learnt, the better ones more."""
 
-    space: ClassVar[Mapping[str, Range]] = {"optim.lr": Log(1e-4, 1e-2), "group": Choice((4, 8))}
+    space: ClassVar[Mapping[str, Range]] = {"optim.lr": LogUniform(1e-4, 1e-2), "group": Choice((4, 8))}
     optim: Optim = field(default_factory=lambda: Optim(lr=3e-3, minibatches=1))
     prompts: int = 3
     group: int = 4
@@ -29,22 +29,26 @@ class Sound:
 
     def collect(self, rig: Rig) -> Groups:
         groups = rig.groups(self.prompts, self.group)
-        return take(groups, informative(groups.reward))
+        return select_rows(groups, informative(groups.reward))
 
     def weights(self, reward: Tensor) -> Tensor:
         return (reward / 0.1).nan_to_num(nan=-torch.inf).softmax(1)
 
     def loss(self, rig: Rig, batch: Groups) -> Tensor:
         n = batch.reward.numel()
-        t, eps, who = rig.uniform(n, 0.02, 0.98), rig.noise(n), batch.who.repeat_interleave(batch.reward.shape[1])
-        (error,) = rig.errors(batch.x0.flatten(0, 1), who, t, eps, "live")
+        t, eps, prompt_ids = (
+            rig.uniform(n, 0.02, 0.98),
+            rig.noise(n),
+            batch.prompt_ids.repeat_interleave(batch.reward.shape[1]),
+        )
+        (error,) = rig.errors(batch.x0.flatten(0, 1), prompt_ids, t, eps, "policy")
         return (self.weights(batch.reward) * error.view_as(batch.reward)).sum(1).mean()
 
 
 @dataclass(frozen=True)
 class Sums(Sound):
     def loss(self, rig: Rig, batch: Groups) -> Tensor:
-        return Sound.loss(self, rig, batch) * len(batch.who)
+        return Sound.loss(self, rig, batch) * len(batch.prompt_ids)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ class Chance(Sound):
 
     def collect(self, rig: Rig) -> Groups:
         groups = Sound.collect(self, rig)
-        return Groups(torch.nn.Dropout(0.3)(groups.x0), groups.who, groups.reward)
+        return Groups(torch.nn.Dropout(0.3)(groups.x0), groups.prompt_ids, groups.reward)
 
 
 @dataclass(frozen=True)
@@ -122,8 +126,8 @@ class Peeks(Sound):
 
     def collect(self, rig: Rig) -> Groups:
         groups = Sound.collect(self, rig)
-        images = torch.zeros(len(groups.who), 16, 16, 3, dtype=torch.uint8).numpy()
-        rig.scorer(images, rig.texts(groups.who))
+        images = torch.zeros(len(groups.prompt_ids), 16, 16, 3, dtype=torch.uint8).numpy()
+        rig.scorer(images, rig.texts(groups.prompt_ids))
         return groups
 
 
@@ -147,7 +151,7 @@ class Counts(Sound):
     def collect(self, rig: Rig) -> Groups:
         groups = Sound.collect(self, rig)
         self.seen["rounds"] = self.seen.get("rounds", 0.0) + 1
-        return Groups(groups.x0 * self.seen["rounds"], groups.who, groups.reward)
+        return Groups(groups.x0 * self.seen["rounds"], groups.prompt_ids, groups.reward)
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ class GoesOn(Sound):
 class Wide(Sound):
     """Offers to be tuned where it cannot be."""
 
-    space: ClassVar[Mapping[str, Range]] = {"optim.lr": Log(1e-4, 1e-2), "groop": Choice((1, 2))}
+    space: ClassVar[Mapping[str, Range]] = {"optim.lr": LogUniform(1e-4, 1e-2), "groop": Choice((1, 2))}
 
 
 @dataclass(frozen=True)
@@ -201,8 +205,8 @@ class First:
 
     space: ClassVar[Mapping[str, Range]] = {}
 
-    def answer(self, rig: Rig, noise: Tensor, who: Tensor, images: int) -> Tensor:
-        return rig.sample(noise, who, by="ref")
+    def answer(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
+        return rig.sample(noise, prompt_ids, weights="ref")
 
 
 @dataclass(frozen=True)
@@ -211,6 +215,6 @@ class Overwrites:
 
     space: ClassVar[Mapping[str, Range]] = {}
 
-    def answer(self, rig: Rig, noise: Tensor, who: Tensor, images: int) -> Tensor:
-        x: Any = rig.sample(noise, who, by="ref")
+    def answer(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
+        x: Any = rig.sample(noise, prompt_ids, weights="ref")
         return noise.copy_(x)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gpobench.bench.errors import Missing
-from gpobench.bench.spec import Columns, Images, Judging, Prompt, Scores, Split
+from gpobench.bench.spec import Columns, EvaluationSettings, Images, Prompt, Scores, Split
 
 HERE = __file__
 TEXTS: dict[Split, list[str]] = {
@@ -116,8 +116,8 @@ class Paint:
     def held_out(self, domain: str) -> Sequence[str]:
         return [f"{HERE}:Warmth"]
 
-    def judging(self, domain: str) -> Judging:
-        return Judging(test_images=self.images, validation_images=1, seed=7)
+    def evaluation(self, domain: str) -> EvaluationSettings:
+        return EvaluationSettings(test_images=self.images, validation_images=1, seed=7)
 
 
 def Long() -> Paint:

@@ -19,7 +19,7 @@ LIMIT = 64 * 2**20  # bytes; a list of prompts is far smaller
 
 
 @dataclass(frozen=True)
-class Asked:
+class DownloadRequest:
     """Something that was asked for, and where it was found."""
 
     kind: Literal["file", "folder", "prompts"]
@@ -51,7 +51,7 @@ class Heavy(Exception):
     """More was asked for than a ledger allows."""
 
 
-class Ledger(list[Asked]):
+class Ledger(list[DownloadRequest]):
     """What was asked for, in order."""
 
     def __init__(self, limit: float) -> None:
@@ -80,7 +80,7 @@ def ledger(limit: float = float("inf")) -> Generator[Ledger]:
         _open[:] = [other for other in _open if other is not mine]
 
 
-def note(asked: Asked) -> Path:
+def note(asked: DownloadRequest) -> Path:
     """Enter what was found into the open ledgers, and return its path; Heavy where that is too much for one of them."""
     for each in list(_open):
         each.append(asked)
@@ -112,7 +112,7 @@ def offline() -> bool:
 
 
 @dataclass(frozen=True)
-class Published:
+class PinnedFile:
     """Where a file stands below GPOBENCH_DATA, where it is fetched from, and what it must be."""
 
     path: str  # below GPOBENCH_DATA, and below the cache: flow_grpo/dataset/ocr/test.txt
@@ -141,7 +141,7 @@ class Published:
         return raw
 
     def _note(self, place: Path) -> None:
-        note(Asked("prompts", self.url, (self.path,), self.sha256, place))
+        note(DownloadRequest("prompts", self.url, (self.path,), self.sha256, place))
 
     def _wanted(self) -> str:
         data = os.environ.get("GPOBENCH_DATA", "")

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from .. import registry
 from ..errors import UserError
-from ..spec import Columned, Columns, Judging, Prompt, Reads, Split, Summarised, Task, fold_text
+from ..spec import (
+    Columns,
+    EvaluationSettings,
+    Prompt,
+    Split,
+    SupportsColumns,
+    SupportsOwnPrompts,
+    SupportsSummary,
+    Task,
+    fold_text,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +36,7 @@ OWN = "+own"  # behind a task's version where it asks prompts of a person's own:
 
 
 @dataclass(frozen=True)
-class Row:
+class PromptRow:
     """A prompt as it stands in a file, and what the file says beside it."""
 
     text: str
@@ -34,7 +44,7 @@ class Row:
     line: int  # where its record begins, from 1; of a parquet file the row
 
 
-def read_prompts(path: Path, *, unique: bool = True) -> list[Row]:
+def read_prompts(path: Path, *, unique: bool = True) -> list[PromptRow]:
     """The prompts of a .txt (one a line), .jsonl, .csv, .tsv or .parquet file, in order; blank lines are skipped.
 
     The column of the prompts is `prompt`, `text` or `caption`, all others are facts; an empty cell of a table is no fact.
@@ -49,7 +59,7 @@ def read_prompts(path: Path, *, unique: bool = True) -> list[Row]:
     return rows
 
 
-def row_of(path: Path, line: int, record: Mapping[str, Any]) -> Row:
+def row_of(path: Path, line: int, record: Mapping[str, Any]) -> PromptRow:
     """A record's prompt and facts; UserError where it has no prompt."""
     key = next((name for name in TEXT if name in record), None)
     if key is None:
@@ -61,7 +71,7 @@ def row_of(path: Path, line: int, record: Mapping[str, Any]) -> Row:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(f"{path}, line {line}: the {key} holds half a character: {text!r}") from None
-    return Row(text, {name: value for name, value in record.items() if name != key}, line)
+    return PromptRow(text, {name: value for name, value in record.items() if name != key}, line)
 
 
 def records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -155,8 +165,8 @@ READERS: dict[str, Callable[[Path, bytes], Iterator[tuple[int, dict[str, Any]]]]
 }
 
 
-def _refuse_repeats(path: Path, rows: Sequence[Row]) -> None:
-    first: dict[str, Row] = {}
+def _refuse_repeats(path: Path, rows: Sequence[PromptRow]) -> None:
+    first: dict[str, PromptRow] = {}
     again = [(first[key], row) for row in rows if first.setdefault(key := fold_text(row.text), row) is not row]
     if again:
         shown = "; ".join(f"lines {one.line} and {other.line}: {other.text!r}" for one, other in again[:3])
@@ -167,14 +177,14 @@ def _refuse_repeats(path: Path, rows: Sequence[Row]) -> None:
 
 
 @dataclass(frozen=True)
-class Own:
+class OwnPrompts:
     """A task that asks a person's prompts in some splits; in all else it does as the task does.
 
     It is Columned, Reads and Summarised, with nothing to show where the task is not.
     """
 
     task: Task
-    rows: Mapping[Split, tuple[Path, Sequence[Row]]]
+    rows: Mapping[Split, tuple[Path, Sequence[PromptRow]]]
     domain: str  # of the prompts in the files
     name: str
     version: str
@@ -199,31 +209,31 @@ class Own:
     def held_out(self, domain: str) -> Sequence[str]:
         return self.task.held_out(domain)
 
-    def judging(self, domain: str) -> Judging:
-        return self.task.judging(domain)
+    def evaluation(self, domain: str) -> EvaluationSettings:
+        return self.task.evaluation(domain)
 
     def columns(self, domain: str) -> Columns:
-        return self.task.columns(domain) if isinstance(self.task, Columned) else Columns()
+        return self.task.columns(domain) if isinstance(self.task, SupportsColumns) else Columns()
 
     def read(self, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:
         return understand(self.task, text, facts, domain)
 
     def summary(self, table: pd.DataFrame) -> Mapping[str, float]:
-        return self.task.summary(table) if isinstance(self.task, Summarised) else {}
+        return self.task.summary(table) if isinstance(self.task, SupportsSummary) else {}
 
 
-def own(task: Task, files: Mapping[Split, Path], domain: str) -> Task:
+def with_own_prompts(task: Task, files: Mapping[Split, Path], domain: str) -> Task:
     """The task with the prompts of these files in these splits; its version says so.
 
     Raises UserError where a file cannot be read, or the task cannot make sense of a line.
     """
     # Published training lists weigh their prompts by repeating them; a judge asks each once.
-    rows: dict[Split, tuple[Path, Sequence[Row]]] = {
+    rows: dict[Split, tuple[Path, Sequence[PromptRow]]] = {
         split: (path, read_prompts(path, unique=split != "train")) for split, path in files.items()
     }
     for path, each in rows.values():
         understood(task, path, each, domain)
-    return cast(Task, Own(task, rows, domain, task.name, task.version + (OWN if files else "")))
+    return cast(Task, OwnPrompts(task, rows, domain, task.name, task.version + (OWN if files else "")))
 
 
 def understand(task: Task | None, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:
@@ -231,12 +241,12 @@ def understand(task: Task | None, text: str, facts: Mapping[str, Any], domain: s
 
     A fact `stratum` is then the prompt's stratum.
     """
-    if task is not None and isinstance(task, Reads):
+    if task is not None and isinstance(task, SupportsOwnPrompts):
         return task.read(text, facts, domain)
     return Prompt(text, dict(facts), stratum=str(facts.get("stratum") or ""))
 
 
-def understood(task: Task | None, path: Path, rows: Sequence[Row], domain: str) -> list[Prompt]:
+def understood(task: Task | None, path: Path, rows: Sequence[PromptRow], domain: str) -> list[Prompt]:
     """The same for the rows of a file; an error says where."""
     prompts: list[Prompt] = []
     for row in rows:

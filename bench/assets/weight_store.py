@@ -20,11 +20,11 @@ from uuid import uuid4
 
 from ..errors import Missing, UserError
 from ..files import digest, full, sync, write_atomically
-from ..model_spec import Card
+from ..model_spec import ModelSpec
 from . import downloads
-from .downloads import Asked, fetching, ledger, note, offline
+from .downloads import DownloadRequest, fetching, ledger, note, offline
 
-__all__ = ["Asked", "ledger", "note"]  # a ledger is for both, prompts and weights
+__all__ = ["DownloadRequest", "ledger", "note"]  # a ledger is for both, prompts and weights
 
 KEPT = ".gpobench.json"  # beside the files of a repository in the store: what they are
 LOCK = "fetch.lock.json"
@@ -44,7 +44,7 @@ def file(repository: str, name: str, *, revision: str = "main") -> Path:
     kept = None if path else kept_at(repository, revision)
     if kept is not None and name in kept.files and (store() / repository / name).is_file():
         path = store() / repository / name
-    return note(Asked("file", repository, (name,), revision, path or download(repository, name, revision)))
+    return note(DownloadRequest("file", repository, (name,), revision, path or download(repository, name, revision)))
 
 
 def folder(repository: str, *, revision: str = "main", patterns: tuple[str, ...] = ()) -> Path:
@@ -62,13 +62,15 @@ def folder(repository: str, *, revision: str = "main", patterns: tuple[str, ...]
         except Exception as error:  # its transport's errors have changed with its versions
             raise refused(repository, "", revision, error) from None
         path = Path(there)
-    return note(Asked("folder", repository, patterns, revision, path))
+    return note(DownloadRequest("folder", repository, patterns, revision, path))
 
 
 def given(place: str, name: str = "") -> Path | None:
     """What no hub serves: GPOBENCH_WEIGHTS/place/name, or as `fetch` left it; without a name the whole folder. None if not here."""
     path = _here(place, name)
-    return note(Asked("file" if name else "folder", place, (name,) if name else (), "", path)) if path else None
+    return (
+        note(DownloadRequest("file" if name else "folder", place, (name,) if name else (), "", path)) if path else None
+    )
 
 
 def _here(place: str, name: str) -> Path | None:
@@ -85,10 +87,10 @@ def local(source: str, revision: str | None = None) -> Path | None:
         return Path(source)
     own = _own(source, "model_index.json")
     if own is not None:
-        return note(Asked("folder", source, PIPELINE, revision or "main", own.parent))
+        return note(DownloadRequest("folder", source, PIPELINE, revision or "main", own.parent))
     kept = kept_at(source, revision or "main")
     if kept is not None and kept.whole(PIPELINE):
-        return note(Asked("folder", source, PIPELINE, revision or "main", store() / source))
+        return note(DownloadRequest("folder", source, PIPELINE, revision or "main", store() / source))
     index = cached(source, "model_index.json", revision)
     if index is None:
         return None
@@ -98,7 +100,7 @@ def local(source: str, revision: str | None = None) -> Path | None:
     parts = [name for name in fetched.files if downloads.matches(name, PIPELINE)]
     if not all((index.parent / name).is_file() for name in parts):
         return None
-    return note(Asked("folder", source, PIPELINE, revision or "main", index.parent))
+    return note(DownloadRequest("folder", source, PIPELINE, revision or "main", index.parent))
 
 
 def cached(repository: str, name: str, revision: str | None = None) -> Path | None:
@@ -157,7 +159,7 @@ class Linked:
         """
         sound = (other for other in others if other.is_file() and short_digest(other).startswith(self.begins))
         path = _here(self.place, self.name) or next(sound, None)
-        return note(Asked("file", self.place, (self.name,), self.url, path or self._brought()))
+        return note(DownloadRequest("file", self.place, (self.name,), self.url, path or self._brought()))
 
     def _brought(self) -> Path:
         put = f"put them below the folder that GPOBENCH_WEIGHTS names, as {self.place}/{self.name}"
@@ -169,14 +171,14 @@ class Linked:
         if offline():
             raise Missing(f"{absent}, and HF_HUB_OFFLINE forbids fetching them from {self.url}; {put}")
         target = store() / self.place / self.name
-        before = kept_of(target.parent / KEPT) or Kept()
+        before = kept_of(target.parent / KEPT) or StoredRepository()
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             facts = self._download(target)
         except (OSError, HTTPException, ValueError) as error:
             why = "the disk is full" if full(error) else str(error).strip() or type(error).__name__
             raise Missing(f"{absent} and {self.url} does not give them ({why}); {put}") from None
-        kept = Kept(self.url, [self.url], [], {**before.files, self.name: facts})
+        kept = StoredRepository(self.url, [self.url], [], {**before.files, self.name: facts})
         text = json.dumps(kept.mapping(), indent=1, sort_keys=True) + "\n"
         write_atomically(target.parent / KEPT, lambda path: path.write_text(text, "utf-8"))
         return target
@@ -223,7 +225,7 @@ def bringing() -> Generator[None]:
 
 
 @dataclass
-class Kept:
+class StoredRepository:
     """Files of one commit of a repository, with their sha256."""
 
     commit: str = ""  # the address of what stands on no hub; empty for files of a person's own
@@ -244,18 +246,18 @@ def store() -> Path:
     return downloads.cache() / "weights"
 
 
-def kept_at(repository: str, revision: str) -> Kept | None:
+def kept_at(repository: str, revision: str) -> StoredRepository | None:
     """What the store holds of a repository at this revision; UserError where its own notes cannot be read."""
     found = kept_of(store() / repository / KEPT)
     return found if found is not None and revision in (found.commit, *found.revisions) else None
 
 
-def kept_of(path: Path) -> Kept | None:
+def kept_of(path: Path) -> StoredRepository | None:
     """The notes in a file; None where there is none."""
     if not path.is_file():
         return None
     try:
-        return Kept(**json.loads(path.read_text("utf-8")))
+        return StoredRepository(**json.loads(path.read_text("utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}); remove {path.parent} and fetch again") from None
 
@@ -271,10 +273,10 @@ def read_lock() -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} cannot be read ({error}); remove it and fetch again") from None
 
 
-def locked(repository: str, commit: str) -> Kept | None:
+def locked(repository: str, commit: str) -> StoredRepository | None:
     """What the lock says of a commit."""
     found = read_lock().get(f"{repository}@{commit}")
-    return Kept(**found) if found else None
+    return StoredRepository(**found) if found else None
 
 
 # What the hub says
@@ -357,14 +359,14 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def weights_hash(card: Card) -> str:
+def weights_hash(model_spec: ModelSpec) -> str:
     """sha256 over the weight files of a local model, by name; the pinned revision of one from the hub."""
-    return _hash(Path(card.source), (".safetensors",)) or str(card.revision)
+    return _hash(Path(model_spec.source), (".safetensors",)) or str(model_spec.revision)
 
 
-def settings_hash(card: Card) -> str:
+def settings_hash(model_spec: ModelSpec) -> str:
     """The same over what stands beside the weights and decides how they are used: configs, recipe, tokenizers."""
-    return _hash(Path(card.source), (".json", ".txt", ".model")) or str(card.revision)
+    return _hash(Path(model_spec.source), (".json", ".txt", ".model")) or str(model_spec.revision)
 
 
 def _hash(folder: Path, suffixes: tuple[str, ...]) -> str:

@@ -88,7 +88,7 @@ def run(
     The same command goes on where it was cut off, and shows the result when it is done.
     """
     _names(method=method, task=task, model=model, **_parts(reward))
-    with _clean_stdout() as answer, _view() as view, asked_to_stop() as stopped:
+    with _clean_stdout() as answer, _view() as progress, asked_to_stop() as stopped:
         from ..experiments.config import resolve
 
         plan = resolve(
@@ -96,9 +96,9 @@ def run(
             scorers=scorers or (), prompts=prompts or (),
         )  # fmt: skip
         if dry_run:
-            from ..experiments.cost_estimate import forecast
+            from ..experiments.cost_estimate import estimate_cost
 
-            told = forecast(plan, device)
+            told = estimate_cost(plan, device)
             whole = {**plan.mapping(), "forecast": {key: value for key, value in told.items() if key != "lines"}}
             answer(
                 json.dumps(whole, indent=1) if as_json else _mapping(plan.mapping(), out / plan.slug(), told["lines"])
@@ -106,7 +106,7 @@ def run(
             return
         from ..experiments.run import run as start
 
-        done = start(plan, runs=out, view=view, fresh=fresh, track=track, interrupted=stopped)
+        done = start(plan, runs=out, progress=progress, fresh=fresh, track=track, interrupted=stopped)
         answer(done.model_dump_json(indent=1) if as_json else lambda: _result(done))
 
 
@@ -126,13 +126,13 @@ def eval(
     _names(task=task, model=model)
     if split not in ("test", "validation", "train"):
         raise registry.unknown("split", split, ("test", "validation", "train"))
-    with _clean_stdout() as answer, _view() as view:
+    with _clean_stdout() as answer, _view() as progress:
         from ..experiments.run import evaluate_only
-        from ..scoring.scorers import places
+        from ..scoring.scorers import scorer_locations
 
         done = evaluate_only(
-            task, model, adapter=adapter, images=images, split=split, view=view, out=out,
-            places=places(scorers or (), {}), prompts_file=prompts,
+            task, model, adapter=adapter, images=images, split=split, progress=progress, out=out,
+            places=scorer_locations(scorers or (), {}), prompts_file=prompts,
         )  # fmt: skip
         answer(json.dumps(_plain(done), indent=1) if as_json else lambda: _scores(done))
 
@@ -160,14 +160,14 @@ def score(
         _names(**_parts(name))
     if task:
         _names(task=task)
-    with _clean_stdout() as answer, _view() as view, asked_to_stop() as stopped:
+    with _clean_stdout() as answer, _view() as progress, asked_to_stop() as stopped:
         from ..experiments.config import scorer_tables
         from ..experiments.score_folder import score_folder
-        from ..scoring.scorers import places
+        from ..scoring.scorers import scorer_locations
 
-        homes = places([text for text in scorers if "=" in text], scorer_tables(config))
+        homes = scorer_locations([text for text in scorers if "=" in text], scorer_tables(config))
         done = score_folder(
-            folder, names, places=homes, prompts=prompts, task=task, out=out, rows=rows, view=view, fresh=fresh,
+            folder, names, places=homes, prompts=prompts, task=task, out=out, rows=rows, progress=progress, fresh=fresh,
             interrupted=stopped,
         )  # fmt: skip
         answer(json.dumps(_plain(done), indent=1) if as_json else lambda: _scored(done))
@@ -230,11 +230,11 @@ def pretrain(
     """Make an embedded model again from its recipe; the same command goes on where it was cut off."""
     if ".py:" not in recipe and recipe not in registry.entries("recipe"):
         raise registry.unknown("recipe", recipe, registry.entries("recipe"))
-    with _clean_stdout() as answer, _view() as view:
+    with _clean_stdout() as answer, _view() as progress:
         from ..experiments.config import build, pairs
 
         made = build(registry.load("recipe", recipe), pairs(sets or ()))
-        facts = made(out, seed=seed, log=_lines(view))
+        facts = made(out, seed=seed, log=_lines(progress))
         answer(json.dumps(_plain(facts), indent=1, default=str))
 
 
@@ -259,11 +259,11 @@ def pairs(
     _names(task=task, model=model, **_parts(scorer))
     if choose not in ("extremes", "random", "all"):
         raise registry.unknown("choice", choose, ("extremes", "random", "all"))
-    with _clean_stdout() as answer, _view() as view:
+    with _clean_stdout() as answer, _view() as progress:
         from ..experiments.make_pairs import make_pairs
 
         done = make_pairs(
-            model, task, out, view=view, scorer_name=scorer or "", prompts=prompts, group=group, choose=choose, gap=gap,
+            model, task, out, progress=progress, scorer_name=scorer or "", prompts=prompts, group=group, choose=choose, gap=gap,
             seed=seed, adapter=adapter,
         )  # fmt: skip
         answer(json.dumps(_plain(done), indent=1) if as_json else lambda: _pairs(done))
@@ -294,7 +294,7 @@ def tune(
     The same command goes on where it was cut off.
     """
     _names(method=method, task=task, model=model, **_parts(reward))
-    with _clean_stdout() as answer, _view() as view, asked_to_stop() as stopped:
+    with _clean_stdout() as answer, _view() as progress, asked_to_stop() as stopped:
         from ..experiments import tune as tuning
 
         what = tuning.Tuning(method, task, model, trials, seed, budget, reward, sets or ())
@@ -302,7 +302,7 @@ def tune(
             drawn = [{"trial": t.number, "settings": t.settings, "loses": t.failed} for t in tuning.plan(what)]
             answer(json.dumps(drawn, indent=1) if as_json else lambda: _trials(drawn, None))
             return
-        done = tuning.tune(what, out=out, view=view, jobs=jobs, interrupted=stopped)
+        done = tuning.tune(what, out=out, progress=progress, jobs=jobs, interrupted=stopped)
         answer(json.dumps(done, indent=1) if as_json else lambda: _tuned(done))
 
 
@@ -352,7 +352,7 @@ def compare(
     for name in grid_tasks:
         _names(task=name)
     _names(model=model, **_parts(reward))
-    with _clean_stdout() as answer, _view() as view, asked_to_stop() as stopped:
+    with _clean_stdout() as answer, _view() as progress, asked_to_stop() as stopped:
         grid = comparing.Grid(
             grid_methods, grid_tasks, model, comparing.seeds(seeds), budget, reward, sets or (), configs or (),
             scorers or (), baselines,
@@ -360,7 +360,7 @@ def compare(
         if print_:
             answer("\n".join(comparing.commands(grid, out)))
             return
-        done = comparing.compare(grid, out=out, view=view, jobs=jobs, interrupted=stopped)
+        done = comparing.compare(grid, out=out, progress=progress, jobs=jobs, interrupted=stopped)
         answer(json.dumps(done, indent=1) if as_json else lambda: _compared(done))
     if done["failed"]:
         raise typer.Exit(1)
@@ -383,13 +383,13 @@ def check(
     valid = ("sd3", "sd15", "flux", "sdxl", "both", "all")
     if model not in valid:
         raise registry.unknown("family", model, valid)
-    with _clean_stdout() as answer, _view() as view:
+    with _clean_stdout() as answer, _view() as progress:
         from ..conformance.check import ALL, FAMILIES
         from ..conformance.check import check as laws
 
-        view.phase(f"the laws on {method}", 0)
+        progress.phase(f"the laws on {method}", 0)
         families = {"both": FAMILIES, "all": ALL}.get(model, (model,))
-        verdicts = laws(method, sets=sets or (), families=families, say=view.about)
+        verdicts = laws(method, sets=sets or (), families=families, say=progress.about)
         plain = [{**vars(verdict), "broken": verdict.broken} for verdict in verdicts]
         answer(json.dumps({"method": method, "laws": plain}, indent=1) if as_json else lambda: _verdicts(plain))
     if any(verdict.broken for verdict in verdicts):
@@ -421,10 +421,10 @@ def fetch(
     _names(**{kind: name for kind, name in (("task", task), ("model", model)) if name})
     for name in scorers or ():
         _names(**_parts(name))
-    with _clean_stdout() as answer, _view() as view:
+    with _clean_stdout() as answer, _view() as progress:
         from .fetch import fetch as bring
 
-        done = bring(task, model, to=to, source=source, view=view, scorers=scorers or ())
+        done = bring(task, model, to=to, source=source, progress=progress, scorers=scorers or ())
         answer(json.dumps(_plain(done), indent=1) if as_json else lambda: _fetched(done))
 
 
@@ -440,13 +440,13 @@ def doctor(
     Nothing is fetched. Without a task or a model: the package, the embedded model and the built-in scorers.
     """
     _names(**{kind: name for kind, name in (("task", task), ("model", model)) if name})
-    with _clean_stdout() as answer, _view() as view:
+    with _clean_stdout() as answer, _view() as progress:
         from dataclasses import asdict
 
         from .doctor import broken
         from .doctor import doctor as examine
 
-        checks = examine(task, model, view=view, deep=deep)
+        checks = examine(task, model, progress=progress, deep=deep)
         told = {"broken": broken(checks), "checks": [asdict(check) for check in checks]}
         answer(json.dumps(told, indent=1) if as_json else lambda: _examined(checks))
     if broken(checks):
@@ -570,11 +570,11 @@ def _also(kind: str, name: str) -> str:
 
 
 def _model_line(name: str) -> str:
-    from ..model_spec import find
+    from ..model_spec import find_model_spec
 
-    card = find(name)
-    licence = card.licence.replace("[", "\\[")  # no markup
-    return f"{card.pipeline}, {card.width}x{card.height}, prompts of the domain {card.domain}; {licence}"
+    model_spec = find_model_spec(name)
+    licence = model_spec.licence.replace("[", "\\[")  # no markup
+    return f"{model_spec.pipeline}, {model_spec.width}x{model_spec.height}, prompts of the domain {model_spec.domain}; {licence}"
 
 
 def _console(stderr: bool = False) -> Any:
@@ -642,14 +642,14 @@ def _view() -> Generator[_Terminal]:
         yield _Terminal(progress)
 
 
-def _lines(view: _Terminal) -> Callable[[Mapping[str, Any]], None]:
+def _lines(progress: _Terminal) -> Callable[[Mapping[str, Any]], None]:
     def log(facts: Mapping[str, Any]) -> None:
-        view.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()))
+        progress.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()))
 
     return log
 
 
-def _mapping(mapping: Mapping[str, Any], home: Path, forecast: Sequence[str]) -> Callable[[], None]:
+def _mapping(mapping: Mapping[str, Any], run_dir: Path, forecast: Sequence[str]) -> Callable[[], None]:
     def show() -> None:
         console = _console()
         for line in _flat(mapping):
@@ -657,7 +657,7 @@ def _mapping(mapping: Mapping[str, Any], home: Path, forecast: Sequence[str]) ->
         console.print()
         for line in forecast:
             console.print(line, highlight=False, markup=False)
-        console.print(f"would run in {home}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"would run in {run_dir}", highlight=False, markup=False, soft_wrap=True)
 
     return show
 
@@ -684,7 +684,7 @@ def _result(r: Record) -> None:
         name = key + _mark(r, key) if roomy else f"  {metric}"
         table.add_row(name, _cell(r.before[key]), _cell(r.after[key]), _cell(d, sign=True), _p(d.p))
     console.print(table)
-    n, split = max(d.n for d in r.delta.values()), r.config["judging"].get("split", "test")
+    n, split = max(d.n for d in r.delta.values()), r.config["evaluation"].get("split", "test")
     console.print(
         f"means over {n} {split} prompts with 95 % intervals; differences paired by\n"
         "prompt on the same noise; * held out, + a further one: never trained on;\n"
@@ -931,7 +931,7 @@ def _tuned(done: Mapping[str, Any]) -> None:
     spent = " · ".join(f"{key} {value:,.0f}" for key, value in done["spent"].items() if key != "flops")
     _console().print(
         f"{done['objective']}, 95 % intervals, one seed\nspent on tuning: {spent}\n"
-        f"to use it: --config {done['home']}/best.toml",
+        f"to use it: --config {done['run_dir']}/best.toml",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -962,12 +962,12 @@ def _verdicts(verdicts: Sequence[Mapping[str, Any]]) -> None:
 
 def _kind(reference: str) -> str:
     """What `path/to/file.py:Name` is, by what only such a part has."""
-    from ..model_spec import Card
+    from ..model_spec import ModelSpec
 
     made = registry.load("method", reference)
     marks = {"method": ("collect", "answer"), "task": ("held_out",), "scorer": ("metrics",), "embedder": ("distance",)}
     known = next((kind for kind, names in marks.items() if any(hasattr(made, name) for name in names)), "part")
-    return "model" if isinstance(made, Card) else known
+    return "model" if isinstance(made, ModelSpec) else known
 
 
 def _show(kind: str, name: str) -> None:

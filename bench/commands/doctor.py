@@ -26,8 +26,8 @@ import numpy as np
 from .. import registry
 from ..assets import downloads, weight_store
 from ..errors import Missing, UserError
-from ..model_spec import Card, find
-from ..progress import View
+from ..model_spec import ModelSpec, find_model_spec
+from ..progress import Progress
 from ..scoring.scorers import close_scorers, open_scorer
 from ..spec import Task
 from . import fetch
@@ -81,23 +81,23 @@ def remedies(checks: Sequence[Check]) -> list[str]:
     return [f"{', '.join(names)}: {remedy}" for remedy, names in told.items()]
 
 
-def doctor(task: str | None = None, model: str | None = None, *, view: View, deep: bool = False) -> list[Check]:
+def doctor(task: str | None = None, model: str | None = None, *, progress: Progress, deep: bool = False) -> list[Check]:
     """Examine what a run of this task and model needs; without either, the package, the embedded model and the built-in scorers.
 
     deep: load every scorer, however large. Raises UserError only for a name that does not exist.
     """
     alone = task is None and model is None
-    card = find(model or "tiny") if model or alone else None
-    domain = card.domain if card else "open"
+    model_spec = find_model_spec(model or "tiny") if model or alone else None
+    domain = model_spec.domain if model_spec else "open"
     made: Any = registry.load("task", task)() if task else None
     offline = downloads.offline()
     parts: list[_Part] = [
         ("packages", packages),
-        ("the device", lambda: device(card)),
+        ("the device", lambda: device(model_spec)),
         ("disk and hub", lambda: surroundings(offline)),
     ]
-    if card is not None:
-        parts += [("the model", lambda: weights(card, offline)), ("memory", lambda: memory(card))]
+    if model_spec is not None:
+        parts += [("the model", lambda: weights(model_spec, offline)), ("memory", lambda: memory(model_spec))]
     needs = [fetch.Need("scorer", name, False) for name in BUILT_IN] if alone else fetch.needs(made, domain)
     if made is not None:
         parts.append(("prompts", lambda: prompts(made, domain, offline)))
@@ -105,7 +105,7 @@ def doctor(task: str | None = None, model: str | None = None, *, view: View, dee
         bring = f"gpobench fetch --task {task}" if task else f"gpobench fetch --scorer {need.name}"
         look = lambda need=need, bring=bring: part(need, deep, offline, bring)
         parts.append((f"{need.kind} {need.name}", look))
-    view.phase("examining", float(len(parts)))
+    progress.phase("examining", float(len(parts)))
     found: list[Check] = []
     with _nothing_fetched():
         for name, look in parts:
@@ -115,7 +115,7 @@ def doctor(task: str | None = None, model: str | None = None, *, view: View, dee
                 found.append(Check(name, "broken", str(error)))
             except Exception as error:  # foreign code: one patient's collapse must not end the round
                 found.append(Check(name, "broken", f"{type(error).__name__}: {_line(error)}"))
-            view.advance(1.0)
+            progress.advance(1.0)
     return found
 
 
@@ -204,7 +204,7 @@ def _licence(package: str) -> str:
 # Device, disk, hub
 
 
-def device(card: Card | None) -> Iterator[Check]:
+def device(model_spec: ModelSpec | None) -> Iterator[Check]:
     """What computes: its name, memory, bf16, threads; broken where it cannot compute in the model's precision."""
     import torch
 
@@ -226,13 +226,13 @@ def device(card: Card | None) -> Iterator[Check]:
     said = f"torch computes with {threads}, {cores} cores may be used"
     crowd = threads > cores
     yield Check("threads", "warning" if crowd else "ok", said, f"export OMP_NUM_THREADS={cores}" if crowd else "")
-    if card is not None:
+    if model_spec is not None:
         from ..models.common import dtype_of
 
         place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            dtype_of(card.precision, place)
-            yield Check("precision", "ok", f"{card.name} computes in {card.precision} on {place}")
+            dtype_of(model_spec.precision, place)
+            yield Check("precision", "ok", f"{model_spec.name} computes in {model_spec.precision} on {place}")
         except UserError as error:
             yield Check("precision", "broken", str(error), "--set precision=fp32")
 
@@ -289,23 +289,23 @@ def _reach(address: str) -> str:
 # The model
 
 
-def weights(card: Card, offline: bool) -> Iterator[Check]:
+def weights(model_spec: ModelSpec, offline: bool) -> Iterator[Check]:
     """Whether a model's files are here and whole, by their headers alone, and its licence."""
-    whole = weight_store.local(card.source, card.revision)
-    index = weight_store.cached(card.source, "model_index.json", card.revision) if whole is None else None
+    whole = weight_store.local(model_spec.source, model_spec.revision)
+    index = weight_store.cached(model_spec.source, "model_index.json", model_spec.revision) if whole is None else None
     folder = index.parent if index else whole  # what another program left in the hub's cache will do as well
-    wrong = faults(folder) if folder else [f"{card.source} is not here"]
+    wrong = faults(folder) if folder else [f"{model_spec.source} is not here"]
     if folder and not wrong:
-        wrong = _short(card, folder)
+        wrong = _short(model_spec, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) if folder else 0
     detail = "; ".join(wrong[:3]) or f"{_size(size)} of weights in {folder}, headers and indexes agree"
     lost: Verdict = "missing" if whole is None and not offline else "broken"  # a run would fetch it by itself
-    mend = f"restore {folder}" if Path(card.source).is_dir() else f"gpobench fetch --model {card.name}"
-    yield Check(f"model {card.name}", lost if wrong else "ok", detail, mend if wrong else "")
-    bound = any(word in card.licence.lower() for word in BINDING)
+    mend = f"restore {folder}" if Path(model_spec.source).is_dir() else f"gpobench fetch --model {model_spec.name}"
+    yield Check(f"model {model_spec.name}", lost if wrong else "ok", detail, mend if wrong else "")
+    bound = any(word in model_spec.licence.lower() for word in BINDING)
     yield Check(
-        f"licence of {card.name}", "warning" if bound else "ok", card.licence,
-        f"read it before use: https://huggingface.co/{card.source}" if bound else "",
+        f"licence of {model_spec.name}", "warning" if bound else "ok", model_spec.licence,
+        f"read it before use: https://huggingface.co/{model_spec.source}" if bound else "",
     )  # fmt: skip
 
 
@@ -393,12 +393,12 @@ def header(path: Path) -> dict[str, Any]:
     return told
 
 
-def _short(card: Card, folder: Path) -> list[str]:
+def _short(model_spec: ModelSpec, folder: Path) -> list[str]:
     """Networks whose files hold fewer numbers than their config asks for."""
     from ..models.memory import estimate
 
     try:
-        asked = estimate(replace(card, source=str(folder))).parameters
+        asked = estimate(replace(model_spec, source=str(folder))).parameters
     except Missing:
         return []
     found: list[str] = []
@@ -413,17 +413,17 @@ def _short(card: Card, folder: Path) -> list[str]:
     return found
 
 
-def memory(card: Card) -> Iterator[Check]:
+def memory(model_spec: ModelSpec) -> Iterator[Check]:
     """What a run will take, against what there is: an estimate of bench/models/memory.py for GPUs, taken as it is for a CPU."""
     import torch
 
     from ..models.memory import GB, MARGIN, estimate
 
-    folder = weight_store.local(card.source, card.revision)
+    folder = weight_store.local(model_spec.source, model_spec.revision)
     try:
-        told = estimate(replace(card, source=str(folder or card.source)))
+        told = estimate(replace(model_spec, source=str(folder or model_spec.source)))
     except Missing as error:
-        yield Check("memory", "missing", str(error), f"gpobench fetch --model {card.name}")
+        yield Check("memory", "missing", str(error), f"gpobench fetch --model {model_spec.name}")
         return
     gpu = torch.cuda.is_available()
     total = float(torch.cuda.get_device_properties(0).total_memory) if gpu else _memory()

@@ -23,13 +23,13 @@ import numpy as np
 
 from .. import registry
 from ..assets import downloads, weight_store
-from ..assets.weight_store import Kept
+from ..assets.weight_store import StoredRepository
 from ..errors import Missing, UserError
 from ..files import write_atomically
-from ..model_spec import Card, find
-from ..progress import View
+from ..model_spec import ModelSpec, find_model_spec
+from ..progress import Progress
 from ..scoring.scorers import close_scorers, open_scorer
-from ..spec import Columned, Columns, Prompt, Split, Task
+from ..spec import Columns, Prompt, Split, SupportsColumns, Task
 
 MANIFEST = "manifest.json"
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -55,7 +55,7 @@ def needs(task: Task | None, domain: str, scorers: Sequence[str] = ()) -> list[N
     """All that a task's runs ask for, each once, and further scorers by name; what a run needs comes first."""
     found: dict[tuple[str, str], bool] = {("scorer", name): True for name in scorers}
     if task is not None:
-        columns = task.columns(domain) if isinstance(task, Columned) else Columns()
+        columns = task.columns(domain) if isinstance(task, SupportsColumns) else Columns()
         found |= {("scorer", name): True for name in (task.reward(domain), *task.held_out(domain))}
         for name in (*task.scorers(domain), *columns.quality):
             found.setdefault(("scorer", name), False)
@@ -91,7 +91,7 @@ def fetch(
     *,
     to: Path | None = None,
     source: Path | None = None,
-    view: View,
+    progress: Progress,
     scorers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Bring what runs of this task and model need, and say what came; with HF_HUB_OFFLINE, check what is here.
@@ -103,22 +103,22 @@ def fetch(
     if source is not None:
         if task or model or scorers or to:
             raise UserError("--from installs all that its folder holds: give it alone")
-        return install(source, view)
+        return install(source, progress)
     if not (task or model or scorers):
         raise UserError("say what to fetch: --task, --model, --scorer, or --from FOLDER")
     start = time.monotonic()
-    card = find(model) if model else None
-    domain = card.domain if card else "open"
-    size = (card.height, card.width) if card else (512, 512)
+    model_spec = find_model_spec(model) if model else None
+    domain = model_spec.domain if model_spec else "open"
+    size = (model_spec.height, model_spec.width) if model_spec else (512, 512)
     made: Any = registry.load("task", task)() if task else None
     failed: list[str] = []
     left_out: list[dict[str, str]] = []
     with weight_store.ledger() as asked, weight_store.bringing():
-        if card is not None and not Path(card.source).is_dir():
+        if model_spec is not None and not Path(model_spec.source).is_dir():
             try:
-                _pipeline(card, view)
+                _pipeline(model_spec, progress)
             except Missing as missing:
-                failed.append(f"model {card.name}: {missing}")
+                failed.append(f"model {model_spec.name}: {missing}")
         prompts: list[Prompt] = []
         try:
             if made is not None:
@@ -128,7 +128,7 @@ def fetch(
         except UserError as error:
             failed.append(f"prompts of {task}: {error}")
         for need in needs(made, domain, scorers):
-            view.phase(f"{need.kind} {need.name}", 1.0)
+            progress.phase(f"{need.kind} {need.name}", 1.0)
             try:
                 rehearse(need, prompts, *size)
             except weight_store.Wrong:
@@ -138,20 +138,20 @@ def fetch(
                     failed.append(f"{need.kind} {need.name}: {error}")
                 else:
                     left_out.append({"kind": need.kind, "name": need.name, "why": str(error)})
-                    view.say(f"left out, runs do without it: {need.name}: {error}")
+                    progress.say(f"left out, runs do without it: {need.name}: {error}")
             except Exception as error:  # foreign code; its weights may be here all the same
                 why = f"{type(error).__name__}: {error}"
                 if need.needed:
                     failed.append(f"{need.kind} {need.name}: {why}")
                 else:
                     left_out.append({"kind": need.kind, "name": need.name, "why": why})
-            view.advance(1.0)
+            progress.advance(1.0)
     goods = _gather(asked)
-    _check(goods, view)
+    _check(goods, progress)
     if failed:
         raise UserError(f"{len(failed)} of the things that a run needs cannot be had, or fail: {'; '.join(failed)}")
     if to is not None:
-        _export(goods, to, {"task": task, "model": model, "domain": domain, "scorers": list(scorers)}, view)
+        _export(goods, to, {"task": task, "model": model, "domain": domain, "scorers": list(scorers)}, progress)
     return {
         "task": task, "model": model, "domain": domain,
         "repositories": [repository.told(name) for name, repository in sorted(goods.repositories.items())],
@@ -181,38 +181,40 @@ def wanted(index: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     return found
 
 
-def _pipeline(card: Card, view: View) -> None:
+def _pipeline(model_spec: ModelSpec, progress: Progress) -> None:
     """The files of a model into the hub's cache; Missing where they cannot be had."""
-    revision = card.revision or "main"
+    revision = model_spec.revision or "main"
     if downloads.offline():
-        if weight_store.local(card.source, revision) is None:
-            raise weight_store.refused(card.source, "", revision, OSError("it is not here"))
+        if weight_store.local(model_spec.source, revision) is None:
+            raise weight_store.refused(model_spec.source, "", revision, OSError("it is not here"))
         return
-    own = weight_store.local(card.source, revision)
+    own = weight_store.local(model_spec.source, revision)
     if own is not None and "snapshots" not in own.parts:  # yours or the store's, which wins over the hub
         return
     try:
-        commit, files = weight_store.listing(card.source, revision, "model_index.json")
+        commit, files = weight_store.listing(model_spec.source, revision, "model_index.json")
     except Missing as missing:
         if own is None:
             raise
-        view.say(f"what was fetched before is checked, and no more: {missing}")
+        progress.say(f"what was fetched before is checked, and no more: {missing}")
         return
-    index = weight_store.download(card.source, "model_index.json", revision)
+    index = weight_store.download(model_spec.source, "model_index.json", revision)
     names = wanted(json.loads(index.read_text("utf-8")), files)
-    absent = [name for name in names if weight_store.cached(card.source, name, commit) is None]
+    absent = [name for name in names if weight_store.cached(model_spec.source, name, commit) is None]
     need = sum(files[name].bytes for name in absent)
-    _room(Path(_hub_cache()), need, card.source)
-    view.phase(f"fetching {card.name}", float(need or 1))
+    _room(Path(_hub_cache()), need, model_spec.source)
+    progress.phase(f"fetching {model_spec.name}", float(need or 1))
     for name in absent:
-        weight_store.download(card.source, name, commit, _bar(view.advance))
-    place = weight_store.cached(card.source, "model_index.json", commit)
+        weight_store.download(model_spec.source, name, commit, _bar(progress.advance))
+    place = weight_store.cached(model_spec.source, "model_index.json", commit)
     if place is None:
-        raise UserError(f"{card.source} changed while it was fetched: run the same command again")
+        raise UserError(f"{model_spec.source} changed while it was fetched: run the same command again")
     for name in names:
-        downloads.note(downloads.Asked("file", card.source, (name,), revision, place.parent / name))
+        downloads.note(downloads.DownloadRequest("file", model_spec.source, (name,), revision, place.parent / name))
     # The mark that hub.local looks for: no file of these patterns is left to be fetched.
-    downloads.note(downloads.Asked("folder", card.source, weight_store.PIPELINE, revision, place.parent))
+    downloads.note(
+        downloads.DownloadRequest("folder", model_spec.source, weight_store.PIPELINE, revision, place.parent)
+    )
 
 
 def _bar(advance: Advance) -> type:
@@ -269,16 +271,16 @@ class _Repository:
     patterns: set[tuple[str, ...]] = field(default_factory=set[tuple[str, ...]])
     files: dict[str, _File] = field(default_factory=dict[str, _File])
 
-    def kept(self) -> Kept:
+    def kept(self) -> StoredRepository:
         files = {name: file.facts for name, file in sorted(self.files.items())}
-        return Kept(self.commit, sorted(self.revisions), sorted(map(list, self.patterns)), files)
+        return StoredRepository(self.commit, sorted(self.revisions), sorted(map(list, self.patterns)), files)
 
     def told(self, name: str) -> dict[str, Any]:
         size = sum(int(file.facts["bytes"]) for file in self.files.values())
         return {"repository": name, "commit": _revision(self.kept()), "files": len(self.files), "bytes": size}
 
 
-def _revision(kept: Kept) -> str:
+def _revision(kept: StoredRepository) -> str:
     """A commit; for what stands at an address, on no hub, the sha256 of its bytes, as the ids of scorers have it."""
     if "://" not in kept.commit:
         return kept.commit
@@ -302,7 +304,7 @@ class _Goods:
         return sum(int(file.facts["bytes"]) for file in self.all())
 
 
-def _gather(asked: Sequence[downloads.Asked]) -> _Goods:
+def _gather(asked: Sequence[downloads.DownloadRequest]) -> _Goods:
     goods = _Goods()
     for one in asked:
         if one.kind == "prompts":
@@ -341,18 +343,18 @@ def _commit(source: str, path: Path, name: str) -> str:
     return kept.commit if kept else ""
 
 
-def _check(goods: _Goods, view: View) -> None:
+def _check(goods: _Goods, progress: Progress) -> None:
     """Read every file, hold it against what the hub, the store or the lock say, and write the lock."""
     lock = weight_store.read_lock()
-    view.phase("checking hashes", float(sum(file.path.stat().st_size for file in goods.all()) or 1))
+    progress.phase("checking hashes", float(sum(file.path.stat().st_size for file in goods.all()) or 1))
     for source, repository in goods.repositories.items():
         listed = _listed(source, repository.commit)
-        known = Kept(**lock.get(f"{source}@{repository.commit}", {}))
-        store = weight_store.kept_of(weight_store.store() / source / weight_store.KEPT) or Kept()
+        known = StoredRepository(**lock.get(f"{source}@{repository.commit}", {}))
+        store = weight_store.kept_of(weight_store.store() / source / weight_store.KEPT) or StoredRepository()
         for name, file in repository.files.items():
             blob = file.path.resolve().name  # the hub's cache calls a file by the hash the hub gave
             file.expected = listed.get(name) or (blob if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob) else "")
-            _read(file, f"{name} of {source}", view.advance)
+            _read(file, f"{name} of {source}", progress.advance)
             before = [known.files.get(name)] + (
                 [store.files.get(name)] if file.path == weight_store.store() / source / name else []
             )
@@ -365,7 +367,7 @@ def _check(goods: _Goods, view: View) -> None:
             lock[f"{source}@{repository.commit}"] = _merged(known, repository.kept()).mapping()
     prompts = lock.setdefault("prompts", {})
     for path, file in goods.prompts.items():
-        _read(file, path, view.advance)
+        _read(file, path, progress.advance)
         if path in prompts and prompts[path]["sha256"] != file.facts["sha256"]:
             raise _wrong(path, file.path, file.facts["sha256"], prompts[path]["sha256"])
         prompts[path] = file.facts
@@ -383,9 +385,9 @@ def _listed(source: str, commit: str) -> dict[str, str]:
         return {}
 
 
-def _merged(old: Kept, new: Kept) -> Kept:
+def _merged(old: StoredRepository, new: StoredRepository) -> StoredRepository:
     patterns = [*old.patterns, *(p for p in new.patterns if p not in old.patterns)]
-    return Kept(new.commit, sorted({*old.revisions, *new.revisions}), patterns, {**old.files, **new.files})
+    return StoredRepository(new.commit, sorted({*old.revisions, *new.revisions}), patterns, {**old.files, **new.files})
 
 
 def _read(file: _File, what: str, advance: Advance) -> None:
@@ -426,17 +428,17 @@ def _write_json(path: Path, mapping: Mapping[str, Any]) -> None:
 # A folder for a machine without network
 
 
-def _export(goods: _Goods, to: Path, what: Mapping[str, Any], view: View) -> None:
+def _export(goods: _Goods, to: Path, what: Mapping[str, Any], progress: Progress) -> None:
     if to.exists() and not to.is_dir():
         raise UserError(f"--to {to} is no folder")
     to.mkdir(parents=True, exist_ok=True)
     _room(to, goods.bytes, str(to))
-    view.phase(f"writing {to}", float(goods.bytes or 1))
+    progress.phase(f"writing {to}", float(goods.bytes or 1))
     for source, repository in goods.repositories.items():
         for name, file in repository.files.items():
-            _copy(file.path, to / "weights" / source / name, file.facts, view.advance)
+            _copy(file.path, to / "weights" / source / name, file.facts, progress.advance)
     for path, file in goods.prompts.items():
-        _copy(file.path, to / "data" / path, file.facts, view.advance)
+        _copy(file.path, to / "data" / path, file.facts, progress.advance)
     from importlib.metadata import version
 
     kept = {source: repository.kept().mapping() for source, repository in goods.repositories.items()}
@@ -465,7 +467,7 @@ def _copy(source: Path, target: Path, facts: Mapping[str, Any], advance: Advance
         raise UserError(f"{target} cannot be written: {error.strerror or error}") from None
 
 
-def install(source: Path, view: View) -> dict[str, Any]:
+def install(source: Path, progress: Progress) -> dict[str, Any]:
     """Check every file of a folder that --to wrote, then move all of it into the store; UserError, and nothing moved, on one bad file."""
     start = time.monotonic()
     repositories, prompts = _manifest(source)
@@ -478,25 +480,25 @@ def install(source: Path, view: View) -> dict[str, Any]:
     size = float(sum(int(facts["bytes"]) for facts in files.values()))
     lock = weight_store.read_lock()
     for name, kept in repositories.items():
-        known = Kept(**lock.get(f"{name}@{kept.commit}", {}))
+        known = StoredRepository(**lock.get(f"{name}@{kept.commit}", {}))
         for file in known.files.keys() & kept.files.keys() if kept.commit else ():
             if known.files[file]["sha256"] != kept.files[file]["sha256"]:
                 found, expected = kept.files[file]["sha256"], known.files[file]["sha256"]
                 raise _wrong(f"{file} of {name}@{kept.commit}", source / "weights" / name / file, found, expected)
-    view.phase(f"checking {source}", size or 1)
+    progress.phase(f"checking {source}", size or 1)
     for path, facts in files.items():
-        _verify(path, facts, view.advance)
+        _verify(path, facts, progress.advance)
     store = weight_store.store()
     store.mkdir(parents=True, exist_ok=True)
     _room(store, size, str(source))
-    view.phase("installing", size or 1)
+    progress.phase("installing", size or 1)
     incoming = Path(mkdtemp(prefix=".incoming-", dir=store))
     try:
         merged = {
-            name: _stage(source, incoming / "new", name, kept, view.advance) for name, kept in repositories.items()
+            name: _stage(source, incoming / "new", name, kept, progress.advance) for name, kept in repositories.items()
         }
         for path, facts in prompts.items():
-            _copy(source / "data" / path, incoming / "data" / path, facts, view.advance)
+            _copy(source / "data" / path, incoming / "data" / path, facts, progress.advance)
         for name in repositories:
             _swap(incoming / "new" / name, store / name, incoming / "old" / name)
         for path in prompts:
@@ -506,7 +508,7 @@ def install(source: Path, view: View) -> dict[str, Any]:
         shutil.rmtree(incoming, ignore_errors=True)
     for name, kept in merged.items():
         if kept.commit:
-            known = Kept(**lock.get(f"{name}@{kept.commit}", {}))
+            known = StoredRepository(**lock.get(f"{name}@{kept.commit}", {}))
             lock[f"{name}@{kept.commit}"] = _merged(known, kept).mapping()
     lock.setdefault("prompts", {}).update(prompts)
     _write_json(store / weight_store.LOCK, lock)
@@ -523,13 +525,13 @@ def install(source: Path, view: View) -> dict[str, Any]:
     }
 
 
-def _manifest(source: Path) -> tuple[dict[str, Kept], dict[str, dict[str, Any]]]:
+def _manifest(source: Path) -> tuple[dict[str, StoredRepository], dict[str, dict[str, Any]]]:
     path = source / MANIFEST
     if not path.is_file():
         raise UserError(f"{source} was not written by `gpobench fetch --to`, or not to its end: it has no {MANIFEST}")
     try:
         said = json.loads(path.read_text("utf-8"))
-        repositories = {str(name): Kept(**kept) for name, kept in said["repositories"].items()}
+        repositories = {str(name): StoredRepository(**kept) for name, kept in said["repositories"].items()}
         prompts: dict[str, dict[str, Any]] = dict(said["prompts"])
         names = [f"{name}/{file}" for name, kept in repositories.items() for file in kept.files]
         facts = [*prompts.values(), *(fact for kept in repositories.values() for fact in kept.files.values())]
@@ -557,7 +559,7 @@ def _verify(path: Path, facts: Mapping[str, Any], advance: Advance) -> None:
         raise UserError(f"{path} has the wrong hash: {found}, expected {facts['sha256']}; nothing was installed")
 
 
-def _stage(source: Path, staged: Path, name: str, kept: Kept, advance: Advance) -> Kept:
+def _stage(source: Path, staged: Path, name: str, kept: StoredRepository, advance: Advance) -> StoredRepository:
     """A repository as it will stand in the store: these files, and those of the same commit that stand there already."""
     for file, facts in kept.files.items():
         _copy(source / "weights" / name / file, staged / name / file, facts, advance)

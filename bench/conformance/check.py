@@ -28,10 +28,23 @@ from .. import registry
 from ..budget import Budget, Meter, Spent
 from ..errors import UserError
 from ..experiments import config
-from ..model_spec import SMALL, Adapter, find
+from ..model_spec import SMALL, Adapter, find_model_spec
 from ..models import mini
 from ..models.open import open_model
-from ..spec import Choice, Even, Images, Log, Model, Optim, Prompt, Scores, Search, counted, size, take
+from ..spec import (
+    Choice,
+    Images,
+    LogUniform,
+    Model,
+    Optim,
+    Prompt,
+    Scores,
+    Search,
+    Uniform,
+    batch_size,
+    counted_guidance,
+    select_rows,
+)
 from ..training import checkpoint
 from ..training.rig import Rig
 from ..training.train import optimiser, train
@@ -53,7 +66,7 @@ AMPLE = 1e9
 
 
 @dataclass(frozen=True)
-class Verdict:
+class LawResult:
     """What one law says of a method on one family of models."""
 
     law: str
@@ -85,7 +98,7 @@ def check(
     families: Iterable[str] = tuple(FAMILIES),
     soft: bool = True,
     say: Callable[[str], None] = lambda text: None,
-) -> list[Verdict]:
+) -> list[LawResult]:
     """Try every law on the method behind a name or `path/to/file.py:Name`.
 
     sets: settings as `--set` takes them, over the method's preset for tiny models. families: of ALL. soft: also try the laws that
@@ -100,7 +113,7 @@ def check(
             raise registry.unknown("family", family, ALL)
     make = partial(_settings, reference, kind, config.pairs(sets))
     given = Given(kind, make)
-    verdicts: list[Verdict] = []
+    verdicts: list[LawResult] = []
 
     def judge(law: Law, subject: Any, family: str) -> None:
         say(f"{law.name}{f' ({family})' if family else ''}")
@@ -117,8 +130,8 @@ def check(
             make = partial(make, pairs=str(write_pairs(Path(folder))))
         for family in families:
             with _quiet():
-                card = find(str(ALL[family](Path(folder) / family)))
-                model = open_model(card, device="cpu", precision="fp32", adapter=_small(card.adapter))
+                model_spec = find_model_spec(str(ALL[family](Path(folder) / family)))
+                model = open_model(model_spec, device="cpu", precision="fp32", adapter=_small(model_spec.adapter))
             with _bench(kind, make, model) as bench:
                 judge(FITS, bench, family)
                 for law in LAWS if verdicts[-1].ok else ():
@@ -141,7 +154,7 @@ def _settings(reference: str, kind: Any, own: Mapping[str, Any], **changes: Any)
     changes: by field, `optim` as a mapping; they give way to what the person set.
     """
     table = config.preset(registry.canonical("method", reference), str(SMALL["preset"]), "")
-    for key in ("adapter", "judging", "precision", "tuned", *config.EXECUTION):
+    for key in ("adapter", "evaluation", "precision", "tuned", *config.EXECUTION):
         table.pop(key, None)
     names = {f.name for f in fields(kind)}
     for layer in ({**SHRUNK, **changes}, own):
@@ -346,7 +359,7 @@ def shift(rig: Any, push: float) -> None:
 
 def watch(rig: Any) -> Count:
     """Count what the network and the autoencoder do from now on, whoever asks them."""
-    count, network, decode = Count(rig.meter), rig.model.weights.module, rig.model.decode
+    count, network, decode = Count(rig.meter), rig.model.lora.module, rig.model.decode
 
     def called(module: Any, args: Any, kwargs: Any) -> None:
         # A row each: pictures, or tokens in a line.
@@ -383,7 +396,7 @@ def collected(method: Any, rig: Any) -> Any:
     """A batch with rows. Raises Broken when three collections bring none, though the rewards differ."""
     for _ in range(3):
         batch = method.collect(rig)
-        if size(batch):
+        if batch_size(batch):
             return batch
     raise Broken("collect brought no rows in three iterations, though the rewards of all images differ")
 
@@ -404,7 +417,7 @@ def gradient(method: Any, rig: Any, batch: Any, keys: Tensor) -> tuple[Tensor, T
 
 
 def keys_of(batch: Any) -> Tensor:
-    return torch.arange(size(batch)) + 5
+    return torch.arange(batch_size(batch)) + 5
 
 
 def apart(a: Tensor, b: Tensor) -> float:
@@ -425,7 +438,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 def weights(rig: Any) -> dict[str, Tensor]:
     """Every copy of the trained weights."""
-    return rig.model.weights.state()
+    return rig.model.lora.state()
 
 
 # The laws
@@ -463,7 +476,7 @@ def _fits(bench: Bench) -> None:
             if isinstance(method, Search):
                 return
             batch = method.collect(rig)
-            if size(batch):
+            if batch_size(batch):
                 gradient(method, rig, batch, keys_of(batch))
             return
         except UserError:
@@ -474,7 +487,7 @@ def _fits(bench: Bench) -> None:
 FITS = Law("its settings fit the model", "training", _fits)
 
 
-def _judged(law: Law, subject: Any, family: str) -> Verdict:
+def _judged(law: Law, subject: Any, family: str) -> LawResult:
     began = time.perf_counter()
     ok, detail, skipped = True, "", ""
     try:
@@ -485,7 +498,7 @@ def _judged(law: Law, subject: Any, family: str) -> Verdict:
         ok, detail = False, str(broken)
     except Exception as error:  # a method is foreign code: whatever it raises is its verdict
         ok, detail = False, f"{type(error).__name__}: {error}{_where(error, subject.kind)}"
-    return Verdict(law.name, family, ok, time.perf_counter() - began, detail, skipped, law.hard)
+    return LawResult(law.name, family, ok, time.perf_counter() - began, detail, skipped, law.hard)
 
 
 def _where(error: Exception, kind: Any) -> str:
@@ -529,9 +542,14 @@ def _declared(given: Given) -> None:
         raise Broken("space is missing: the key of a --set -> Log, Even or Choice; {} where nothing may be tuned")
     ranges: dict[str, Any] = dict(space)
     for key, span in ranges.items():
-        if not isinstance(span, Log | Even | Choice):
+        if not isinstance(span, LogUniform | Uniform | Choice):
             raise Broken(f"space[{key!r}] is {span!r}, not Log, Even or Choice")
-        if isinstance(span, Log | Even) and not span.low < span.high or isinstance(span, Log) and not span.low > 0:
+        if (
+            isinstance(span, LogUniform | Uniform)
+            and not span.low < span.high
+            or isinstance(span, LogUniform)
+            and not span.low > 0
+        ):
             raise Broken(f"space[{key!r}] = {span} is empty, or has no logarithm")
     luck = random.Random(0)
     for draw in range(30):
@@ -558,7 +576,7 @@ def _drawn(span: Any, luck: random.Random, draw: int) -> Any:
     if isinstance(span, Choice):
         return span.options[draw % len(span.options)]
     share = (0.0, 1.0)[draw] if draw < 2 else luck.random()
-    if isinstance(span, Log):
+    if isinstance(span, LogUniform):
         return min(span.high, span.low * (span.high / span.low) ** share)
     return span.low + (span.high - span.low) * share
 
@@ -611,11 +629,11 @@ def trespasses(source: str, module: str) -> Iterator[str]:
                 )
                 yield from _foreign(alias.name, node)
         elif isinstance(node, ast.ImportFrom):
-            home = "." * node.level + (node.module or "")
-            home = importlib.util.resolve_name(home, package) if node.level else home
+            run_dir = "." * node.level + (node.module or "")
+            run_dir = importlib.util.resolve_name(run_dir, package) if node.level else run_dir
             for alias in node.names:
-                known[alias.asname or alias.name] = f"{home}.{alias.name}"
-                yield from _foreign(f"{home}.{alias.name}", node)
+                known[alias.asname or alias.name] = f"{run_dir}.{alias.name}"
+                yield from _foreign(f"{run_dir}.{alias.name}", node)
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute | ast.Name):
             name = _dotted(node, known)
@@ -670,13 +688,15 @@ def _mean(bench: Bench) -> None:
     rig, method = bench.rig(push=PUSH), bench.method
     whole = collected(method, rig)
     shift(rig, PUSH / 2)  # away from the policy that sampled, where every term counts
-    few = take(whole, torch.arange(min(5, size(whole))))
-    for batch, pieces in ((whole, 2), (few, size(few))):
-        rows, keys = torch.arange(size(batch)), keys_of(batch)
+    few = select_rows(whole, torch.arange(min(5, batch_size(whole))))
+    for batch, pieces in ((whole, 2), (few, batch_size(few))):
+        rows, keys = torch.arange(batch_size(batch)), keys_of(batch)
         if len(rows) < 2:
             raise Skip("a batch is one row")
         loss, slope = gradient(method, rig, batch, keys)
-        parts = [(len(r) / len(rows), *gradient(method, rig, take(batch, r), keys[r])) for r in rows.chunk(pieces)]
+        parts = [
+            (len(r) / len(rows), *gradient(method, rig, select_rows(batch, r), keys[r])) for r in rows.chunk(pieces)
+        ]
         total = sum(share * float(part) for share, part, _ in parts)
         sum_of = torch.stack([share * part for share, _, part in parts]).sum(0)
         if abs(total - float(loss)) > 1e-4 * max(abs(share * float(part)) for share, part, _ in parts) + 1e-7:
@@ -698,7 +718,7 @@ def _ties(bench: Bench) -> None:
     except Spent:
         return
     _asked(rig)
-    if size(batch):
+    if batch_size(batch):
         _, slope = gradient(method, rig, batch, keys_of(batch))
         other = bench.rig()
         sound = collected(method, other)
@@ -706,7 +726,7 @@ def _ties(bench: Bench) -> None:
         share = float(slope.norm() / scale.norm().clamp(min=1e-12))
         if not share < 1e-4:
             raise Broken(
-                f"{size(batch)} rows with equal rewards have a gradient of {share:.2g} times that of rows with different ones"
+                f"{batch_size(batch)} rows with equal rewards have a gradient of {share:.2g} times that of rows with different ones"
             )
 
 
@@ -758,14 +778,14 @@ def _unscored(bench: Bench) -> None:
         batch = method.collect(rig)
         _asked(rig)
         setattr(rig, "velocity", straight)  # noqa: B010
-        if not size(batch):
+        if not batch_size(batch):
             loss, slope = torch.zeros(()), torch.zeros(1)
         else:
             shift(rig, PUSH / 2)
             loss, slope = gradient(method, rig, batch, keys_of(batch))
         if not (bool(loss.isfinite()) and bool(slope.isfinite().all())):
             raise Broken(f"with one unscored image a prompt the loss is {float(loss):g} and its gradient not finite")
-        seen.append((rig.scorer, size(batch), loss, slope))
+        seen.append((rig.scorer, batch_size(batch), loss, slope))
     _silent(bench)
     (straight, rows, loss, slope), (other, others, loss2, slope2) = seen
     known = [np.isfinite(np.concatenate(toy.values)) for toy in (straight, other)]
@@ -783,10 +803,12 @@ def _unscored(bench: Bench) -> None:
         )
 
 
-def _bent(straight: Callable[..., Tensor], bend: float, x: Tensor, t: Tensor, who: Tensor, **more: Any) -> Tensor:
-    v = straight(x, t, who, **more)
+def _bent(
+    straight: Callable[..., Tensor], bend: float, x: Tensor, t: Tensor, prompt_ids: Tensor, **more: Any
+) -> Tensor:
+    v = straight(x, t, prompt_ids, **more)
     rows = torch.zeros(len(v), *[1] * (v.ndim - 1))
-    rows[_first(who.tolist())] = bend
+    rows[_first(prompt_ids.tolist())] = bend
     return v + rows.to(v)
 
 
@@ -797,7 +819,7 @@ def _silent(bench: Bench) -> None:
         batch = method.collect(rig)
     except Spent:
         return
-    if size(batch):
+    if batch_size(batch):
         loss, slope = gradient(method, rig, batch, keys_of(batch))
         if not bool(loss.isfinite()) or not float(slope.norm()) < 1e-6:
             raise Broken(
@@ -875,7 +897,9 @@ def _cost(bench: Bench) -> None:
         rig.model.guidance = guidance
         fit(bench.make(), rig, 1, after=lambda numbers, rows=rows: rows.append(numbers["batch/rows"]))
         images = rig.meter.images or 2 * sum(rows)
-        said = {role: each for role, each in bench.method.cost(rig.model.steps, counted(rig.model)).items() if each}
+        said = {
+            role: each for role, each in bench.method.cost(rig.model.steps, counted_guidance(rig.model)).items() if each
+        }
         spent = {role: nfe / images for role, nfe in rig.meter.roles.items() if nfe and role != "data"}
         off = [role for role in {**said, **spent} if abs(said.get(role, 0) - spent.get(role, 0)) > 1e-6]
         if off:
@@ -940,11 +964,13 @@ def _learns(bench: Bench) -> None:
 def gain(rig: Any, each: int = 10) -> tuple[float, float]:
     """How much better the trained weights are than the reference on the same noise: mean and standard error."""
     rig.meter = Meter(Budget(nfe=AMPLE))
-    who = torch.arange(len(BOOK)).repeat(each)
-    x = rig.noise(len(who))
+    prompt_ids = torch.arange(len(BOOK)).repeat(each)
+    x = rig.noise(len(prompt_ids))
     with torch.no_grad():
-        more = rig.score(rig.sample(x, who), who) - rig.score(rig.sample(x, who, by="ref"), who)
-    return float(more.mean()), float(more.std()) / math.sqrt(len(who))
+        more = rig.score(rig.sample(x, prompt_ids), prompt_ids) - rig.score(
+            rig.sample(x, prompt_ids, weights="ref"), prompt_ids
+        )
+    return float(more.mean()), float(more.std()) / math.sqrt(len(prompt_ids))
 
 
 # Methods without training
@@ -954,24 +980,24 @@ def _answers(
     bench: Bench, *, seed: int = 0, chaos: int = 0, parts: int = 2
 ) -> tuple[Any, Count, Tensor, Tensor, Tensor]:
     """A search asked for an image of every prompt, in two parts: (rig, count, noise, who, what it drew)."""
-    who = torch.arange(len(BOOK))
-    rig = bench.rig(seed=seed, nfe=float(len(who) * 8 * bench.model.steps))
+    prompt_ids = torch.arange(len(BOOK))
+    rig = bench.rig(seed=seed, nfe=float(len(prompt_ids) * 8 * bench.model.steps))
     count = watch(rig)
-    noise = torch.randn(len(who), *bench.model.shape, generator=torch.Generator().manual_seed(7))
+    noise = torch.randn(len(prompt_ids), *bench.model.shape, generator=torch.Generator().manual_seed(7))
     drawn: list[Tensor] = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(chaos)
         method = bench.make()
-        for rows in torch.arange(len(who)).chunk(parts):
+        for rows in torch.arange(len(prompt_ids)).chunk(parts):
             start = noise[rows]
             try:
                 with rig.keyed(rows + 1000 * seed):
-                    drawn.append(method.answer(rig, start, who[rows], len(who)))
+                    drawn.append(method.answer(rig, start, prompt_ids[rows], len(prompt_ids)))
             except Spent as spent:  # the judge then takes the base's own images
                 raise Skip(f"with these settings the budget of 8 plain images an image ends it: {spent}") from None
             if not torch.equal(start, noise[rows]):
                 raise Broken("the noise it was given is no longer what it was: others are compared on the same")
-    return rig, count, noise, who, torch.cat(drawn)
+    return rig, count, noise, prompt_ids, torch.cat(drawn)
 
 
 @law("its answers are latents, and the seed decides them", "search")
@@ -1005,9 +1031,9 @@ def _shares(bench: Bench) -> None:
 @law("a search finds better images than a plain draw", "search", hard=False)
 def _finds(bench: Bench) -> None:
     """Otherwise the budget buys nothing."""
-    rig, _, noise, who, drawn = _answers(bench)
+    rig, _, noise, prompt_ids, drawn = _answers(bench)
     rig.meter = Meter(Budget(nfe=AMPLE))
     with torch.no_grad():
-        more = rig.score(drawn, who) - rig.score(rig.sample(noise, who), who)
+        more = rig.score(drawn, prompt_ids) - rig.score(rig.sample(noise, prompt_ids), prompt_ids)
     if not float(more.mean()) > 0:
         raise Broken(f"the reward of its images is {float(more.mean()):+.4f} above that of plain ones")

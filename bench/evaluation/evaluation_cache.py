@@ -24,27 +24,27 @@ import pandas as pd
 
 from ..assets.weight_store import settings_hash
 from ..files import digest, write_atomically
-from ..model_spec import Card
-from ..process_group import Crew
+from ..model_spec import ModelSpec
+from ..process_group import ProcessGroup
 from ..scoring.scorers import Blend
 from ..spec import Embedder, Prompt, Scorer, Task
 from . import record
-from .evaluator import Judged, invalid
+from .evaluator import Evaluation, invalid
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def ground(
-    card: Card, task: Task, prompts: Sequence[Prompt], judges: Sequence[Scorer | Embedder], drift: Sequence[Embedder],
+def cache_key(
+    model_spec: ModelSpec, task: Task, prompts: Sequence[Prompt], judges: Sequence[Scorer | Embedder], drift: Sequence[Embedder],
     **settings: str | int,
 ) -> str:  # fmt: skip
     """The name of everything a look at the base depends on."""
     where = {key: value for key, value in record.provenance().items() if key != "revision"}  # `sources` says it better
     facts: dict[str, Any] = {
-        "card": asdict(card),
+        "card": asdict(model_spec),
         "task": [task.name, task.version],
         "prompts": [[p.text, p.stratum, p.meta] for p in prompts],
-        "folder": settings_hash(card),
+        "folder": settings_hash(model_spec),
         "judges": [one.id for one in judges],
         "drift": [one.id for one in drift],
         "sources": [_sources(), *(source(one) for one in (task, *_apart(judges), *drift))],
@@ -54,23 +54,23 @@ def ground(
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def kept(
+def cached_evaluation(
     place: Path,
-    make: Callable[[], Judged],
+    make: Callable[[], Evaluation],
     drift: Sequence[Embedder],
-    crew: Crew,
+    processes: ProcessGroup,
     say: Callable[[str], None] = lambda text: None,
-) -> Judged:
+) -> Evaluation:
     """What `make` returns, or what it returned when this place was last asked; who asks meanwhile waits for it.
 
     A look in which too many scores are missing is not kept: whatever failed may work when it is asked again.
     """
     table, images, vectors = (place.with_name(f"{place.name}.{kind}") for kind in ("parquet", "npy", "npz"))
 
-    def read() -> Judged:
+    def read() -> Evaluation:
         with np.load(vectors, allow_pickle=False) as found:
             each = {name: found[name] for name in found.files}
-        return Judged(pd.read_parquet(table), np.load(images, allow_pickle=False), each)
+        return Evaluation(pd.read_parquet(table), np.load(images, allow_pickle=False), each)
 
     def there() -> bool:
         if not (table.is_file() and images.is_file() and vectors.is_file()):
@@ -81,11 +81,11 @@ def kept(
             say(f"{table} is damaged and is made anew: {str(error).partition(chr(10))[0]}")
             return False
 
-    with _turn(place, crew):
-        if crew.lead(there):
+    with _turn(place, processes):
+        if processes.from_main(there):
             return read()
         judged = make()
-        if crew.leads and not invalid(judged.table):
+        if processes.is_main and not invalid(judged.table):
             _save(images, lambda file: np.save(file, judged.images))
             _save(vectors, lambda file: np.savez(file, **judged.vectors))  # type: ignore[arg-type]
             write_atomically(table, lambda path: judged.table.to_parquet(path, index=False))
@@ -93,9 +93,9 @@ def kept(
 
 
 @contextmanager
-def _turn(place: Path, crew: Crew) -> Generator[None]:
+def _turn(place: Path, processes: ProcessGroup) -> Generator[None]:
     """One process at a time, and what it starts with `accelerate launch` or `torchrun`."""
-    if not crew.leads:
+    if not processes.is_main:
         yield
         return
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..flow import ode
-from ..process_group import Crew
+from ..process_group import ProcessGroup
 from ..spec import Embedder, Images, Model, Prompt, Scorer, Scores, Task, fold_text
 from ..stats import intervals
 from ..stats.distances import cmmd_ci, paired, siblings
-from ..training.rig import ALONE, judged, pixels
+from ..training.rig import SINGLE_PROCESS, timed_scores, to_uint8
 from .record import INVALID
 
 COLUMNS = ("prompt", "ordinal", "text", "stratum", "scorer", "metric", "value", "reason", "note")
 Vectors = np.ndarray[Any, np.dtype[np.float32]]
 Embedded = tuple[Vectors, dict[int, str]]  # (images, D), and the rows that failed with their reasons
-Asked = tuple[int, int]  # which prompt, and the ordinal of the image among those of the prompt
+ImageIndex = tuple[int, int]  # which prompt, and the ordinal of the image among those of the prompt
 
 
 def noise(prompt: str, ordinal: int, seed: int, shape: tuple[int, ...]) -> Tensor:
@@ -34,31 +34,31 @@ def noise(prompt: str, ordinal: int, seed: int, shape: tuple[int, ...]) -> Tenso
     return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")))
 
 
-def asked(prompts: Sequence[Prompt], images: int) -> list[Asked]:
+def image_indices(prompts: Sequence[Prompt], images: int) -> list[ImageIndex]:
     """Every image that a look asks for, in order."""
     return [(i, o) for i in range(len(prompts)) for o in range(images)]
 
 
-def starts(model: Model, prompts: Sequence[Prompt], part: Sequence[Asked], seed: int) -> Tensor:
+def initial_noise(model: Model, prompts: Sequence[Prompt], part: Sequence[ImageIndex], seed: int) -> Tensor:
     """(B, C, h, w): the noise of these images, on the model's device."""
     return torch.stack([noise(prompts[i].text, o, seed, model.shape) for i, o in part]).to(model.device)
 
 
 @torch.no_grad()
-def protocol(model: Model, x: Tensor, prompts: Sequence[Prompt], by: str = "live") -> Tensor:
+def sample_protocol(model: Model, x: Tensor, prompts: Sequence[Prompt], weights: str = "policy") -> Tensor:
     """(B, C, h, w): the clean latent that the protocol's ODE reaches from noise x, one prompt a row."""
     times = model.times(model.steps).to(model.device)
     # Each text by itself, as the rig does it: in another company the last bits of an embedding would differ.
     each = {text: model.encode([text]) for text in dict.fromkeys(p.text for p in prompts)}
     cond = {key: torch.cat([each[p.text][key] for p in prompts]) for key in each[prompts[0].text]}
     for t, s in zip(times[:-1], times[1:], strict=True):
-        v = model.velocity(x, t.expand(len(x)), cond, guidance=model.guidance, by=by)
+        v = model.velocity(x, t.expand(len(x)), cond, guidance=model.guidance, weights=weights)
         x = ode(model.path, x, v, t.expand(len(x)), s.expand(len(x))).mean
     return x
 
 
 @dataclass(frozen=True)
-class Judged:
+class Evaluation:
     """Scores by prompt, image ordinal, scorer and metric, and the first images themselves."""
 
     table: pd.DataFrame  # COLUMNS, one row a (prompt, ordinal, scorer, metric)
@@ -75,9 +75,9 @@ class Judged:
         """(prompts,): GenEval's tag, HPSv2's style of each prompt; "" where a task has none."""
         return [str(s) for s in self.table.drop_duplicates("prompt").sort_values("prompt").stratum]
 
-    def only(self, stratum: str) -> Judged:
+    def only(self, stratum: str) -> Evaluation:
         """The prompts of one stratum."""
-        return Judged(self.table.loc[self.table.stratum == stratum], self.images[:0])
+        return Evaluation(self.table.loc[self.table.stratum == stratum], self.images[:0])
 
     def keys(self) -> list[str]:
         """The `scorer/metric` there are, in order of appearance."""
@@ -133,14 +133,14 @@ def judge(
     images: int,
     seed: int,
     rows: int = 32,
-    by: str = "live",
+    weights: str = "policy",
     keep: int = 32,
     advance: Callable[[int], None] = lambda _: None,
-    draw: Callable[[Tensor, Sequence[Asked]], Tensor] | None = None,
+    draw: Callable[[Tensor, Sequence[ImageIndex]], Tensor] | None = None,
     spread: Sequence[Embedder] = (),
     drift: Sequence[Embedder] = (),
-    crew: Crew = ALONE,
-) -> Judged:
+    processes: ProcessGroup = SINGLE_PROCESS,
+) -> Evaluation:
     """Sample `images` a prompt and let every scorer score them, each in a thread of its own.
 
     by: which weights are judged. keep: how many images to return. advance: told how many images are done.
@@ -149,7 +149,10 @@ def judge(
     drift: embedders whose vectors are kept for `with_drift`.
     crew: the processes that share the work; each returns the whole.
     """
-    every, spread = asked(prompts, images), spread if images > 1 else ()  # one image is at no distance from others
+    every, spread = (
+        image_indices(prompts, images),
+        spread if images > 1 else (),
+    )  # one image is at no distance from others
     shown = set(sorted(every, key=lambda one: one[::-1])[:keep])
     embedders = {embedder.name: embedder for embedder in (*spread, *drift)}
     threads = {one.name: ThreadPoolExecutor(1, thread_name_prefix=one.name) for one in (*scorers, *embedders.values())}
@@ -157,22 +160,22 @@ def judge(
     parts = [every[start : start + rows] for start in range(0, len(every), rows)]
     try:
         for k, part in enumerate(parts):
-            if crew.mine(k):
+            if processes.owns(k):
                 mine = [prompts[i] for i, _ in part]
-                x = starts(model, prompts, part, seed)
-                x = protocol(model, x, mine, by) if draw is None else draw(x, part)
-                pictures = pixels(model.decode(x))
+                x = initial_noise(model, prompts, part, seed)
+                x = sample_protocol(model, x, mine, weights) if draw is None else draw(x, part)
+                pictures = to_uint8(model.decode(x))
                 asking.append(
                     _Asking(
                         pictures[[one in shown for one in part]],
-                        {s.name: threads[s.name].submit(judged, s, pictures, mine) for s in scorers},
+                        {s.name: threads[s.name].submit(timed_scores, s, pictures, mine) for s in scorers},
                         {e.name: threads[e.name].submit(embed, e, pictures) for e in embedders.values()},
                     )
                 )
             else:
                 asking.append(None)
             advance(len(part))
-        answers = crew.exchange([one.answer() if one else None for one in asking])
+        answers = processes.exchange_objects([one.answer() if one else None for one in asking])
     finally:
         for thread in threads.values():
             thread.shutdown(wait=True, cancel_futures=True)
@@ -184,7 +187,7 @@ def judge(
     scored += [
         (every, f"diversity-{e.name}", _spread(*embedded[e.name], len(prompts), images, e.distance)) for e in spread
     ]
-    return Judged(_table(prompts, scored), np.concatenate(kept), {e.name: embedded[e.name][0] for e in drift})
+    return Evaluation(_table(prompts, scored), np.concatenate(kept), {e.name: embedded[e.name][0] for e in drift})
 
 
 def embed(embedder: Embedder, images: Images) -> Embedded:
@@ -224,7 +227,7 @@ def _spread(vectors: Vectors, whys: Mapping[int, str], prompts: int, images: int
     return Scores({"pairwise": value}, reasons)
 
 
-def with_drift(before: Judged, after: Judged, embedders: Sequence[Embedder]) -> tuple[Judged, Judged]:
+def add_drift(before: Evaluation, after: Evaluation, embedders: Sequence[Embedder]) -> tuple[Evaluation, Evaluation]:
     """Both looks with `drift-NAME/paired`: how far each image went from the base's on the same noise; 0 before."""
     for e in embedders:
         a, b = before.vectors[e.name], after.vectors[e.name]
@@ -237,7 +240,7 @@ def with_drift(before: Judged, after: Judged, embedders: Sequence[Embedder]) -> 
     return before, after
 
 
-def cmmds(before: Judged, after: Judged, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+def cmmd_by_embedder(before: Evaluation, after: Evaluation, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Embedder -> the CMMD between the base's images and the tuned ones', resampled by prompt."""
     rows = before.table.drop_duplicates(["prompt", "ordinal"]).sort_values(["prompt", "ordinal"])
     clusters = rows.prompt.to_numpy()
@@ -250,7 +253,7 @@ def cmmds(before: Judged, after: Judged, names: Iterable[str]) -> dict[str, dict
     return found
 
 
-def _table(prompts: Sequence[Prompt], answers: Iterable[tuple[Sequence[Asked], str, Scores]]) -> pd.DataFrame:
+def _table(prompts: Sequence[Prompt], answers: Iterable[tuple[Sequence[ImageIndex], str, Scores]]) -> pd.DataFrame:
     rows = [
         (
             i,
@@ -275,13 +278,13 @@ def _table(prompts: Sequence[Prompt], answers: Iterable[tuple[Sequence[Asked], s
 # Numbers from scores: no estimate without an interval
 
 
-def estimates(judged: Judged) -> dict[str, dict[str, Any]]:
+def estimates(judged: Evaluation) -> dict[str, dict[str, Any]]:
     """`scorer/metric` -> {mean, ci}: over prompts, images of a prompt clustered; over strata first, where a task has them."""
     strata = judged.strata()
     return {key: _number(intervals.mean_ci(judged.matrix(key), strata=strata)) for key in judged.keys()}
 
 
-def differences(before: Judged, after: Judged) -> dict[str, dict[str, Any]]:
+def differences(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
     """`scorer/metric` -> {mean, ci, p, mde}: after minus before on the same prompts and noise, paired by prompt."""
     found: dict[str, dict[str, Any]] = {}
     for key in after.keys():
@@ -291,15 +294,15 @@ def differences(before: Judged, after: Judged) -> dict[str, dict[str, Any]]:
     return found
 
 
-def several(judged: Judged) -> list[str]:
+def strata_of(judged: Evaluation) -> list[str]:
     """The strata in order, of a task that has more than one."""
     strata = list(dict.fromkeys(judged.strata()))
     return strata if len(strata) > 1 else []
 
 
-def by_stratum(before: Judged, after: Judged) -> dict[str, dict[str, Any]]:
+def by_stratum(before: Evaluation, after: Evaluation) -> dict[str, dict[str, Any]]:
     """Stratum -> {before, after, delta}, of a task that has several."""
-    parts = {s: (before.only(s), after.only(s)) for s in several(after)}
+    parts = {s: (before.only(s), after.only(s)) for s in strata_of(after)}
     return {
         s: {"before": estimates(a), "after": estimates(b), "delta": differences(a, b)} for s, (a, b) in parts.items()
     }

@@ -37,11 +37,11 @@ def search(
     are not asked for again. seed: of the method's own draws. What the budget no longer affords is the base's own image,
     off budget like every judged image. after: called after each batch with the share that is done, the clock stopped.
     """
-    every = evaluator.asked(rig.book, images)
+    every = evaluator.image_indices(rig.book, images)
     while (done := len(answers(rig))) < len(every):
         part = every[done : done + rig.rows]
-        noise = evaluator.starts(rig.model, rig.book, part, noise_seed)
-        rig.meter.agree(rig.crew)
+        noise = evaluator.initial_noise(rig.model, rig.book, part, noise_seed)
+        rig.meter.agree(rig.processes)
         rig.meter.start()
         try:
             with torch.no_grad(), rig.keyed(keys(rig, part, noise_seed, seed)):
@@ -49,13 +49,13 @@ def search(
         except Spent as spent:
             rig.meter.stop()
             rig.state[BOUND] = spent.currency
-            x0 = evaluator.protocol(rig.model, noise, [rig.book[i] for i, _ in part], by="ref")
+            x0 = evaluator.sample_protocol(rig.model, noise, [rig.book[i] for i, _ in part], weights="ref")
         finally:
             rig.meter.stop()
         rig.state[ANSWERS] = torch.cat([answers(rig), x0.cpu()])
         rig.iteration += 1
         after(len(answers(rig)) / len(every), rig.notes())
-        if rig.crew.any(interrupted()):
+        if rig.processes.any(interrupted()):
             return "interrupted"
     if BOUND in rig.state:
         return f"budget: {rig.state[BOUND]}"
@@ -67,7 +67,7 @@ def answers(rig: Rig) -> Tensor:
     return rig.state.get(ANSWERS, torch.empty(0, *rig.model.shape)).cpu()
 
 
-def keys(rig: Rig, part: list[evaluator.Asked], noise_seed: int, seed: int) -> Tensor:
+def keys(rig: Rig, part: list[evaluator.ImageIndex], noise_seed: int, seed: int) -> Tensor:
     """(B,): what each image's further draws depend on: its prompt, its ordinal and the seeds, never its company."""
     texts = [f"{seed}\n{noise_seed}\n{ordinal}\n{rig.book[i].text}" for i, ordinal in part]
     return torch.tensor([int.from_bytes(hashlib.sha256(t.encode()).digest()[:7], "big") for t in texts])

@@ -25,16 +25,16 @@ from ..errors import Interrupted, UserError
 from ..evaluation import record
 from ..evaluation.record import Record
 from ..files import write_atomically
-from ..progress import Silent, View
+from ..progress import NullProgress, Progress
 from ..scoring.scorers import parts
 from ..spec import Search
 from .config import EXECUTION, Config, resolve
-from .in_process import here
-from .jobs import Job, apart, folder, spent
-from .run_dir import busy
+from .in_process import run_in_process
+from .jobs import Job, make_folder, run_jobs, spent_so_far
+from .run_dir import is_locked
 
 MANDATORY = ("sft", "best-of-n")  # what any method must beat; the base is in every record
-COMMON = ("adapter", "judging", "precision", "scorer", "tuned", *EXECUTION)  # settings that every method has
+COMMON = ("adapter", "evaluation", "precision", "scorer", "tuned", *EXECUTION)  # settings that every method has
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,13 @@ class Grid:
 
 
 @dataclass
-class Run:
+class PlannedRun:
     """One cell of the grid, and what came of it."""
 
     number: int  # from 1
     plan: Config
     words: Sequence[str]  # its command, behind `gpobench`
-    home: Path
+    run_dir: Path
     how: str = ""  # found | resumed | made
     done: Record | None = None
     failed: str = ""  # why there is no record
@@ -92,7 +92,7 @@ class Run:
     @property
     def fraction(self) -> float:
         """How much of its budget is spent, as far as the disk knows."""
-        so_far = spent(self.home)
+        so_far = spent_so_far(self.run_dir)
         share = max((so_far.get(c, 0.0) / bound for c, bound in self.plan.budget.bounds().items()), default=0.0)
         return 1.0 if self.done else min(1.0, share)
 
@@ -157,7 +157,7 @@ def _sorted(texts: Iterable[tuple[str, str]], methods: Mapping[str, str]) -> dic
 # The plan
 
 
-def plan(grid: Grid, out: Path) -> list[Run]:
+def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     """Every run, resolved: a wrong name or setting anywhere is refused here, before anything runs.
 
     Seed by seed, so that what is done when time is up is a whole comparison. A plain setting holds for every method that was
@@ -168,7 +168,7 @@ def plan(grid: Grid, out: Path) -> list[Run]:
     own, files = _sorted(map(_setting, grid.sets), methods), _sorted(map(_file, grid.configs), methods)
     if twice := next((texts for texts in files.values() if len(texts) > 1), None):
         raise UserError(f"--config {twice[1]}: {twice[0]} is given already; one file for all, one for each method")
-    runs: list[Run] = []
+    runs: list[PlannedRun] = []
     for seed in grid.every_seed():
         for task in _once("task", grid.tasks).values():
             for identity, method in methods.items():
@@ -180,7 +180,7 @@ def plan(grid: Grid, out: Path) -> list[Run]:
                     raise UserError(f"{method}: {error}{_hint(method, own[''], methods.values())}") from None
                 _sound(resolved, identity in named)
                 words = [*_words(grid, method, task, seed, sets, config), "--out", str(out)]
-                runs.append(Run(len(runs) + 1, resolved, words, out / resolved.slug()))
+                runs.append(PlannedRun(len(runs) + 1, resolved, words, out / resolved.slug()))
     return runs
 
 
@@ -243,7 +243,7 @@ def commands(grid: Grid, out: Path) -> list[str]:
 
 
 def compare(
-    grid: Grid, *, out: Path, view: View, jobs: int = 1, interrupted: Callable[[], bool] = lambda: False
+    grid: Grid, *, out: Path, progress: Progress, jobs: int = 1, interrupted: Callable[[], bool] = lambda: False
 ) -> dict[str, Any]:
     """Do every run that is not done yet; returns what the manifest holds, and where it is (`path`).
 
@@ -256,8 +256,8 @@ def compare(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare starts its runs itself: give the commands of --print to accelerate launch, one by one")
     runs = plan(grid, out)
-    folder(out / "logs")
-    work = _Work(grid, runs, out, view, interrupted)
+    make_folder(out / "logs")
+    work = _Work(grid, runs, out, progress, interrupted)
     work.find()
     _installed([run.plan for run in runs if run.done is None])
     for attempt in (1, 2):
@@ -273,10 +273,10 @@ def _installed(plans: Iterable[Config]) -> None:
     """Refuse a grid whose training or held-out scorers cannot be made here: every one of its runs would fail by it, twice."""
     wanted: dict[str, None] = {}
     for plan in {(plan.task, plan.reward): plan for plan in plans}.values():
-        exam, domain = registry.load("task", plan.task)(), plan.card().domain
+        exam, domain = registry.load("task", plan.task)(), plan.model_spec().domain
         own = [exam.reward(domain), *exam.held_out(domain)]
         names = [*(name for name, _ in parts(plan.reward)), *(registry.canonical("scorer", name) for name in own)]
-        lives = {registry.canonical("scorer", name) for name in plan.places}
+        lives = {registry.canonical("scorer", name) for name in plan.scorer_locations}
         wanted |= dict.fromkeys(name for name in names if not {name, name.partition(":")[0]} & lives)
     for name in wanted:
         registry.scorer(name)  # raises Missing, which says what to install
@@ -285,8 +285,10 @@ def _installed(plans: Iterable[Config]) -> None:
 class _Work:
     """The runs of a grid on their way, the bar they move and the manifest that is kept meanwhile."""
 
-    def __init__(self, grid: Grid, runs: Sequence[Run], out: Path, view: View, interrupted: Callable[[], bool]):
-        self._grid, self._runs, self._out, self._view, self._interrupted = grid, runs, out, view, interrupted
+    def __init__(
+        self, grid: Grid, runs: Sequence[PlannedRun], out: Path, progress: Progress, interrupted: Callable[[], bool]
+    ):
+        self._grid, self._runs, self._out, self._view, self._interrupted = grid, runs, out, progress, interrupted
         self._path = out / f"compare-{_slug(runs)}.json"
         self._from = record.provenance()
         self._said: set[str] = set()
@@ -295,10 +297,12 @@ class _Work:
     def find(self) -> None:
         """Read what is done, and set up the bar: a run is as long as what is left of its budget."""
         for run in self._runs:
-            run.how = "resumed" if (run.home / "metrics.jsonl").is_file() else "made"
-            if (run.home / "record.json").is_file():
+            run.how = "resumed" if (run.run_dir / "metrics.jsonl").is_file() else "made"
+            if (run.run_dir / "record.json").is_file():
                 run.how = "found"
-                run.done, run.failed = here(run.plan, runs=self._out, log=self._log(run), view=Silent())
+                run.done, run.failed = run_in_process(
+                    run.plan, runs=self._out, log=self._log(run), progress=NullProgress()
+                )
         self.keep()
         self._at = {run.number: run.fraction for run in self._runs}
         left = sum(run.done is None for run in self._runs)
@@ -311,21 +315,21 @@ class _Work:
             total = sum(1 - self._at[run.number] for run in self._runs)
             self._view.phase(f"{left} run{'s' if left > 1 else ''}", max(total, 1e-9))
 
-    def left(self) -> Iterator[list[Run]]:
+    def left(self) -> Iterator[list[PlannedRun]]:
         """What is not done: first all that nobody is at work on, then, one by one, what another process had begun."""
         todo = [run for run in self._runs if run.done is None]
-        others = [run for run in todo if busy(run.home)]
+        others = [run for run in todo if is_locked(run.run_dir)]
         if free := [run for run in todo if run not in others]:
             yield free
         for run in others:
             self._view.say(f"run {run.number}: another process is at work on it; waiting for that to end")
-            while busy(run.home):
+            while is_locked(run.run_dir):
                 if self._interrupted():
                     raise self._stop()
                 time.sleep(1)
             yield [run]
 
-    def here(self, left: Sequence[Run]) -> None:
+    def here(self, left: Sequence[PlannedRun]) -> None:
         """One after another in this process."""
         for run in left:
             if self._interrupted():
@@ -333,15 +337,15 @@ class _Work:
             self._begins(run)
             inside = _Inside(self._view, lambda fraction, run=run: self._reach(run, fraction), self._said)
             try:
-                done, why = here(
-                    run.plan, runs=self._out, log=self._log(run), view=inside, interrupted=self._interrupted
+                done, why = run_in_process(
+                    run.plan, runs=self._out, log=self._log(run), progress=inside, interrupted=self._interrupted
                 )
             except Interrupted as stop:
                 raise self._stop(f"run {run.number} {str(stop).partition(';')[0]}") from None
             self._ends(run, done, why, last=False)
         _let_go()
 
-    def apart(self, left: Sequence[Run], jobs: int, again: bool) -> None:
+    def apart(self, left: Sequence[PlannedRun], jobs: int, again: bool) -> None:
         """So many at once in processes of their own, where nothing of an earlier failure is left."""
         if again:
             them = "one run failed and is" if len(left) == 1 else f"{len(left)} runs failed and are"
@@ -353,7 +357,7 @@ class _Work:
             run, done = left[k], None
             if not why:
                 try:
-                    done = record.read(run.home / "record.json")
+                    done = record.read(run.run_dir / "record.json")
                 except UserError as error:
                     why = "" if self._interrupted() else f"stopped before its end ({error})"
             self._ends(run, done, why, last=again)
@@ -365,7 +369,7 @@ class _Work:
 
         work = [Job(run.words, self._log(run)) for run in left]
         begins = lambda k: self._begins(left[k])
-        if not apart(work, jobs, begins=begins, ends=ends, meanwhile=look, interrupted=self._interrupted):
+        if not run_jobs(work, jobs, begins=begins, ends=ends, meanwhile=look, interrupted=self._interrupted):
             raise self._stop()
 
     def keep(self) -> dict[str, Any]:
@@ -374,10 +378,10 @@ class _Work:
         write_atomically(self._path, lambda p: p.write_text(json.dumps(found, indent=1) + "\n", "utf-8"))
         return {**found, "path": str(self._path)}
 
-    def _begins(self, run: Run) -> None:
+    def _begins(self, run: PlannedRun) -> None:
         self._view.say(f"run {run.number} of {len(self._runs)}: {run}" + (", going on" if run.fraction else ""))
 
-    def _ends(self, run: Run, done: Record | None, why: str, last: bool) -> None:
+    def _ends(self, run: PlannedRun, done: Record | None, why: str, last: bool) -> None:
         run.done, run.failed = done, why
         if done:
             key = _keys(done)[0]
@@ -390,13 +394,13 @@ class _Work:
             self._reach(run, 1.0)
         self.keep()
 
-    def _reach(self, run: Run, fraction: float) -> None:
+    def _reach(self, run: PlannedRun, fraction: float) -> None:
         if fraction > self._at[run.number]:
             self._view.advance(fraction - self._at[run.number])
             self._at[run.number] = fraction
 
-    def _log(self, run: Run) -> Path:
-        return self._out / "logs" / f"{run.home.name}.log"
+    def _log(self, run: PlannedRun) -> Path:
+        return self._out / "logs" / f"{run.run_dir.name}.log"
 
     def _stop(self, where: str = "stopped") -> Interrupted:
         self.keep()
@@ -408,14 +412,14 @@ class _Work:
 class _Inside:
     """What a run shows, seen from the grid: its lines, and how far it is."""
 
-    view: View
+    progress: Progress
     reach: Callable[[float], None]
     said: set[str]  # by any run of the grid
 
     def say(self, text: str) -> None:
         # That a scorer is not installed holds for the whole grid.
         if text not in self.said or not text.startswith("not judged by "):
-            self.view.say(text)
+            self.progress.say(text)
         self.said.add(text)
 
     def phase(self, name: str, total: float) -> None: ...
@@ -438,15 +442,15 @@ def _let_go() -> None:
 # The manifest
 
 
-def _slug(runs: Sequence[Run]) -> str:
+def _slug(runs: Sequence[PlannedRun]) -> str:
     """The tasks, the model, and a hash of which runs these are: their order does not matter."""
-    text = "\n".join(sorted(run.home.name for run in runs))
+    text = "\n".join(sorted(run.run_dir.name for run in runs))
     names = [*dict.fromkeys(Path(run.plan.task).name for run in runs), Path(runs[0].plan.model).name]
     clean = "".join(c if c.isalnum() or c in "-_." else "-" for c in "-".join(names))
     return f"{clean}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def _manifest(grid: Grid, runs: Sequence[Run], provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _manifest(grid: Grid, runs: Sequence[PlannedRun], provenance: Mapping[str, Any]) -> dict[str, Any]:
     budget: Budget = runs[0].plan.budget
     spends = [_spent(run) for run in runs]
     return {
@@ -461,16 +465,16 @@ def _manifest(grid: Grid, runs: Sequence[Run], provenance: Mapping[str, Any]) ->
     }
 
 
-def _facts(run: Run, paid: Mapping[str, float]) -> dict[str, Any]:
+def _facts(run: PlannedRun, paid: Mapping[str, float]) -> dict[str, Any]:
     facts: dict[str, Any] = {
-        "run": run.home.name,
+        "run": run.run_dir.name,
         "method": run.plan.method,
         "task": run.plan.task,
         "seed": run.plan.seed,
         "state": run.state,
         "how": run.how,
         "reason": run.failed,
-        "run_dir": str(run.home),
+        "run_dir": str(run.run_dir),
         "command": shlex.join(["gpobench", *run.words]),
         "spent": dict(paid),
     }
@@ -487,9 +491,9 @@ def _facts(run: Run, paid: Mapping[str, float]) -> dict[str, Any]:
     return facts
 
 
-def _spent(run: Run) -> dict[str, float]:
+def _spent(run: PlannedRun) -> dict[str, float]:
     """What a run has cost, one that is not done up to its last complete iteration."""
-    return dict(run.done.spent) if run.done else spent(run.home)
+    return dict(run.done.spent) if run.done else spent_so_far(run.run_dir)
 
 
 def _keys(done: Record) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from .. import registry
 from ..budget import CURRENCIES, Budget, load_budget
 from ..errors import UserError
 from ..files import digest as file_digest
-from ..model_spec import Adapter, Card, find
+from ..model_spec import Adapter, ModelSpec, find_model_spec
 
 Table = dict[str, Any]
 # Fields of a card that a run may set: they change memory and speed, and a result by its rounding only.
@@ -34,12 +34,14 @@ class Config:
     budget: Budget
     settings: Any  # the method's dataclass, its fields set
     adapter: Adapter
-    judging: Any  # spec.Judging
+    evaluation: Any  # spec.Judging
     precision: str  # fp32 | bf16 | fp16
     reward: str  # the scorer to train on
     execution: Table = field(default_factory=dict[str, Any])  # of EXECUTION, what is not as the model's card has it
     tuned: Table = field(default_factory=dict[str, Any])  # how the settings were chosen: trials, spent, command
-    places: Mapping[str, Any] = field(default_factory=dict[str, Any])  # scorer -> scorers.Place, where it lives
+    scorer_locations: Mapping[str, Any] = field(
+        default_factory=dict[str, Any]
+    )  # scorer -> scorers.Place, where it lives
     prompts: Mapping[Any, Path] = field(default_factory=dict[Any, Path])  # split -> the person's own file
     asked: Mapping[Any, str] = field(default_factory=dict[Any, str])  # split -> that file's name and its content's hash
     sources: Mapping[str, str] = field(default_factory=dict[str, str])  # a part's own file -> its content's hash
@@ -57,7 +59,7 @@ class Config:
             "budget": {"name": self.budget.name, **self.budget.bounds()},
             "settings": _plain(asdict(self.settings)),
             "adapter": _plain(asdict(self.adapter)),
-            "judging": _plain(asdict(self.judging)),
+            "evaluation": _plain(asdict(self.evaluation)),
             "precision": self.precision,
             "reward": self.reward,
             **({"prompts": dict(self.asked)} if self.asked else {}),
@@ -73,9 +75,9 @@ class Config:
                 what = self.prompts.get(name, name)
                 raise UserError(f"{what} changed since this run was planned: the same command plans it anew")
 
-    def card(self) -> Card:
+    def model_spec(self) -> ModelSpec:
         """The model's card with what this run says about execution."""
-        return replace(find(self.model), **self.execution)
+        return replace(find_model_spec(self.model), **self.execution)
 
     def digest(self) -> str:
         """8 hex digits that name the run; what the budget is called does not matter."""
@@ -109,28 +111,28 @@ def resolve(
     Raises UserError on an unknown name (with the nearest valid one), a value of the wrong type, an unreadable file.
     """
     from ..assets.prompts import parse_option
-    from ..scoring.scorers import places
-    from ..spec import Judging
+    from ..scoring.scorers import scorer_locations
+    from ..spec import EvaluationSettings
 
     method = registry.canonical("method", method)
     kind = registry.load("method", method)
     exam = registry.load("task", task)()
-    card = find(model)
-    judging: Judging = exam.judging(card.domain)
+    model_spec = find_model_spec(model)
+    evaluation: EvaluationSettings = exam.evaluation(model_spec.domain)
     table: Table = {}
-    for layer in (preset(method, card.preset or card.name, task), _file(config), pairs(sets)):
+    for layer in (preset(method, model_spec.preset or model_spec.name, task), _file(config), pairs(sets)):
         _merge(table, layer)
-    own = {key: table.pop(key, {}) for key in ("adapter", "judging")}
+    own = {key: table.pop(key, {}) for key in ("adapter", "evaluation")}
     tuned = _tuned(table.pop("tuned", {}))
     files = parse_option(prompts)
     for path in files.values():
         if not path.is_file():
             raise UserError(f"--prompts: there is no file {path}")
-    homes = places(scorers, _table("scorer", table.pop("scorer", {})))
-    precision = table.pop("precision", card.precision)
+    homes = scorer_locations(scorers, _table("scorer", table.pop("scorer", {})))
+    precision = table.pop("precision", model_spec.precision)
     if precision not in ("fp32", "bf16", "fp16"):
         raise registry.unknown("precision", str(precision), ("fp32", "bf16", "fp16"))
-    execution = _execution({key: table.pop(key) for key in EXECUTION if key in table}, card)
+    execution = _execution({key: table.pop(key) for key in EXECUTION if key in table}, model_spec)
     if seed < 0:
         raise UserError(f"--seed must not be negative, got {seed}")
     if seed >= 2**32:
@@ -140,18 +142,20 @@ def resolve(
         task=task,
         model=model,
         seed=seed,
-        budget=load_budget(budget or card.budget),
-        settings=build(kind, table, extra=("adapter", "judging", "precision", *EXECUTION)),
-        adapter=build(Adapter, {**asdict(card.adapter), **_table("adapter", own["adapter"])}, prefix="adapter."),
-        judging=build(Judging, {**asdict(judging), **_table("judging", own["judging"])}, prefix="judging."),
+        budget=load_budget(budget or model_spec.budget),
+        settings=build(kind, table, extra=("adapter", "evaluation", "precision", *EXECUTION)),
+        adapter=build(Adapter, {**asdict(model_spec.adapter), **_table("adapter", own["adapter"])}, prefix="adapter."),
+        evaluation=build(
+            EvaluationSettings, {**asdict(evaluation), **_table("evaluation", own["evaluation"])}, prefix="judging."
+        ),
         precision=precision,
-        reward=reward or exam.reward(card.domain),
+        reward=reward or exam.reward(model_spec.domain),
         execution=execution,
         tuned=tuned,
-        places=homes,
+        scorer_locations=homes,
         prompts=files,
         asked=_asked(files),
-        sources=_sources(method, task, reward or exam.reward(card.domain)),
+        sources=_sources(method, task, reward or exam.reward(model_spec.domain)),
     )
 
 
@@ -175,16 +179,20 @@ def _sources(method: str, task: str, reward: str) -> dict[str, str]:
     return found
 
 
-def _execution(table: Table, card: Card) -> Table:
+def _execution(table: Table, model_spec: ModelSpec) -> Table:
     """What of it differs from the card. Raises UserError on a value of another kind."""
     for key, value in table.items():
         if key == "rows" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise UserError(f"rows is a number of images sampled at once (0: the model's {card.rows}), got {value!r}")
+            raise UserError(
+                f"rows is a number of images sampled at once (0: the model's {model_spec.rows}), got {value!r}"
+            )
         if key != "rows" and not isinstance(value, bool):
             raise UserError(
-                f"{key} is true or false (the model's card says {str(getattr(card, key)).lower()}), got {value!r}"
+                f"{key} is true or false (the model's card says {str(getattr(model_spec, key)).lower()}), got {value!r}"
             )
-    return {key: value for key, value in table.items() if value != getattr(card, key) and (key != "rows" or value)}
+    return {
+        key: value for key, value in table.items() if value != getattr(model_spec, key) and (key != "rows" or value)
+    }
 
 
 def _tuned(marker: Any) -> Table:

@@ -8,15 +8,15 @@ from typing import Any
 
 from ..budget import CURRENCIES
 from ..errors import Missing
-from ..model_spec import Card
-from ..models.memory import DEVICES, UTILISATION, Estimate, estimate, hours
+from ..model_spec import ModelSpec
+from ..models.memory import DEVICES, UTILISATION, MemoryEstimate, estimate, hours
 from ..models.open import adapter_class
 from ..registry import unknown
-from ..spec import Search, Wide
+from ..spec import Search, SupportsLatentCount
 from .config import Config
 
 
-def forecast(plan: Config, device: str = "") -> dict[str, Any]:
+def estimate_cost(plan: Config, device: str = "") -> dict[str, Any]:
     """Images, nfe by role, bytes and hours of a run, without loading anything; lines: the same for a person.
 
     device: a name of `memory.DEVICES`; all of them by default. A method whose groups do not all teach spends less than its
@@ -54,21 +54,25 @@ def _images(plan: Config, each: float, flops: float) -> float:
 
 def declared(plan: Config) -> dict[str, float]:
     """Evaluations of an image by role. Where guidance is an input of the network it takes no second one, whoever sets it."""
-    own, card = plan.settings, plan.card()
-    if adapter_class(card).guided_cost > 1:
-        return dict(own.cost(card.steps, card.guidance))
-    return dict((replace(own, guidance=1.0) if _guidable(own) else own).cost(card.steps, 1.0))
+    own, model_spec = plan.settings, plan.model_spec()
+    if adapter_class(model_spec).guided_cost > 1:
+        return dict(own.cost(model_spec.steps, model_spec.guidance))
+    return dict((replace(own, guidance=1.0) if _guidable(own) else own).cost(model_spec.steps, 1.0))
 
 
 def _guidable(own: object) -> bool:
     return "guidance" in {field.name for field in fields(own)}  # type: ignore[arg-type]
 
 
-def held(plan: Config, card: Card | None = None, micro: int | None = None) -> Estimate:
+def held(plan: Config, model_spec: ModelSpec | None = None, micro: int | None = None) -> MemoryEstimate:
     """The memory of a run. card, micro: instead of the plan's own and of `latents`. Raises Missing where sizes are unknown."""
     micro = latents(plan) if micro is None else micro
     return estimate(
-        card or plan.card(), adapter=plan.adapter, precision=plan.precision, micro=micro, copies=copies(plan)
+        model_spec or plan.model_spec(),
+        adapter=plan.adapter,
+        precision=plan.precision,
+        micro=micro,
+        copies=copies(plan),
     )
 
 
@@ -86,7 +90,7 @@ def latents(plan: Config) -> int:
         return 0
     o, s = plan.settings.optim, plan.settings
     images = getattr(s, "prompts", 1) * getattr(s, "group", 1)
-    rows = o.micro * (s.latents if isinstance(s, Wide) else 1) or max(1, images // o.minibatches)
+    rows = o.micro * (s.latents if isinstance(s, SupportsLatentCount) else 1) or max(1, images // o.minibatches)
     return rows * branches(plan)
 
 
@@ -95,10 +99,10 @@ def branches(plan: Config) -> int:
 
     Read off the static cost: without guidance such a method's policy costs half.
     """
-    own, card = plan.settings, plan.card()
+    own, model_spec = plan.settings, plan.model_spec()
     if isinstance(own, Search) or not _guidable(own):
         return 1
-    plain = replace(own, guidance=1.0).cost(card.steps, 1.0)["policy"]  # type: ignore[call-arg]
+    plain = replace(own, guidance=1.0).cost(model_spec.steps, 1.0)["policy"]  # type: ignore[call-arg]
     return round(declared(plan)["policy"] / plain)
 
 

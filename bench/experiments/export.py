@@ -12,7 +12,7 @@ from ..errors import Missing, UserError
 from ..evaluation import record
 from ..evaluation.record import Number, Record
 from ..files import write_atomically
-from ..model_spec import Card, find
+from ..model_spec import ModelSpec, find_model_spec
 from ..models.open import usage
 
 ADAPTER = "pytorch_lora_weights.safetensors"
@@ -54,7 +54,7 @@ def export(run: Path, to: Path, *, repo: str | None = None, benchmark: str | Non
     for name in (repo, benchmark):
         if name is not None:
             _check_name(name)
-    card = find(known.model)
+    model_spec = find_model_spec(known.model)
     searched = known.stop.startswith("search:") or "inference" in known.nfe_by_role
     adapter = run / "adapter" / ADAPTER
     if not searched:
@@ -62,7 +62,7 @@ def export(run: Path, to: Path, *, repo: str | None = None, benchmark: str | Non
     warned = _warnings(known, searched)
     sources = {ADAPTER: adapter, "config.toml": run / "config.toml", "samples.png": run / "samples" / "pairs.png"}
     files = {name: path for name, path in sources.items() if path.is_file() and not (searched and name == ADAPTER)}
-    texts = {"README.md": _readme(known, card, repo, warned, searched, "samples.png" in files)}
+    texts = {"README.md": _readme(known, model_spec, repo, warned, searched, "samples.png" in files)}
     if benchmark is not None:
         texts[RESULTS] = _results(known, benchmark)
     try:
@@ -136,12 +136,12 @@ def _warnings(r: Record, searched: bool) -> list[str]:
 
 
 def _split(r: Record) -> str:
-    return str(r.config.get("judging", {}).get("split", "test"))
+    return str(r.config.get("evaluation", {}).get("split", "test"))
 
 
 def _images(r: Record) -> int | None:
-    judging = r.config.get("judging", {})
-    return judging.get("validation_images" if _split(r) == "validation" else "test_images")
+    evaluation = r.config.get("evaluation", {})
+    return evaluation.get("validation_images" if _split(r) == "validation" else "test_images")
 
 
 def _role(r: Record, key: str) -> str:
@@ -196,19 +196,21 @@ def _eval_results(r: Record) -> list[Any]:
     ]
 
 
-def _readme(r: Record, card: Card, repo: str | None, warned: Sequence[str], searched: bool, samples: bool) -> str:
+def _readme(
+    r: Record, model_spec: ModelSpec, repo: str | None, warned: Sequence[str], searched: bool, samples: bool
+) -> str:
     """Front matter as the hub reads it, proved by reading it back, and the card below it."""
     from huggingface_hub import ModelCard, ModelCardData
 
     results = _eval_results(r)
-    licence = LICENCES.get(card.licence)
-    hub = card.source if card.revision else None
+    licence = LICENCES.get(model_spec.licence)
+    hub = model_spec.source if model_spec.revision else None
     data = ModelCardData(
         base_model=hub,  # a folder has no name on the hub
         library_name="diffusers",
         pipeline_tag="text-to-image",
         license=licence or "other",
-        license_name=None if licence else card.licence,
+        license_name=None if licence else model_spec.licence,
         license_link=f"https://huggingface.co/{hub}" if hub and not licence else None,
         tags=[
             "gpobench",
@@ -221,14 +223,16 @@ def _readme(r: Record, card: Card, repo: str | None, warned: Sequence[str], sear
         model_name=f"{r.method} on {r.task}, {r.model}",
         eval_results=results or None,
     )
-    text = f"---\n{data.to_yaml()}\n---\n\n{_body(r, card, repo, warned, searched, samples)}"
+    text = f"---\n{data.to_yaml()}\n---\n\n{_body(r, model_spec, repo, warned, searched, samples)}"
     back = ModelCard(text).data.to_dict()
     if ModelCardData(**back).eval_results != (results or None) or back["library_name"] != "diffusers":
         raise RuntimeError("the model card does not read back as it was written")
     return text
 
 
-def _body(r: Record, card: Card, repo: str | None, warned: Sequence[str], searched: bool, samples: bool) -> str:
+def _body(
+    r: Record, model_spec: ModelSpec, repo: str | None, warned: Sequence[str], searched: bool, samples: bool
+) -> str:
     rows = [
         f"| {key} | {_role(r, key)} | {_show(r.before.get(key))} | {_show(n)} | {_show(r.delta.get(key))} | {n.n} |"
         for key, n in r.after.items()
@@ -239,7 +243,7 @@ def _body(r: Record, card: Card, repo: str | None, warned: Sequence[str], search
     split, provenance = _split(r), r.provenance
     versions = ", ".join(f"{name} {version}" for name, version in dict(provenance.get("versions", {})).items())
     place = repo or "PATH/TO/THIS/FOLDER"
-    use = [line.replace('"adapter"', f'"{place}"') for line in usage(card)]
+    use = [line.replace('"adapter"', f'"{place}"') for line in usage(model_spec)]
     flags = [
         name
         for name, up in (("hack", r.flags.hack), ("invalid", r.flags.invalid), ("one seed", r.flags.single_seed))
@@ -266,7 +270,7 @@ def _body(r: Record, card: Card, repo: str | None, warned: Sequence[str], search
             f"| budget | {bounds or 'none'} |",
             f"| spent | {spent}{tuning} |",
             f"| judged | task {r.task} version {r.task_version}, {split} split, evaluation seed "
-            f"{r.config.get('judging', {}).get('seed', 'unknown')} |",
+            f"{r.config.get('evaluation', {}).get('seed', 'unknown')} |",
             *(f"| {name} prompts | sha256 `{digest}` |" for name, digest in r.prompts.items()),
             *(f"| scorer {name} | `{use.id}`, {use.role} |" for name, use in r.scorers.items()),
             *(f"| embedder {name} | `{text}` |" for name, text in r.embedders.items()),

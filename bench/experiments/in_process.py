@@ -8,20 +8,20 @@ from pathlib import Path
 
 from ..errors import Interrupted, UserError
 from ..evaluation.record import Record
-from ..progress import View
+from ..progress import Progress
 from .config import Config
 from .run import run as run_one
 
 
-def here(
-    plan: Config, *, runs: Path, log: Path, view: View, interrupted: Callable[[], bool] = lambda: False
+def run_in_process(
+    plan: Config, *, runs: Path, log: Path, progress: Progress, interrupted: Callable[[], bool] = lambda: False
 ) -> tuple[Record | None, str]:
     """Do a run in this process, or read what an earlier start made of it: its record, or why there is none.
 
     log: takes the traceback of what nobody foresaw. Raises Interrupted when asked to stop.
     """
     try:
-        return run_one(plan, runs=runs, view=view, interrupted=interrupted), ""
+        return run_one(plan, runs=runs, progress=progress, interrupted=interrupted), ""
     except Interrupted:
         raise
     except UserError as error:

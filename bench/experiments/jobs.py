@@ -27,7 +27,7 @@ class Job:
     log: Path  # takes what it says
 
 
-def folder(path: Path) -> None:
+def make_folder(path: Path) -> None:
     """Make a folder, its parents too. Raises UserError where that cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def folder(path: Path) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
-def apart(
+def run_jobs(
     work: Sequence[Job],
     at_once: int,
     *,
@@ -101,10 +101,10 @@ def _why(code: int, log: Path) -> str:
     return said[0].strip().removeprefix("gpobench: ") if said else f"ended with code {code}"
 
 
-def spent(home: Path) -> dict[str, float]:
+def spent_so_far(run_dir: Path) -> dict[str, float]:
     """What a run has spent up to its last complete iteration, by currency; {} before the first. home: its directory."""
     try:
-        with (home / "metrics.jsonl").open("rb") as file:
+        with (run_dir / "metrics.jsonl").open("rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - TAIL))
             lines = file.read().splitlines()
     except OSError:

@@ -20,12 +20,12 @@ from ..errors import UserError
 from ..evaluation import evaluator
 from ..files import write_atomically
 from ..losses import informative
-from ..model_spec import find
+from ..model_spec import find_model_spec
 from ..models.open import open_model
-from ..progress import View
+from ..progress import Progress
 from ..scoring.scorers import close_scorers, open_scorer
 from ..training.pairs import STATEMENT, Choose, compare
-from ..training.rig import Rig, pixels
+from ..training.rig import Rig, to_uint8
 
 FILE = "pairs.parquet"
 CHUNK = 32  # rows that are read at once: whoever draws one pair reads so many
@@ -41,7 +41,7 @@ def make_pairs(
     task_name: str,
     out: Path,
     *,
-    view: View,
+    progress: Progress,
     scorer_name: str = "",
     prompts: int = 64,
     group: int = 8,
@@ -59,53 +59,53 @@ def make_pairs(
     if prompts < 1 or group < 2 or gap < 0 or seed < 0:
         got = f"prompts={prompts}, group={group}, gap={gap}, seed={seed}"
         raise UserError(f"pairs: prompts must be at least 1, group at least 2, gap and seed not negative, got {got}")
-    card, task = find(model_name), registry.load("task", task_name)()
-    evaluator.refuse_overlap(task, card.domain)
-    scorer = open_scorer(scorer_name or task.reward(card.domain))
+    model_spec, task = find_model_spec(model_name), registry.load("task", task_name)()
+    evaluator.refuse_overlap(task, model_spec.domain)
+    scorer = open_scorer(scorer_name or task.reward(model_spec.domain))
     try:
         settings: dict[str, Any] = {
-            "model": card.name, "revision": card.revision, "adapter": str(adapter) if adapter else None, "task": task.name,
+            "model": model_spec.name, "revision": model_spec.revision, "adapter": str(adapter) if adapter else None, "task": task.name,
             "task_version": task.version, "scorer": scorer.id, "prompts": prompts, "group": group, "choose": choose, "gap": gap,
             "seed": seed,
         }  # fmt: skip
         if (done := _done(out / FILE, settings)) is not None:
-            view.say(f"these pairs are already there: {out / FILE}")
+            progress.say(f"these pairs are already there: {out / FILE}")
             return done
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write {out}: {error.strerror}") from None
 
-        model = open_model(card, device=_device())
+        model = open_model(model_spec, device=_device())
         if adapter is not None:
             model.load_adapter(adapter)
         meter = Meter(Budget(images=prompts * group))
-        rig = Rig(model, task.prompts("train", card.domain), scorer, meter, seed=seed, rows=card.rows)
+        rig = Rig(model, task.prompts("train", model_spec.domain), scorer, meter, seed=seed, rows=model_spec.rows)
         columns: dict[str, list[Any]] = {name: [] for name in TYPES}
         flat = 0
-        view.phase("sampling groups", prompts)
+        progress.phase("sampling groups", prompts)
         try:
-            for who in rig.prompts(prompts).split(max(1, card.rows // group)):
-                each = who.repeat_interleave(group)
-                x0 = torch.cat([rig.sample(rig.noise(len(some)), some) for some in each.split(card.rows)])
-                scored = zip(x0.split(card.rows), each.split(card.rows), strict=True)
-                reward = torch.cat([rig.score(x, some) for x, some in scored]).cpu().view(len(who), group)
+            for prompt_ids in rig.prompts(prompts).split(max(1, model_spec.rows // group)):
+                each = prompt_ids.repeat_interleave(group)
+                x0 = torch.cat([rig.sample(rig.noise(len(some)), some) for some in each.split(model_spec.rows)])
+                scored = zip(x0.split(model_spec.rows), each.split(model_spec.rows), strict=True)
+                reward = torch.cat([rig.score(x, some) for x, some in scored]).cpu().view(len(prompt_ids), group)
                 flat += int((~informative(reward)).sum())
-                which, win, lose = compare(reward, choose, gap, rig.uniform(len(who)))
+                which, win, lose = compare(reward, choose, gap, rig.uniform(len(prompt_ids)))
                 swap = rig.uniform(len(which)).cpu() < 0.5 if len(which) else torch.zeros(0, dtype=torch.bool)
                 png: dict[int, bytes] = {}  # an image can be in several pairs
                 for p, i, j, swapped in zip(which.tolist(), win.tolist(), lose.tolist(), swap.tolist(), strict=True):
                     sides = (j, i) if swapped else (i, j)
-                    columns["caption"].append(rig.texts(who[p : p + 1])[0].text)
+                    columns["caption"].append(rig.texts(prompt_ids[p : p + 1])[0].text)
                     columns["has_label"].append(True)
                     for side, member in enumerate(sides):
                         at = p * group + member
                         if at not in png:
-                            png[at] = _png(pixels(model.decode(x0[at : at + 1]))[0])
+                            png[at] = _png(to_uint8(model.decode(x0[at : at + 1]))[0])
                         columns[f"jpg_{side}"].append(png[at])
                         columns[f"label_{side}"].append(float(member == i))
                         columns[f"reward_{side}"].append(float(reward[p, member]))
-                view.advance(len(who))
+                progress.advance(len(prompt_ids))
         finally:
             rig.close()
         counts = {"pairs": len(columns["caption"]), "groups": prompts, "flat_groups": flat, "not_scored": meter.errors}

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from ..errors import Missing, UserError
-from ..model_spec import Card
-from ..models.memory import GB, MARGIN, Estimate
-from ..spec import Search, Wide
+from ..model_spec import ModelSpec
+from ..models.memory import GB, MARGIN, MemoryEstimate
+from ..spec import Search, SupportsLatentCount
 from .config import Config
 from .cost_estimate import branches, held, latents
 
@@ -26,7 +26,7 @@ SAMPLING = {"sample", "decode", "judge", "protocol"}  # functions on the stack w
 
 
 @contextmanager
-def memory(plan: Config) -> Generator[None]:
+def advise_on_oom(plan: Config) -> Generator[None]:
     """Within: an accelerator or a main memory that is full is said in one line, with what to do."""
     try:
         yield
@@ -64,15 +64,15 @@ def advice(plan: Config, gigabytes: float, *, sampling: bool) -> str:
 
     sampling: it happened while images were sampled, so that is to shrink where the estimate says that all would fit.
     """
-    card, sampling = plan.card(), sampling or isinstance(plan.settings, Search)
+    model_spec, sampling = plan.model_spec(), sampling or isinstance(plan.settings, Search)
     try:
-        now = held(plan, card)
+        now = held(plan, model_spec)
     except Missing as missing:
-        knob = f"rows={max(1, card.rows // 2)}" if sampling else f"optim.micro={max(1, _rows(plan) // 2)}"
+        knob = f"rows={max(1, model_spec.rows // 2)}" if sampling else f"optim.micro={max(1, _rows(plan) // 2)}"
         return f"try --set {knob} ({missing})."
     said = f"it was to take {now.training / GB:.1f} GB in training and {now.sampling / GB:.1f} GB in sampling."
     least = now
-    for knobs, least in _turned(plan, card, now, gigabytes, sampling):
+    for knobs, least in _turned(plan, model_spec, now, gigabytes, sampling):
         if knobs and least.fits(gigabytes):
             return f"{said} {' '.join(f'--set {k}' for k in knobs)} brings that to {least.peak / GB:.1f} GB."
     need = (least.peak + MARGIN) / GB
@@ -80,26 +80,28 @@ def advice(plan: Config, gigabytes: float, *, sampling: bool) -> str:
 
 
 def _turned(
-    plan: Config, card: Card, now: Estimate, gigabytes: float, sampling: bool
-) -> Generator[tuple[list[str], Estimate]]:
+    plan: Config, model_spec: ModelSpec, now: MemoryEstimate, gigabytes: float, sampling: bool
+) -> Generator[tuple[list[str], MemoryEstimate]]:
     """Settings, each further than the one before, and what they take."""
     wide = latents(plan) // max(1, _rows(plan))  # latents a row of the method's batch
     knobs: dict[str, str] = {}
-    rows, micro = card.rows, _rows(plan)
+    rows, micro = model_spec.rows, _rows(plan)
     room = gigabytes * GB - MARGIN
     # The estimate may be wrong by a tenth: what it says would fit and did not is halved once.
     tight_sampling = now.sampling > room or (sampling and now.fits(gigabytes))
     tight_training = now.training > room or (not sampling and now.fits(gigabytes))
 
-    def tried() -> tuple[list[str], Estimate]:
-        return [f"{key}={value}" for key, value in knobs.items()], held(plan, replace(card, rows=rows), micro * wide)
+    def tried() -> tuple[list[str], MemoryEstimate]:
+        return [f"{key}={value}" for key, value in knobs.items()], held(
+            plan, replace(model_spec, rows=rows), micro * wide
+        )
 
     while tight_sampling and rows > 1:
         rows = rows // 2
         knobs["rows"] = str(rows)
         tight_sampling = tried()[1].sampling > room
-    if tight_training and not card.checkpointing and not card.compile:
-        card = replace(card, checkpointing=True)
+    if tight_training and not model_spec.checkpointing and not model_spec.compile:
+        model_spec = replace(model_spec, checkpointing=True)
         knobs["checkpointing"] = "true"
         tight_training = tried()[1].training > room
     while tight_training and micro > 1:
@@ -107,8 +109,8 @@ def _turned(
         knobs["optim.micro"] = str(micro)
         tight_training = tried()[1].training > room
     yield tried()
-    if not card.offload:
-        card = replace(card, offload=True)
+    if not model_spec.offload:
+        model_spec = replace(model_spec, offload=True)
         knobs["offload"] = "true"
         yield tried()
 
@@ -116,5 +118,5 @@ def _turned(
 def _rows(plan: Config) -> int:
     """Rows of the method's batch in one backward pass."""
     settings: Any = plan.settings
-    wide = settings.latents if isinstance(settings, Wide) else 1
+    wide = settings.latents if isinstance(settings, SupportsLatentCount) else 1
     return max(1, latents(plan) // branches(plan) // wide)

@@ -22,32 +22,32 @@ import torch
 from torch import Tensor
 
 from .. import registry
-from ..assets.prompts import own
+from ..assets.prompts import with_own_prompts
 from ..assets.weight_store import settings_hash, weights_hash
 from ..budget import Meter
 from ..errors import Interrupted, Missing, UserError
 from ..evaluation import evaluation_cache, evaluator, plots, record
-from ..evaluation.evaluator import Judged
+from ..evaluation.evaluator import Evaluation
 from ..evaluation.record import Record
 from ..evaluation.search import answers, search, share
 from ..files import write_atomically
-from ..model_spec import Card, find
+from ..model_spec import ModelSpec, find_model_spec
 from ..models.open import open_model, usage
-from ..process_group import Crew
-from ..progress import Silent, View
-from ..scoring.scorers import Place, close_scorers, open_scorer, parts
+from ..process_group import ProcessGroup
+from ..progress import NullProgress, Progress
+from ..scoring.scorers import ScorerLocation, close_scorers, open_scorer, parts
 from ..spec import (
-    Columned,
     Columns,
     Embedder,
-    Judging,
+    EvaluationSettings,
     Prompt,
     Scorer,
     Search,
     Split,
-    Summarised,
+    SupportsColumns,
+    SupportsSummary,
     Task,
-    counted,
+    counted_guidance,
     fold_text,
 )
 from ..training import checkpoint
@@ -55,15 +55,15 @@ from ..training.pairs import open_pairs
 from ..training.rig import Rig
 from ..training.train import optimiser, train
 from .config import Config
-from .oom_advice import memory
-from .run_dir import alone, forget, room, sizes, stands_on
+from .oom_advice import advise_on_oom
+from .run_dir import check_inputs, clear_run_dir, fingerprint, lock_run_dir, report_disk_errors
 
 SAVES = 10  # checkpoints in the course of a budget, beside those at the marks of the curve
 BASES = ".bases"  # in the folder of runs: looks at the base that several runs have in common
 
 
 @dataclass
-class Jury:
+class ScorerSet:
     """A task's scorers, made: the one that trains, those held out, further ones where they are installed."""
 
     training: Scorer
@@ -96,9 +96,13 @@ class Jury:
         return next((role for role, scorers in named.items() if scorer in scorers), "quality")
 
 
-def jury(
-    task: Task, domain: str, say: Callable[[str], None], training: str = "", places: Mapping[str, Place] | None = None
-) -> Jury:
+def open_scorer_set(
+    task: Task,
+    domain: str,
+    say: Callable[[str], None],
+    training: str = "",
+    places: Mapping[str, ScorerLocation] | None = None,
+) -> ScorerSet:
     """Make the scorers a task names; a further one that is not installed is left out and said, a needed one is an error.
 
     training: the scorer to train on; when it is not the task's own, the task's own is held out. A part of a blend is trained
@@ -113,8 +117,8 @@ def jury(
         raise UserError(
             f"--reward {training} trains on every scorer that the task {task.name} holds out: none is left to judge by"
         )
-    made = Jury(open_scorer(training, places or {}), [open_scorer(name, places or {}) for name in held])
-    columns = task.columns(domain) if isinstance(task, Columned) else Columns()
+    made = ScorerSet(open_scorer(training, places or {}), [open_scorer(name, places or {}) for name in held])
+    columns = task.columns(domain) if isinstance(task, SupportsColumns) else Columns()
     taken = {*trained, *held}
 
     absent: set[str] = set()  # an embedder may be wanted twice
@@ -146,7 +150,7 @@ def run(
     config: Config,
     *,
     runs: Path,
-    view: View,
+    progress: Progress,
     fresh: bool = False,
     track: str | None = None,
     interrupted: Callable[[], bool] = lambda: False,
@@ -157,80 +161,93 @@ def run(
     track: a tracker that accelerate knows (tensorboard, wandb ...), given the numbers of every iteration.
     Raises UserError on what a person can mend, Interrupted when asked to stop.
     """
-    home, crew = runs / config.slug(), _crew()
-    if not crew.leads:
-        return _follow(config, home, runs / BASES, crew, interrupted)
-    with room(home), memory(config):
+    run_dir, processes = runs / config.slug(), _crew()
+    if not processes.is_main:
+        return _follow(config, run_dir, runs / BASES, processes, interrupted)
+    with report_disk_errors(run_dir), advise_on_oom(config):
         config.unchanged()
-        home.mkdir(parents=True, exist_ok=True)
-        with alone(home):
-            for left in home.rglob(".*.tmp"):  # of a start that was killed
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with lock_run_dir(run_dir):
+            for left in run_dir.rglob(".*.tmp"):  # of a start that was killed
                 if left.is_file():
                     left.unlink(missing_ok=True)
             if fresh:
-                forget(home)
-            weights = _same_ground(config, home)
-            there = (home / "record.json").is_file()
-            crew.lead(lambda: (there, weights))
+                clear_run_dir(run_dir)
+            weights = _same_ground(config, run_dir)
+            there = (run_dir / "record.json").is_file()
+            processes.from_main(lambda: (there, weights))
             if there:
-                done = record.read(home / "record.json")
+                done = record.read(run_dir / "record.json")
                 again = (
                     "; scores are missing in it: without its record.json only the last look is made again"
                     if done.flags.invalid
                     else ""
                 )
-                view.say(f"this run is already done: {home} (--fresh does it again{again})")
+                progress.say(f"this run is already done: {run_dir} (--fresh does it again{again})")
                 if config.tuned and done.tuning != config.tuned:  # the price of settings found only now, or found anew
                     done = done.model_copy(update={"tuning": config.tuned})
-                    record.write(home / "record.json", done)
+                    record.write(run_dir / "record.json", done)
                 return done
-            crew.gather("everybody has seen where the run stands")
-            return _run(config, home, runs / BASES, weights, view, track, interrupted, crew)
+            processes.gather("everybody has seen where the run stands")
+            return _run(config, run_dir, runs / BASES, weights, progress, track, interrupted, processes)
 
 
-def _crew() -> Crew:
+def _crew() -> ProcessGroup:
     """The processes that `accelerate launch` or `torchrun` started for this run."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return Crew()
+        return ProcessGroup()
     from accelerate import PartialState
 
     state = PartialState(cpu=not torch.cuda.is_available())
-    return Crew(state.process_index, state.num_processes)
+    return ProcessGroup(state.process_index, state.num_processes)
 
 
-def _follow(config: Config, home: Path, bases: Path, crew: Crew, interrupted: Callable[[], bool]) -> Record:
+def _follow(
+    config: Config, run_dir: Path, bases: Path, processes: ProcessGroup, interrupted: Callable[[], bool]
+) -> Record:
     """The same run in a further process: it goes on from the same checkpoint and writes into a folder that is thrown away."""
-    there, weights = crew.lead(lambda: (False, ""))  # what the first process says
+    there, weights = processes.from_main(lambda: (False, ""))  # what the first process says
     if there:
-        return record.read(home / "record.json")
+        return record.read(run_dir / "record.json")
     with TemporaryDirectory(prefix="gpobench-") as folder:
-        own_home = Path(folder, home.name)
-        shutil.copytree(home, own_home, ignore=shutil.ignore_patterns(".lock", "samples", "adapter"))
-        crew.gather("everybody has seen where the run stands")
-        return _run(config, own_home, bases, weights, Silent(), None, interrupted, crew)
+        own_home = Path(folder, run_dir.name)
+        shutil.copytree(run_dir, own_home, ignore=shutil.ignore_patterns(".lock", "samples", "adapter"))
+        processes.gather("everybody has seen where the run stands")
+        return _run(config, own_home, bases, weights, NullProgress(), None, interrupted, processes)
 
 
 def _run(
     config: Config,
-    home: Path,
+    run_dir: Path,
     bases: Path,
     weights: str,
-    view: View,
+    progress: Progress,
     track: str | None,
     interrupted: Callable[[], bool],
-    crew: Crew,
+    processes: ProcessGroup,
 ) -> Record:
     wall = _Wall()
-    card, task = config.card(), task_of(config)
+    model_spec, task = config.model_spec(), task_of(config)
     with wall("load"):
-        evaluator.refuse_overlap(task, card.domain)
-        judges = jury(task, card.domain, view.say, config.reward, config.places)
+        evaluator.refuse_overlap(task, model_spec.domain)
+        judges = open_scorer_set(task, model_spec.domain, progress.say, config.reward, config.scorer_locations)
     try:
         with wall("load"):
-            accelerator = _accelerator(config.precision, track, home)
+            accelerator = _accelerator(config.precision, track, run_dir)
         try:
             return _judged_run(
-                config, card, task, home, bases, weights, view, accelerator, interrupted, crew, wall, judges
+                config,
+                model_spec,
+                task,
+                run_dir,
+                bases,
+                weights,
+                progress,
+                accelerator,
+                interrupted,
+                processes,
+                wall,
+                judges,
             )
         finally:
             accelerator.end_training()  # the trackers', and the end of the talk between several processes
@@ -240,83 +257,97 @@ def _run(
 
 def _judged_run(
     config: Config,
-    card: Card,
+    model_spec: ModelSpec,
     task: Task,
-    home: Path,
+    run_dir: Path,
     bases: Path,
     weights: str,
-    view: View,
+    progress: Progress,
     accelerator: Any,
     interrupted: Callable[[], bool],
-    crew: Crew,
+    processes: ProcessGroup,
     wall: _Wall,
-    judges: Jury,
+    judges: ScorerSet,
 ) -> Record:
     with wall("load"):
         model = open_model(
-            card, device=accelerator.device, precision=config.precision, adapter=config.adapter, seed=config.seed
+            model_spec, device=accelerator.device, precision=config.precision, adapter=config.adapter, seed=config.seed
         )
-        write_atomically(home / "config.toml", lambda p: p.write_text(_toml(config), "utf-8"))
+        write_atomically(run_dir / "config.toml", lambda p: p.write_text(_toml(config), "utf-8"))
         _fits(config.settings, model)
-    book, validation = task.prompts("train", card.domain), task.prompts("validation", card.domain)
-    judging = config.judging
+    book, validation = task.prompts("train", model_spec.domain), task.prompts("validation", model_spec.domain)
+    evaluation = config.evaluation
     # Settings are chosen on the validation split: then no test prompt is touched.
-    exam = validation if judging.split == "validation" else task.prompts("test", card.domain)
-    each = judging.validation_images if judging.split == "validation" else judging.test_images
+    exam = validation if evaluation.split == "validation" else task.prompts("test", model_spec.domain)
+    each = evaluation.validation_images if evaluation.split == "validation" else evaluation.test_images
 
     def look(
         prompts: Sequence[Prompt],
         images: int,
-        by: str,
+        weights: str,
         scorers: Sequence[Scorer],
         advance: Callable[[int], None] = lambda _: None,
         found: Tensor | None = None,
         columns: bool = False,
-    ) -> Judged:
+    ) -> Evaluation:
         """found: the images' latents, where a search has them already. columns: diversity and drift too."""
         draw = None
         if found is not None:
-            place = {one: k for k, one in enumerate(evaluator.asked(prompts, images))}
+            place = {one: k for k, one in enumerate(evaluator.image_indices(prompts, images))}
             draw = lambda _, part: found[[place[one] for one in part]].to(model.device)
         return evaluator.judge(
-            model, prompts, scorers, images=images, seed=judging.seed, rows=card.rows, by=by, advance=advance, draw=draw,
-            spread=judges.spread if columns else (), drift=judges.drift if columns else (), crew=crew,
+            model, prompts, scorers, images=images, seed=evaluation.seed, rows=model_spec.rows, weights=weights, advance=advance, draw=draw,
+            spread=judges.spread if columns else (), drift=judges.drift if columns else (), processes=processes,
         )  # fmt: skip
 
-    def base(prompts: Sequence[Prompt], images: int, scorers: Sequence[Scorer], columns: bool) -> Judged:
+    def base(prompts: Sequence[Prompt], images: int, scorers: Sequence[Scorer], columns: bool) -> Evaluation:
         """A look at the base, which the runs of one folder have in common."""
-        place = bases / evaluation_cache.ground(
-            card, task, prompts, [*scorers, *(judges.spread if columns else ())], judges.drift if columns else (),
-            images=images, seed=judging.seed, rows=card.rows, precision=config.precision, weights=weights,
+        place = bases / evaluation_cache.cache_key(
+            model_spec, task, prompts, [*scorers, *(judges.spread if columns else ())], judges.drift if columns else (),
+            images=images, seed=evaluation.seed, rows=model_spec.rows, precision=config.precision, weights=weights,
             device=str(accelerator.device),
         )  # fmt: skip
-        return evaluation_cache.kept(
+        return evaluation_cache.cached_evaluation(
             place,
             lambda: _watched(
-                view,
+                progress,
                 "judging the base",
                 len(prompts) * images,
                 lambda advance: look(prompts, images, "ref", scorers, advance, columns=columns),
             ),
             judges.drift if columns else (),
-            crew,
-            view.say,
+            processes,
+            progress.say,
         )
 
-    if crew.leads:
-        _same_jury(home, judges)
+    if processes.is_main:
+        _same_jury(run_dir, judges)
     with wall("judge"):
-        before = evaluation_cache.kept(
-            home / "before", lambda: base(exam, each, judges.all, columns=True), judges.drift, crew, view.say
+        before = evaluation_cache.cached_evaluation(
+            run_dir / "before",
+            lambda: base(exam, each, judges.all, columns=True),
+            judges.drift,
+            processes,
+            progress.say,
         )
 
     meter = Meter(config.budget, flops_a_forward=model.flops_a_forward())
     method, searching = config.settings, isinstance(config.settings, Search)
-    rig = Rig(model, exam if searching else book, judges.training, meter, seed=config.seed, rows=card.rows, crew=crew)
-    rig.sealed = frozenset(fold_text(p.text) for s in ("validation", "test") for p in task.prompts(s, card.domain))
+    rig = Rig(
+        model,
+        exam if searching else book,
+        judges.training,
+        meter,
+        seed=config.seed,
+        rows=model_spec.rows,
+        processes=processes,
+    )
+    rig.sealed = frozenset(
+        fold_text(p.text) for s in ("validation", "test") for p in task.prompts(s, model_spec.domain)
+    )
     # A search moves no weight; its checkpoints hold its answers, and an optimiser that never stepped.
     adam = torch.optim.AdamW(model.parameters()) if searching else optimiser(method, rig)
-    found = checkpoint.restore(home / "checkpoint", rig, adam, view.say)
+    found = checkpoint.restore(run_dir / "checkpoint", rig, adam, progress.say)
     facts: dict[str, Any] = found or {"mark": -1, "curve": []}
     # The gradient of a mean over a latent's elements is below what fp16 can hold; bf16 has the range of float32.
     scaler = torch.amp.GradScaler(model.device.type, enabled=config.precision == "fp16")
@@ -324,14 +355,14 @@ def _judged_run(
         scaler.load_state_dict(facts["scaler"])
     if found:
         where = f"image {len(answers(rig))}" if searching else f"update {meter.updates}"
-        view.say(f"going on from {where}, {100 * meter.fraction():.0f} % of the budget spent")
-    _cut(home / "metrics.jsonl", rig.iteration)
+        progress.say(f"going on from {where}, {100 * meter.fraction():.0f} % of the budget spent")
+    _cut(run_dir / "metrics.jsonl", rig.iteration)
 
     def judged_by() -> str:
         """The averaged weights, once there are any."""
-        return "ema" if "ema" in model.weights.copies else "live"
+        return "ema" if "ema" in model.lora.copies else "policy"
 
-    log, shown = _Log(home / "metrics.jsonl"), [judges.training, *judges.held_out]
+    log, shown = _Log(run_dir / "metrics.jsonl"), [judges.training, *judges.held_out]
     saved = int(meter.fraction() * SAVES)
 
     def save() -> None:
@@ -340,18 +371,18 @@ def _judged_run(
         if scaler.is_enabled():
             facts["scaler"] = scaler.state_dict()
         with wall("checkpoint"):
-            checkpoint.save(home / "checkpoint", rig.iteration, rig, adam, facts)
+            checkpoint.save(run_dir / "checkpoint", rig.iteration, rig, adam, facts)
 
     def mark() -> None:
         with wall("judge"):
             seen = (
-                base(validation, judging.curve_images, shown, columns=False)
+                base(validation, evaluation.curve_images, shown, columns=False)
                 if facts["mark"] < 0
-                else look(validation, judging.curve_images, judged_by(), shown)
+                else look(validation, evaluation.curve_images, judged_by(), shown)
             )
-        _keep_mark(home / "curve.parquet", len(facts["curve"]), seen)
+        _keep_mark(run_dir / "curve.parquet", len(facts["curve"]), seen)
         facts["curve"].append({"spent": meter.spent(), "scores": evaluator.estimates(seen)})
-        facts["mark"] = int(meter.fraction() * judging.marks)
+        facts["mark"] = int(meter.fraction() * evaluation.eval_points)
         save()
 
     def tell(done: float, numbers: dict[str, float]) -> None:
@@ -363,13 +394,13 @@ def _judged_run(
         }
         log(numbers)
         accelerator.log(numbers, step=rig.iteration)
-        view.status(done, numbers)
+        progress.status(done, numbers)
 
     def after(numbers: dict[str, float]) -> None:
         tell(meter.fraction(), numbers)
-        if int(meter.fraction() * judging.marks) > facts["mark"]:
+        if int(meter.fraction() * evaluation.eval_points) > facts["mark"]:
             mark()
-        elif int(meter.fraction() * SAVES) > saved or crew.any(interrupted()):
+        elif int(meter.fraction() * SAVES) > saved or processes.any(interrupted()):
             save()
 
     def after_answers(done: float, numbers: dict[str, float]) -> None:
@@ -381,8 +412,8 @@ def _judged_run(
     try:
         if facts["mark"] < 0:
             mark()
-        view.phase("searching" if searching else "training", 1.0)
-        seeds = {"noise_seed": judging.seed, "seed": config.seed}
+        progress.phase("searching" if searching else "training", 1.0)
+        seeds = {"noise_seed": evaluation.seed, "seed": config.seed}
         with wall("search" if searching else "train"):
             why = (
                 search(method, rig, each, **seeds, after=after_answers, interrupted=interrupted)
@@ -399,7 +430,9 @@ def _judged_run(
             )
         final = None  # the curve's last point
         if searching and exam is not validation and why != "interrupted":
-            final = _off_budget(method, rig, validation, judging, len(exam) * each, config.seed, view, interrupted)
+            final = _off_budget(
+                method, rig, validation, evaluation, len(exam) * each, config.seed, progress, interrupted
+            )
     finally:
         rig.close()
         log.close()
@@ -407,29 +440,31 @@ def _judged_run(
         where = f"image {len(answers(rig))}" if searching else f"update {meter.updates}"
         raise Interrupted(f"stopped after {where}; the same command goes on from there")
     if not searching and not meter.updates:
-        view.say("no update was made: what follows is the base against itself (--dry-run tells what a budget affords)")
+        progress.say(
+            "no update was made: what follows is the base against itself (--dry-run tells what a budget affords)"
+        )
     with wall("judge"):
         done = _watched(
-            view,
+            progress,
             "judging the result",
             len(exam) * each,
             lambda a: look(exam, each, judged_by(), judges.all, a, answers(rig) if searching else None, columns=True),
         )
         last = (
-            Judged(done.table.loc[done.table.ordinal < judging.curve_images], done.images)
+            Evaluation(done.table.loc[done.table.ordinal < evaluation.curve_images], done.images)
             if exam is validation
-            else look(validation, judging.curve_images, judged_by(), shown, found=final)
+            else look(validation, evaluation.curve_images, judged_by(), shown, found=final)
         )
     scores = {key: number for key, number in evaluator.estimates(last).items() if key in facts["curve"][0]["scores"]}
-    _keep_mark(home / "curve.parquet", len(facts["curve"]), last)
+    _keep_mark(run_dir / "curve.parquet", len(facts["curve"]), last)
     curve = [*facts["curve"], {"spent": meter.spent(), "scores": scores}]
 
-    cmmd = evaluator.cmmds(before, done, [e.name for e in judges.drift])
-    before, done = evaluator.with_drift(before, done, judges.drift)
+    cmmd = evaluator.cmmd_by_embedder(before, done, [e.name for e in judges.drift])
+    before, done = evaluator.add_drift(before, done, judges.drift)
     if not searching:
-        model.save_adapter(home / "adapter", judged_by())
-    _scores(home / "scores.parquet", before, done)
-    _samples(home, before, done, judges.training, curve, meter)
+        model.save_adapter(run_dir / "adapter", judged_by())
+    _scores(run_dir / "scores.parquet", before, done)
+    _samples(run_dir, before, done, judges.training, curve, meter)
     delta = evaluator.differences(before, done)
     finished = Record(
         method=config.method,
@@ -441,7 +476,7 @@ def _judged_run(
         after=evaluator.estimates(done),  # type: ignore[arg-type]
         delta=delta,  # type: ignore[arg-type]
         spent=meter.spent(),
-        run_dir=str(home),
+        run_dir=str(run_dir),
         nfe_by_role=dict(meter.roles),
         flags=record.Flags(
             hack=record.hacked(delta, judges.key, [s.name for s in judges.held_out], [s.name for s in judges.quality]),
@@ -454,7 +489,8 @@ def _judged_run(
         config=config.mapping(),
         task_version=task.version,
         prompts={
-            split: evaluator.prompts_hash(task.prompts(split, card.domain)) for split in ("train", "validation", "test")
+            split: evaluator.prompts_hash(task.prompts(split, model_spec.domain))
+            for split in ("train", "validation", "test")
         },
         failures=list(dict.fromkeys([*rig.failures, *before.reasons(), *done.reasons()]))[-20:],
         strata=evaluator.by_stratum(before, done),  # type: ignore[arg-type]
@@ -465,8 +501,8 @@ def _judged_run(
         provenance=record.provenance(device=str(accelerator.device), dtype=config.precision, weights=weights),
         tuning=config.tuned,
     )
-    write_atomically(home / "README.md", lambda p: p.write_text(_card(finished, card, not searching), "utf-8"))
-    record.write(home / "record.json", finished)  # last: its presence says that the run is whole
+    write_atomically(run_dir / "README.md", lambda p: p.write_text(_card(finished, model_spec, not searching), "utf-8"))
+    record.write(run_dir / "record.json", finished)  # last: its presence says that the run is whole
     return finished
 
 
@@ -474,7 +510,7 @@ def _fits(settings: Any, model: Any) -> None:
     """Say what cannot work with this model, or is not there, before minutes go into judging the base."""
     cost = getattr(type(settings), "cost", None)  # a method may do without; `gpobench check` asks for it
     if cost is not None:
-        cost(settings, model.steps, counted(model))
+        cost(settings, model.steps, counted_guidance(model))
     pairs = asdict(settings).get("pairs")
     if isinstance(pairs, str) and pairs:
         open_pairs(pairs)
@@ -483,12 +519,12 @@ def _fits(settings: Any, model: Any) -> None:
 def task_of(config: Config) -> Task:
     """The task of a configuration, with the person's own prompts where there are any."""
     task = registry.load("task", config.task)()
-    return own(task, config.prompts, find(config.model).domain) if config.prompts else task
+    return with_own_prompts(task, config.prompts, find_model_spec(config.model).domain) if config.prompts else task
 
 
-def _summary(task: Task, **looks: Judged) -> Any:
+def _summary(task: Task, **looks: Evaluation) -> Any:
     """Phase -> the task's own aggregates; NaN becomes null."""
-    if not isinstance(task, Summarised):
+    if not isinstance(task, SupportsSummary):
         return {}
     numbers = {phase: task.summary(look.table) for phase, look in looks.items()}
     return {phase: {k: v if math.isfinite(v) else None for k, v in ns.items()} for phase, ns in numbers.items()}
@@ -498,22 +534,22 @@ def _off_budget(
     method: Search,
     rig: Rig,
     validation: Sequence[Prompt],
-    judging: Judging,
+    evaluation: EvaluationSettings,
     judged: int,
     seed: int,
-    view: View,
+    progress: Progress,
     interrupted: Callable[[], bool],
 ) -> Tensor:
     """What the same search finds for the validation prompts, with as much to spend on an image as it had: the curve's end."""
-    images = judging.curve_images
+    images = evaluation.curve_images
     budget = share(rig.meter.budget, len(validation) * images, judged)
     meter = Meter(budget, flops_a_forward=rig.meter.flops_a_forward)
     other = Rig(rig.model, validation, rig.scorer, meter, seed=seed, rows=rig.rows)
-    view.phase("searching for validation prompts, off budget", len(validation) * images)
+    progress.phase("searching for validation prompts, off budget", len(validation) * images)
     try:
         why = search(
-            method, other, images, noise_seed=judging.seed, seed=seed,
-            after=lambda done, numbers: view.advance(rig.rows), interrupted=interrupted,
+            method, other, images, noise_seed=evaluation.seed, seed=seed,
+            after=lambda done, numbers: progress.advance(rig.rows), interrupted=interrupted,
         )  # fmt: skip
     finally:
         other.close()
@@ -529,31 +565,31 @@ def evaluate_only(
     adapter: Path | None,
     images: int | None,
     split: Split,
-    view: View,
+    progress: Progress,
     out: Path | None = None,
-    places: Mapping[str, Place] | None = None,
+    places: Mapping[str, ScorerLocation] | None = None,
     prompts_file: Path | None = None,
 ) -> dict[str, Any]:
     """Judge a base, or a base with an adapter, on a task: the same prompts, noise and scorers as a run's.
 
     prompts_file: the person's own prompts instead of the split's.
     """
-    card, task = find(model_name), registry.load("task", task_name)()
-    task = own(task, {split: prompts_file}, card.domain) if prompts_file else task
-    judges = jury(task, card.domain, view.say, places=places)
+    model_spec, task = find_model_spec(model_name), registry.load("task", task_name)()
+    task = with_own_prompts(task, {split: prompts_file}, model_spec.domain) if prompts_file else task
+    judges = open_scorer_set(task, model_spec.domain, progress.say, places=places)
     try:
-        model = open_model(card, device=_accelerator(card.precision).device)
+        model = open_model(model_spec, device=_accelerator(model_spec.precision).device)
         if adapter is not None:
             model.load_adapter(adapter)
-        judging = task.judging(card.domain)
-        prompts = task.prompts(split, card.domain)
-        each = images or (judging.test_images if split == "test" else judging.validation_images)
+        evaluation = task.evaluation(model_spec.domain)
+        prompts = task.prompts(split, model_spec.domain)
+        each = images or (evaluation.test_images if split == "test" else evaluation.validation_images)
         seen = _watched(
-            view,
+            progress,
             f"judging on {split}",
             len(prompts) * each,
             lambda a: evaluator.judge(
-                model, prompts, judges.all, images=each, seed=judging.seed, rows=card.rows, advance=a,
+                model, prompts, judges.all, images=each, seed=evaluation.seed, rows=model_spec.rows, advance=a,
                 spread=judges.spread,
             ),
         )  # fmt: skip
@@ -571,13 +607,13 @@ def evaluate_only(
         "split": split,
         "images_a_prompt": each,
         "scores": evaluator.estimates(seen),
-        "strata": {name: evaluator.estimates(seen.only(name)) for name in evaluator.several(seen)},
+        "strata": {name: evaluator.estimates(seen.only(name)) for name in evaluator.strata_of(seen)},
         "summary": _summary(task, after=seen).get("after", {}),
         "embedders": judges.embedders,
         "scorers": {s.name: {"id": s.id, "role": judges.role(s)} for s in judges.all},
         "prompts": evaluator.prompts_hash(prompts),
         "invalid": evaluator.invalid(seen.table),
-        "provenance": record.provenance(weights=weights_hash(card)),
+        "provenance": record.provenance(weights=weights_hash(model_spec)),
     }
 
 
@@ -613,7 +649,7 @@ class _Log:
         self._file.close()
 
 
-def _accelerator(precision: str, track: str | None = None, home: Path | None = None) -> Any:
+def _accelerator(precision: str, track: str | None = None, run_dir: Path | None = None) -> Any:
     """The device and the trackers. The model casts by itself, so that differences and latents stay float32.
 
     On a GPU, kernels that add in a changing order are asked for their repeatable twins: the same command, the same bytes.
@@ -624,7 +660,7 @@ def _accelerator(precision: str, track: str | None = None, home: Path | None = N
         raise UserError("precision fp16 needs a CUDA device: --set precision=bf16 or fp32")
     try:
         on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=track, project_dir=home)
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=track, project_dir=run_dir)
     except ValueError as error:
         raise UserError(f"--track {track}: {error}") from None
     if accelerator.device.type == "cuda":
@@ -637,38 +673,40 @@ def _accelerator(precision: str, track: str | None = None, home: Path | None = N
     return accelerator
 
 
-def _watched(view: View, name: str, total: float, work: Callable[[Callable[[int], None]], Judged]) -> Judged:
-    view.phase(name, total)
-    return work(view.advance)
+def _watched(
+    progress: Progress, name: str, total: float, work: Callable[[Callable[[int], None]], Evaluation]
+) -> Evaluation:
+    progress.phase(name, total)
+    return work(progress.advance)
 
 
-def _same_ground(config: Config, home: Path) -> str:
+def _same_ground(config: Config, run_dir: Path) -> str:
     """Refuse to go on, or to show a result, where what it stands on changed behind the same name: the model, the task, the pairs.
 
     Returns the hash of the weights.
     """
-    card, task = find(config.model), task_of(config)
-    weights = weights_hash(card)
-    now = {"task": f"{task.name} {task.version}", "weights": weights, "folder": settings_hash(card)}
+    model_spec, task = find_model_spec(config.model), task_of(config)
+    weights = weights_hash(model_spec)
+    now = {"task": f"{task.name} {task.version}", "weights": weights, "folder": settings_hash(model_spec)}
     pairs = getattr(config.settings, "pairs", "")
     if pairs and Path(pairs).is_dir():
-        now["pairs"] = sizes(Path(pairs))
+        now["pairs"] = fingerprint(Path(pairs))
     names = {
         "weights": f"the weights of {config.model}",
         "task": f"the task {config.task}",
         "folder": f"the configuration in the folder of {config.model}",
         "pairs": f"the data set {pairs}",
     }
-    stands_on(home, now, names)
+    check_inputs(run_dir, now, names)
     return weights
 
 
-def _same_jury(home: Path, judges: Jury) -> None:
+def _same_jury(run_dir: Path, judges: ScorerSet) -> None:
     """Refuse to go on where a scorer is another one under the same name; one that came or went is told of elsewhere."""
     own = lambda part: evaluation_cache.source(part) if type(part).__module__.startswith(registry.PLUGIN) else ""
     everyone = {part.name: part for part in (*judges.all, *judges.spread, *judges.drift)}
     now = {f"scorer {name}": f"{part.id} {own(part)}".strip() for name, part in everyone.items()}
-    stands_on(home, now, {key: f"the {key}" for key in now})
+    check_inputs(run_dir, now, {key: f"the {key}" for key in now})
 
 
 def _cut(path: Path, iteration: int) -> None:
@@ -684,12 +722,12 @@ def _cut(path: Path, iteration: int) -> None:
         write_atomically(path, lambda p: p.write_text("".join(line + "\n" for line in kept), "utf-8"))
 
 
-def _scores(path: Path, before: Judged, after: Judged) -> None:
+def _scores(path: Path, before: Evaluation, after: Evaluation) -> None:
     table = pd.concat([before.table.assign(phase="before"), after.table.assign(phase="after")], ignore_index=True)
     write_atomically(path, lambda p: table.to_parquet(p, index=False))
 
 
-def _keep_mark(path: Path, mark: int, seen: Judged) -> None:
+def _keep_mark(path: Path, mark: int, seen: Evaluation) -> None:
     """Every validation score of one point of the curve, behind those of the points before it; later ones are of a start cut off."""
     new = seen.table.drop(columns=["text", "reason", "note"]).assign(mark=mark)
     try:
@@ -701,9 +739,9 @@ def _keep_mark(path: Path, mark: int, seen: Judged) -> None:
 
 
 def _samples(
-    home: Path, before: Judged, after: Judged, scorer: Scorer, curve: Sequence[dict[str, Any]], meter: Meter
+    run_dir: Path, before: Evaluation, after: Evaluation, scorer: Scorer, curve: Sequence[dict[str, Any]], meter: Meter
 ) -> None:
-    folder = home / "samples"
+    folder = run_dir / "samples"
     folder.mkdir(exist_ok=True)
     for name, versions, titles in (
         ("before", [before], ["before"]),
@@ -721,10 +759,10 @@ def _samples(
     write_atomically(folder / "images.npz", write)
     shown = (f"/{scorer.metrics[0]}", "/exact", "/correct")
     keys = [key for key in curve[0]["scores"] if key.endswith(shown)]
-    plots.curve(home / "curve.png", curve, keys, next(iter(meter.budget.bounds())))
+    plots.curve(run_dir / "curve.png", curve, keys, next(iter(meter.budget.bounds())))
 
 
-def _sheet(versions: Sequence[Judged], titles: Sequence[str], scorer: Scorer) -> Any:
+def _sheet(versions: Sequence[Evaluation], titles: Sequence[str], scorer: Scorer) -> Any:
     count = min(len(v.images) for v in versions)
     yes = next((metric for metric in ("exact", "correct") if metric in scorer.metrics), None)  # right or wrong
     metric = yes or scorer.metrics[0]
@@ -737,7 +775,7 @@ def _sheet(versions: Sequence[Judged], titles: Sequence[str], scorer: Scorer) ->
     return plots.grid(images, notes, marks, titles, prompts=versions[0].texts())
 
 
-def _use(judges: Jury, meter: Meter) -> dict[str, record.ScorerUse]:
+def _use(judges: ScorerSet, meter: Meter) -> dict[str, record.ScorerUse]:
     nothing = {"calls": 0, "seconds": 0.0, "errors": 0}
     return {
         s.name: record.ScorerUse(
@@ -768,7 +806,7 @@ def _toml(config: Config) -> str:
     tables = {
         "": {**mapping["settings"], "precision": config.precision, **config.execution},
         "adapter": mapping["adapter"],
-        "judging": mapping["judging"],
+        "evaluation": mapping["evaluation"],
     }
     if config.tuned:
         tables["tuned"] = {**config.tuned, **config.tuned["spent"], "spent": None}
@@ -779,7 +817,7 @@ def _toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _card(r: Record, card: Card, adapter: bool) -> str:
+def _card(r: Record, model_spec: ModelSpec, adapter: bool) -> str:
     """The run's README: what it is, what it did, how to use the adapter, if there is one."""
     rows = [
         f"| {key} | {_show(r.before[key])} | {_show(r.after[key])} | {_show(d)} | {d.p if d.p is None else f'{d.p:.4f}'} |"
@@ -791,7 +829,7 @@ def _card(r: Record, card: Card, adapter: bool) -> str:
     chosen = "" if adapter else " The training scorer chose the images, so only the held-out ones say what was gained."
     use = [
         "```python",
-        *usage(card),
+        *usage(model_spec),
         "```",
     ]
     tuning = f" Its settings were chosen in {r.tuning['trials']} trials, which are not in that." if r.tuning else ""
@@ -805,7 +843,7 @@ def _card(r: Record, card: Card, adapter: bool) -> str:
             "|---|---|---|---|---|",
             *rows,
             "",
-            f"Means over {r.config['judging']['split']} prompts with 95 % intervals (clustered bootstrap); "
+            f"Means over {r.config['evaluation']['split']} prompts with 95 % intervals (clustered bootstrap); "
             "differences are paired by prompt on the same noise.",
             f"One training seed: the interval does not cover what another seed would change.{chosen}",
             "",

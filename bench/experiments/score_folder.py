@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import registry
-from ..assets.prompts import READERS, Row, read_prompts, records, row_of, understood
+from ..assets.prompts import READERS, PromptRow, read_prompts, records, row_of, understood
 from ..errors import Interrupted, UserError
 from ..evaluation import evaluator
 from ..files import write_atomically
-from ..progress import Silent, View
+from ..progress import NullProgress, Progress
 from ..scoring.scorers import ask, close_scorers, open_scorer
-from ..spec import Images, Prompt, Scorer, Scores, Summarised, Task
+from ..spec import Images, Prompt, Scorer, Scores, SupportsSummary, Task
 from ..stats import intervals
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def score_folder(
     domain: str = "open",
     out: Path = Path("scores.parquet"),
     rows: int = 16,
-    view: View | None = None,
+    progress: Progress | None = None,
     fresh: bool = False,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def score_folder(
     scorer's images failed), reasons (why, and how often), notes, path.
     Raises UserError on what a person can mend, Interrupted when asked to stop.
     """
-    view = view or Silent()
+    progress = progress or NullProgress()
     if rows < 1 or not references:
         raise UserError("score: name at least one --scorer" if rows > 0 else f"--rows must be at least 1, got {rows}")
     if out.suffix not in (".parquet", ".csv"):
@@ -108,7 +108,7 @@ def score_folder(
         names = [scorer.name for scorer in scorers]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"two scorers are called {', '.join(twice)}: score them into two tables")
-        scored = _score(folder, pictures, scorers, partial, rows, view, interrupted)
+        scored = _score(folder, pictures, scorers, partial, rows, progress, interrupted)
     finally:
         close_scorers(scorers)
     table = _table(pictures, scorers, scored)
@@ -119,7 +119,7 @@ def score_folder(
     shutil.rmtree(partial, ignore_errors=True)
     told = _told(table, found, pictures, judge)
     for reason, times in told["reasons"].items():
-        view.say(f"{times} not scored: {reason}")
+        progress.say(f"{times} not scored: {reason}")
     return {"folder": str(folder), **told, "scorers": {s.name: s.id for s in scorers}, "path": str(out)}
 
 
@@ -203,25 +203,25 @@ def _geneval(folder: Path, images: Sequence[str], task: Task | None, domain: str
     homes = sorted(
         (p for p in folder.iterdir() if p.is_dir() and digits.fullmatch(p.name)), key=lambda p: _natural(p.name)
     )
-    if not any((home / "metadata.jsonl").is_file() for home in homes):
+    if not any((run_dir / "metadata.jsonl").is_file() for run_dir in homes):
         return None
     pairs: list[Pair] = []
-    for home in homes:
-        about = home / "metadata.jsonl"
+    for run_dir in homes:
+        about = run_dir / "metadata.jsonl"
         rows = [row_of(about, line, record) for line, record in records(about)]
         if len(rows) != 1:
             raise UserError(f"{about} holds {len(rows)} prompts, not one")
         (prompt,) = understood(task, about, rows, domain)
         prompt = replace(prompt, stratum=prompt.stratum or str(rows[0].facts.get("tag", "")))
-        own = [name for name in images if re.fullmatch(rf"{home.name}/samples/[0-9]+\.png", name)]
+        own = [name for name in images if re.fullmatch(rf"{run_dir.name}/samples/[0-9]+\.png", name)]
         if not own:
-            raise UserError(f"{home / 'samples'} holds no image called by a number, 0.png")
+            raise UserError(f"{run_dir / 'samples'} holds no image called by a number, 0.png")
         pairs += [Pair(name, prompt) for name in own]
     return Found("geneval", pairs, _left(images, pairs))
 
 
 def _by_table(folder: Path, table: Path, images: Sequence[str], task: Task | None, domain: str) -> Found:
-    rows: list[tuple[str, Row]] = []
+    rows: list[tuple[str, PromptRow]] = []
     for line, record in records(table):
         key = next((name for name in FILE if name in record), None)
         if key is None or not isinstance(record[key], str) or not record[key]:
@@ -419,14 +419,14 @@ def _score(
     scorers: Sequence[Scorer],
     partial: Path,
     rows: int,
-    view: View,
+    progress: Progress,
     interrupted: Callable[[], bool],
 ) -> dict[tuple[str, int], Said]:
     """(scorer's name, picture) -> what it says. Batches are the same whatever an earlier start has done already."""
     known = _known(partial)
     found = {(s.name, i): _nothing(s, p.wrong) for s in scorers for i, p in enumerate(pictures) if p.wrong}
-    view.phase(f"scoring with {', '.join(scorer.name for scorer in scorers)}", len(pictures) * len(scorers))
-    view.advance(len(found))
+    progress.phase(f"scoring with {', '.join(scorer.name for scorer in scorers)}", len(pictures) * len(scorers))
+    progress.advance(len(found))
     for batch in _batches(pictures, rows):
         shown: dict[int, Images | str] = {}
         for scorer in scorers:
@@ -441,7 +441,7 @@ def _score(
                 _keep(partial, {key: one for key, one in said.items() if not one.reason})
                 known |= said
             found |= {(scorer.name, i): known[key] for i, key in keys.items()}
-            view.advance(len(batch))
+            progress.advance(len(batch))
     return found
 
 
@@ -560,7 +560,7 @@ def _told(table: pd.DataFrame, found: Found, pictures: Sequence[Picture], task: 
         notes.append(f"{wrong} files could not be opened as images")
     failed = table.loc[table.value.isna()]
     why = Counter(str(reason) for reason in failed.drop_duplicates(["file", "prompt", "reason"]).reason)
-    summary = task.summary(table) if task is not None and isinstance(task, Summarised) else {}
+    summary = task.summary(table) if task is not None and isinstance(task, SupportsSummary) else {}
     return {
         "layout": found.layout, "images": len(pictures),
         "prompts": int(table.prompt.nunique()), "failed": int(len(failed.drop_duplicates(["file", "prompt"]))),

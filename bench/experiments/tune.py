@@ -18,13 +18,13 @@ from ..errors import Interrupted, UserError
 from ..evaluation import record
 from ..evaluation.record import Record
 from ..files import write_atomically
-from ..progress import View
+from ..progress import Progress
 from ..scoring.scorers import close_scorers, open_scorer
-from ..spec import Choice, Log, Range
+from ..spec import Choice, LogUniform, Range
 from .config import Config, resolve
-from .in_process import here
-from .jobs import Job, apart, folder, spent
-from .run_dir import busy
+from .in_process import run_in_process
+from .jobs import Job, make_folder, run_jobs, spent_so_far
+from .run_dir import is_locked
 
 CHOSEN = ("budget:", "search:")  # how a stop reason begins when nothing went wrong
 
@@ -75,7 +75,7 @@ class Tuning:
             seed=self.seed,
             budget=self.budget,
             reward=self.reward,
-            sets=[*self.sets, *drawn, "judging.split=validation"],
+            sets=[*self.sets, *drawn, "evaluation.split=validation"],
         )
 
 
@@ -92,7 +92,11 @@ def draw(key: str, span: Range, seed: int, trial: int) -> Any:
     u = int.from_bytes(digest[:6], "big") / 2**48  # uniform in [0, 1)
     if isinstance(span, Choice):
         return span.options[int(u * len(span.options))]
-    exact = span.low * (span.high / span.low) ** u if isinstance(span, Log) else span.low + (span.high - span.low) * u
+    exact = (
+        span.low * (span.high / span.low) ** u
+        if isinstance(span, LogUniform)
+        else span.low + (span.high - span.low) * u
+    )
     return min(max(float(f"{exact:.3g}"), span.low), span.high)
 
 
@@ -135,7 +139,7 @@ def _sound(key: str, span: Range) -> None:
     if isinstance(span, Choice):
         wrong = not span.options
     else:
-        wrong = not span.low <= span.high or (isinstance(span, Log) and span.low <= 0)
+        wrong = not span.low <= span.high or (isinstance(span, LogUniform) and span.low <= 0)
     if wrong:
         raise UserError(f"the search space of {key} is empty: {span}")
 
@@ -153,7 +157,7 @@ def tune(
     tuning: Tuning,
     *,
     out: Path,
-    view: View,
+    progress: Progress,
     jobs: int = 1,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
@@ -165,23 +169,23 @@ def tune(
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
     trials = plan(tuning)
-    home = out / trials[0].plan.slug().rsplit("-", 2)[0]  # type: ignore[union-attr]
+    run_dir = out / trials[0].plan.slug().rsplit("-", 2)[0]  # type: ignore[union-attr]
     for part in ("runs", "logs"):
-        folder(home / part)
+        make_folder(run_dir / part)
     # A draw that comes out as an earlier one is that trial: two processes never write one run directory.
     unique = {trial.plan.slug(): trial for trial in reversed(trials) if trial.plan is not None}
     work = [trial for trial in trials if trial.plan is not None and unique[trial.plan.slug()] is trial]
     if jobs > 1:
-        free = lambda place: not (place / "record.json").is_file() and not busy(place)
-        left = [t for t in work if free(home / "runs" / _slug(t))]
-        _apart(tuning, left, home, jobs, view, interrupted)
+        free = lambda place: not (place / "record.json").is_file() and not is_locked(place)
+        left = [t for t in work if free(run_dir / "runs" / _slug(t))]
+        _apart(tuning, left, run_dir, jobs, progress, interrupted)
     for trial in work:
         if not trial.failed:
-            _here(trial, len(trials), home, view, interrupted)
+            _here(trial, len(trials), run_dir, progress, interrupted)
     for trial in trials:
         if trial.plan is not None:
             trial.done, trial.failed = unique[_slug(trial)].done, unique[_slug(trial)].failed
-    return _settle(tuning, trials, home)
+    return _settle(tuning, trials, run_dir)
 
 
 def _slug(trial: Trial) -> str:
@@ -189,53 +193,58 @@ def _slug(trial: Trial) -> str:
     return trial.plan.slug()
 
 
-def _here(trial: Trial, of: int, home: Path, view: View, interrupted: Callable[[], bool]) -> None:
+def _here(trial: Trial, of: int, run_dir: Path, progress: Progress, interrupted: Callable[[], bool]) -> None:
     """Run a trial in this process, or read what an earlier start made of it."""
     assert trial.plan is not None
-    view.say(f"trial {trial.number} (of 0 to {of - 1}): {_words(trial)}")
-    place = home / "runs" / _slug(trial)
-    if busy(place):
-        view.say(f"trial {trial.number}: another process is at work on it; waiting for that to end")
-    while busy(place):
+    progress.say(f"trial {trial.number} (of 0 to {of - 1}): {_words(trial)}")
+    place = run_dir / "runs" / _slug(trial)
+    if is_locked(place):
+        progress.say(f"trial {trial.number}: another process is at work on it; waiting for that to end")
+    while is_locked(place):
         if interrupted():
             raise Interrupted(f"trial {trial.number}: stopped; the same command goes on from there")
         time.sleep(1)
     try:
-        trial.done, trial.failed = here(
-            trial.plan, runs=home / "runs", log=_log(trial, home), view=view, interrupted=interrupted
+        trial.done, trial.failed = run_in_process(
+            trial.plan, runs=run_dir / "runs", log=_log(trial, run_dir), progress=progress, interrupted=interrupted
         )
     except Interrupted as stop:
         raise Interrupted(f"trial {trial.number}: {stop}") from None
     if trial.failed:
-        view.say(f"trial {trial.number} failed: {trial.failed}")
+        progress.say(f"trial {trial.number} failed: {trial.failed}")
 
 
 def _apart(
-    tuning: Tuning, trials: Sequence[Trial], home: Path, at_once: int, view: View, interrupted: Callable[[], bool]
+    tuning: Tuning,
+    trials: Sequence[Trial],
+    run_dir: Path,
+    at_once: int,
+    progress: Progress,
+    interrupted: Callable[[], bool],
 ) -> None:
     """Run trials as commands of their own; leaves the records to be read."""
 
     def ends(k: int, why: str) -> None:
         trials[k].failed = why
-        view.say(f"trial {trials[k].number} " + (f"failed: {why}" if why else "ended"))
+        progress.say(f"trial {trials[k].number} " + (f"failed: {why}" if why else "ended"))
 
-    work = [Job(_command(tuning, trial, home), _log(trial, home)) for trial in trials]
-    begins = lambda k: view.say(f"trial {trials[k].number} begins: {_words(trials[k])}")
-    if not apart(work, at_once, begins=begins, ends=ends, interrupted=interrupted):
+    work = [Job(_command(tuning, trial, run_dir), _log(trial, run_dir)) for trial in trials]
+    begins = lambda k: progress.say(f"trial {trials[k].number} begins: {_words(trials[k])}")
+    if not run_jobs(work, at_once, begins=begins, ends=ends, interrupted=interrupted):
         raise Interrupted("stopped; the same command goes on with the trials that are left")
 
 
-def _command(tuning: Tuning, trial: Trial, home: Path) -> list[str]:
+def _command(tuning: Tuning, trial: Trial, run_dir: Path) -> list[str]:
     words = ["run", "--method", tuning.method, "--task", tuning.task, "--model", tuning.model, "--json"]
-    words += ["--seed", str(tuning.seed), "--out", str(home / "runs")]
+    words += ["--seed", str(tuning.seed), "--out", str(run_dir / "runs")]
     words += ["--budget", tuning.budget] if tuning.budget else []
     words += ["--reward", tuning.reward] if tuning.reward else []
     drawn = [f"{key}={json.dumps(value)}" for key, value in trial.settings.items()]
-    return words + [word for text in (*tuning.sets, *drawn, "judging.split=validation") for word in ("--set", text)]
+    return words + [word for text in (*tuning.sets, *drawn, "evaluation.split=validation") for word in ("--set", text)]
 
 
-def _log(trial: Trial, home: Path) -> Path:
-    return home / "logs" / f"trial-{trial.number}.log"
+def _log(trial: Trial, run_dir: Path) -> Path:
+    return run_dir / "logs" / f"trial-{trial.number}.log"
 
 
 # The choice
@@ -259,14 +268,14 @@ def best(trials: Sequence[Trial], key: str) -> Trial | None:
     return max(sound, key=lambda t: (t.done.delta[key].mean, -t.number), default=None)  # type: ignore[union-attr]
 
 
-def _settle(tuning: Tuning, trials: Sequence[Trial], home: Path) -> dict[str, Any]:
+def _settle(tuning: Tuning, trials: Sequence[Trial], run_dir: Path) -> dict[str, Any]:
     preset = trials[0].plan
     assert preset is not None
-    scorer = open_scorer(preset.reward, preset.places)
+    scorer = open_scorer(preset.reward, preset.scorer_locations)
     close_scorers([scorer])  # only what it is called was asked
     key = f"{scorer.name}/{scorer.metrics[0]}"
     chosen = best(trials, key)
-    spends = {_slug(t): _spent(t, home) for t in trials if t.plan is not None}  # twins were paid for once
+    spends = {_slug(t): _spent(t, run_dir) for t in trials if t.plan is not None}  # twins were paid for once
     total = {currency: sum(spend.get(currency, 0.0) for spend in spends.values()) for currency in CURRENCIES}
     found: dict[str, Any] = {
         "method": preset.method,
@@ -280,16 +289,18 @@ def _settle(tuning: Tuning, trials: Sequence[Trial], home: Path) -> dict[str, An
         "best": None if chosen is None else chosen.number,
         "spent": total,
         "command": tuning.command(),
-        "home": str(home),
+        "home": str(run_dir),
         "provenance": record.provenance(),
     }
-    write_atomically(home / "tuning.json", lambda p: p.write_text(json.dumps(_plain(found), indent=1) + "\n", "utf-8"))
+    write_atomically(
+        run_dir / "tuning.json", lambda p: p.write_text(json.dumps(_plain(found), indent=1) + "\n", "utf-8")
+    )
     if chosen is None:
-        (home / "best.toml").unlink(missing_ok=True)
+        (run_dir / "best.toml").unlink(missing_ok=True)
         why = "; ".join(f"trial {t['trial']}: {t['loses']}" for t in found["trials"])
-        raise UserError(f"no trial can be used ({why}): see {home / 'tuning.json'}")
+        raise UserError(f"no trial can be used ({why}): see {run_dir / 'tuning.json'}")
     text = preset_text(tuning, chosen, key, total)
-    write_atomically(home / "best.toml", lambda p: p.write_text(text, "utf-8"))
+    write_atomically(run_dir / "best.toml", lambda p: p.write_text(text, "utf-8"))
     return _plain(found)
 
 
@@ -312,9 +323,9 @@ def _facts(trial: Trial, key: str, spends: Mapping[str, Mapping[str, float]]) ->
     return facts
 
 
-def _spent(trial: Trial, home: Path) -> dict[str, float]:
+def _spent(trial: Trial, run_dir: Path) -> dict[str, float]:
     """What a trial cost, a failed one up to its last complete iteration."""
-    return spent(home / "runs" / _slug(trial)) if trial.done is None else dict(trial.done.spent)
+    return spent_so_far(run_dir / "runs" / _slug(trial)) if trial.done is None else dict(trial.done.spent)
 
 
 def preset_text(tuning: Tuning, chosen: Trial, key: str, total: Mapping[str, float]) -> str:
@@ -350,10 +361,10 @@ def _short(x: float) -> str:
 
 
 def _section(tuning: Tuning) -> str:
-    from ..model_spec import find
+    from ..model_spec import find_model_spec
 
-    card = find(tuning.model)
-    return card.preset or card.name
+    model_spec = find_model_spec(tuning.model)
+    return model_spec.preset or model_spec.name
 
 
 def _end(x: float | None) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from ..model_spec import PROTOCOLS, Card, find
+from ..model_spec import PROTOCOLS, ModelSpec, find_model_spec
 
 # The embedded model: made by `gpobench pretrain tiny`, its protocol stands in its own recipe.json.
-tiny = replace(find(str(Path(__file__).with_name("tiny"))), name="tiny", licence="Apache-2.0")
+tiny = replace(find_model_spec(str(Path(__file__).with_name("tiny"))), name="tiny", licence="Apache-2.0")
 
-sd35m = Card(
+sd35m = ModelSpec(
     name="sd35m",
     source="stabilityai/stable-diffusion-3.5-medium",
     revision="main",
@@ -26,7 +26,7 @@ sd35l = replace(
     preset="sd35m",
 )
 
-flux1_dev = Card(
+flux1_dev = ModelSpec(
     name="flux1-dev",
     source="black-forest-labs/FLUX.1-dev",
     revision="main",
@@ -36,7 +36,7 @@ flux1_dev = Card(
     **PROTOCOLS["FluxPipeline"],
 )
 
-sdxl = Card(
+sdxl = ModelSpec(
     name="sdxl",
     source="stabilityai/stable-diffusion-xl-base-1.0",
     revision="main",
@@ -45,7 +45,7 @@ sdxl = Card(
     **PROTOCOLS["StableDiffusionXLPipeline"],
 )
 
-sd15 = Card(
+sd15 = ModelSpec(
     name="sd15",
     source="stable-diffusion-v1-5/stable-diffusion-v1-5",
     revision="main",

@@ -22,9 +22,9 @@ from ..assets import weight_store
 from ..errors import Missing, UserError
 from ..files import write_atomically
 from ..flow import Prediction, ddim_grid
-from ..model_spec import Adapter, Card
+from ..model_spec import Adapter, ModelSpec
 from ..spec import Cond
-from .lora import LIVE, Weights
+from .lora import LIVE, LoraCopies
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -108,7 +108,7 @@ class Encoders:
 
 def pipeline(
     kind: Any,
-    card: Card,
+    model_spec: ModelSpec,
     dtype: torch.dtype,
     given: Mapping[str, Any] = MappingProxyType({}),
     wide: Sequence[torch.dtype] = (torch.float16,),
@@ -125,10 +125,10 @@ def pipeline(
 
     theirs.disable_progress_bar()
     text.disable_progress_bar()
-    source = str(weight_store.local(card.source, card.revision) or card.source)
+    source = str(weight_store.local(model_spec.source, model_spec.revision) or model_spec.source)
     local = Path(source).is_dir() or os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-    where: dict[str, Any] = {"revision": card.revision, "local_files_only": local}
-    misfit = f"the weights of {card.name} ({card.source}) cannot be loaded"
+    where: dict[str, Any] = {"revision": model_spec.revision, "local_files_only": local}
+    misfit = f"the weights of {model_spec.name} ({model_spec.source}) cannot be loaded"
     loud = theirs.get_verbosity()
     theirs.set_verbosity(theirs.CRITICAL)  # what is wrong is said once, below
     try:
@@ -137,7 +137,9 @@ def pipeline(
             index = kind.load_config(source, **where)
             found = index.get("_class_name")
             if found != kind.__name__:
-                raise UserError(f"{card.source} holds a {found}, not the {kind.__name__} that {card.name} stands for")
+                raise UserError(
+                    f"{model_spec.source} holds a {found}, not the {kind.__name__} that {model_spec.name} stands for"
+                )
             parts = dict(given)
             for name, entry in index.items():
                 if isinstance(entry, (list, tuple)) and entry[0] == "transformers" and name not in parts:
@@ -184,7 +186,7 @@ def _text_model(kind: str, source: str, name: str, where: dict[str, Any], dtype:
 # The trained part
 
 
-def attach(module: Any, adapter: Adapter, name: str, seed: int) -> Weights:
+def attach(module: Any, adapter: Adapter, name: str, seed: int) -> LoraCopies:
     """Put a fresh LoRA on the network; its second factor is zero, so the model is unchanged at first."""
     from peft import LoraConfig
 
@@ -195,7 +197,7 @@ def attach(module: Any, adapter: Adapter, name: str, seed: int) -> Weights:
     config = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, init_lora_weights="gaussian", target_modules=targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Weights(module, config)
+        return LoraCopies(module, config)
 
 
 def checkpoint(block: Any, *args: Any) -> Any:
@@ -233,20 +235,20 @@ def checkpoint(block: Any, *args: Any) -> Any:
     )
 
 
-def prepare(module: Any, vae: Any, card: Card) -> None:
+def prepare(module: Any, vae: Any, model_spec: ModelSpec) -> None:
     """What the card asks of the trained network and of the autoencoder, beside their weights.
 
     Raises UserError where it asks for compiling and checkpointing: torch cannot trace a checkpoint that remembers its weights.
     """
-    if card.compile and card.checkpointing:
-        raise UserError(f"{card.name}: compile needs checkpointing off, torch cannot compile the two together")
-    if card.checkpointing:
+    if model_spec.compile and model_spec.checkpointing:
+        raise UserError(f"{model_spec.name}: compile needs checkpointing off, torch cannot compile the two together")
+    if model_spec.checkpointing:
         module.enable_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
-    if card.compile:
+    if model_spec.compile:
         module.compile()
-    if card.height * card.width >= SLICED:
+    if model_spec.height * model_spec.width >= SLICED:
         vae.enable_slicing()
-    if max(card.height, card.width) > TILED:
+    if max(model_spec.height, model_spec.width) > TILED:
         vae.enable_tiling()
 
 
@@ -336,12 +338,14 @@ def ddim_times(scheduler: Any, steps: int, name: str) -> Tensor:
 # The autoencoder: latents are (mode - shift) * scale
 
 
-def shape(channels: int, card: Card, factor: int, patch: int = 1) -> tuple[int, int, int]:
+def shape(channels: int, model_spec: ModelSpec, factor: int, patch: int = 1) -> tuple[int, int, int]:
     """(C, h, w) of one latent of the card's protocol; factor: pixels a latent's side, patch: latents a token's side."""
     whole = factor * patch
-    if card.height % whole or card.width % whole:
-        raise UserError(f"{card.name} draws in multiples of {whole} pixels, not {card.height}x{card.width}")
-    return channels, card.height // factor, card.width // factor
+    if model_spec.height % whole or model_spec.width % whole:
+        raise UserError(
+            f"{model_spec.name} draws in multiples of {whole} pixels, not {model_spec.height}x{model_spec.width}"
+        )
+    return channels, model_spec.height // factor, model_spec.width // factor
 
 
 def _scaling(vae: Any) -> tuple[float, float]:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..flow import rectified
-from ..model_spec import Adapter, Card
+from ..model_spec import Adapter, ModelSpec
 from . import common
-from .lora import Weights
+from .lora import LoraCopies
 
 
 class Flux:
@@ -30,29 +30,29 @@ class Flux:
     prediction = "velocity"
     guided_cost = 1  # evaluations of a guided velocity
 
-    def __init__(self, card: Card, *, device: Any, precision: str, adapter: Adapter | None, seed: int = 0):
+    def __init__(self, model_spec: ModelSpec, *, device: Any, precision: str, adapter: Adapter | None, seed: int = 0):
         from diffusers import FluxPipeline
 
-        self.card, self.name, self.device = card, card.name, torch.device(device)
-        self.steps, self.guidance = card.steps, card.guidance
+        self.spec, self.name, self.device = model_spec, model_spec.name, torch.device(device)
+        self.steps, self.guidance = model_spec.steps, model_spec.guidance
         self.dtype = common.dtype_of(precision, self.device)
-        if card.negative_prompt is not None:
+        if model_spec.negative_prompt is not None:
             raise UserError(f"{self.name} takes no negative prompt: its guidance is an input of the network")
-        self.pipe = common.pipeline(FluxPipeline, card, self.dtype)
-        self.encoders = common.Encoders(self.pipe, self.device, card.offload)
+        self.pipe = common.pipeline(FluxPipeline, model_spec, self.dtype)
+        self.encoders = common.Encoders(self.pipe, self.device, model_spec.offload)
         common.place(self.pipe, self.device, self.encoders)
         self.transformer, self.vae, self.scheduler = self.pipe.transformer, self.pipe.vae, self.pipe.scheduler
         config: Any = self.transformer.config
-        self.shape = common.shape(int(config.in_channels) // 4, card, self.pipe.vae_scale_factor, 2)
+        self.shape = common.shape(int(config.in_channels) // 4, model_spec, self.pipe.vae_scale_factor, 2)
         self.distilled = bool(config.guidance_embeds)  # FLUX.1-schnell has no guidance at all
-        self.weights: Weights | None = None
-        common.prepare(self.transformer, self.vae, card)
+        self.lora: LoraCopies | None = None
+        common.prepare(self.transformer, self.vae, model_spec)
         if adapter is not None:
             self.attach(adapter, seed)
 
     def attach(self, adapter: Adapter, seed: int) -> None:
         """Put a fresh LoRA on the transformer; its second factor is zero, so the model is unchanged at first."""
-        self.weights = common.attach(self.transformer, adapter, self.name, seed)
+        self.lora = common.attach(self.transformer, adapter, self.name, seed)
 
     def times(self, steps: int) -> Tensor:
         """(steps + 1,): sigma from 1 to 0, shifted by the number of image tokens as the pipeline does it."""
@@ -79,7 +79,7 @@ class Flux:
             prompt=list(prompts),
             prompt_2=None,
             device=self.device,
-            max_sequence_length=self.card.max_sequence_length,
+            max_sequence_length=self.spec.max_sequence_length,
         )
         return self.encoders.keep({"text": embeds, "pooled": pooled})
 
@@ -90,12 +90,12 @@ class Flux:
         cond: Mapping[str, Tensor],
         *,
         guidance: float = 1.0,
-        by: str = "live",
+        weights: str = "policy",
         detach: bool = False,
     ) -> Tensor:
         """(B, C, h, w), (B,) -> (B, C, h, w) float32; there is no unconditional branch to detach."""
-        if self.weights is not None:
-            self.weights.switch(by)
+        if self.lora is not None:
+            self.lora.switch(weights)
         return self._forward(x, t, cond, guidance)
 
     def _forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor], guidance: float) -> Tensor:
@@ -126,17 +126,17 @@ class Flux:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trained parameters."""
-        return self.weights.parameters() if self.weights else []
+        return self.lora.parameters() if self.lora else []
 
-    def blend(self, name: str, decay: float) -> None:
+    def update_copy(self, name: str, decay: float) -> None:
         """See spec.Model."""
-        assert self.weights is not None, "a model without adapter has no copies"
-        self.weights.blend(name, decay)
+        assert self.lora is not None, "a model without adapter has no copies"
+        self.lora.update_copy(name, decay)
 
-    def save_adapter(self, folder: Path, by: str = "live") -> None:
+    def save_adapter(self, folder: Path, weights: str = "policy") -> None:
         """Write the LoRA so that plain `pipe.load_lora_weights(folder)` takes it."""
-        assert self.weights is not None, "a model without adapter has nothing to save"
-        common.save_adapter(self.pipe, self.transformer, self.weights.adapter(by), "transformer", folder)
+        assert self.lora is not None, "a model without adapter has nothing to save"
+        common.save_adapter(self.pipe, self.transformer, self.lora.adapter(weights), "transformer", folder)
 
     def load_adapter(self, folder: Path) -> None:
         """Judge with a LoRA from a run's `adapter` folder, or any in diffusers format."""
@@ -144,8 +144,8 @@ class Flux:
 
     def flops_a_forward(self) -> float:
         """Floating-point operations of one forward of one latent, counted by running it."""
-        if self.weights is not None:
-            self.weights.switch("ref")
+        if self.lora is not None:
+            self.lora.switch("ref")
         return common.flops(
             partial(self._forward, guidance=self.guidance),
             torch.zeros(1, *self.shape, device=self.device),

@@ -11,7 +11,7 @@ from torch import Tensor
 LIVE = "default"  # peft's name for the adapter that is trained; diffusers' save and load expect it
 
 
-class Weights:
+class LoraCopies:
     """The LoRA adapters of one module. `ref` is the module with all adapters off: it costs no memory."""
 
     def __init__(self, module: Any, config: Any):
@@ -22,7 +22,7 @@ class Weights:
         if not getattr(module, "peft_config", None):
             module.add_adapter(config, adapter_name=LIVE)
         self._find()
-        self._current = "live"
+        self._current = "policy"
 
     def _find(self) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -46,15 +46,15 @@ class Weights:
         """
         if name == self._current:
             return
-        if name not in ("live", "ref", *self.copies):
+        if name not in ("policy", "ref", *self.copies):
             raise KeyError(f"no weights named {name!r}: blend them first")
         for layer in self._layers:
             layer._disable_adapters = name == "ref"  # pyright: ignore[reportPrivateUsage]
-            layer._active_adapter = [LIVE if name in ("live", "ref") else name]  # pyright: ignore[reportPrivateUsage]
+            layer._active_adapter = [LIVE if name in ("policy", "ref") else name]  # pyright: ignore[reportPrivateUsage]
         self._current = name
 
     @torch.no_grad()
-    def blend(self, name: str, decay: float) -> None:
+    def update_copy(self, name: str, decay: float) -> None:
         """copy <- decay * copy + (1 - decay) * live; the first call makes the copy equal to live."""
         if name not in self.copies:
             self._add(name)
@@ -81,7 +81,7 @@ class Weights:
 
     def state(self) -> dict[str, Tensor]:
         """Every copy's tensors, `copy/parameter` -> tensor, on the CPU."""
-        named = {"live": self.parameters(), **{copy: self._of(copy) for copy in self.copies}}
+        named = {"policy": self.parameters(), **{copy: self._of(copy) for copy in self.copies}}
         return {
             f"{copy}/{key}": t.detach().cpu().clone()
             for copy, ts in named.items()
@@ -92,14 +92,14 @@ class Weights:
     def restore(self, state: dict[str, Tensor]) -> None:
         """Undo `state`; copies that are missing are made."""
         for copy in dict.fromkeys(key.partition("/")[0] for key in state):
-            if copy != "live" and copy not in self.copies:
+            if copy != "policy" and copy not in self.copies:
                 self._add(copy)
-            own = self.parameters() if copy == "live" else self._of(copy)
+            own = self.parameters() if copy == "policy" else self._of(copy)
             for key, tensor in zip(self._live, own, strict=True):
                 tensor.copy_(state[f"{copy}/{key}"])
 
-    def adapter(self, name: str = "live") -> dict[str, Tensor]:
+    def adapter(self, name: str = "policy") -> dict[str, Tensor]:
         """One copy in peft's own naming: what diffusers saves and loads."""
         from peft import get_peft_model_state_dict
 
-        return get_peft_model_state_dict(self.module, adapter_name=LIVE if name == "live" else name)
+        return get_peft_model_state_dict(self.module, adapter_name=LIVE if name == "policy" else name)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..assets import weight_store
 from ..errors import Missing, UserError
-from ..model_spec import Adapter, Card
+from ..model_spec import Adapter, ModelSpec
 from .architectures import PUBLISHED, Parts
 
 GB = 2**30
@@ -50,7 +50,7 @@ UTILISATION = 0.35
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes on the device. What a run needs is the larger of `training` and `sampling`."""
 
     parameters: Mapping[str, int]  # by part of the pipeline
@@ -88,7 +88,7 @@ class Estimate:
 
 
 def estimate(
-    card: Card,
+    model_spec: ModelSpec,
     *,
     adapter: Adapter | None = None,
     precision: str | None = None,
@@ -98,7 +98,7 @@ def estimate(
     rows: int | None = None,
     copies: int = 1,
     sliced: bool | None = None,
-) -> Estimate:
+) -> MemoryEstimate:
     """What training this model with a LoRA will take on a GPU. None is what the card says.
 
     micro: latents in one backward pass (rows of the method's batch times the latents it asks a row: two of a preference pair,
@@ -109,35 +109,37 @@ def estimate(
     """
     from .common import SLICED
 
-    adapter, precision = adapter or card.adapter, precision or card.precision
+    adapter, precision = adapter or model_spec.adapter, precision or model_spec.precision
     if precision not in BYTES:
         raise UserError(f"precision {precision!r} is unknown: {', '.join(BYTES)}")
-    checkpointing = card.checkpointing if checkpointing is None else checkpointing
-    offload = card.offload if offload is None else offload
-    rows = rows or card.rows
-    sliced = card.height * card.width >= SLICED if sliced is None else sliced
-    parts, source = blueprint(card)
+    checkpointing = model_spec.checkpointing if checkpointing is None else checkpointing
+    offload = model_spec.offload if offload is None else offload
+    rows = rows or model_spec.rows
+    sliced = model_spec.height * model_spec.width >= SLICED if sliced is None else sliced
+    parts, source = blueprint(model_spec)
     size = BYTES[precision]
     counted = {name: _parameters(part) for name, part in _frozen(parts)}
     counts = {name: n for name, (n, _) in counted.items()}
     held = {name: sum(both) for name, both in counted.items()}  # SD3.5's table of places is 0.2 billion numbers
     network = next((name for name in NETWORKS if name in parts), None)
     if network is None or "vae" not in parts:
-        raise Missing(f"{card.name} has no transformer or U-Net whose size could be told")
-    seen = _forward(_frozen({"": parts[network]})[0][1], card.pipeline, *_asked(card, parts), adapter, precision)
+        raise Missing(f"{model_spec.name} has no transformer or U-Net whose size could be told")
+    seen = _forward(
+        _frozen({"": parts[network]})[0][1], model_spec.pipeline, *_asked(model_spec, parts), adapter, precision
+    )
     encoders = float(sum(n for name, n in held.items() if name.startswith("text_encoder")) * size)
-    wide = precision == "fp16" or (card.pipeline == "StableDiffusionXLPipeline" and size == 2)
+    wide = precision == "fp16" or (model_spec.pipeline == "StableDiffusionXLPipeline" and size == 2)
     base = held[network] * size + held["vae"] * (4 if wide else size)
     weights = base + (0.0 if offload else encoders)
     states = seen.trained * 4.0 * (4 + copies)  # live, gradient, two moments, copies; all float32
     # Without checkpointing all of it; else what enters each block, and the largest block once more with its gradients.
     row = seen.outside + (min(seen.inside, seen.inputs + 2 * seen.largest) if checkpointing else seen.inside)
     width = int(dict(parts["vae"][2]).get("block_out_channels", (128,))[0])
-    picture = DECODING * width * card.height * card.width * (4 if wide else size)
-    guided = 2 if card.pipeline != "FluxPipeline" and card.guidance != 1 else 1
+    picture = DECODING * width * model_spec.height * model_spec.width * (4 if wide else size)
+    guided = 2 if model_spec.pipeline != "FluxPipeline" and model_spec.guidance != 1 else 1
     asking = seen.largest * guided * rows  # no backward: one block at a time
     decoding = picture * (1 if sliced else rows)
-    return Estimate(
+    return MemoryEstimate(
         parameters=counts,
         source=source,
         trained=seen.trained,
@@ -165,28 +167,28 @@ def hours(nfe: float, flops: float, device: str, utilisation: float = UTILISATIO
 # What the model is made of
 
 
-def blueprint(card: Card) -> tuple[Parts, str]:
+def blueprint(model_spec: ModelSpec) -> tuple[Parts, str]:
     """The settings of each network of the pipeline, and where they come from.
 
     The folder's or the hub cache's own config files where they are, else the published ones of a named model.
     """
-    found = _configs(card)
+    found = _configs(model_spec)
     if found:
         return found, "config files"
-    if card.name in PUBLISHED:
-        return PUBLISHED[card.name], "published architecture"
-    raise Missing(f"the sizes of {card.name} are not known: {card.source} is not here")
+    if model_spec.name in PUBLISHED:
+        return PUBLISHED[model_spec.name], "published architecture"
+    raise Missing(f"the sizes of {model_spec.name} are not known: {model_spec.source} is not here")
 
 
-def _configs(card: Card) -> Parts:
+def _configs(model_spec: ModelSpec) -> Parts:
     """What the config files say; empty where one is not at hand."""
-    index = _json(card, "model_index.json")
+    index = _json(model_spec, "model_index.json")
     parts: dict[str, tuple[str, str, Mapping[str, Any]]] = {}
     for name, entry in index.items():
         network = name in (*NETWORKS, "vae") or name.startswith("text_encoder")
         if not network or not isinstance(entry, list) or not all(cast(list[Any], entry)):
             continue
-        own = _json(card, f"{name}/config.json")
+        own = _json(model_spec, f"{name}/config.json")
         if not own:
             return {}
         library, kind = cast(list[str], entry)
@@ -194,13 +196,13 @@ def _configs(card: Card) -> Parts:
     return parts
 
 
-def _json(card: Card, file: str) -> dict[str, Any]:
+def _json(model_spec: ModelSpec, file: str) -> dict[str, Any]:
     from huggingface_hub import try_to_load_from_cache
 
-    folder = weight_store.local(card.source, card.revision) or Path(card.source)
+    folder = weight_store.local(model_spec.source, model_spec.revision) or Path(model_spec.source)
     path = folder / file
     if not folder.is_dir():
-        cached = try_to_load_from_cache(card.source, file, revision=card.revision)
+        cached = try_to_load_from_cache(model_spec.source, file, revision=model_spec.revision)
         if not isinstance(cached, str):
             return {}
         path = Path(cached)
@@ -256,14 +258,14 @@ class Seen:
     largest: float  # the most that one of them keeps
 
 
-def _asked(card: Card, parts: Parts) -> tuple[int, int, int]:
+def _asked(model_spec: ModelSpec, parts: Parts) -> tuple[int, int, int]:
     """Height and width of a latent, and tokens of text."""
     factor = 2 ** (len(dict(parts["vae"][2]).get("block_out_channels", (1,) * 4)) - 1)
     tokens = {
-        "StableDiffusion3Pipeline": CLIP_TOKENS + card.max_sequence_length,
-        "FluxPipeline": card.max_sequence_length,
-    }.get(card.pipeline, CLIP_TOKENS)
-    return card.height // factor, card.width // factor, tokens
+        "StableDiffusion3Pipeline": CLIP_TOKENS + model_spec.max_sequence_length,
+        "FluxPipeline": model_spec.max_sequence_length,
+    }.get(model_spec.pipeline, CLIP_TOKENS)
+    return model_spec.height // factor, model_spec.width // factor, tokens
 
 
 @lru_cache(maxsize=8)
@@ -287,14 +289,14 @@ def _forward(
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    kept = Kept(network)
+    kept = SavedTensors(network)
     network.enable_gradient_checkpointing(gradient_checkpointing_func=kept.block)
     with kept, _as_on_a_gpu(dtype):
         network(**inputs, return_dict=False)
     return Seen(float(counter.get_total_flops()), trained, kept.outside, kept.inside, kept.inputs, kept.largest)
 
 
-class Kept:
+class SavedTensors:
     """Adds up the tensors that a forward keeps for its backward pass, each storage once and no parameter."""
 
     def __init__(self, network: Any):

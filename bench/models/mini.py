@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from .tiny_recipe import TOKENS, Tiny, build_parts, build_silent_text, build_silent_tokenizer, build_tokenizer
+from .tiny_recipe import TOKENS, TinyRecipe, build_parts, build_silent_text, build_silent_tokenizer, build_tokenizer
 
 UNET: dict[str, Any] = {
     "sample_size": 8,
@@ -35,7 +35,7 @@ def write_sd3(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     size: dict[str, Any] = {"layers": layers, "heads": 2, "head_width": 16, "text_widths": (16, 16)}
-    recipe = Tiny(**size, pooled_width=8, autoencoder_widths=(8, 8, 8))
+    recipe = TinyRecipe(**size, pooled_width=8, autoencoder_widths=(8, 8, 8))
     with torch.random.fork_rng(devices=[]):
         parts = build_parts(recipe, seed)
         for parameter in parts.transformer.parameters():

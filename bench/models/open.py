@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from .. import registry
-from ..model_spec import Adapter, Card
+from ..model_spec import Adapter, ModelSpec
 
 ADAPTERS = {
     "StableDiffusion3Pipeline": ".sd3:SD3",
@@ -17,36 +17,38 @@ ADAPTERS = {
 
 
 def open_model(
-    card: Card, *, device: Any, precision: str | None = None, adapter: Adapter | None = None, seed: int = 0
+    model_spec: ModelSpec, *, device: Any, precision: str | None = None, adapter: Adapter | None = None, seed: int = 0
 ) -> Any:
     """The model on its device, with a fresh LoRA when `adapter` is given (its random start comes from `seed`).
 
     Raises UserError on a pipeline class without adapter, Missing when the weights are not there.
     """
-    return adapter_class(card)(card, device=device, precision=precision or card.precision, adapter=adapter, seed=seed)
+    return adapter_class(model_spec)(
+        model_spec, device=device, precision=precision or model_spec.precision, adapter=adapter, seed=seed
+    )
 
 
-def adapter_class(card: Card) -> Any:
+def adapter_class(model_spec: ModelSpec) -> Any:
     """The class that serves the card's pipeline; UserError where there is none."""
-    if card.pipeline not in ADAPTERS:
-        raise registry.unknown("pipeline class", card.pipeline, ADAPTERS)
-    module, _, name = ADAPTERS[card.pipeline].partition(":")
+    if model_spec.pipeline not in ADAPTERS:
+        raise registry.unknown("pipeline class", model_spec.pipeline, ADAPTERS)
+    module, _, name = ADAPTERS[model_spec.pipeline].partition(":")
     return getattr(import_module(module, __package__), name)
 
 
-def usage(card: Card) -> list[str]:
+def usage(model_spec: ModelSpec) -> list[str]:
     """Lines of Python that load an adapter into plain diffusers and draw an image under the card's protocol."""
-    source = card.source if card.revision else f"PATH/TO/{card.name}"
-    transformer = card.pipeline in ("StableDiffusion3Pipeline", "FluxPipeline")
-    more = f", max_sequence_length={card.max_sequence_length}" if transformer else ""
-    if card.negative_prompt is not None:
-        more += f", negative_prompt={card.negative_prompt!r}"
+    source = model_spec.source if model_spec.revision else f"PATH/TO/{model_spec.name}"
+    transformer = model_spec.pipeline in ("StableDiffusion3Pipeline", "FluxPipeline")
+    more = f", max_sequence_length={model_spec.max_sequence_length}" if transformer else ""
+    if model_spec.negative_prompt is not None:
+        more += f", negative_prompt={model_spec.negative_prompt!r}"
     ddim = not transformer  # the protocol's sampler, whatever the folder brings
     return [
-        f"from diffusers import {'DDIMScheduler, ' if ddim else ''}{card.pipeline}",
-        f'pipe = {card.pipeline}.from_pretrained("{source}")',
+        f"from diffusers import {'DDIMScheduler, ' if ddim else ''}{model_spec.pipeline}",
+        f'pipe = {model_spec.pipeline}.from_pretrained("{source}")',
         *(["pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)"] if ddim else []),
         'pipe.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")',
-        f"image = pipe(PROMPT, height={card.height}, width={card.width}, num_inference_steps={card.steps}, "
-        f"guidance_scale={card.guidance}{more}).images[0]",
+        f"image = pipe(PROMPT, height={model_spec.height}, width={model_spec.width}, num_inference_steps={model_spec.steps}, "
+        f"guidance_scale={model_spec.guidance}{more}).images[0]",
     ]

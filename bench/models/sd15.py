@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..flow import Prediction, ddpm, timestep, to_velocity
-from ..model_spec import Adapter, Card
+from ..model_spec import Adapter, ModelSpec
 from . import common
-from .lora import Weights
+from .lora import LoraCopies
 
 UNWANTED = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None, "image_encoder": None}
 
@@ -30,14 +30,14 @@ class SD15:
 
     guided_cost = 2  # evaluations of a guided velocity: with the prompt and without
 
-    def __init__(self, card: Card, *, device: Any, precision: str, adapter: Adapter | None, seed: int = 0):
+    def __init__(self, model_spec: ModelSpec, *, device: Any, precision: str, adapter: Adapter | None, seed: int = 0):
         from diffusers import StableDiffusionPipeline
 
-        self.card, self.name, self.device = card, card.name, torch.device(device)
-        self.steps, self.guidance = card.steps, card.guidance
+        self.spec, self.name, self.device = model_spec, model_spec.name, torch.device(device)
+        self.steps, self.guidance = model_spec.steps, model_spec.guidance
         self.dtype = common.dtype_of(precision, self.device)
-        pipe = self.pipe = common.pipeline(StableDiffusionPipeline, card, self.dtype, UNWANTED)
-        self.encoders = common.Encoders(pipe, self.device, card.offload)
+        pipe = self.pipe = common.pipeline(StableDiffusionPipeline, model_spec, self.dtype, UNWANTED)
+        self.encoders = common.Encoders(pipe, self.device, model_spec.offload)
         common.place(pipe, self.device, self.encoders)
         self.unet, self.vae = pipe.unet, pipe.vae
         config: Any = self.unet.config
@@ -46,16 +46,16 @@ class SD15:
         self.scheduler = common.ddim(pipe, self.name)
         self.prediction: Prediction = self.scheduler.config.prediction_type
         self.path = ddpm(self.scheduler.alphas_cumprod)
-        self.shape = common.shape(int(config.in_channels), card, pipe.vae_scale_factor)
+        self.shape = common.shape(int(config.in_channels), model_spec, pipe.vae_scale_factor)
         self._uncond: Mapping[str, Tensor] | None = None
-        self.weights: Weights | None = None
-        common.prepare(self.unet, self.vae, card)
+        self.lora: LoraCopies | None = None
+        common.prepare(self.unet, self.vae, model_spec)
         if adapter is not None:
             self.attach(adapter, seed)
 
     def attach(self, adapter: Adapter, seed: int) -> None:
         """Put a fresh LoRA on the U-Net; its second factor is zero, so the model is unchanged at first."""
-        self.weights = common.attach(self.unet, adapter, self.name, seed)
+        self.lora = common.attach(self.unet, adapter, self.name, seed)
 
     def times(self, steps: int) -> Tensor:
         """(steps + 1,): DDIM's timesteps as the scheduler's spacing and offset have them, (k + 1) / N, falling."""
@@ -77,18 +77,18 @@ class SD15:
         cond: Mapping[str, Tensor],
         *,
         guidance: float = 1.0,
-        by: str = "live",
+        weights: str = "policy",
         detach: bool = False,
     ) -> Tensor:
         """(B, C, h, w), (B,) -> (B, C, h, w) float32."""
-        if self.weights is not None:
-            self.weights.switch(by)
+        if self.lora is not None:
+            self.lora.switch(weights)
         out = common.guided(self._forward, x, t, cond, self._empty, guidance, detach)
         return to_velocity(self.path, x, t, out, self.prediction)
 
     def _empty(self) -> Mapping[str, Tensor]:
         """What guidance leads away from: the card's negative prompt; None is the empty text, as in the pipeline."""
-        self._uncond = self._uncond or self.encode([self.card.negative_prompt or ""])
+        self._uncond = self._uncond or self.encode([self.spec.negative_prompt or ""])
         return self._uncond
 
     def _forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -113,17 +113,17 @@ class SD15:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trained parameters."""
-        return self.weights.parameters() if self.weights else []
+        return self.lora.parameters() if self.lora else []
 
-    def blend(self, name: str, decay: float) -> None:
+    def update_copy(self, name: str, decay: float) -> None:
         """See spec.Model."""
-        assert self.weights is not None, "a model without adapter has no copies"
-        self.weights.blend(name, decay)
+        assert self.lora is not None, "a model without adapter has no copies"
+        self.lora.update_copy(name, decay)
 
-    def save_adapter(self, folder: Path, by: str = "live") -> None:
+    def save_adapter(self, folder: Path, weights: str = "policy") -> None:
         """Write the LoRA so that plain `pipe.load_lora_weights(folder)` takes it."""
-        assert self.weights is not None, "a model without adapter has nothing to save"
-        common.save_adapter(self.pipe, self.unet, self.weights.adapter(by), "unet", folder)
+        assert self.lora is not None, "a model without adapter has nothing to save"
+        common.save_adapter(self.pipe, self.unet, self.lora.adapter(weights), "unet", folder)
 
     def load_adapter(self, folder: Path) -> None:
         """Judge with a LoRA from a run's `adapter` folder, or any in diffusers format."""
@@ -131,6 +131,6 @@ class SD15:
 
     def flops_a_forward(self) -> float:
         """Floating-point operations of one forward of one latent, counted by running it."""
-        if self.weights is not None:
-            self.weights.switch("ref")
+        if self.lora is not None:
+            self.lora.switch("ref")
         return common.flops(self._forward, torch.zeros(1, *self.shape, device=self.device), self.encode([""]))

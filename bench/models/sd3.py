@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..flow import rectified
-from ..model_spec import Adapter, Card
+from ..model_spec import Adapter, ModelSpec
 from . import common
-from .lora import Weights
+from .lora import LoraCopies
 
 
 class SD3:
@@ -22,27 +22,29 @@ class SD3:
     prediction = "velocity"
     guided_cost = 2  # evaluations of a guided velocity: with the prompt and without
 
-    def __init__(self, card: Card, *, device: Any, precision: str, adapter: Adapter | None, seed: int = 0):
+    def __init__(self, model_spec: ModelSpec, *, device: Any, precision: str, adapter: Adapter | None, seed: int = 0):
         from diffusers import StableDiffusion3Pipeline
 
-        self.card, self.name, self.device = card, card.name, torch.device(device)
-        self.steps, self.guidance = card.steps, card.guidance
+        self.spec, self.name, self.device = model_spec, model_spec.name, torch.device(device)
+        self.steps, self.guidance = model_spec.steps, model_spec.guidance
         self.dtype = common.dtype_of(precision, self.device)
-        self.pipe = common.pipeline(StableDiffusion3Pipeline, card, self.dtype)
-        self.encoders = common.Encoders(self.pipe, self.device, card.offload)
+        self.pipe = common.pipeline(StableDiffusion3Pipeline, model_spec, self.dtype)
+        self.encoders = common.Encoders(self.pipe, self.device, model_spec.offload)
         common.place(self.pipe, self.device, self.encoders)
         self.transformer, self.vae, self.scheduler = self.pipe.transformer, self.pipe.vae, self.pipe.scheduler
         config: Any = self.transformer.config
-        self.shape = common.shape(int(config.in_channels), card, self.pipe.vae_scale_factor, int(config.patch_size))
+        self.shape = common.shape(
+            int(config.in_channels), model_spec, self.pipe.vae_scale_factor, int(config.patch_size)
+        )
         self._uncond: Mapping[str, Tensor] | None = None
-        self.weights: Weights | None = None
-        common.prepare(self.transformer, self.vae, card)
+        self.lora: LoraCopies | None = None
+        common.prepare(self.transformer, self.vae, model_spec)
         if adapter is not None:
             self.attach(adapter, seed)
 
     def attach(self, adapter: Adapter, seed: int) -> None:
         """Put a fresh LoRA on the transformer; its second factor is zero, so the model is unchanged at first."""
-        self.weights = common.attach(self.transformer, adapter, self.name, seed)
+        self.lora = common.attach(self.transformer, adapter, self.name, seed)
 
     def times(self, steps: int) -> Tensor:
         """(steps + 1,): sigma from 1 to 0, as the pipeline's own scheduler spaces it."""
@@ -59,7 +61,7 @@ class SD3:
             prompt_3=None,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=self.card.max_sequence_length,
+            max_sequence_length=self.spec.max_sequence_length,
         )
         return self.encoders.keep({"text": embeds, "pooled": pooled})
 
@@ -70,17 +72,17 @@ class SD3:
         cond: Mapping[str, Tensor],
         *,
         guidance: float = 1.0,
-        by: str = "live",
+        weights: str = "policy",
         detach: bool = False,
     ) -> Tensor:
         """(B, C, h, w), (B,) -> (B, C, h, w) float32."""
-        if self.weights is not None:
-            self.weights.switch(by)
+        if self.lora is not None:
+            self.lora.switch(weights)
         return common.guided(self._forward, x, t, cond, self._empty, guidance, detach)
 
     def _empty(self) -> Mapping[str, Tensor]:
         """What guidance leads away from: the card's negative prompt; None is the empty text, as in the pipeline."""
-        self._uncond = self._uncond or self.encode([self.card.negative_prompt or ""])
+        self._uncond = self._uncond or self.encode([self.spec.negative_prompt or ""])
         return self._uncond
 
     def _forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -107,17 +109,17 @@ class SD3:
 
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trained parameters."""
-        return self.weights.parameters() if self.weights else []
+        return self.lora.parameters() if self.lora else []
 
-    def blend(self, name: str, decay: float) -> None:
+    def update_copy(self, name: str, decay: float) -> None:
         """See spec.Model."""
-        assert self.weights is not None, "a model without adapter has no copies"
-        self.weights.blend(name, decay)
+        assert self.lora is not None, "a model without adapter has no copies"
+        self.lora.update_copy(name, decay)
 
-    def save_adapter(self, folder: Path, by: str = "live") -> None:
+    def save_adapter(self, folder: Path, weights: str = "policy") -> None:
         """Write the LoRA so that plain `pipe.load_lora_weights(folder)` takes it."""
-        assert self.weights is not None, "a model without adapter has nothing to save"
-        common.save_adapter(self.pipe, self.transformer, self.weights.adapter(by), "transformer", folder)
+        assert self.lora is not None, "a model without adapter has nothing to save"
+        common.save_adapter(self.pipe, self.transformer, self.lora.adapter(weights), "transformer", folder)
 
     def load_adapter(self, folder: Path) -> None:
         """Judge with a LoRA from a run's `adapter` folder, or any in diffusers format."""
@@ -125,6 +127,6 @@ class SD3:
 
     def flops_a_forward(self) -> float:
         """Floating-point operations of one forward of one latent, counted by running it."""
-        if self.weights is not None:
-            self.weights.switch("ref")
+        if self.lora is not None:
+            self.lora.switch("ref")
         return common.flops(self._forward, torch.zeros(1, *self.shape, device=self.device), self.encode([""]))

@@ -49,7 +49,7 @@ SHARDS = 2
 
 
 @dataclass(frozen=True)
-class Tiny:
+class TinyRecipe:
     """The hyper-parameters of the shipped checkpoint. Steps are optimiser steps, rates are per step, shares are fractions."""
 
     # network
@@ -144,7 +144,7 @@ def sample(
 # Parts
 
 
-class Parts(NamedTuple):
+class TinyModules(NamedTuple):
     """What a StableDiffusion3Pipeline is made of, as far as it is trained."""
 
     transformer: SD3Transformer2DModel
@@ -192,7 +192,7 @@ def build_silent_text(width: int) -> T5EncoderModel:
     return model.eval()
 
 
-def build_parts(recipe: Tiny, seed: int) -> Parts:
+def build_parts(recipe: TinyRecipe, seed: int) -> TinyModules:
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
 
@@ -253,7 +253,7 @@ def build_parts(recipe: Tiny, seed: int) -> Parts:
     with torch.no_grad():  # the posterior's spread: a constant exp(-6), never trained
         autoencoder.encoder.conv_out.weight[CHANNELS:] = 0
         cast(Tensor, autoencoder.encoder.conv_out.bias)[CHANNELS:] = -12  # a convolution built with its bias
-    parts = Parts(transformer, text(recipe.text_widths[0]), text(recipe.text_widths[1]), autoencoder)
+    parts = TinyModules(transformer, text(recipe.text_widths[0]), text(recipe.text_widths[1]), autoencoder)
     with torch.no_grad():
         # CLIP's embeddings start at 0.02, less than the bias of the layer that takes them: tokens would look all alike for long
         for model in (parts.text_one, parts.text_two):
@@ -269,7 +269,7 @@ def build_parts(recipe: Tiny, seed: int) -> Parts:
 class Latent:
     """The fixed linear latent: z = (patch - mean) @ basis * scale, (N, 32, 64, 3) uint8 to (N, 16, 8, 16) and back."""
 
-    def __init__(self, recipe: Tiny, seed: int, words: Sequence[str], excluded: frozenset[str]):
+    def __init__(self, recipe: TinyRecipe, seed: int, words: Sequence[str], excluded: frozenset[str]):
         rng = np.random.default_rng([seed, 0])
         pictures = np.stack([sample(rng, words, excluded, recipe.shapes[0][1])[1] for _ in range(3000)])
         rows = self._patches(pixels(pictures)).reshape(-1, 3 * PATCH * PATCH).double()
@@ -312,7 +312,7 @@ def pictures(images: Tensor) -> np.ndarray:
     return images.clamp(-1, 1).add(1).mul(127.5).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
 
 
-def embed(parts: Parts, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def embed(parts: TinyModules, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """(N, 16) token ids to the context (N, 16 + T5_TOKENS, 96) and the pooled text (N, 64), as the pipeline makes them."""
     one = parts.text_one(tokens, output_hidden_states=True)
     two = parts.text_two(tokens, output_hidden_states=True)
@@ -322,7 +322,7 @@ def embed(parts: Parts, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def draw(parts: Parts, tokens: Tensor, noise: Tensor, steps: int = 10) -> Tensor:
+def draw(parts: TinyModules, tokens: Tensor, noise: Tensor, steps: int = 10) -> Tensor:
     """(N, 16, 8, 16) latents: Euler's steps down the grid of the exported scheduler, without guidance."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(steps)
@@ -412,7 +412,7 @@ def _orthogonal(x: Tensor) -> Tensor:
     return (y.mT if tall else y).float()
 
 
-class Crew(NamedTuple):
+class Workers(NamedTuple):
     """The processes that share a batch."""
 
     rank: int
@@ -434,7 +434,7 @@ class Crew(NamedTuple):
 
 def _fit(
     stage: str,
-    crew: Crew,
+    crew: Workers,
     state: Path,
     named: dict[str, nn.Parameter],
     optimisers: Sequence[torch.optim.Optimizer],
@@ -552,7 +552,7 @@ def _generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
-def _straight(steps: int, recipe: Tiny) -> Callable[[int], float]:
+def _straight(steps: int, recipe: TinyRecipe) -> Callable[[int], float]:
     """Up over `warm` steps, flat, then down to `floor` in a straight line."""
 
     def rate(step: int) -> float:
@@ -565,14 +565,14 @@ def _straight(steps: int, recipe: Tiny) -> Callable[[int], float]:
 # The three stages
 
 
-def _accompany(recipe: Tiny, out: Path, seed: int, rank: int, world: int, meeting: str) -> None:
+def _accompany(recipe: TinyRecipe, out: Path, seed: int, rank: int, world: int, meeting: str) -> None:
     _learn(recipe, out, seed, rank, world, meeting, lambda _: None)
 
 
-def _learn(recipe: Tiny, out: Path, seed: int, rank: int, world: int, meeting: str, log: Log) -> dict[str, Any]:
+def _learn(recipe: TinyRecipe, out: Path, seed: int, rank: int, world: int, meeting: str, log: Log) -> dict[str, Any]:
     torch.set_num_threads(1)
     fast = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-    crew = Crew(rank, world, torch.bfloat16 if fast else torch.float32, log)
+    crew = Workers(rank, world, torch.bfloat16 if fast else torch.float32, log)
     log(
         {
             "processes": world,
@@ -595,7 +595,7 @@ def _learn(recipe: Tiny, out: Path, seed: int, rank: int, world: int, meeting: s
             dist.destroy_process_group()
 
 
-def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict[str, Any]:
+def _stages(recipe: TinyRecipe, out: Path, seed: int, crew: Workers) -> dict[str, Any]:
     splits = word_splits()
     words, excluded = splits["train"], frozenset(splits["validation"] + splits["test"])
     state = out / ".state"
@@ -659,7 +659,7 @@ def _stages(recipe: Tiny, out: Path, seed: int, crew: Crew) -> dict[str, Any]:
     # 2. the flow
     flow = nn.ModuleDict({"transformer": parts.transformer, "text_one": parts.text_one, "text_two": parts.text_two})
     averaged = deepcopy(flow)
-    drawing = Parts(  # a ModuleDict knows only that it holds modules
+    drawing = TinyModules(  # a ModuleDict knows only that it holds modules
         cast(SD3Transformer2DModel, averaged["transformer"]),
         cast(CLIPTextModelWithProjection, averaged["text_one"]),
         cast(CLIPTextModelWithProjection, averaged["text_two"]),
@@ -855,7 +855,7 @@ def _interval(values: np.ndarray) -> dict[str, Any]:
     }
 
 
-def measure(folder: Path, recipe: Tiny, *, seed: int) -> dict[str, Any]:
+def measure(folder: Path, recipe: TinyRecipe, *, seed: int) -> dict[str, Any]:
     """Reads words and counts shapes in pictures of the exported pipeline: plain diffusers, 10 steps, no guidance."""
     from rapidfuzz.distance import Levenshtein
 
@@ -914,7 +914,9 @@ def measure(folder: Path, recipe: Tiny, *, seed: int) -> dict[str, Any]:
 # The folder
 
 
-def publish(recipe: Tiny, parts: Parts, out: Path, *, seed: int, seconds: dict[str, float], log: Log) -> dict[str, Any]:
+def publish(
+    recipe: TinyRecipe, parts: TinyModules, out: Path, *, seed: int, seconds: dict[str, float], log: Log
+) -> dict[str, Any]:
     """Writes the pipeline in float16, measures what was written, and moves it into `out` in one go."""
     fresh = out / ".state" / "pipeline"
     shutil.rmtree(fresh, ignore_errors=True)

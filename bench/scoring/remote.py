@@ -40,7 +40,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UserError
-from ..spec import Images, Prompt, Scores, Values, agree
+from ..spec import Images, Prompt, Scores, Values, check_images
 
 PROTOCOL = 1
 MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -76,7 +76,7 @@ class About(_Wire):
     reference: str = ""
 
 
-class Asked(_Wire):
+class PromptPayload(_Wire):
     """A prompt."""
 
     text: str
@@ -88,7 +88,7 @@ class Question(_Wire):
     """Pictures and their prompts."""
 
     images: list[str]
-    prompts: list[Asked]
+    prompts: list[PromptPayload]
 
 
 class Answer(_Wire):
@@ -404,7 +404,7 @@ class Remote:
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         """(B, H, W, 3) and B prompts -> every metric (B,); NaN with a reason where no number can be had. ValueError for other shapes."""
-        agree(images, prompts)
+        check_images(images, prompts)
         value: dict[str, Values] = {metric: np.full(len(images), np.nan) for metric in self.metrics}
         notes: list[str] | None = None
         call = _Call()

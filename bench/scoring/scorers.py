@@ -29,7 +29,7 @@ _TERM = re.compile(rf"\s*(?P<name>[^*+]*?)\s*(?:\*\s*(?P<weight>{_WEIGHT})\s*)?(
 
 
 @dataclass(frozen=True)
-class Place:
+class ScorerLocation:
     """Where a scorer lives: behind a URL, or in another Python that is started for it."""
 
     url: str = ""
@@ -44,13 +44,13 @@ class Place:
             raise UserError(f"a scorer's timeout is a number of seconds above 0, got {self.timeout}")
 
 
-def places(options: Iterable[str], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Place]:
+def scorer_locations(options: Iterable[str], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, ScorerLocation]:
     """Scorer -> where it lives, from `NAME=URL` options and `[scorer.NAME]` tables; an option wins over a table.
 
     A URL without a token gets the one in the environment variable GPOBENCH_SCORER_TOKEN, if there is one.
     Raises UserError on anything that is neither.
     """
-    found: dict[str, Place] = {}
+    found: dict[str, ScorerLocation] = {}
     for name, table in tables.items():
         key = registry.canonical("scorer", name)
         if key in found:
@@ -65,11 +65,11 @@ def places(options: Iterable[str], tables: Mapping[str, Mapping[str, Any]]) -> d
         if key in told:
             raise UserError(f"--scorer {option!r}: the scorer {key!r} has a place already; name it once")
         told.add(key)
-        found[key] = Place(url=match[2], token=os.environ.get(TOKEN, ""))
+        found[key] = ScorerLocation(url=match[2], token=os.environ.get(TOKEN, ""))
     return found
 
 
-def _from_table(name: str, table: Mapping[str, Any]) -> Place:
+def _from_table(name: str, table: Mapping[str, Any]) -> ScorerLocation:
     where = f"[scorer.{name}]"
     kinds = {"url": str, "python": str, "token": str, "timeout": (int, float)}
     for key, value in table.items():
@@ -78,7 +78,7 @@ def _from_table(name: str, table: Mapping[str, Any]) -> Place:
         if not isinstance(value, kinds[key]) or isinstance(value, bool):
             raise UserError(f"{where}: {key} = {value!r} is of the wrong type; use {TABLE}")
     try:
-        place = Place(**table)
+        place = ScorerLocation(**table)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     return replace(place, token=os.environ.get(TOKEN, "")) if place.url and not place.token else place
@@ -127,7 +127,7 @@ def _short(weight: float) -> str:
     return repr(weight).removesuffix(".0")
 
 
-def open_scorer(reference: str, places: Mapping[str, Place] | None = None) -> Scorer:
+def open_scorer(reference: str, places: Mapping[str, ScorerLocation] | None = None) -> Scorer:
     """The scorer behind a reference, made here or found at its place.
 
     A place is looked up by the whole reference first, then by the name before the colon; aliases are one name. Raises UserError
@@ -154,7 +154,7 @@ def open_scorer(reference: str, places: Mapping[str, Place] | None = None) -> Sc
         raise
 
 
-def _open_at(place: Place, reference: str) -> Remote:
+def _open_at(place: ScorerLocation, reference: str) -> Remote:
     if place.python:
         return start(place.python, reference, timeout=place.timeout)
     remote = connect(place.url, token=place.token, timeout=place.timeout)

@@ -21,13 +21,13 @@ from ..budget import Meter
 from ..errors import UserError
 from ..flow import Kernel, Path, Step, dpm2, error_scale, like, mix, ode, split
 from ..losses import flow_error, informative
-from ..process_group import Crew
+from ..process_group import ProcessGroup
 from ..scoring.scorers import ask
-from ..spec import Cond, Groups, Images, Model, Moves, Pairs, Prompt, Scorer, Scores, fold_text
+from ..spec import Cond, Groups, Images, Model, Pairs, Prompt, Scorer, Scores, Transitions, fold_text
 from .pairs import PairSet, open_pairs
 
 Answer = tuple[Scores, float]  # what a scorer said, and the seconds it took
-ALONE = Crew()
+SINGLE_PROCESS = ProcessGroup()
 CAPTIONS = 1024  # embeddings kept for the captions of pairs, besides those of the training book
 
 
@@ -43,11 +43,11 @@ class Rig:
         *,
         seed: int = 0,
         rows: int = 32,
-        crew: Crew = ALONE,
+        processes: ProcessGroup = SINGLE_PROCESS,
     ):
         """book: the training prompts; scorer: what a method may optimise; rows: images sampled at once."""
         self.model, self.book, self.scorer, self.meter, self.rows = model, book, scorer, meter, rows
-        self.crew = crew
+        self.processes = processes
         self._stands_by = False  # the part of the work at hand is another process's: charged here, computed there
         self.rng = torch.Generator().manual_seed(seed)
         self.state: dict[str, Any] = {}
@@ -114,7 +114,7 @@ class Rig:
     @contextmanager
     def turn(self, part: int) -> Generator[bool]:
         """Within: part number `part` of a piece of work; yields whether this process computes it or stands by."""
-        self._stands_by = not self.crew.mine(part)
+        self._stands_by = not self.processes.owns(part)
         try:
             yield not self._stands_by
         finally:
@@ -122,14 +122,14 @@ class Rig:
 
     # The model
 
-    def texts(self, who: Tensor) -> list[Prompt]:
-        return [self._prompt(i) for i in who.tolist()]
+    def texts(self, prompt_ids: Tensor) -> list[Prompt]:
+        return [self._prompt(i) for i in prompt_ids.tolist()]
 
     def _prompt(self, i: int) -> Prompt:
         return self.book[i] if i < len(self.book) else self._captions[i - len(self.book)]
 
-    def _embed(self, who: Tensor) -> Cond:
-        index = who.tolist()
+    def _embed(self, prompt_ids: Tensor) -> Cond:
+        index = prompt_ids.tolist()
         for i in dict.fromkeys(index):
             if i not in self._cache:  # one at a time: in another company, after a resume, its last bits would differ
                 self._cache[i] = {key: value[0] for key, value in self.model.encode([self._prompt(i).text]).items()}
@@ -140,14 +140,14 @@ class Rig:
         self,
         x: Tensor,
         t: Tensor,
-        who: Tensor,
+        prompt_ids: Tensor,
         *,
-        by: str = "live",
+        weights: str = "policy",
         guidance: float | None = None,
         detach: bool = False,
         role: str = "",
     ) -> Tensor:
-        """(B, C, h, w), (B,) -> (B, C, h, w). Weights other than "live" carry no gradient.
+        """(B, C, h, w), (B,) -> (B, C, h, w). Weights other than "policy" carry no gradient.
 
         by: live | ref | a copy that model.blend made. detach: no gradient through the unconditional branch of guidance.
         guidance None is what one evaluation gives: none, or the protocol's where guidance is an input of the network.
@@ -155,13 +155,13 @@ class Rig:
         """
         if guidance is None:
             guidance = self.model.guidance if self.model.guided_cost == 1 else 1.0
-        grad = torch.is_grad_enabled() and by == "live"
+        grad = torch.is_grad_enabled() and weights == "policy"
         each = (3 if grad else 1) * (1 if guidance == 1.0 else self.model.guided_cost)
-        self.meter.charge(nfe=len(x) * each, role=role or ("policy" if grad else by))
+        self.meter.charge(nfe=len(x) * each, role=role or ("policy" if grad else weights))
         if self._stands_by:
             return torch.zeros_like(x)
         with torch.set_grad_enabled(grad):
-            return self.model.velocity(x, t, self._embed(who), guidance=guidance, by=by, detach=detach)
+            return self.model.velocity(x, t, self._embed(prompt_ids), guidance=guidance, weights=weights, detach=detach)
 
     def step(
         self,
@@ -169,28 +169,28 @@ class Rig:
         x: Tensor,
         t: Tensor,
         s: Tensor,
-        who: Tensor,
+        prompt_ids: Tensor,
         *,
-        by: str = "live",
+        weights: str = "policy",
         guidance: float | None = None,
         detach: bool = False,
         role: str = "",
     ) -> Step:
         """One transition of the walk, charged as one velocity."""
-        v = self.velocity(x, t, who, by=by, guidance=guidance, detach=detach, role=role)
+        v = self.velocity(x, t, prompt_ids, weights=weights, guidance=guidance, detach=detach, role=role)
         return kernel(self.path, x, v, t, s)
 
     @torch.no_grad()
     def walk(
         self,
         x: Tensor,
-        who: Tensor,
+        prompt_ids: Tensor,
         kernels: Sequence[Kernel],
         *,
         start: int = 0,
         of: int = 0,
         times: Tensor | None = None,
-        by: str = "live",
+        weights: str = "policy",
         guidance: float | None = None,
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Step, Tensor]]:
         """Walk the kernels from times(of)[start] on; yields (i, x, t, s, step, x_next) for each.
@@ -205,7 +205,7 @@ class Rig:
         )
         for i, kernel in enumerate(kernels, start):
             t, s = grid[i].expand(len(x)), grid[i + 1].expand(len(x))
-            v = self.velocity(x, t, who, by=by, guidance=guidance, role="rollout")
+            v = self.velocity(x, t, prompt_ids, weights=weights, guidance=guidance, role="rollout")
             if kernel == dpm2 and before is not None and float(grid[i + 1]) > 0:
                 step = dpm2.second(self.path, x, v, t, s, before)
             else:
@@ -218,18 +218,20 @@ class Rig:
     def sample(
         self,
         x: Tensor,
-        who: Tensor,
+        prompt_ids: Tensor,
         *,
         steps: int = 0,
         start: int = 0,
-        by: str = "live",
+        weights: str = "policy",
         guidance: float | None = None,
         kernel: Kernel = ode,
     ) -> Tensor:
         """(B, C, h, w): the clean latent that the kernel, the ODE by default, reaches from x; 0 steps is the protocol's number."""
         steps = steps or self.model.steps
         end = x
-        for *_, to in self.walk(x, who, [kernel] * (steps - start), start=start, of=steps, by=by, guidance=guidance):
+        for *_, to in self.walk(
+            x, prompt_ids, [kernel] * (steps - start), start=start, of=steps, weights=weights, guidance=guidance
+        ):
             end = to
         return end
 
@@ -245,16 +247,16 @@ class Rig:
             else error * like(error_scale(self.path, t, self.model.prediction), error)
         )
 
-    def errors(self, x0: Tensor, who: Tensor, t: Tensor, eps: Tensor, *by: str) -> list[Tensor]:
+    def errors(self, x0: Tensor, prompt_ids: Tensor, t: Tensor, eps: Tensor, *weights: str) -> list[Tensor]:
         """Denoising error of x0 (B, C, h, w) noised to t (B,) by eps, under each set of weights; each (B,)."""
         x, target = mix(self.path, x0, eps, t)
-        return [self.error(self.velocity(x, t, who, by=name), target, t) for name in by]
+        return [self.error(self.velocity(x, t, prompt_ids, weights=name), target, t) for name in weights]
 
     # Rewards
 
-    def score(self, x0: Tensor, who: Tensor) -> Tensor:
+    def score(self, x0: Tensor, prompt_ids: Tensor) -> Tensor:
         """(B,) rewards of the images that x0 decodes to; NaN where an image could not be scored, counted."""
-        asked = self._ask(x0, who)
+        asked = self._ask(x0, prompt_ids)
         assert asked is not None, "nobody stands by where a method asks for itself"
         return self._take(asked.result())
 
@@ -265,27 +267,29 @@ class Rig:
         group: int,
         *,
         steps: int = 0,
-        by: str = "live",
+        weights: str = "policy",
         guidance: float | None = None,
         kernel: Kernel = ode,
     ) -> Groups:
         """Draw prompts, sample a group for each, by the ODE unless told otherwise, and score it, the scorer at work beside the sampler."""
-        who = self.prompts(prompts)
-        each = who.repeat_interleave(group)
+        prompt_ids = self.prompts(prompts)
+        each = prompt_ids.repeat_interleave(group)
         noise = self.noise(len(each))
         x0: list[Tensor] = []
         asked: list[Future[Answer] | None] = []
         for k, part in enumerate(torch.arange(len(each)).split(self.rows)):
             start = noise[part.to(noise.device)]
             with self.turn(k):
-                x0.append(self.sample(start, each[part], steps=steps, by=by, guidance=guidance, kernel=kernel))
+                x0.append(
+                    self.sample(start, each[part], steps=steps, weights=weights, guidance=guidance, kernel=kernel)
+                )
                 asked.append(self._ask(x0[-1], each[part]))
-        self.crew.share(x0)
+        self.processes.broadcast_parts(x0)
         reward = self._rewards(asked, prompts, group)
-        return Groups(torch.cat(x0).unflatten(0, (prompts, group)), who, reward)
+        return Groups(torch.cat(x0).unflatten(0, (prompts, group)), prompt_ids, reward)
 
     @torch.no_grad()
-    def moves(
+    def transitions(
         self,
         prompts: int,
         group: int,
@@ -295,9 +299,9 @@ class Rig:
         times: Tensor | None = None,
         drop: bool = False,
         shared: bool = False,
-        by: str = "live",
+        weights: str = "policy",
         guidance: float | None = None,
-    ) -> tuple[Moves, Tensor]:
+    ) -> tuple[Transitions, Tensor]:
         """Draw prompts, walk a group for each along the kernels, score the ends; (kept transitions, reward (P, G)).
 
         keep: which steps are kept, the stochastic ones unless told otherwise. drop: log-probabilities in Flow-CPS's form
@@ -307,30 +311,32 @@ class Rig:
         keep = [i for i, kernel in enumerate(kernels) if stochastic(kernel)] if keep is None else keep
         if not keep or not all(0 <= i < len(kernels) and stochastic(kernels[i]) for i in keep):
             raise ValueError(f"steps {list(keep)} cannot be kept: a step without noise has no log-probability")
-        who = self.prompts(prompts)
-        each = who.repeat_interleave(group)
+        prompt_ids = self.prompts(prompts)
+        each = prompt_ids.repeat_interleave(group)
         noise = self.noise(prompts).repeat_interleave(group, 0) if shared else self.noise(len(each))
-        kept: list[Moves] = []
+        kept: list[Transitions] = []
         asked: list[Future[Answer] | None] = []
         for k, part in enumerate(torch.arange(len(each)).split(self.rows)):
             to = start = noise[part.to(noise.device)]
             with self.turn(k):
                 for i, x, t, s, step, to in self.walk(
-                    start, each[part], kernels, times=times, by=by, guidance=guidance
+                    start, each[part], kernels, times=times, weights=weights, guidance=guidance
                 ):
                     if i in keep:
                         kept.append(
-                            Moves(x, t, s, to, step.mean, step.logp(to, drop), torch.zeros_like(t), each[part], part)
+                            Transitions(
+                                x, t, s, to, step.mean, step.logp(to, drop), torch.zeros_like(t), each[part], part
+                            )
                         )
                 asked.append(self._ask(to, each[part]))
         for name in ("x", "to", "mean", "logp"):
             walked = [
                 torch.stack([getattr(m, name) for m in kept[i : i + len(keep)]]) for i in range(0, len(kept), len(keep))
             ]
-            self.crew.share(walked)
+            self.processes.broadcast_parts(walked)
             kept = [replace(m, **{name: one}) for m, one in zip(kept, (o for w in walked for o in w), strict=True)]
         reward = self._rewards(asked, prompts, group)
-        return Moves(*(torch.cat([getattr(m, f.name) for m in kept]) for f in fields(Moves))), reward
+        return Transitions(*(torch.cat([getattr(m, f.name) for m in kept]) for f in fields(Transitions))), reward
 
     # Preferences
 
@@ -407,7 +413,7 @@ class Rig:
 
     def _rewards(self, asked: Sequence[Future[Answer] | None], prompts: int, group: int) -> Tensor:
         """(P, G): what the scorer answered, and its statistics noted."""
-        answers = self.crew.exchange([future.result() if future else None for future in asked])
+        answers = self.processes.exchange_objects([future.result() if future else None for future in asked])
         reward = torch.cat([self._take(answer) for answer in answers]).view(prompts, group)
         self.note("reward/mean", reward.nanmean())
         self.note("reward/spread", (reward - reward.nanmean(1, keepdim=True)).square().nanmean().sqrt())
@@ -418,13 +424,13 @@ class Rig:
         """How many times this spend (nfe, images, reward_calls ...) still fits into the budget."""
         return self.meter.affords(**each)
 
-    def _ask(self, x0: Tensor, who: Tensor) -> Future[Answer] | None:
+    def _ask(self, x0: Tensor, prompt_ids: Tensor) -> Future[Answer] | None:
         """None where another process asks."""
         self.meter.charge(images=len(x0))
         self.meter.charge_scorer(self.scorer.name, len(x0))
         if self._stands_by:
             return None
-        return self._asking.submit(judged, self.scorer, pixels(self.model.decode(x0)), self.texts(who))
+        return self._asking.submit(timed_scores, self.scorer, to_uint8(self.model.decode(x0)), self.texts(prompt_ids))
 
     def _take(self, answer: Answer) -> Tensor:
         scores, seconds = answer
@@ -442,13 +448,13 @@ class Rig:
 
     def mean(self, name: str) -> float:
         """The mean of one note since the last iteration, over all processes; NaN where there is none."""
-        values = [v for part in self.crew.gather([float(v) for v in self._notes.get(name, [])]) for v in part]
+        values = [v for part in self.processes.gather([float(v) for v in self._notes.get(name, [])]) for v in part]
         return float(np.mean(values)) if values else float("nan")
 
     def notes(self) -> dict[str, float]:
         """The means since the last call."""
         taken, self._notes = self._notes, defaultdict(list)
-        parts = self.crew.gather({name: [float(v) for v in values] for name, values in taken.items()})
+        parts = self.processes.gather({name: [float(v) for v in values] for name, values in taken.items()})
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: float(np.mean([v for part in parts for v in part.get(name, [])])) for name in names}
 
@@ -461,12 +467,12 @@ def stochastic(kernel: Kernel) -> bool:
     return kernel not in (ode, dpm2)
 
 
-def pixels(images: Tensor) -> Images:
+def to_uint8(images: Tensor) -> Images:
     """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8, rounded as a PNG of the pipeline would be."""
     return (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def judged(scorer: Scorer, images: Images, prompts: Sequence[Prompt]) -> Answer:
+def timed_scores(scorer: Scorer, images: Images, prompts: Sequence[Prompt]) -> Answer:
     """Ask a scorer; whatever it does wrong becomes NaN with a reason. Returns the scores and the seconds they took."""
     began = time.perf_counter()
     scores = ask(scorer, images, prompts)

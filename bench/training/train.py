@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..budget import Spent
-from ..spec import Method, Optim, size, take
+from ..spec import Method, Optim, batch_size, select_rows
 from .rig import Rig
 
 PATIENCE = 25  # iterations without a single group whose rewards differ, before a run is called collapsed
@@ -43,11 +43,11 @@ def train(
     with its numbers, the clock stopped; it writes, judges and checkpoints.
     """
     try:
-        rig.meter.agree(rig.crew)
+        rig.meter.agree(rig.processes)
         while True:
             rig.meter.start()
             batch = method.collect(rig)
-            rows = size(batch)
+            rows = batch_size(batch)
             rig.note("batch/rows", rows)
             rig.barren = rig.barren + 1 if rows == 0 else 0
             if rig.barren >= PATIENCE:
@@ -56,9 +56,9 @@ def train(
                 _fit(method, rig, adam, batch, rows, backward, scaler or torch.amp.GradScaler(enabled=False))
             rig.iteration += 1
             rig.meter.stop()
-            rig.meter.agree(rig.crew)
+            rig.meter.agree(rig.processes)
             after(rig.notes())
-            if rig.crew.any(interrupted()):
+            if rig.processes.any(interrupted()):
                 return "interrupted"
     except Spent as spent:
         return f"budget: {spent.currency}"
@@ -85,16 +85,16 @@ def _fit(
             broken: float | None = None
             for k, some in enumerate(torch.arange(len(part)).split(o.micro or len(part))):
                 with rig.keyed(keys[some]), rig.turn(k) as mine:
-                    loss = method.loss(rig, take(batch, part[some]))
+                    loss = method.loss(rig, select_rows(batch, part[some]))
                     rig.note("policy/loss", loss)
                 if mine and not bool(loss.isfinite()):
                     broken = float(loss.detach())
                 elif mine:
                     backward(scaler.scale(loss * (len(some) / len(part))))
-            for worst in rig.crew.gather([] if broken is None else [broken]):
+            for worst in rig.processes.gather([] if broken is None else [broken]):
                 if worst:
                     raise Stop(f"the loss is {worst[0]:g} after {rig.meter.updates} updates")
-            rig.crew.add_up(rig.model.parameters())
+            rig.processes.sum_gradients(rig.model.parameters())
             _update(rig, adam, o, scaler)
             ratio = rig.mean("policy/ratio")
             if not math.isnan(ratio) and not RATIO[0] < ratio < RATIO[1]:
@@ -121,4 +121,4 @@ def _update(rig: Rig, adam: torch.optim.Optimizer, o: Optim, scaler: torch.amp.G
     scaler.update()
     adam.zero_grad(set_to_none=True)
     if o.ema:
-        rig.model.blend("ema", o.ema)
+        rig.model.update_copy("ema", o.ema)

@@ -13,23 +13,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gpobench.bench.process_group import Crew
+from gpobench.bench.process_group import ProcessGroup
 
 
 def test_alone_nothing_is_shared() -> None:
-    crew, part = Crew(), torch.ones(2)
-    crew.share([part])
-    assert crew.leads and crew.mine(3)
-    assert crew.exchange([1, "two"]) == [1, "two"] and crew.gather({"a": 1}) == [{"a": 1}] and crew.any(True)
-    assert crew.lead(lambda: 5) == 5
+    processes, part = ProcessGroup(), torch.ones(2)
+    processes.broadcast_parts([part])
+    assert processes.is_main and processes.owns(3)
+    assert (
+        processes.exchange_objects([1, "two"]) == [1, "two"]
+        and processes.gather({"a": 1}) == [{"a": 1}]
+        and processes.any(True)
+    )
+    assert processes.from_main(lambda: 5) == 5
     p = torch.nn.Parameter(part.clone())
-    crew.add_up([p])
+    processes.sum_gradients([p])
     assert p.grad is None
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_every_part_has_one_owner(size: int) -> None:
-    owners = [[k for k in range(20) if Crew(rank, size).mine(k)] for rank in range(size)]
+    owners = [[k for k in range(20) if ProcessGroup(rank, size).mine(k)] for rank in range(size)]
     assert sorted(k for own in owners for k in own) == list(range(20))
 
 
@@ -83,7 +87,7 @@ def test_two_processes_make_the_run_of_one(method: str, tiny_pipe: Path, redness
 
 
 def test_accelerate_starts_them_on_the_embedded_model(redness: str, tmp_path: Path) -> None:
-    sets = ["prompts=3", "group=4", "optim.warmup=0", "optim.micro=1", "rows=5", "judging.test_images=1"]
+    sets = ["prompts=3", "group=4", "optim.warmup=0", "optim.micro=1", "rows=5", "evaluation.test_images=1"]
     argv = ["--method", "gpo", "--task", f"{redness}:Paint", "--model", "tiny", "--budget", "updates=3"]
     argv += [part for text in sets for part in ("--set", text)]
     one, two = start(1, *argv, out=tmp_path / "1"), start(2, *argv, out=tmp_path / "2", by=ACCELERATE)

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 from gpobench.bench.errors import UserError
-from gpobench.bench.spec import Groups, Judging, Moves, Optim, Pairs, Prompt, Starts, credit, size, take
+from gpobench.bench.spec import (
+    EvaluationSettings,
+    Groups,
+    InitialNoise,
+    Optim,
+    Pairs,
+    Prompt,
+    Transitions,
+    assign_advantages,
+    batch_size,
+    select_rows,
+)
 
 
 def batch(kind: Any, rows: int) -> Any:
@@ -16,14 +27,14 @@ def batch(kind: Any, rows: int) -> Any:
     return kind(*tensors)
 
 
-@pytest.mark.parametrize("kind", [Groups, Pairs, Moves, Starts])
+@pytest.mark.parametrize("kind", [Groups, Pairs, Transitions, InitialNoise])
 def test_every_kind_of_batch_is_cut_by_rows(kind: Any) -> None:
     whole = batch(kind, 5)
-    part = take(whole, torch.tensor([3, 0]))
-    assert isinstance(part, kind) and size(whole) == 5 and size(part) == 2
+    part = select_rows(whole, torch.tensor([3, 0]))
+    assert isinstance(part, kind) and batch_size(whole) == 5 and batch_size(part) == 2
     for name in kind.__dataclass_fields__:
         assert torch.equal(getattr(part, name), getattr(whole, name)[[3, 0]])
-    assert size(take(whole, torch.zeros(5, dtype=torch.bool))) == 0
+    assert batch_size(select_rows(whole, torch.zeros(5, dtype=torch.bool))) == 0
 
 
 @pytest.mark.parametrize(
@@ -39,7 +50,7 @@ def test_a_fit_that_makes_no_sense_is_refused(bad: dict[str, Any]) -> None:
 @pytest.mark.parametrize("bad", [{"test_images": 0}, {"validation_images": 0}, {"curve_images": 0}])
 def test_a_judge_without_images_is_refused(bad: dict[str, int]) -> None:
     with pytest.raises(UserError, match="at least one image"):
-        Judging(**bad)
+        EvaluationSettings(**bad)
 
 
 def test_prompts_do_not_share_their_facts() -> None:
@@ -48,36 +59,38 @@ def test_prompts_do_not_share_their_facts() -> None:
 
 def test_rows_are_taken_by_index_and_by_mask_from_any_device() -> None:
     batch = Groups(torch.arange(12.0).view(3, 4), torch.arange(3), torch.zeros(3, 4))
-    assert take(batch, torch.tensor([2, 0])).who.tolist() == [2, 0]
-    assert take(batch, torch.tensor([True, False, True])).who.tolist() == [0, 2] and size(batch) == 3
+    assert select_rows(batch, torch.tensor([2, 0])).who.tolist() == [2, 0]
+    assert select_rows(batch, torch.tensor([True, False, True])).who.tolist() == [0, 2] and batch_size(batch) == 3
     far = Groups(
         torch.empty(3, 4, device="meta"), torch.arange(3), torch.zeros(3, 4)
     )  # latents elsewhere than the prompts
-    part = take(far, torch.tensor([1, 2]))
+    part = select_rows(far, torch.tensor([1, 2]))
     assert part.x0.device.type == "meta" and part.x0.shape == (2, 4) and part.who.tolist() == [1, 2]
 
 
 def test_credit_gives_each_transition_its_images_advantage() -> None:
     n, image = 6, torch.tensor([0, 1, 2, 0, 1, 2])
     zeros = torch.zeros(n)
-    moves = Moves(torch.arange(n), zeros, zeros, zeros, zeros, zeros, zeros, image, image)
-    kept = credit(moves, torch.tensor([[0.5, 0.0, -2.0]]))
+    transitions = Transitions(torch.arange(n), zeros, zeros, zeros, zeros, zeros, zeros, image, image)
+    kept = assign_advantages(transitions, torch.tensor([[0.5, 0.0, -2.0]]))
     assert kept.image.tolist() == [0, 2, 0, 2] and kept.adv.tolist() == [0.5, -2.0, 0.5, -2.0]
     assert kept.x.tolist() == [0, 2, 3, 5]
-    assert size(credit(moves, torch.zeros(1, 3))) == 0
+    assert batch_size(assign_advantages(transitions, torch.zeros(1, 3))) == 0
 
 
 def test_credit_finds_images_that_were_sampled_in_parts() -> None:
     """Parts of a rollout come one after the other, so an image's place among the rows is not its number."""
     image = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4, 5, 3, 4, 5])  # two parts of three images, two steps each
     column = torch.arange(12.0)
-    moves = Moves(column[:, None], column, column, *[column[:, None]] * 2, column, torch.zeros(12), image // 3, image)
-    given = credit(moves, torch.tensor([[1.0, 0.0, 3.0], [4.0, 5.0, 0.0]]))
+    transitions = Transitions(
+        column[:, None], column, column, *[column[:, None]] * 2, column, torch.zeros(12), image // 3, image
+    )
+    given = assign_advantages(transitions, torch.tensor([[1.0, 0.0, 3.0], [4.0, 5.0, 0.0]]))
     assert given.adv.tolist() == [image + 1 for image in given.image.tolist()] == [1, 3, 1, 3, 4, 5, 4, 5]
     assert given.t.tolist() == [0, 2, 3, 5, 6, 7, 9, 10]
-    assert not moves.adv.any() and size(credit(moves, torch.zeros(2, 3))) == 0
+    assert not transitions.adv.any() and batch_size(assign_advantages(transitions, torch.zeros(2, 3))) == 0
 
 
 def test_a_curve_without_a_mark_is_refused() -> None:
     with pytest.raises(UserError, match="at least one mark"):
-        Judging(marks=0)
+        EvaluationSettings(eval_points=0)

@@ -30,7 +30,7 @@ def scores(
 
 
 def make_run(
-    home: Path,
+    run_dir: Path,
     method: str = "gpo",
     seed: int = 0,
     gain: float = 0.1,
@@ -62,10 +62,10 @@ def make_run(
     facts: dict[str, Any] = {
         "method": method, "task": "ocr", "model": "tiny", "seed": seed, "stop": "budget: nfe",
         "before": dict.fromkeys(looks, number), "after": dict.fromkeys(looks, number),
-        "delta": dict.fromkeys(looks, delta), "spent": {"nfe": 1000.0 + seed, "seconds": 5.0}, "run_dir": str(home),
+        "delta": dict.fromkeys(looks, delta), "spent": {"nfe": 1000.0 + seed, "seconds": 5.0}, "run_dir": str(run_dir),
         "flags": Flags(hack=False, invalid=False), "scorers": USES, "task_version": "1",
         "config": {
-            "budget": {"name": "tiny", "nfe": 1000.0}, "judging": {"split": "test", "seed": 1}, "seed": seed,
+            "budget": {"name": "tiny", "nfe": 1000.0}, "evaluation": {"split": "test", "seed": 1}, "seed": seed,
             "settings": {"lr": 1e-3, "optim": {"clip": 1.0}}, "precision": "fp32",
         },
         "prompts": {"train": "aa", "test": "bb"}, "wall": {},
@@ -73,11 +73,11 @@ def make_run(
     }  # fmt: skip
     for key, value in change.items():
         facts[key] = {**facts[key], **value} if isinstance(facts.get(key), dict) and isinstance(value, dict) else value
-    home.mkdir(parents=True)
+    run_dir.mkdir(parents=True)
     table = pd.concat(parts, ignore_index=True).drop(columns=list(columns))
-    table.to_parquet(home / "scores.parquet", index=False)
-    record.write(home / "record.json", Record(**facts))
-    return home
+    table.to_parquet(run_dir / "scores.parquet", index=False)
+    record.write(run_dir / "record.json", Record(**facts))
+    return run_dir
 
 
 @pytest.fixture
@@ -98,26 +98,26 @@ def look() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
 
 
 def make_full_run(
-    home: Path, method: str = "gpo", seed: int = 0, gain: float = 0.1, *, marks: int = 5, size: int = 16, **more: Any
+    run_dir: Path, method: str = "gpo", seed: int = 0, gain: float = 0.1, *, marks: int = 5, size: int = 16, **more: Any
 ) -> Path:
     """A run directory with its curve and its pictures too: looks at 20 validation prompts, whose mean rises by gain."""
     spends = [{"nfe": 1000.0 * k / (marks - 1), "seconds": 3.0 * k} for k in range(marks)]
     number = {key: Number(mean=0.5, ci=(0.4, 0.6), n=20) for key in KEYS}
-    make_run(home, method, seed, gain, curve=[Point(spent=s, scores=number) for s in spends], **more)
+    make_run(run_dir, method, seed, gain, curve=[Point(spent=s, scores=number) for s in spends], **more)
     base = np.random.default_rng(7).random(20)
     lines = [
         {"prompt": p, "ordinal": 0, "stratum": "", "scorer": key.partition("/")[0], "metric": "exact",
          "value": base[p] + gain * k / (marks - 1), "mark": k}
         for key in KEYS for k in range(marks) for p in range(20)
     ]  # fmt: skip
-    pd.DataFrame(lines).to_parquet(home / "curve.parquet", index=False)
+    pd.DataFrame(lines).to_parquet(run_dir / "curve.parquet", index=False)
     before = np.random.default_rng(3).integers(0, 256, (6, size, 2 * size, 3), np.uint8)
     after = np.clip(before.astype(int) + seed + int(100 * gain), 0, 255).astype(np.uint8)
-    (home / "samples").mkdir()
+    (run_dir / "samples").mkdir()
     rows = np.arange(6)
     noises = {"prompt": rows // 2, "ordinal": rows % 2}
-    np.savez_compressed(home / "samples" / "images.npz", before=before, after=after, **noises)
-    return home
+    np.savez_compressed(run_dir / "samples" / "images.npz", before=before, after=after, **noises)
+    return run_dir
 
 
 @pytest.fixture

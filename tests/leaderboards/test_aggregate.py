@@ -62,10 +62,10 @@ def test_a_scorers_unit_does_not_matter(
     make: Make, tmp_path_factory: pytest.TempPathFactory, scale: float, make_at: Any
 ) -> None:
     def one_scale(size: float) -> Across:
-        home = tmp_path_factory.mktemp("runs")
+        run_dir = tmp_path_factory.mktemp("runs")
         gains = {task: {"gpo": 0.2} for task in ("ocr", "counting")}
-        grid(lambda name, *a, **k: make_at(home / name, *a, **k), gains, scale=size)
-        return across(load([home]), resamples=200)
+        grid(lambda name, *a, **k: make_at(run_dir / name, *a, **k), gains, scale=size)
+        return across(load([run_dir]), resamples=200)
 
     found = [one_scale(1.0), one_scale(scale)]
     one, other = (line(table, "gpo") for table in found)

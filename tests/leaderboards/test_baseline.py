@@ -13,10 +13,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpobench.bench.errors import UserError
-from gpobench.leaderboards.baseline import Baseline, Claim, Number, Scores, beside, flat, literal, locate, read, write
+from gpobench.leaderboards.baseline import (
+    Baseline,
+    BaselineNumber,
+    BaselineScores,
+    Claim,
+    beside,
+    flat,
+    literal,
+    locate,
+    read,
+    write,
+)
 
 
-def example(n: int = 6, strata: list[str] | None = None, **change: Any) -> tuple[Baseline, Scores]:
+def example(n: int = 6, strata: list[str] | None = None, **change: Any) -> tuple[Baseline, BaselineScores]:
     rng = np.random.default_rng(0)
     by = {("base", "a/b"): [rng.random(n).round(4)], ("gpo", "a/b"): [rng.random(n).round(4) for _ in range(2)]}
     by["gpo", "a/b"][1][2] = math.nan
@@ -35,17 +46,19 @@ def example(n: int = 6, strata: list[str] | None = None, **change: Any) -> tuple
             settings={"settings.optim.lr": 1e-5, "settings.link": 'a "quoted" \\ word', "adapter.targets": ["a", "b.0"]}
             if seeds
             else {},
-            number=(Number(key="a/b", mean=round(mean[label], 4), ci=(0.1, 0.9), n=n - bool(seeds), margin=0.03),),
+            number=(
+                BaselineNumber(key="a/b", mean=round(mean[label], 4), ci=(0.1, 0.9), n=n - bool(seeds), margin=0.03),
+            ),
         )
         for label, seeds in (("base", ()), ("gpo", (0, 7)))
     )
     facts: dict[str, Any] = {
         "command": "gpobench regress 'my runs'", "date": "2026-01-01", "commit": "abc", "runs_commits": ("abc",),
         "device": "a machine", "versions": {"torch": "2.6"}, "task": "ocr", "task_version": "1", "model": "tiny", "weights": "w",
-        "training": "a", "digits": 4, "scores_sha256": "", "budget": {"nfe": 1000.0}, "judging": {"split": "test", "seed": 1},
+        "training": "a", "digits": 4, "scores_sha256": "", "budget": {"nfe": 1000.0}, "evaluation": {"split": "test", "seed": 1},
         "prompts": {"test": "bb"}, "scorers": {"a": "a-1@é"}, "row": claims,
     }  # fmt: skip
-    return Baseline(**(facts | change)), Scores(by, strata)
+    return Baseline(**(facts | change)), BaselineScores(by, strata)
 
 
 @pytest.mark.parametrize("strata", [None, ["x", "x", "x", "y, z", "y, z", "y, z"]])

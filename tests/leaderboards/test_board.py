@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.record import Flags, Number, ScorerUse
 from gpobench.bench.stats import intervals
-from gpobench.leaderboards.board import Board, Row, Run, board, left_out, load
+from gpobench.leaderboards.board import Board, BoardRow, LoadedRun, board, left_out, load
 
 Make = Callable[..., Path]
 KEY = "other/exact"
 
 
-def row(b: Board, label: str) -> Row:
+def row(b: Board, label: str) -> BoardRow:
     return next(r for r in b.rows if r.label == label)
 
 
@@ -218,7 +218,7 @@ def test_order_changes_nothing(data: st.DataObject, make: Make, tmp_path: Path) 
     assert [r.cells[KEY].after.mean for r in other.rows] == pytest.approx([r.cells[KEY].after.mean for r in first.rows])
 
 
-def in_memory(run: Run, method: str, seed: int, after: np.ndarray) -> Run:
+def in_memory(run: LoadedRun, method: str, seed: int, after: np.ndarray) -> LoadedRun:
     known = run.record.model_copy(update={"method": method, "seed": seed})
     return replace(run, folder=Path(f"{method}{seed}"), record=known, after=dict.fromkeys(run.after, after))
 
@@ -351,7 +351,7 @@ def test_a_record_that_says_invalid_is_believed(make: Make) -> None:
         ({"provenance": {"weights": "w2"}}, "weights of the model: w1"),
         ({"config": {"budget": {"name": "x", "nfe": 2000.0}}}, "budget nfe: 1000.0"),
         ({"config": {"budget": {"name": "x", "seconds": 9.0}}}, "budget nfe: 1000.0"),
-        ({"config": {"judging": {"split": "validation", "seed": 1}}}, "judging split: test"),
+        ({"config": {"evaluation": {"split": "validation", "seed": 1}}}, "judging split: test"),
         ({"prompts": {"test": "cc"}}, "prompts of split test: bb"),
         (
             {"scorers": {"other": ScorerUse(id="other-2", role="held-out", calls=0, seconds=0, errors=0)}},

@@ -15,7 +15,7 @@ from gpobench.bench.evaluation.record import Record
 from gpobench.bench.experiments import jobs
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import resolve
-from gpobench.bench.progress import Silent
+from gpobench.bench.progress import NullProgress
 from gpobench.leaderboards.baseline import read
 from gpobench.leaderboards.board import load
 from gpobench.leaderboards.commands import regress
@@ -24,7 +24,7 @@ from gpobench.methods.gpo import GPO
 
 Train = Callable[..., Record]
 SETS = """optim.epochs=1 optim.minibatches=1 optim.weight_decay=0 optim.ema=0 optim.warmup=0 optim.lr=3e-3 prompts=6 group=12
-beta=30 noisy=0 judging.marks=1""".split()
+beta=30 noisy=0 evaluation.eval_points=1""".split()
 KEYS = {"redness/mean", "warmth/mean"}
 app = typer.Typer()
 app.command()(regress)
@@ -34,7 +34,7 @@ app.command()(regress)
 def train(tiny_pipe: Path, redness: str) -> Train:
     def one(out: Path, seed: int, *sets: str, task: str = "Many") -> Record:
         plan = resolve("gpo", f"{redness}:{task}", str(tiny_pipe), seed=seed, budget="nfe=16000", sets=[*SETS, *sets])
-        return running.run(plan, runs=out, view=Silent())
+        return running.run(plan, runs=out, progress=NullProgress())
 
     return one
 

@@ -286,7 +286,7 @@ OTHER = {
     "budget nfe is 2000.0 in": {"config": {"budget": {"nfe": 2000.0}}},
     "budget seconds is 9 in": {"config": {"budget": {"nfe": 1000.0, "seconds": 9}}},
     "weights of the model is w2 in": {"provenance": {"weights": "w2"}},
-    "judging seed is 2 in": {"config": {"judging": {"split": "test", "seed": 2}}},
+    "judging seed is 2 in": {"config": {"evaluation": {"split": "test", "seed": 2}}},
     "no run in common: .* is of awm, gpo on ocr with tiny; these are of sft on ocr with tiny": {"method": "sft"},
     "no run in common": {"task": "counting"},
     "no run in common.*these are of gpo on ocr with big": {"model": "big"},
@@ -595,9 +595,9 @@ def test_run_does_what_the_baseline_needs(tmp_path: Path) -> None:
         "--budget",
         "nfe=3000",
         "--set",
-        "judging.split=validation",
+        "evaluation.split=validation",
         "--set",
-        "judging.validation_images=2",
+        "evaluation.validation_images=2",
         "--out",
     ]
     subprocess.run([*command, *more, str(first)], check=True)

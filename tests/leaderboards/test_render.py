@@ -33,14 +33,19 @@ HOSTILE = r"""<script>alert("1")</script> | a & b_c $x$ {~^#%} \end{tabular} \\ 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, make_at: Callable[..., Path]) -> Board:
     """Three methods, one of them invalid, one with the hack flag; beside them what papers say of another model."""
-    home = tmp_path_factory.mktemp("runs")
+    run_dir = tmp_path_factory.mktemp("runs")
     for s in range(2):
         make_at(
-            home / f"gpo{s}", "gpo", s, 0.2, tuning={"trials": 8}, cmmd={"clip": Number(mean=0.1, ci=(0.0, 0.2), n=9)}
+            run_dir / f"gpo{s}",
+            "gpo",
+            s,
+            0.2,
+            tuning={"trials": 8},
+            cmmd={"clip": Number(mean=0.1, ci=(0.0, 0.2), n=9)},
         )
-    make_at(home / "awm", "awm", 0, 0.1, flags=Flags(hack=True, invalid=False))
-    make_at(home / "sft", "sft", 0, 0.0, flags=Flags(hack=False, invalid=True))
-    return replace(board(load([home]), resamples=300), reported=tuple(paper_numbers.beside("ocr", "sd35m")))
+    make_at(run_dir / "awm", "awm", 0, 0.1, flags=Flags(hack=True, invalid=False))
+    make_at(run_dir / "sft", "sft", 0, 0.0, flags=Flags(hack=False, invalid=True))
+    return replace(board(load([run_dir]), resamples=300), reported=tuple(paper_numbers.beside("ocr", "sd35m")))
 
 
 def named(b: Board, name: str) -> Board:

@@ -80,11 +80,11 @@ def test_it_asks_the_network_for_nothing(make_full: Make) -> None:
 
 def test_what_looks_like_markup_is_shown_not_obeyed(make_full: Make) -> None:
     plain = Seen(made(make_full("a")))
-    home = make_full("b", failures=[EVIL], stop=EVIL, provenance={"machine": EVIL})
-    table = pd.read_parquet(home / "scores.parquet")
+    run_dir = make_full("b", failures=[EVIL], stop=EVIL, provenance={"machine": EVIL})
+    table = pd.read_parquet(run_dir / "scores.parquet")
     table["text"], table["note"] = EVIL, EVIL
-    table.to_parquet(home / "scores.parquet", index=False)
-    text = made(home)
+    table.to_parquet(run_dir / "scores.parquet", index=False)
+    text = made(run_dir)
     evil = Seen(text)
     assert evil.scripts[1] == plain.scripts[1] and len(evil.scripts) == len(plain.scripts) == 2
     assert [tag for tag, _ in evil.tags].count("img") == [tag for tag, _ in plain.tags].count("img") == 0
@@ -151,8 +151,8 @@ def test_the_command_writes_page_and_plots(make: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
 def test_scores_that_are_not_there_are_no_error(make_full: Make, value: float) -> None:
-    home = make_full("a")
-    table = pd.read_parquet(home / "scores.parquet")
+    run_dir = make_full("a")
+    table = pd.read_parquet(run_dir / "scores.parquet")
     table.loc[(table.scorer == "engine") & (table.phase == "after"), "value"] = value
-    table.to_parquet(home / "scores.parquet", index=False)
-    json.dumps(data(made(home)), allow_nan=False)
+    table.to_parquet(run_dir / "scores.parquet", index=False)
+    json.dumps(data(made(run_dir)), allow_nan=False)

@@ -67,10 +67,10 @@ def test_the_pace_is_read_off_the_curves(make_full: Make) -> None:
 
 def test_a_run_without_marks_has_no_curve_and_a_damaged_file_is_said(make: Make, make_full: Make) -> None:
     assert report_data.curve("gpo", load([make("a")]), "nfe") is None
-    home = make_full("b")
-    (home / "curve.parquet").write_bytes(b"none")
+    run_dir = make_full("b")
+    (run_dir / "curve.parquet").write_bytes(b"none")
     with pytest.raises(UserError, match="curve.parquet"):
-        report_data.curve("gpo", load([home]), "nfe")
+        report_data.curve("gpo", load([run_dir]), "nfe")
 
 
 def test_a_part_is_the_mean_of_its_prompts(make: Make) -> None:
@@ -138,10 +138,10 @@ def test_an_album_fits_its_room_and_large_pictures_are_reduced(make_full: Make) 
 
 def test_runs_without_pictures_have_no_album(make: Make, make_full: Make) -> None:
     assert report_data.album({"gpo": load([make("a")])}, []) is None
-    home = make_full("b")
-    (home / "samples" / "images.npz").write_bytes(b"none")
+    run_dir = make_full("b")
+    (run_dir / "samples" / "images.npz").write_bytes(b"none")
     with pytest.raises(UserError, match="images.npz"):
-        report_data.album({"gpo": load([home])}, [])
+        report_data.album({"gpo": load([run_dir])}, [])
 
 
 def test_less_of_drift_and_of_spend_is_better(make: Make, look: Callable[..., tuple[np.ndarray, np.ndarray]]) -> None:

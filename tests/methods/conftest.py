@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.spec import Groups, Prompt, size
+from gpobench.bench.spec import Groups, Prompt, batch_size
 from gpobench.bench.training.rig import Rig
 from gpobench.bench.training.train import optimiser, train
 
@@ -29,18 +29,18 @@ class Lab:
 
     def rig(self, name: str = "Redness", push: float = 0.0, adapter: Adapter = Adapter(rank=8), seed: int = 0) -> Rig:
         """push: how far the live weights are moved from the reference."""
-        model = open_model(find(str(self._pipe)), device="cpu", adapter=adapter, seed=0)
+        model = open_model(find_model_spec(str(self._pipe)), device="cpu", adapter=adapter, seed=0)
         book, meter = [Prompt(p) for p in BOOK], Meter(Budget(nfe=1e9))
         self.made.append(Rig(model, book, scorer(f"{self._scorers}:{name}"), meter, seed=seed, rows=64))
         self.push(self.made[-1], push)
         return self.made[-1]
 
-    def push(self, rig: Rig, by: float, seed: int = 1) -> None:
+    def push(self, rig: Rig, weights: float, seed: int = 1) -> None:
         """Move the live weights a little, at random."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in rig.model.parameters():
-                p.add_(by * torch.randn(p.shape, generator=generator))
+                p.add_(weights * torch.randn(p.shape, generator=generator))
 
     def groups(self, rig: Rig, reward: list[list[float]], monkeypatch: pytest.MonkeyPatch) -> Groups:
         """From now on the rig draws these groups: random latents with these rewards."""
@@ -51,7 +51,7 @@ class Lab:
         return drawn
 
     def keys(self, batch: Any) -> torch.Tensor:
-        return torch.arange(size(batch)) + 5
+        return torch.arange(batch_size(batch)) + 5
 
     def loss(self, method: Any, rig: Rig, batch: Any) -> torch.Tensor:
         with rig.keyed(self.keys(batch)):
@@ -94,7 +94,7 @@ def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
     made: list[Rig] = []
 
     def build(name: str = "Redness", push: float = 0.0, adapter: Adapter = Adapter(rank=8), **bounds: float) -> Rig:
-        model = open_model(find(str(tiny_pipe)), device="cpu", adapter=adapter, seed=0)
+        model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=adapter, seed=0)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for p in model.parameters():

@@ -24,7 +24,7 @@ def praised(rig: Any) -> Praised:
 def moved(lab: Any) -> Any:
     """A rig whose live weights, old copy and reference all differ."""
     rig = lab.rig(push=0.05)
-    rig.model.blend("old", 0.0)
+    rig.model.update_copy("old", 0.0)
     lab.push(rig, 0.05, seed=2)
     return rig
 
@@ -33,13 +33,16 @@ def slow(lab: Any, rig: Any, method: AWM, batch: Praised) -> dict[str, torch.Ten
     """(N Kt,) float64: the times t, the advantages, the errors by weights, the distances "kl" and "lag"."""
     k = method.timesteps
     with rig.keyed(lab.keys(batch)):
-        t = method.times(rig, len(batch.who)).flatten()
+        t = method.times(rig, len(batch.prompt_ids)).flatten()
         eps = rig.noise(len(t)).double()
-    x0, who = batch.x0.repeat_interleave(k, 0).double(), batch.who.repeat_interleave(k)
+    x0, prompt_ids = batch.x0.repeat_interleave(k, 0).double(), batch.prompt_ids.repeat_interleave(k)
     mixed = (1 - t.double())[:, None, None, None] * x0 + t.double()[:, None, None, None] * eps
-    v = {by: rig.velocity(mixed.float(), t, who, by=by).double() for by in ("live", "ref", "old")}
-    square = {by: ((v[by] - (eps - x0)) ** 2).mean((1, 2, 3)) for by in v}
-    kl, lag = (((v["live"] - v[by]) ** 2).mean((1, 2, 3)) for by in ("ref", "old"))
+    v = {
+        weights: rig.velocity(mixed.float(), t, prompt_ids, weights=weights).double()
+        for weights in ("policy", "ref", "old")
+    }
+    square = {weights: ((v[weights] - (eps - x0)) ** 2).mean((1, 2, 3)) for weights in v}
+    kl, lag = (((v["policy"] - v[weights]) ** 2).mean((1, 2, 3)) for weights in ("ref", "old"))
     return {"t": t.double(), "adv": batch.adv.double().repeat_interleave(k), **square, "kl": kl, "lag": lag}
 
 
@@ -62,7 +65,7 @@ def test_the_loss_and_its_gradient_are_the_equation(
     method = AWM(form=form, off_policy=off_policy, clip=clip, beta=0.3, ema_beta=0.7, timesteps=2)
     batch = praised(moved)
     e = slow(lab, moved, method, batch)
-    ell = slow_fit(form, e["live"], e["t"])
+    ell = slow_fit(form, e["policy"], e["t"])
     ratio = (ell - (slow_fit(form, e["old"], e["t"]) if off_policy else ell).detach()).exp()
     pessimistic = torch.stack([-e["adv"] * ratio, -e["adv"] * ratio.clamp(1 - clip, 1 + clip)]).amax(0)
     expected = (pessimistic + 0.3 * e["kl"] + 0.7 * e["lag"]).mean()
@@ -83,7 +86,7 @@ def test_on_policy_it_is_flow_matching_weighted_by_advantages(lab: Any, moved: A
     assert float(loss.detach()) == pytest.approx(-float(batch.adv.mean()), abs=1e-6)
     assert moved.mean("policy/ratio") == 1
     e = slow(lab, moved, method, batch)
-    one, two = lab.gradient(moved, loss), lab.gradient(moved, (e["adv"] * e["live"]).mean())
+    one, two = lab.gradient(moved, loss), lab.gradient(moved, (e["adv"] * e["policy"]).mean())
     assert float((one - two).norm()) < 1e-4 * float(two.norm())
 
 
@@ -92,7 +95,7 @@ def test_an_image_beyond_the_clip_teaches_nothing(lab: Any, moved: Any, sign: fl
     method = AWM(form="uniform", off_policy=True, clip=1e-6, timesteps=1, **FREE)
     batch = replace(praised(moved), adv=torch.full((5,), sign))
     e = slow(lab, moved, method, batch)
-    ratio = (e["old"] - e["live"]).exp()
+    ratio = (e["old"] - e["policy"]).exp()
     beyond = (ratio > 1) if sign > 0 else (ratio < 1)  # it has moved its own way already
     assert 0 < int(beyond.sum()) < 5
     loss = lab.loss(method, moved, batch)
@@ -133,7 +136,7 @@ def test_advantages_lie_between_minus_one_and_one(lab: Any, monkeypatch: pytest.
 
 def test_the_old_copy_follows_where_it_is_needed(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, decays = lab.rig(), list[float]()
-    blend = rig.model.blend
+    blend = rig.model.update_copy
     monkeypatch.setattr(rig.model, "blend", lambda name, decay: (decays.append(decay), blend(name, decay)))
     kernels: list[Any] = []
     drawn = rig.groups

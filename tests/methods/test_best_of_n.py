@@ -19,14 +19,14 @@ import torch
 from gpobench.bench import model_spec as cards
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluation.evaluator import protocol
+from gpobench.bench.evaluation.evaluator import sample_protocol
 from gpobench.bench.evaluation.record import Record
 from gpobench.bench.evaluation.search import answers, search
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import Config, resolve
 from gpobench.bench.experiments.run import Interrupted
 from gpobench.bench.models.open import open_model
-from gpobench.bench.progress import Silent
+from gpobench.bench.progress import NullProgress
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt, Scores, Search
 from gpobench.bench.training.rig import Rig
@@ -41,7 +41,7 @@ def make(tiny_pipe: Path, redness: str) -> Iterator[Callable[..., Rig]]:
     made: list[Rig] = []
 
     def build(judge: Any = "Redness", rows: int = 64, **bounds: float) -> Rig:
-        model = open_model(cards.find(str(tiny_pipe)), device="cpu", seed=0)
+        model = open_model(cards.find_model_spec(str(tiny_pipe)), device="cpu", seed=0)
         judge = scorer(f"{redness}:{judge}") if isinstance(judge, str) else judge
         made.append(Rig(model, BOOK, judge, Meter(Budget(**bounds or {"nfe": 1e9})), rows=rows))
         return made[-1]
@@ -156,7 +156,7 @@ def test_what_could_not_be_scored_never_wins(make: Any) -> None:
     nan = math.nan
     rig = make(Says([0, nan, nan, 5, 1], [nan, 1, nan, 5, 2], [1, nan, nan, nan, nan]))
     method = BestOfN(n=3)
-    x, who = rig.noise(5), torch.arange(5)
+    x, prompt_ids = rig.noise(5), torch.arange(5)
     draw = rig.noise
     starts = [x]
 
@@ -165,8 +165,8 @@ def test_what_could_not_be_scored_never_wins(make: Any) -> None:
         return starts[-1]
 
     rig.noise = noise
-    best = method.answer(rig, x, who, 5)
-    candidates = [protocol(rig.model, start, rig.texts(who), by="ref") for start in starts]
+    best = method.answer(rig, x, prompt_ids, 5)
+    candidates = [sample_protocol(rig.model, start, rig.texts(prompt_ids), weights="ref") for start in starts]
     for row, which in enumerate([2, 1, 0, 0, 1]):  # the third row was never scored, the fourth is a tie
         assert torch.allclose(best[row], candidates[which][row], atol=1e-5)
     assert rig.meter.errors == 8
@@ -184,7 +184,7 @@ def plan(tiny_pipe: Path, redness: str) -> Callable[..., Config]:
 
 
 def start(config: Config, folder: Path, **more: Any) -> Record:
-    return running.run(config, runs=folder, view=Silent(), **more)
+    return running.run(config, runs=folder, progress=NullProgress(), **more)
 
 
 def table(done: Record) -> pd.DataFrame:
@@ -200,27 +200,27 @@ def test_one_candidate_is_the_base_to_the_last_bit(plan: Any, tmp_path: Path) ->
 
 def test_a_run_leaves_all_but_an_adapter(plan: Any, tmp_path: Path) -> None:
     done = start(plan(), tmp_path)
-    home = Path(done.run_dir)
+    run_dir = Path(done.run_dir)
     assert done.stop == "search: 10 candidates an image" and done.spent["updates"] == 0
     assert done.nfe_by_role == {"inference": done.spent["nfe"]} and done.spent["nfe"] == 12 * 10 * STEPS <= 500
     assert done.scorers["redness"].calls == 120 and done.scorers["warmth"].calls == 0
     scores = table(done)[lambda t: t.scorer == "redness"]
     before, after = (scores[scores.phase == phase].value.to_numpy() for phase in ("before", "after"))
     assert (after >= before).all() and done.delta["redness/mean"].mean > 0.05  # type: ignore[operator]
-    files = {p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file()}
+    files = {p.relative_to(run_dir).as_posix() for p in run_dir.rglob("*") if p.is_file()}
     assert files >= {"record.json", "metrics.jsonl", "curve.png", "samples/pairs.png", "README.md", "config.toml"}
-    assert not (home / "adapter").exists()
-    card = (home / "README.md").read_text()
-    assert "without training" in card and "load_lora" not in card and "held-out" in card
+    assert not (run_dir / "adapter").exists()
+    model_spec = (run_dir / "README.md").read_text()
+    assert "without training" in model_spec and "load_lora" not in model_spec and "held-out" in model_spec
     assert len(done.curve) == 2 and [p.spent["nfe"] for p in done.curve] == [0, done.spent["nfe"]]
     first, last = (p.scores["redness/mean"] for p in done.curve)
     assert first.n == last.n == 2 and last.mean > first.mean  # type: ignore[operator]
-    (line,) = [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
+    (line,) = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert line["iteration"] == 1 and line["search/best"] == pytest.approx(done.after["redness/mean"].mean, abs=1e-4)
 
 
 def test_on_validation_no_test_prompt_is_touched(plan: Any, tmp_path: Path) -> None:
-    done = start(plan("judging.split=validation"), tmp_path)
+    done = start(plan("evaluation.split=validation"), tmp_path)
     assert done.stop == "search: 62 candidates an image" and done.after["redness/mean"].n == 2
     assert done.curve[-1].scores["redness/mean"] == done.after["redness/mean"]
     assert set(table(done).text) == {"four red circles", "five blue triangles"}

@@ -16,12 +16,12 @@ import torch
 from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.flow import Kernel, Step, cps, dance, ddim, ddim_grid, ddpm, mix, sde, to_velocity
-from gpobench.bench.model_spec import find
+from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models.open import open_model
-from gpobench.bench.spec import Optim, Prompt, size
+from gpobench.bench.spec import Optim, Prompt, batch_size
 from gpobench.bench.training.rig import Rig
 from gpobench.bench.training.train import optimiser, train
-from gpobench.methods.gpo import GPO, Weighed
+from gpobench.methods.gpo import GPO, WeightedGroups
 
 BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle", "a photo"]
 FAMILIES = ("tiny_pipe", "tiny_unet")
@@ -49,8 +49,8 @@ def make(request: pytest.FixtureRequest, redness: str) -> Iterator[Callable[...,
     made: list[Rig] = []
 
     def rig(family: str, push: float = 0.0) -> Rig:
-        card = find(str(request.getfixturevalue(family)))
-        model = open_model(card, device="cpu", adapter=card.adapter, seed=0)
+        model_spec = find_model_spec(str(request.getfixturevalue(family)))
+        model = open_model(model_spec, device="cpu", adapter=model_spec.adapter, seed=0)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for p in model.parameters():
@@ -65,7 +65,7 @@ def make(request: pytest.FixtureRequest, redness: str) -> Iterator[Callable[...,
 
 
 def keyed_loss(method: Any, rig: Rig, batch: Any) -> torch.Tensor:
-    with rig.keyed(torch.arange(size(batch)) + 5):
+    with rig.keyed(torch.arange(batch_size(batch)) + 5):
         return method.loss(rig, batch)
 
 
@@ -77,7 +77,7 @@ def keyed_loss(method: Any, rig: Rig, batch: Any) -> torch.Tensor:
 def test_every_method_has_a_gradient_on_both_families(make: Any, name: str, family: str) -> None:
     rig, method = make(family, push=0.02), build(name)
     batch = method.collect(rig)
-    assert size(batch) > 0
+    assert batch_size(batch) > 0
     loss = keyed_loss(method, rig, batch)
     assert loss.ndim == 0 and bool(loss.isfinite())
     loss.backward()
@@ -138,7 +138,7 @@ def test_the_first_gradient_of_gpo_is_finite_at_every_time(make: Any, monkeypatc
         # sigmoid(log(t / (1 - t))) is t, and 1 in float32 from 17 on
         number = math.log(time / (1 - time)) if time < 1 else 30.0
         monkeypatch.setattr(rig, "normal", lambda n, number=number: torch.full((n,), number))
-        batch = Weighed(drawn.x0, drawn.who, drawn.reward, drawn.adv)
+        batch = WeightedGroups(drawn.x0, drawn.prompt_ids, drawn.reward, drawn.adv)
         loss = keyed_loss(method, rig, batch)
         gradients = torch.autograd.grad(loss, rig.model.parameters())
         assert bool(loss.isfinite()) and all(bool(g.isfinite().all()) for g in gradients), time
@@ -149,11 +149,11 @@ def test_the_error_of_a_noise_model_is_the_error_of_the_noise(make: Any) -> None
     """Published betas of epsilon models refer to it."""
     rig = make("tiny_unet", push=0.05)
     x0, eps = rig.noise(4), rig.noise(4)
-    t, who = torch.tensor([1.0, 0.7, 0.3, 0.002]), torch.tensor([0, 1, 2, 3])
+    t, prompt_ids = torch.tensor([1.0, 0.7, 0.3, 0.002]), torch.tensor([0, 1, 2, 3])
     x, _ = mix(rig.path, x0, eps, t)
     with torch.no_grad():
         said = rig.model.unet(x, (t * 1000 - 1).round(), rig.model.encode(BOOK[:4])["text"]).sample
-    (error,) = rig.errors(x0, who, t, eps, "live")
+    (error,) = rig.errors(x0, prompt_ids, t, eps, "policy")
     assert torch.allclose(error.detach(), (said - eps).square().mean((1, 2, 3)), rtol=2e-3)
 
 

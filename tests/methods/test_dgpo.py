@@ -25,18 +25,20 @@ def timed(rig: Any) -> Timed:
 def slow_errors(lab: Any, rig: Any, batch: Timed) -> dict[str, torch.Tensor]:
     """(N, G) float64 by weights: mean (v - (eps - x0))^2, and the distance to the reference under "kl"."""
     with rig.keyed(lab.keys(batch)):
-        eps = rig.noise(len(batch.who))
-    out: dict[str, list[torch.Tensor]] = {"live": [], "ref": [], "old": [], "kl": []}
-    for n in range(len(batch.who)):
+        eps = rig.noise(len(batch.prompt_ids))
+    out: dict[str, list[torch.Tensor]] = {"policy": [], "ref": [], "old": [], "kl": []}
+    for n in range(len(batch.prompt_ids)):
         t, x0, noise = batch.t[n].double(), batch.x0[n].double(), eps[n].double()
         x = (1 - t) * x0 + t * noise
         v = {
-            by: rig.velocity(x.float(), batch.t[n].repeat(4), batch.who[n].repeat(4), by=by).double()
-            for by in ("live", "ref", "old")
+            weights: rig.velocity(
+                x.float(), batch.t[n].repeat(4), batch.prompt_ids[n].repeat(4), weights=weights
+            ).double()
+            for weights in ("policy", "ref", "old")
         }
-        for by in v:
-            out[by].append(((v[by] - (noise - x0)) ** 2).mean((1, 2, 3)))
-        out["kl"].append(((v["live"] - v["ref"]) ** 2).mean((1, 2, 3)))
+        for weights in v:
+            out[weights].append(((v[weights] - (noise - x0)) ** 2).mean((1, 2, 3)))
+        out["kl"].append(((v["policy"] - v["ref"]) ** 2).mean((1, 2, 3)))
     return {key: torch.stack(rows) for key, rows in out.items()}
 
 
@@ -44,7 +46,7 @@ def slow_errors(lab: Any, rig: Any, batch: Timed) -> dict[str, torch.Tensor]:
 def moved(lab: Any) -> Any:
     """A rig whose live weights, old copy and reference all differ."""
     rig = lab.rig(push=0.05)
-    rig.model.blend("old", 0.0)
+    rig.model.update_copy("old", 0.0)
     lab.push(rig, 0.05, seed=2)
     return rig
 
@@ -55,11 +57,11 @@ def test_the_loss_and_its_gradient_are_the_equation(lab: Any, moved: Any, clip: 
     batch, method = timed(moved), DGPO(group=4, beta=beta, clip=clip, kl=0.3)
     e = slow_errors(lab, moved, batch)
     a, known = batch.adv.double(), batch.reward.isfinite()
-    weight = 1 / (1 + (-(beta / 4) * (a * (e["live"] - e["ref"])).sum(1, keepdim=True)).exp())
-    ratio = (e["old"] - e["live"]).exp()
+    weight = 1 / (1 + (-(beta / 4) * (a * (e["policy"] - e["ref"])).sum(1, keepdim=True)).exp())
+    ratio = (e["old"] - e["policy"]).exp()
     free = (~(((a > 0) & (ratio > 1 + clip)) | ((a <= 0) & (ratio < 1 - clip)))).double() if clip else 1.0
-    constant = e["live"].detach()
-    taught = constant + free * (e["live"] - constant)
+    constant = e["policy"].detach()
+    taught = constant + free * (e["policy"] - constant)
     kl = sum((e["kl"][n] * known[n]).sum() / known[n].sum() for n in range(4)) / 4
     lab.agree(moved, lab.loss(method, moved, batch), (weight.detach() * a * taught).mean() + 0.3 * kl)
     if clip == 1e-3:
@@ -71,7 +73,7 @@ def test_where_nothing_is_clipped_the_gradient_is_that_of_gpo(lab: Any, moved: A
     batch = timed(moved)
     e = slow_errors(lab, moved, batch)
     one = lab.gradient(moved, lab.loss(DGPO(group=4, beta=40.0, clip=clip, kl=0), moved, batch))
-    two = lab.gradient(moved, gpo(batch.adv.double(), e["live"], e["ref"], 40.0).mean())
+    two = lab.gradient(moved, gpo(batch.adv.double(), e["policy"], e["ref"], 40.0).mean())
     assert float((one - two).norm()) < 2e-4 * float(two.norm())
 
 
@@ -82,7 +84,7 @@ def test_the_times_are_the_samplers_own_early_ones_and_all_groups_share_them(lab
         batch = method.collect(rig)
         t = batch.t.view(3, 4)
         assert (t == t[0]).all() and len(set(t[0].tolist())) == 4
-        assert torch.equal(batch.who.view(3, 4), batch.who.view(3, 4)[:, :1].expand(3, 4))
+        assert torch.equal(batch.prompt_ids.view(3, 4), batch.prompt_ids.view(3, 4)[:, :1].expand(3, 4))
         assert all(torch.equal(batch.x0[4 * g], batch.x0[4 * g + 3]) for g in range(3))
         seen |= set(t[0].tolist())
     assert seen == set(rig.model.times(10)[:6].tolist())
@@ -97,12 +99,12 @@ def test_advantages_are_clamped(lab: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_old_copy_follows_and_then_samples(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig, decays, by = lab.rig(), list[float](), list[Any]()
-    drawn, blend = rig.groups, rig.model.blend
+    rig, decays, weights = lab.rig(), list[float](), list[Any]()
+    drawn, blend = rig.groups, rig.model.update_copy
     monkeypatch.setattr(rig.model, "blend", lambda name, decay: (decays.append(decay), blend(name, decay)))
 
     def groups(*args: Any, **kwargs: Any) -> Any:
-        by.append((kwargs["by"], kwargs["kernel"]))
+        weights.append((kwargs["by"], kwargs["kernel"]))
         return drawn(*args, **kwargs)
 
     monkeypatch.setattr(rig, "groups", groups)
@@ -111,6 +113,6 @@ def test_the_old_copy_follows_and_then_samples(lab: Any, monkeypatch: pytest.Mon
         DGPO(prompts=1, group=2, switch=200, optim=optim).collect(rig)
     # updates / 1000 up to 0.3; six updates an iteration
     assert decays == pytest.approx([0.0, 0.006, 0.198, 0.204, 0.294, 0.3, 0.3])
-    assert by == [("live", dpm2)] * 3 + [("old", dpm2)] * 4
+    assert weights == [("policy", dpm2)] * 3 + [("old", dpm2)] * 4
     DGPO(prompts=1, group=2, switch=0, solver="ode").collect(rig)
-    assert by[-1] == ("old", ode)
+    assert weights[-1] == ("old", ode)

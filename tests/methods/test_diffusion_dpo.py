@@ -19,9 +19,9 @@ from gpobench.bench.experiments.make_pairs import make_pairs
 from gpobench.bench.flow import mix
 from gpobench.bench.losses import apart, dpo
 from gpobench.bench.model_spec import SMALL
-from gpobench.bench.progress import Silent
+from gpobench.bench.progress import NullProgress
 from gpobench.bench.registry import load
-from gpobench.bench.spec import Optim, Pairs, take
+from gpobench.bench.spec import Optim, Pairs, select_rows
 from gpobench.bench.training import checkpoint
 from gpobench.bench.training.pairs import compare
 from gpobench.bench.training.rig import Rig
@@ -36,12 +36,12 @@ BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squar
 def dataset(tiny_pipe: Path, redness: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Pairs that `gpobench pairs` makes of the base's own images."""
     out = tmp_path_factory.mktemp("pairs")
-    make_pairs(str(tiny_pipe), f"{redness}:Paint", out, view=Silent(), prompts=24, group=6, seed=3)
+    make_pairs(str(tiny_pipe), f"{redness}:Paint", out, progress=NullProgress(), prompts=24, group=6, seed=3)
     return str(out)
 
 
 def keyed_loss(method: DiffusionDPO, rig: Rig, batch: Pairs) -> torch.Tensor:
-    with rig.keyed(torch.arange(len(batch.who)) + 5):
+    with rig.keyed(torch.arange(len(batch.prompt_ids)) + 5):
         return method.loss(rig, batch)
 
 
@@ -56,7 +56,7 @@ def go(method: DiffusionDPO, rig: Rig, adam: torch.optim.Optimizer, iterations: 
 
 
 def weights(rig: Rig) -> dict[str, torch.Tensor]:
-    return rig.model.weights.state()  # type: ignore[attr-defined]
+    return rig.model.lora.state()  # type: ignore[attr-defined]
 
 
 # The loss
@@ -67,7 +67,7 @@ def weights(rig: Rig) -> dict[str, torch.Tensor]:
 def test_at_the_reference_the_loss_is_log_two_over_beta(make: Any, beta: float, choose: Any) -> None:
     rig, method = make(), DiffusionDPO(prompts=3, group=4, beta=beta, choose=choose)
     batch = method.collect(rig)
-    assert len(batch.who) == (18 if choose == "all" else 3)
+    assert len(batch.prompt_ids) == (18 if choose == "all" else 3)
     assert float(keyed_loss(method, rig, batch).detach()) == pytest.approx(math.log(2) / beta, rel=1e-6)
     assert rig.mean("policy/kl") == 0 and rig.mean("policy/accuracy") == 0.5
     assert rig.mean("policy/error_win") > 0 and rig.mean("policy/error_lose") > 0
@@ -79,7 +79,7 @@ def test_loss_and_gradient_are_the_closed_form_in_float64(make: Any, times: Any)
     rig = make(push=0.05)
     method = DiffusionDPO(prompts=4, group=2, beta=50.0, noisy=0.3, times=times)
     batch = method.collect(rig)
-    n, beta = len(batch.who), method.beta
+    n, beta = len(batch.prompt_ids), method.beta
     got = keyed_loss(method, rig, batch)
     with rig.keyed(torch.arange(n) + 5):
         u = rig.normal(n).sigmoid() if times == "logit-normal" else rig.uniform(n)
@@ -90,9 +90,11 @@ def test_loss_and_gradient_are_the_closed_form_in_float64(make: Any, times: Any)
     errors: list[torch.Tensor] = []
     for x0 in (batch.win, batch.lose):
         x, target = mix(rig.path, x0, eps, t)
-        v.append(rig.velocity(x, t, batch.who))
+        v.append(rig.velocity(x, t, batch.prompt_ids))
         gap.append(v[-1].detach().double() - target.double())
-        ref = (rig.velocity(x, t, batch.who, by="ref").double() - target.double()).square().flatten(1).mean(1)
+        ref = (
+            (rig.velocity(x, t, batch.prompt_ids, weights="ref").double() - target.double()).square().flatten(1).mean(1)
+        )
         live = gap[-1].square().flatten(1).mean(1)
         errors += [live, ref]
         s.append(live - ref)
@@ -113,7 +115,7 @@ def test_swapping_winner_and_loser_mirrors_the_loss(make: Any) -> None:
     rig, method = make(push=0.05), DiffusionDPO(prompts=1, group=2, beta=80.0)
     batch = method.collect(rig)
     there = float(keyed_loss(method, rig, batch).detach())
-    back = float(keyed_loss(method, rig, Pairs(batch.lose, batch.win, batch.who)).detach())
+    back = float(keyed_loss(method, rig, Pairs(batch.lose, batch.win, batch.prompt_ids)).detach())
     assert 2 * math.log(2) / 80 <= there + back and there != back
     assert math.expm1(80 * there) * math.expm1(80 * back) == pytest.approx(1, rel=1e-3)  # e^z e^-z
 
@@ -126,7 +128,7 @@ def test_splitting_the_rows_changes_nothing(make: Any) -> None:
     parts = [torch.zeros_like(g) for g in whole]
     for rows in torch.arange(5).split(2):
         with rig.keyed(keys[rows]):
-            loss = method.loss(rig, take(batch, rows)) * (len(rows) / 5)
+            loss = method.loss(rig, select_rows(batch, rows)) * (len(rows) / 5)
         for total, g in zip(parts, torch.autograd.grad(loss, rig.model.parameters()), strict=True):
             total += g
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(whole, parts, strict=True))
@@ -159,7 +161,7 @@ def test_pairs_are_those_of_a_search_by_hand(
     real = rig.groups
     monkeypatch.setattr(rig, "groups", lambda *a, **k: kept.append(real(*a, **k)) or kept[-1])
     batch = DiffusionDPO(prompts=5, group=4, choose=choose, gap=gap).collect(rig)
-    assert rig.mean("pairs/kept") == len(batch.who)
+    assert rig.mean("pairs/kept") == len(batch.prompt_ids)
     apart: dict[int, list[tuple[int, int]]] = {}
     for p, row in enumerate(reward.tolist()):
         found = [(i, j) for i in range(4) for j in range(4) if row[i] - row[j] > gap]
@@ -173,7 +175,7 @@ def test_pairs_are_those_of_a_search_by_hand(
             next(i for i in range(4) if torch.equal(x0[p, i], win)),
             next(j for j in range(4) if torch.equal(x0[p, j], lose)),
         )
-        for p, win, lose in zip(batch.who.tolist(), batch.win, batch.lose, strict=True)
+        for p, win, lose in zip(batch.prompt_ids.tolist(), batch.win, batch.lose, strict=True)
     ]
     if choose == "all":
         assert got == [(p, i, j) for p, found in apart.items() for i, j in found]
@@ -220,11 +222,11 @@ def test_groups_without_spread_or_scores_make_no_pair(make: Any) -> None:
     for name in ("Constant", "Raises"):
         rig, method = make(name), DiffusionDPO(prompts=3, group=4)
         batch = method.collect(rig)
-        assert len(batch.who) == 0 and rig.mean("groups/informative") == 0 and rig.mean("pairs/kept") == 0
+        assert len(batch.prompt_ids) == 0 and rig.mean("groups/informative") == 0 and rig.mean("pairs/kept") == 0
         assert rig.meter.images == 12  # paid for all the same
 
 
-@pytest.mark.parametrize("collector", ["live", "reference"])
+@pytest.mark.parametrize("collector", ["policy", "reference"])
 def test_after_a_refresh_the_policy_is_the_reference(make: Any, collector: Any) -> None:
     rig = make()
     method = DiffusionDPO(prompts=3, group=4, refresh=2, collector=collector, optim=Optim(lr=1e-3, minibatches=1))
@@ -241,9 +243,9 @@ def test_who_collects(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rig = make()
     real = rig.groups
     monkeypatch.setattr(rig, "groups", lambda *a, **k: asked.append(k["by"]) or real(*a, **k))
-    for collector, refresh in (("live", 0), ("live", 3), ("reference", 0), ("reference", 3)):
+    for collector, refresh in (("policy", 0), ("policy", 3), ("reference", 0), ("reference", 3)):
         DiffusionDPO(prompts=1, group=2, collector=collector, refresh=refresh).collect(rig)  # type: ignore[arg-type]
-    assert asked == ["live", "live", "ref", "old"]
+    assert asked == ["policy", "policy", "ref", "old"]
 
 
 # Given pairs
@@ -278,7 +280,15 @@ def test_learning_from_given_pairs_ranks_pairs_it_never_saw(
     make: Any, tiny_pipe: Path, redness: str, tmp_path: Path
 ) -> None:
     for name, seed in (("seen", 3), ("unseen", 99)):
-        make_pairs(str(tiny_pipe), f"{redness}:Paint", tmp_path / name, view=Silent(), prompts=100, group=8, seed=seed)
+        make_pairs(
+            str(tiny_pipe),
+            f"{redness}:Paint",
+            tmp_path / name,
+            progress=NullProgress(),
+            prompts=100,
+            group=8,
+            seed=seed,
+        )
     rig = make(adapter=SMALL["adapter"])
     optim = Optim(lr=3e-3, weight_decay=0, minibatches=1)
     method = DiffusionDPO(pairs=str(tmp_path / "seen"), prompts=32, beta=30.0, optim=optim)
@@ -336,8 +346,10 @@ def test_it_makes_the_model_better(make: Any) -> None:
     why = train(method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(), after=lambda numbers: None)
     assert why == "budget: nfe"
     rig.meter = Meter(Budget(nfe=1e9))
-    x, who = rig.noise(60), torch.arange(6).repeat(10)
-    gain = rig.score(rig.sample(x, who), who) - rig.score(rig.sample(x, who, by="ref"), who)  # on the same noise
+    x, prompt_ids = rig.noise(60), torch.arange(6).repeat(10)
+    gain = rig.score(rig.sample(x, prompt_ids), prompt_ids) - rig.score(
+        rig.sample(x, prompt_ids, weights="ref"), prompt_ids
+    )  # on the same noise
     assert float(gain.mean()) > 5 * float(gain.std()) / math.sqrt(60)
 
 
@@ -373,7 +385,7 @@ def test_its_presets_and_variants_resolve() -> None:
         plain = resolve("dpo", "ocr", model).settings
         assert resolve("dpo:random", "ocr", model).settings == replace(plain, choose="random")
         assert resolve("dpo:offline", "ocr", model).settings == replace(
-            plain, pairs="pairs", prompts=32, collector="live", refresh=0
+            plain, pairs="pairs", prompts=32, collector="policy", refresh=0
         )  # the reference of a fixed data set never moves
         gap = resolve("dpo:gap", "ocr", model).settings
         assert (gap.choose, gap.gap) == ("all", 0.25)

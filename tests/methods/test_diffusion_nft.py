@@ -10,24 +10,26 @@ import torch
 
 from gpobench.bench.flow import dpm2
 from gpobench.bench.spec import Optim
-from gpobench.methods.diffusion_nft import DiffusionNFT, Judged
+from gpobench.methods.diffusion_nft import DiffusionNFT, ScoredImages
 
 
-def judged(rig: Any) -> Judged:
+def judged(rig: Any) -> ScoredImages:
     x0 = torch.randn(4, *rig.model.shape, generator=torch.Generator().manual_seed(3))
-    return Judged(x0, torch.tensor([1, 1, 4, 0]), torch.tensor([0.9, 0.1, 0.5, 0.0]))
+    return ScoredImages(x0, torch.tensor([1, 1, 4, 0]), torch.tensor([0.9, 0.1, 0.5, 0.0]))
 
 
-def slow_loss(lab: Any, rig: Any, method: DiffusionNFT, batch: Judged) -> torch.Tensor:
+def slow_loss(lab: Any, rig: Any, method: DiffusionNFT, batch: ScoredImages) -> torch.Tensor:
     """In float64, from three forwards and the formulas of the rectified path."""
     k, b = method.count(rig.model.steps), method.mix
     with rig.keyed(lab.keys(batch)):
-        t = method.times(rig, len(batch.who)).flatten()
+        t = method.times(rig, len(batch.prompt_ids)).flatten()
         eps = rig.noise(len(t)).double()
-    x0, who = batch.x0.repeat_interleave(k, 0).double(), batch.who.repeat_interleave(k)
+    x0, prompt_ids = batch.x0.repeat_interleave(k, 0).double(), batch.prompt_ids.repeat_interleave(k)
     r, s = batch.good.double().repeat_interleave(k), t.double()[:, None, None, None]
     x = (1 - s) * x0 + s * eps
-    v, old, ref = (rig.velocity(x.float(), t, who, by=by).double() for by in ("live", "old", "ref"))
+    v, old, ref = (
+        rig.velocity(x.float(), t, prompt_ids, weights=weights).double() for weights in ("policy", "old", "ref")
+    )
     total = torch.zeros(len(t), dtype=torch.float64)
     for side, share in (((1 - b) * old + b * v, r), ((1 + b) * old - b * v, 1 - r)):
         gap = (x - s * side) - x0
@@ -39,7 +41,7 @@ def slow_loss(lab: Any, rig: Any, method: DiffusionNFT, batch: Judged) -> torch.
 @pytest.mark.parametrize("kl", [0.0, 0.5])
 def test_the_loss_and_its_gradient_are_the_equation(lab: Any, mix: float, kl: float) -> None:
     rig, method = lab.rig(push=0.05), DiffusionNFT(mix=mix, kl=kl, timesteps=2, bound=4.0)
-    rig.model.blend("old", 0.0)
+    rig.model.update_copy("old", 0.0)
     lab.push(rig, 0.05, seed=2)
     batch = judged(rig)
     lab.agree(rig, lab.loss(method, rig, batch), slow_loss(lab, rig, method, batch))
@@ -47,7 +49,7 @@ def test_the_loss_and_its_gradient_are_the_equation(lab: Any, mix: float, kl: fl
 
 def test_at_the_old_policy_the_gradient_goes_with_how_good_the_image_is(lab: Any) -> None:
     rig, method = lab.rig(push=0.05), DiffusionNFT(kl=0.0, timesteps=2)
-    rig.model.blend("old", 0.0)
+    rig.model.update_copy("old", 0.0)
     one = {}
     for r in (0.0, 0.25, 0.5, 0.8, 1.0):
         batch = replace(judged(rig), good=torch.full((4,), r))
@@ -103,8 +105,8 @@ def test_the_old_copy_lags_by_schedule_and_samples(
     method = DiffusionNFT(prompts=1, group=2, decay=decay)
     assert {updates: method.lag(updates) for updates in lags} == pytest.approx(lags)
     rig, asked, decays = lab.rig(), list[Any](), list[float]()
-    drawn, blend = rig.groups, rig.model.blend
-    monkeypatch.setattr(rig.model, "blend", lambda name, by: (decays.append(by), blend(name, by)))
+    drawn, blend = rig.groups, rig.model.update_copy
+    monkeypatch.setattr(rig.model, "blend", lambda name, weights: (decays.append(weights), blend(name, weights)))
     monkeypatch.setattr(rig, "groups", lambda *a, **k: (asked.append(k), drawn(*a, **k))[1])
     rig.iteration = 40
     replace(method, optim=Optim(minibatches=2)).collect(rig)

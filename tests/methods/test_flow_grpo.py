@@ -17,10 +17,10 @@ from gpobench.bench.errors import UserError
 from gpobench.bench.experiments.config import resolve
 from gpobench.bench.flow import ode, rectified
 from gpobench.bench.losses import guarded, standardise
-from gpobench.bench.model_spec import SMALL, Adapter, find
+from gpobench.bench.model_spec import SMALL, Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.spec import Optim, Prompt, size, take
+from gpobench.bench.spec import Optim, Prompt, batch_size, select_rows
 from gpobench.bench.training import checkpoint
 from gpobench.bench.training.rig import Rig
 from gpobench.bench.training.train import optimiser, train
@@ -46,7 +46,7 @@ every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 @pytest.fixture(scope="module")
 def shared(tiny_pipe: Path) -> Any:
-    return open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
+    return open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def make(shared: Any, tiny_pipe: Path, redness: str) -> Iterator[Any]:
         name: str = "Redness", push: float = 0.0, adapter: Adapter | None = None, rows: int = 64, **bounds: float
     ) -> Rig:
         shared.weights.restore(first)
-        own = adapter and open_model(find(str(tiny_pipe)), device="cpu", adapter=adapter, seed=0)
+        own = adapter and open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=adapter, seed=0)
         meter = Meter(Budget(**bounds or {"nfe": 1e9}))
         made.append(Rig(own or shared, [Prompt(p) for p in BOOK], scorer(f"{redness}:{name}"), meter, rows=rows))
         shove(made[-1], push)
@@ -94,7 +94,7 @@ def go_on(method: Any, rig: Rig, adam: torch.optim.Optimizer, iterations: int, s
 
 
 def keyed_loss(method: Any, rig: Rig, batch: Any) -> Tensor:
-    with rig.keyed(torch.arange(size(batch))):
+    with rig.keyed(torch.arange(batch_size(batch))):
         return method.loss(rig, batch)
 
 
@@ -132,16 +132,16 @@ def test_the_ratio_is_one_before_the_first_update(make: Any, method: Any, guidan
     """Whatever batch the log-probabilities come from: sampled 8 at once, asked again 5 at once."""
     rig, method = make(push=0.1, rows=8), replace(method, guidance=guidance)
     batch = method.collect(rig)
-    assert size(batch) > 5 and bool(batch.adv.abs().min() > 0)
-    for rows in torch.arange(size(batch)).split(5):
-        part = take(batch, rows)
+    assert batch_size(batch) > 5 and bool(batch.adv.abs().min() > 0)
+    for rows in torch.arange(batch_size(batch)).split(5):
+        part = select_rows(batch, rows)
         guided = {"guidance": guidance_of(method, rig)}
         with torch.no_grad():
             if isinstance(method, GRPOGuard):
-                mean, std, _ = step_of(method, rig.velocity(part.x, part.t, part.who, **guided), part)
+                mean, std, _ = step_of(method, rig.velocity(part.x, part.t, part.prompt_ids, **guided), part)
                 log_ratio = guarded(mean.float(), part.mean, part.to, std.float())
             else:
-                step = rig.step(method.kernel, part.x, part.t, part.s, part.who, **guided)
+                step = rig.step(method.kernel, part.x, part.t, part.s, part.prompt_ids, **guided)
                 log_ratio = step.logp(part.to, drop=method.sampler == "cps") - part.logp
         assert float(log_ratio.abs().max()) < 1e-6
         keyed_loss(method, rig, part)
@@ -156,7 +156,7 @@ def test_the_first_gradient_is_the_plain_policy_gradient(make: Any, method: Any,
     rig, method = make(), replace(method, guidance=guidance)
     batch = method.collect(rig)
     got = gradient(keyed_loss(method, rig, batch), rig)
-    v = rig.velocity(batch.x, batch.t, batch.who, guidance=guidance_of(method, rig))
+    v = rig.velocity(batch.x, batch.t, batch.prompt_ids, guidance=guidance_of(method, rig))
     mean, std, _ = step_of(method, v, batch)
     square = (batch.to.double() - mean) ** 2
     if getattr(method, "sampler", "sde") == "cps":
@@ -184,7 +184,7 @@ WEIGHTS = {
 def test_every_step_weighs_what_its_formula_says(make: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, method = make(), replace(METHODS[name], steps=10, **({"window": 9} if "mix" in name else {}))
     batch = method.collect(rig)
-    v = rig.velocity(batch.x, batch.t, batch.who).detach().requires_grad_()
+    v = rig.velocity(batch.x, batch.t, batch.prompt_ids).detach().requires_grad_()
     monkeypatch.setattr(rig, "velocity", lambda *args, **kwargs: v)
     (grad,) = torch.autograd.grad(keyed_loss(method, rig, batch), v)
     mean, std, _ = step_of(method, v.detach(), batch)
@@ -193,8 +193,8 @@ def test_every_step_weighs_what_its_formula_says(make: Any, name: str, monkeypat
     assert torch.allclose(grid, torch.tensor(SIGMAS), atol=1e-4)
     for k, weight in enumerate(WEIGHTS[name]):
         rows = batch.t == grid[k]
-        assert int(rows.sum()) == size(batch) / 9
-        scale = batch.adv[rows].view(-1, 1, 1, 1) * eps[rows] / grad[0].numel() / size(batch)
+        assert int(rows.sum()) == batch_size(batch) / 9
+        scale = batch.adv[rows].view(-1, 1, 1, 1) * eps[rows] / grad[0].numel() / batch_size(batch)
         each = (grad[rows] * scale).sum((1, 2, 3)) / (scale**2).sum((1, 2, 3))
         assert each.tolist() == pytest.approx([weight] * len(each), rel=0.02, abs=6e-4), k
 
@@ -204,7 +204,7 @@ def test_a_move_outside_the_clip_teaches_nothing_more(make: Any, method: Any, mo
     rig, method = make(), replace(method, **({"kl": 0.0} if isinstance(method, FlowGRPO) else {}))
     batch = method.collect(rig)
     shove(rig, 0.2)
-    v = rig.velocity(batch.x, batch.t, batch.who).detach().requires_grad_()
+    v = rig.velocity(batch.x, batch.t, batch.prompt_ids).detach().requires_grad_()
     monkeypatch.setattr(rig, "velocity", lambda *args, **kwargs: v)
     rig.notes()
     (grad,) = torch.autograd.grad(keyed_loss(method, rig, batch), v)
@@ -217,7 +217,7 @@ def test_a_move_outside_the_clip_teaches_nothing_more(make: Any, method: Any, mo
         log_ratio = ((batch.to - batch.mean) ** 2 - (batch.to - mean) ** 2).mean((1, 2, 3)) / (2 * std.flatten() ** 2)
     ratio = log_ratio.exp()
     silent = torch.where(batch.adv > 0, ratio > 1 + method.clip, ratio < 1 - method.clip)
-    assert 0 < int(silent.sum()) < size(batch)
+    assert 0 < int(silent.sum()) < batch_size(batch)
     assert torch.equal(grad.flatten(1).abs().sum(1) == 0, silent)
     assert rig.mean("policy/clipped") == pytest.approx(float(((ratio - 1).abs() > method.clip).float().mean()))
 
@@ -226,7 +226,7 @@ def test_a_move_outside_the_clip_teaches_nothing_more(make: Any, method: Any, mo
 def test_groups_without_spread_leave_no_rows(make: Any, method: Any) -> None:
     rig = make("Constant")
     batch = method.collect(rig)
-    assert size(batch) == 0 and rig.mean("groups/informative") == 0 and rig.meter.images == 8
+    assert batch_size(batch) == 0 and rig.mean("groups/informative") == 0 and rig.meter.images == 8
 
 
 @every_method
@@ -236,12 +236,12 @@ def test_an_image_without_a_score_teaches_nothing(make: Any, method: Any, monkey
 
     def learn(change: float) -> tuple[Any, Tensor]:
         rig = make()
-        walk = rig.moves
+        walk = rig.transitions
 
         def changed(*args: Any, **kwargs: Any) -> Any:
-            moves, _ = walk(*args, **kwargs)
-            lost = torch.isin(moves.image, torch.tensor([0, 7])).view(-1, 1, 1, 1)
-            return replace(moves, x=moves.x + change * lost, to=moves.to - change * lost), reward
+            transitions, _ = walk(*args, **kwargs)
+            lost = torch.isin(transitions.image, torch.tensor([0, 7])).view(-1, 1, 1, 1)
+            return replace(transitions, x=transitions.x + change * lost, to=transitions.to - change * lost), reward
 
         monkeypatch.setattr(rig, "moves", changed)
         batch = method.collect(rig)
@@ -315,8 +315,10 @@ def test_they_make_the_model_better(make: Any) -> None:
         rig = make(adapter=SMALL["adapter"], nfe=5_000)
         fit(method, rig, 1_000)
         rig.meter = Meter(Budget(nfe=1e9))
-        x, who = rig.noise(60), torch.arange(6).repeat(10)
-        gain = rig.score(rig.sample(x, who), who) - rig.score(rig.sample(x, who, by="ref"), who)
+        x, prompt_ids = rig.noise(60), torch.arange(6).repeat(10)
+        gain = rig.score(rig.sample(x, prompt_ids), prompt_ids) - rig.score(
+            rig.sample(x, prompt_ids, weights="ref"), prompt_ids
+        )
         assert float(gain.mean()) > 5 * float(gain.std()) / math.sqrt(60), method
 
 
@@ -346,7 +348,10 @@ def test_the_kl_is_its_formula(make: Any, form: Any, sampler: Any, guidance: flo
     got = keyed_loss(method, rig, batch)
 
     w = guidance_of(method, rig)
-    live, ref = (rig.velocity(batch.x, batch.t, batch.who, by=by, guidance=w).double() for by in ("live", "ref"))
+    live, ref = (
+        rig.velocity(batch.x, batch.t, batch.prompt_ids, weights=weights, guidance=w).double()
+        for weights in ("policy", "ref")
+    )
     dt = (batch.t - batch.s).double()
     (mean, std, scale), (mean_ref, _, _) = step_of(method, live, batch), step_of(method, ref, batch)
     if sampler == "cps":
@@ -376,7 +381,7 @@ def test_detaching_the_unconditional_branch_changes_the_gradient_only(make: Any)
 def test_with_hardly_any_noise_the_walk_is_the_ode(make: Any, sampler: Any) -> None:
     rig, method = make(), FlowGRPO(**FEW, sampler=sampler, noise_level=1e-6, kl=0.0)
     batch = method.collect(rig)
-    v = rig.velocity(batch.x, batch.t, batch.who).detach()
+    v = rig.velocity(batch.x, batch.t, batch.prompt_ids).detach()
     assert torch.allclose(batch.to, ode(rectified, batch.x, v, batch.t, batch.s).mean, atol=2e-5)
 
 
@@ -388,7 +393,7 @@ def test_the_first_steps_are_learnt_from_and_never_the_last(
     batch = method.collect(rig)
     grid = rig.model.times(steps)
     assert sorted(set(batch.t.tolist()), reverse=True) == grid[:learnt].tolist()
-    assert int(batch.image.unique().numel()) * learnt == size(batch)
+    assert int(batch.image.unique().numel()) * learnt == batch_size(batch)
     assert not torch.isclose(batch.to, batch.mean).all()
 
 
@@ -397,7 +402,9 @@ def test_only_the_window_is_noisy_and_it_goes_everywhere(make: Any, monkeypatch:
     grid, places = rig.model.times(6), []
     walked: list[Any] = []
     walk = rig.walk
-    monkeypatch.setattr(rig, "walk", lambda x, who, kernels, **k: walked.append(kernels) or walk(x, who, kernels, **k))
+    monkeypatch.setattr(
+        rig, "walk", lambda x, prompt_ids, kernels, **k: walked.append(kernels) or walk(x, prompt_ids, kernels, **k)
+    )
     for _ in range(12):
         batch = method.collect(rig)
         start = int(rig.notes()["rollout/window"])

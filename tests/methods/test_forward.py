@@ -16,7 +16,7 @@ import torch
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments.config import resolve
 from gpobench.bench.model_spec import SMALL
-from gpobench.bench.spec import Choice, Even, Log, Optim, size, take
+from gpobench.bench.spec import Choice, LogUniform, Optim, Uniform, batch_size, select_rows
 from gpobench.bench.training import checkpoint
 from gpobench.bench.training.train import optimiser
 from gpobench.methods.awm import AWM
@@ -75,7 +75,7 @@ def test_presets_resolve_and_the_search_space_fits(name: str) -> None:
         owner, _, leaf = key.rpartition(".")
         assert leaf in {f.name for f in fields(Optim if owner else KINDS[name])}
         ends = range_.options if isinstance(range_, Choice) else (range_.low, range_.high)
-        assert isinstance(range_, Choice | Even) or (isinstance(range_, Log) and range_.low > 0)
+        assert isinstance(range_, Choice | Uniform) or (isinstance(range_, LogUniform) and range_.low > 0)
         for value in ends:  # both ends are settings that make sense, beside the preset
             changed = {"optim": replace(method.optim, **{leaf: value})} if owner else {leaf: value}
             replace(method, **changed).cost(10, 1.0)
@@ -88,7 +88,7 @@ def test_presets_resolve_and_the_search_space_fits(name: str) -> None:
 def test_groups_without_spread_are_dropped_and_counted(lab: Any, name: str) -> None:
     rig = lab.rig("Constant")
     batch = small(name).collect(rig)
-    assert size(batch) == 0 and rig.mean("groups/informative") == 0 and rig.mean("reward/mean") == 1
+    assert batch_size(batch) == 0 and rig.mean("groups/informative") == 0 and rig.mean("reward/mean") == 1
     assert rig.meter.images == 12 and rig.meter.roles.keys() == {"rollout"}  # paid for all the same
 
 
@@ -103,7 +103,7 @@ def test_an_image_without_a_score_leaves_no_trace(lab: Any, name: str, monkeypat
         drawn.x0[drawn.reward.isnan()] += shift
         rig.rng.manual_seed(3)
         batch = method.collect(rig)
-        assert set(batch.who.tolist()) == {0, 2}  # one scored image is no group
+        assert set(batch.prompt_ids.tolist()) == {0, 2}  # one scored image is no group
         loss = lab.loss(method, rig, batch)
         assert bool(loss.isfinite())
         found.append(lab.gradient(rig, loss))
@@ -120,12 +120,12 @@ def test_splitting_a_batch_changes_nothing(lab: Any, name: str) -> None:
     method = small(name, timesteps=2)
     batch = method.collect(rig)
     lab.push(rig, 0.05, seed=2)  # away from the old copy
-    rows, keys = size(batch), lab.keys(batch)
+    rows, keys = batch_size(batch), lab.keys(batch)
     whole = lab.gradient(rig, lab.loss(method, rig, batch))
     parts = torch.zeros_like(whole)
     for some in torch.arange(rows).split(2):
         with rig.keyed(keys[some]):
-            parts += lab.gradient(rig, method.loss(rig, take(batch, some)) * (len(some) / rows))
+            parts += lab.gradient(rig, method.loss(rig, select_rows(batch, some)) * (len(some) / rows))
     assert float(whole.norm()) > 1e-6 and float((whole - parts).norm()) < 1e-4 * float(whole.norm())
 
 
@@ -135,7 +135,7 @@ def test_the_seed_decides_and_a_resume_changes_nothing(lab: Any, name: str, tmp_
     method = small(name, optim=Optim(lr=1e-2, minibatches=1, ema=0.5))
 
     def state(rig: Any) -> dict[str, torch.Tensor]:
-        return rig.model.weights.state()
+        return rig.model.lora.state()
 
     whole, first = lab.rig(seed=4), lab.rig(seed=4)
     lab.fit(method, whole, 4)
@@ -169,8 +169,10 @@ def test_it_makes_the_model_better(lab: Any, name: str) -> None:
     own = {"group": 8, "lr": 3e-3, **GAINS[name]}
     optim = Optim(lr=own.pop("lr"), weight_decay=0, minibatches=1)
     lab.fit(KINDS[name](prompts=4, optim=optim, **own), rig, 40)
-    x, who = rig.noise(60), torch.arange(6).repeat(10)
-    gain = rig.score(rig.sample(x, who), who) - rig.score(rig.sample(x, who, by="ref"), who)  # on the same noise
+    x, prompt_ids = rig.noise(60), torch.arange(6).repeat(10)
+    gain = rig.score(rig.sample(x, prompt_ids), prompt_ids) - rig.score(
+        rig.sample(x, prompt_ids, weights="ref"), prompt_ids
+    )  # on the same noise
     assert float(gain.mean()) > 4 * float(gain.std()) / math.sqrt(60)
 
 

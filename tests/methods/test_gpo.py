@@ -19,11 +19,11 @@ from gpobench.bench.spec import Optim
 from gpobench.bench.training.rig import Rig
 from gpobench.bench.training.train import optimiser, train
 from gpobench.methods import gpo as module
-from gpobench.methods.gpo import GPO, Weighed
+from gpobench.methods.gpo import GPO, WeightedGroups
 
 
-def keyed_loss(method: GPO, rig: Rig, batch: Weighed) -> torch.Tensor:
-    with rig.keyed(torch.arange(len(batch.who)) + 5):
+def keyed_loss(method: GPO, rig: Rig, batch: WeightedGroups) -> torch.Tensor:
+    with rig.keyed(torch.arange(len(batch.prompt_ids)) + 5):
         return method.loss(rig, batch)
 
 
@@ -42,21 +42,23 @@ def test_a_group_of_two_is_diffusion_dpo_over_beta(make: Any, link: Any) -> None
     method = GPO(prompts=4, group=2, beta=50.0, link=link, gap_weight=False)
     drawn = method.collect(rig)
     sign = drawn.adv.sign()
-    batch = Weighed(drawn.x0, drawn.who, sign, sign)
+    batch = WeightedGroups(drawn.x0, drawn.prompt_ids, sign, sign)
     assert sign.abs().min() == 1
     got = keyed_loss(method, rig, batch)
 
-    with rig.keyed(torch.arange(len(batch.who)) + 5):  # the same noise and times, one a pair
-        t = rig.normal(len(batch.who)).sigmoid()
-        eps = rig.noise(len(batch.who))
+    with rig.keyed(torch.arange(len(batch.prompt_ids)) + 5):  # the same noise and times, one a pair
+        t = rig.normal(len(batch.prompt_ids)).sigmoid()
+        eps = rig.noise(len(batch.prompt_ids))
     better = sign.argmax(1)
     rows = torch.arange(len(better))
     errors: dict[str, list[torch.Tensor]] = {}
-    for by in ("live", "ref"):
+    for weights in ("policy", "ref"):
         for which in (better, 1 - better):
             x, target = mix(rig.path, batch.x0[rows, which], eps, t)
-            errors.setdefault(by, []).append(flow_error(rig.velocity(x, t, batch.who, by=by), target))
-    (live_w, live_l), (ref_w, ref_l) = errors["live"], errors["ref"]
+            errors.setdefault(weights, []).append(
+                flow_error(rig.velocity(x, t, batch.prompt_ids, weights=weights), target)
+            )
+    (live_w, live_l), (ref_w, ref_l) = errors["policy"], errors["ref"]
     expected = dpo(live_w, ref_w, live_l, ref_l, 50.0).mean() / 50.0
     assert float(got.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert abs(float(got.detach()) * 50 - math.log(2)) > 1e-3  # away from the reference it says something
@@ -71,7 +73,7 @@ def test_a_group_of_two_is_diffusion_dpo_over_beta(make: Any, link: Any) -> None
 def test_groups_without_spread_are_dropped_and_counted(make: Any) -> None:
     rig, method = make("Constant"), GPO(prompts=3, group=4)
     batch = method.collect(rig)
-    assert len(batch.who) == 0 and rig.mean("groups/informative") == 0 and rig.mean("reward/mean") == 1
+    assert len(batch.prompt_ids) == 0 and rig.mean("groups/informative") == 0 and rig.mean("reward/mean") == 1
     assert rig.meter.images == 12  # paid for all the same
 
 
@@ -83,7 +85,7 @@ def test_a_group_is_informative_when_two_of_its_scored_images_differ(
     monkeypatch.setattr(rig, "_take", lambda answer: reward.flatten())
     monkeypatch.setattr(rig, "prompts", lambda n: torch.arange(n))
     batch = GPO(prompts=5, group=3).collect(rig)
-    assert batch.who.tolist() == [1, 3] and rig.mean("groups/informative") == pytest.approx(0.4)
+    assert batch.prompt_ids.tolist() == [1, 3] and rig.mean("groups/informative") == pytest.approx(0.4)
     assert torch.equal(batch.reward.nan_to_num(-1), reward[[1, 3]].nan_to_num(-1))
     a = math.sqrt(1.5)
     assert torch.allclose(batch.adv[0], torch.tensor([-a, 0, a]), atol=1e-3)
@@ -101,7 +103,7 @@ def test_an_image_without_a_score_teaches_nothing(make: Any, link: Any) -> None:
 
     def gradient(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         reward = torch.tensor([[math.nan, -1.0, 1.0]])
-        batch = Weighed(x, torch.tensor([2]), reward, standardise(reward))
+        batch = WeightedGroups(x, torch.tensor([2]), reward, standardise(reward))
         loss = keyed_loss(method, rig, batch)
         assert bool(loss.isfinite())
         return torch.autograd.grad(loss, rig.model.parameters())
@@ -128,12 +130,12 @@ def test_pairs_closer_than_the_gap_are_left_out(make: Any) -> None:
     """Of the rewards 0, 0.1 and 1 a gap of 0.2 leaves the two pairs with the last one."""
     rig, method = make(push=0.05), GPO(prompts=1, group=3, beta=20.0, link="pairwise", gap_weight=False, gap=0.2)
     reward = torch.tensor([[0.0, 0.1, 1.0]])
-    batch = Weighed(rig.noise(3)[None], torch.tensor([2]), reward, standardise(reward))
+    batch = WeightedGroups(rig.noise(3)[None], torch.tensor([2]), reward, standardise(reward))
     loss = keyed_loss(method, rig, batch)
     with rig.keyed(torch.arange(1) + 5):
         t = rig.normal(1).sigmoid().repeat(3)
         eps = rig.noise(1).repeat_interleave(3, 0)
-    live, ref = rig.errors(batch.x0[0], torch.tensor([2, 2, 2]), t, eps, "live", "ref")
+    live, ref = rig.errors(batch.x0[0], torch.tensor([2, 2, 2]), t, eps, "policy", "ref")
     pairs = [dpo(live[2:], ref[2:], live[i : i + 1], ref[i : i + 1], 20.0) / 20.0 for i in (0, 1)]
     assert float(loss.detach()) == pytest.approx(float(sum(pairs).detach() / 3), rel=1e-4)  # type: ignore[union-attr]
     wide = GPO(prompts=1, group=3, beta=20.0, link="pairwise", gap_weight=False, gap=2.0)
@@ -166,8 +168,10 @@ def test_it_makes_the_model_better(make: Any) -> None:
     assert why == "budget: nfe" and len(means) == 31
     assert sum(means[-8:]) / 8 > sum(means[:8]) / 8 + 0.03
     rig.meter = Meter(Budget(nfe=1e9))
-    x, who = rig.noise(60), torch.arange(6).repeat(10)
-    gain = rig.score(rig.sample(x, who), who) - rig.score(rig.sample(x, who, by="ref"), who)  # on the same noise
+    x, prompt_ids = rig.noise(60), torch.arange(6).repeat(10)
+    gain = rig.score(rig.sample(x, prompt_ids), prompt_ids) - rig.score(
+        rig.sample(x, prompt_ids, weights="ref"), prompt_ids
+    )  # on the same noise
     assert float(gain.mean()) > 10 * float(gain.std()) / math.sqrt(60)
 
 

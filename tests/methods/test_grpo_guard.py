@@ -13,17 +13,17 @@ import torch
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
 from gpobench.bench.flow import sde
-from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.spec import Prompt, size, take
+from gpobench.bench.spec import Prompt, batch_size, select_rows
 from gpobench.bench.training.rig import Rig
 from gpobench.methods.grpo_guard import GRPOGuard
 
 
 @pytest.fixture
 def rig(tiny_pipe: Path, redness: str) -> Iterator[Rig]:
-    model = open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
+    model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
     judge, book = scorer(f"{redness}:Redness"), ["a red circle", "two blue squares", "a photo"]
     made = Rig(model, [Prompt(p) for p in book], judge, Meter(Budget(nfe=1e9)), rows=32)
     yield made
@@ -45,10 +45,10 @@ def test_the_loss_is_the_codes_per_transition(rig: Rig) -> None:
     rig.notes()
     loss = float(method.loss(rig, batch).detach())
     with torch.no_grad():
-        v = rig.velocity(batch.x, batch.t, batch.who).double()
+        v = rig.velocity(batch.x, batch.t, batch.prompt_ids).double()
     each: list[float] = []
     ratios: list[float] = []
-    for i in range(size(batch)):
+    for i in range(batch_size(batch)):
         x, to, t, s = (getattr(batch, name)[i].double() for name in ("x", "to", "t", "s"))
         dt = s - t
         sigma = 0.7 * (t / (1 - (s if t == 1 else t))).sqrt()  # std_dev_t, with the clamp of the first step
@@ -63,7 +63,7 @@ def test_the_loss_is_the_codes_per_transition(rig: Rig) -> None:
     assert loss == pytest.approx(sum(each) / len(each), rel=1e-4)
     assert rig.mean("policy/ratio") == pytest.approx(sum(ratios) / len(ratios), abs=1e-6)
     assert 0 < rig.mean("policy/clipped") < 1
-    parts = [float(method.loss(rig, take(batch, torch.tensor([i]))).detach()) for i in range(size(batch))]
+    parts = [float(method.loss(rig, select_rows(batch, torch.tensor([i]))).detach()) for i in range(batch_size(batch))]
     assert sum(parts) / len(parts) == pytest.approx(loss, rel=1e-4)  # no row depends on its company
 
 
@@ -73,7 +73,7 @@ def test_the_guarded_ratio_is_centred_where_the_plain_one_is_not(rig: Rig) -> No
     batch = method.collect(rig)
     shove(rig, 0.1)
     with torch.no_grad():
-        step = rig.step(sde(0.7), batch.x, batch.t, batch.s, batch.who)
+        step = rig.step(sde(0.7), batch.x, batch.t, batch.s, batch.prompt_ids)
         plain = step.logp(batch.to) - batch.logp
         eps = (batch.to - batch.mean) / step.std
         guard = ((step.mean - batch.mean) * eps).flatten(1).mean(1)

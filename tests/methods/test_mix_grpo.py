@@ -15,10 +15,10 @@ from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments.config import resolve
 from gpobench.bench.flow import cps, dpm2, ode, sde, shift, shifted_grid
-from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.spec import Prompt, size
+from gpobench.bench.spec import Prompt, batch_size
 from gpobench.bench.training.rig import Rig
 from gpobench.methods.mix_grpo import MixGRPO, coarser
 
@@ -27,7 +27,7 @@ SDE = sde(0.7)
 
 @pytest.fixture
 def rig(tiny_pipe: Path, redness: str) -> Iterator[Rig]:
-    model = open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
+    model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
     judge, book = scorer(f"{redness}:Redness"), ["a red circle", "two blue squares", "a photo"]
     made = Rig(model, [Prompt(p) for p in book], judge, Meter(Budget(nfe=1e9)), rows=3)
     yield made
@@ -99,7 +99,7 @@ def test_only_the_window_is_kept_at_its_place(rig: Rig, tail: float, kernel: Any
         assert rig.notes()["rollout/window"] == place == start(method, rig.iteration, 8)
         assert sorted(set(batch.t.tolist()), reverse=True) == grid[place : place + 2].tolist()
         assert sorted(set(batch.s.tolist()), reverse=True) == grid[place + 1 : place + 3].tolist()
-        assert size(batch) == 12 and not torch.isclose(batch.to, batch.mean).all()
+        assert batch_size(batch) == 12 and not torch.isclose(batch.to, batch.mean).all()
 
 
 def test_a_group_shares_its_noise_and_its_way_to_the_window(rig: Rig) -> None:

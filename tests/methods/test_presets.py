@@ -18,13 +18,13 @@ import torch
 from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.experiments.config import preset, preset_path, resolve, variants
-from gpobench.bench.experiments.cost_estimate import branches, forecast
+from gpobench.bench.experiments.cost_estimate import branches, estimate_cost
 from gpobench.bench.flow import ddim_grid, ddpm, ode, sde, to_velocity
-from gpobench.bench.model_spec import find
+from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models.memory import GB
 from gpobench.bench.models.mini import write_flux, write_sd15, write_sdxl
 from gpobench.bench.models.open import open_model
-from gpobench.bench.spec import Optim, Prompt, Search, size, take
+from gpobench.bench.spec import Optim, Prompt, Search, batch_size, select_rows
 from gpobench.bench.training.rig import Rig
 
 REPO = Path(__file__).resolve().parents[2]
@@ -66,7 +66,7 @@ def sections(method: str) -> dict[str, list[str]]:
 @EVERY
 def test_a_dry_run_is_quoted(method: str, model: str) -> None:
     for name in (method, *(f"{method}:{variant}" for variant in variants(method))):
-        told = forecast(resolve(name, "ocr", model), "h100")
+        told = estimate_cost(resolve(name, "ocr", model), "h100")
         assert told["memory"]["peak"] > 0 and told["images"] > 100 and told["nfe"] > 0 and told["hours"]["h100"] > 0
         assert any("peak of training" in line for line in told["lines"])
 
@@ -75,12 +75,12 @@ def test_a_dry_run_is_quoted(method: str, model: str) -> None:
 @EVERY
 def test_the_preset_fits_the_card_that_is_promised(method: str, model: str) -> None:
     one = presets.need(method, model)
-    assert one.card and one.card <= PROMISED[model], f"{one.size.peak / GB:.1f} GB"
+    assert one.gpu_gb and one.gpu_gb <= PROMISED[model], f"{one.size.peak / GB:.1f} GB"
 
 
 @EVERY
 def test_the_larger_sd35_takes_the_mediums(method: str) -> None:
-    assert find("sd35l").preset == "sd35m"
+    assert find_model_spec("sd35l").preset == "sd35m"
     assert resolve(method, "ocr", "sd35l").settings == resolve(method, "ocr", "sd35m").settings
 
 
@@ -96,7 +96,7 @@ def test_every_model_has_a_section_and_a_preset_names_only_fields_of_its_method(
     for model in OWN:
         for name in (method, *(f"{method}:{variant}" for variant in variants(method))):
             told = preset(name, model, "ocr")
-            assert set(told) - {"adapter", "judging", "precision", "rows", "tuned"} <= set(known), name
+            assert set(told) - {"adapter", "evaluation", "precision", "rows", "tuned"} <= set(known), name
             assert set(told.get("optim", {})) <= {f.name for f in fields(Optim)}
             settings = resolve(name, "ocr", model).settings
             for key, value in told.items():  # and none is lost on the way
@@ -137,7 +137,7 @@ def test_the_gigabytes_in_the_comments_are_the_estimate(method: str, model: str)
         if said := re.search(r"(\d+) GB by estimate", line):
             one = presets.need(method, model)
             assert int(said[1]) == round(one.size.peak / GB), line
-            assert "of a 48 GB card" in line or one.card == 24
+            assert "of a 48 GB card" in line or one.gpu_gb == 24
             if wide := re.search(r"(\w+) latents", line):
                 assert {"eight": 8}.get(wide[1], wide[1]) in (one.held, str(one.held)), line
             if group := re.search(r"a group of (\d+)", line):
@@ -231,7 +231,7 @@ def test_what_is_published_for_pickscore_is_used_for_it(task: str) -> None:
 @pytest.mark.parametrize("model", ["tiny", "sd35m", "sd35l", "flux1-dev", "sdxl", "sd15"])
 def test_the_reference_of_a_data_set_stays_the_base(model: str) -> None:
     own = resolve("dpo:offline", "ocr", model).settings
-    assert own.refresh == 0 and own.collector == "live" and own.anchor == "ref"
+    assert own.refresh == 0 and own.collector == "policy" and own.anchor == "ref"
 
 
 # They teach
@@ -249,8 +249,8 @@ def mini(folders: dict[str, Path], redness: str) -> Iterator[Callable[[str], Rig
     made: list[Rig] = []
 
     def rig(model: str) -> Rig:
-        card = find(str(folders[model]))
-        loaded = open_model(card, device="cpu", adapter=card.adapter, seed=0)
+        model_spec = find_model_spec(str(folders[model]))
+        loaded = open_model(model_spec, device="cpu", adapter=model_spec.adapter, seed=0)
         book = [Prompt(text) for text in ("a red circle", "two blue squares", "a green triangle")]
         made.append(Rig(loaded, book, registry.scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e9)), rows=64))
         return made[-1]
@@ -270,10 +270,10 @@ def test_the_preset_walks_and_learns_on_a_miniature_of_its_class(mini: Any, meth
         pytest.skip("it trains nothing")
     rig, few = mini(model), replace(own, prompts=1, group=3)
     batch = few.collect(rig)
-    assert size(batch) > 0
-    rows = torch.arange(min(2, size(batch)))
+    assert batch_size(batch) > 0
+    rows = torch.arange(min(2, batch_size(batch)))
     with rig.keyed(rows):
-        loss = few.loss(rig, take(batch, rows))
+        loss = few.loss(rig, select_rows(batch, rows))
     loss.backward()
     gradients = [p.grad for p in rig.model.parameters()]
     assert bool(loss.isfinite()) and all(g is not None and bool(g.isfinite().all()) for g in gradients)

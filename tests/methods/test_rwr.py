@@ -18,7 +18,7 @@ def test_the_weights_are_by_hand(lab: Any, monkeypatch: pytest.MonkeyPatch, weig
     rig, reward = lab.rig(), [[0.1, 0.7, 0.3], [0.4, 0.4, 0.4], [nan, 0.2, 0.1]]
     drawn = lab.groups(rig, reward, monkeypatch)
     batch = RWR(prompts=3, group=3, weights=weights, temperature=temperature, timesteps=2).collect(rig)
-    assert batch.who.tolist() == [0] * 6 + [2] * 4
+    assert batch.prompt_ids.tolist() == [0] * 6 + [2] * 4
     expected: list[float] = []
     for p, members in ((0, [0, 1, 2]), (2, [1, 2])):
         whole = sum(math.exp(reward[p][g] / temperature) for g in members)
@@ -37,7 +37,10 @@ def test_the_loss_and_its_gradient_are_the_equation(lab: Any, kl: float, noisy: 
         t = noisy + (1 - noisy) * rig.normal(4).sigmoid()  # logit-normal
         eps = rig.noise(4).double()
     s, x0 = t.double()[:, None, None, None], batch.x0.double()
-    v, ref = (rig.velocity(((1 - s) * x0 + s * eps).float(), t, batch.who, by=by).double() for by in ("live", "ref"))
+    v, ref = (
+        rig.velocity(((1 - s) * x0 + s * eps).float(), t, batch.prompt_ids, weights=weights).double()
+        for weights in ("policy", "ref")
+    )
     square = ((v - (eps - x0)) ** 2).mean((1, 2, 3))
     expected = sum(w * e for w, e in zip(batch.weight.double(), square)) / 4 + kl * ((v - ref) ** 2).mean()
     before = rig.meter.roles["ref"]

@@ -16,7 +16,7 @@ def test_the_best_are_kept_all_that_tie(lab: Any, monkeypatch: pytest.MonkeyPatc
     rig = lab.rig()
     drawn = lab.groups(rig, [[0.1, 0.7, 0.3], [0.5, 0.5, 0.2], [0.4, 0.4, 0.4], [nan, 0.2, 0.1]], monkeypatch)
     batch = SFT(prompts=4, group=3, timesteps=2).collect(rig)
-    assert batch.who.tolist() == [0, 0, 1, 1, 1, 1, 3, 3]
+    assert batch.prompt_ids.tolist() == [0, 0, 1, 1, 1, 1, 3, 3]
     for row, (p, g) in enumerate([(0, 1), (1, 0), (1, 1), (3, 1)]):
         assert torch.equal(batch.x0[2 * row], drawn.x0[p, g]) and torch.equal(batch.x0[2 * row + 1], drawn.x0[p, g])
 
@@ -29,7 +29,10 @@ def test_the_loss_and_its_gradient_are_the_equation(lab: Any, kl: float, noisy: 
         t = noisy + (1 - noisy) * rig.normal(4).sigmoid()  # logit-normal
         eps = rig.noise(4).double()
     s, x0 = t.double()[:, None, None, None], batch.x0.double()
-    v, ref = (rig.velocity(((1 - s) * x0 + s * eps).float(), t, batch.who, by=by).double() for by in ("live", "ref"))
+    v, ref = (
+        rig.velocity(((1 - s) * x0 + s * eps).float(), t, batch.prompt_ids, weights=weights).double()
+        for weights in ("policy", "ref")
+    )
     expected = ((v - (eps - x0)) ** 2).mean() + kl * ((v - ref) ** 2).mean()
     assert float(t.min()) > noisy
     before = rig.meter.roles["ref"]

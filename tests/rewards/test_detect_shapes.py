@@ -19,22 +19,22 @@ from gpobench.rewards.detectors import open_detector
 
 
 @pytest.fixture(scope="module")
-def detector() -> detect_shapes.Shapes:
+def detector() -> detect_shapes.ShapesDetector:
     return detect_shapes.detector()
 
 
-def test_id_follows_the_weights(detector: detect_shapes.Shapes, tmp_path: Path) -> None:
+def test_id_follows_the_weights(detector: detect_shapes.ShapesDetector, tmp_path: Path) -> None:
     assert detector.id.startswith("shapes-1/") and open_detector("shapes").id == detector.id
     other = {
         key: value + 1 if value.is_floating_point() else value
         for key, value in load_file(detect_shapes.WEIGHTS).items()
     }
     save_file(other, tmp_path / "other.safetensors")
-    assert detect_shapes.Shapes(tmp_path / "other.safetensors").id != detector.id
+    assert detect_shapes.ShapesDetector(tmp_path / "other.safetensors").id != detector.id
     assert detect_shapes.WEIGHTS.stat().st_size < 600_000
 
 
-def test_counts_as_well_as_its_recipe_says(detector: detect_shapes.Shapes) -> None:
+def test_counts_as_well_as_its_recipe_says(detector: detect_shapes.ShapesDetector) -> None:
     facts: Any = detect_shapes.recipe_facts()
     for key, draw in (("clean_drawings", shapes_recipe.clean_drawings), ("worn_drawings", shapes_recipe.worn_drawings)):
         found = shapes_recipe.exact(detector, *draw())
@@ -46,7 +46,7 @@ def test_counts_as_well_as_its_recipe_says(detector: detect_shapes.Shapes) -> No
 
 
 @given(st.integers(0, 2**32 - 1))
-def test_counts_any_colour_on_any_paper(detector: detect_shapes.Shapes, seed: int) -> None:
+def test_counts_any_colour_on_any_paper(detector: detect_shapes.ShapesDetector, seed: int) -> None:
     """Clear colours that the palette does not know; what is counted must not depend on them, nor on which is the lighter."""
     rng = np.random.default_rng(seed)
     dark, light = (rng.integers(low, low + 90, 3) for low in (0, 165))
@@ -57,7 +57,7 @@ def test_counts_any_colour_on_any_paper(detector: detect_shapes.Shapes, seed: in
     assert abs(found[glyphs.SHAPES.index(kind)] - n) <= 1 and found.sum() <= n + 1
 
 
-def test_boxes_lie_around_the_shapes(detector: detect_shapes.Shapes) -> None:
+def test_boxes_lie_around_the_shapes(detector: detect_shapes.ShapesDetector) -> None:
     from scipy import ndimage
 
     rng = np.random.default_rng(1)
@@ -73,7 +73,7 @@ def test_boxes_lie_around_the_shapes(detector: detect_shapes.Shapes) -> None:
     assert np.max(off) < 2.5 and np.mean(off) < 1.5
 
 
-def test_a_batch_is_its_pictures_one_by_one_in_any_order(detector: detect_shapes.Shapes) -> None:
+def test_a_batch_is_its_pictures_one_by_one_in_any_order(detector: detect_shapes.ShapesDetector) -> None:
     images, _ = shapes_recipe.worn_drawings(2)
     whole = detector.maps(images)
     for i in (0, 31, 32, 89):
@@ -84,7 +84,7 @@ def test_a_batch_is_its_pictures_one_by_one_in_any_order(detector: detect_shapes
     assert detector(images[order]) == [found[i] for i in order]
 
 
-def test_answers_have_the_form_of_the_contract(detector: detect_shapes.Shapes) -> None:
+def test_answers_have_the_form_of_the_contract(detector: detect_shapes.ShapesDetector) -> None:
     images, _ = shapes_recipe.worn_drawings(1)
     for row in detector(images):
         assert [one.score for one in row] == sorted((one.score for one in row), reverse=True)
@@ -106,14 +106,14 @@ def test_a_peak_is_a_centre() -> None:
     assert found.box == pytest.approx((15.5 - 4.5, 11 - 4, 15.5 + 4.5, 11 + 4), abs=1e-4)
 
 
-def test_bad_input(detector: detect_shapes.Shapes, tmp_path: Path) -> None:
+def test_bad_input(detector: detect_shapes.ShapesDetector, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="looks at pictures of"):
         detector(np.zeros((1, 64, 64, 3), np.uint8))
     with pytest.raises(Missing, match="gpobench pretrain shapes"):
-        detect_shapes.Shapes(tmp_path / "none.safetensors")
+        detect_shapes.ShapesDetector(tmp_path / "none.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(detect_shapes.WEIGHTS.read_bytes()[:5000])
     with pytest.raises(UserError, match="does not hold"):
-        detect_shapes.Shapes(tmp_path / "broken.safetensors")
+        detect_shapes.ShapesDetector(tmp_path / "broken.safetensors")
     broken = detect_shapes.detector()
     broken.network[0] = torch.nn.Conv2d(4, 24, 5, 2, 2)  # four channels where a picture has three
     with pytest.raises(RuntimeError):

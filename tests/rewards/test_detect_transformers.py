@@ -20,7 +20,7 @@ from gpobench.rewards.detectors import Detection, open_detector
 NAMES = ["person", "mouse", "sofa", "remote", "keyboard"]
 WORDS = ("person", "computer mouse", "couch", "tv remote", "computer keyboard")
 ID2LABEL = dict(enumerate(NAMES))
-SMALL = engine.Framing(long=160, short=96)
+SMALL = engine.ResizeRule(long=160, short=96)
 
 
 def write_mask2former(folder: Path) -> None:
@@ -191,7 +191,7 @@ def test_one_query_may_stand_for_two_classes_and_masks_may_overlap() -> None:
     [((1024, 1024), (800, 800)), ((512, 512), (800, 800)), ((480, 640), (800, 1067)), ((100, 400), (333, 1333))],
 )
 def test_framing(size: tuple[int, int], wanted: tuple[int, int]) -> None:
-    assert engine.Framing().size(*size) == wanted
+    assert engine.ResizeRule().size(*size) == wanted
 
 
 def test_the_picture_is_prepared_as_mmdet_prepares_it(detectors: dict[str, Any]) -> None:

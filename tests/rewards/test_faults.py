@@ -20,12 +20,12 @@ from gpobench.bench import registry
 from gpobench.bench.assets.glyphs import draw_word
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
-from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.scoring import remote
 from gpobench.bench.scoring.remote import Limits, Remote, connect, start
 from gpobench.bench.spec import Prompt, Scorer, Scores
-from gpobench.bench.training.rig import Rig, judged
+from gpobench.bench.training.rig import Rig, timed_scores
 from gpobench.rewards import reader
 
 FAULTY = str(Path(__file__).parents[1] / "faulty.py")
@@ -118,7 +118,7 @@ def test_a_thousand_faults(bench: Bench) -> None:
             prompts = prompts[: int(rng.integers(0, n))]
         scorer = bench.scorer(fault, bad)
         bench.pictures(fault, bad if fault.family == "picture" else ())
-        scores, seconds = judged(scorer, images, prompts)
+        scores, seconds = timed_scores(scorer, images, prompts)
         try:
             check(scores, sound, bad, n)
         except (AssertionError, KeyError) as error:
@@ -131,7 +131,7 @@ def test_a_thousand_faults(bench: Bench) -> None:
 
 def test_a_run_counts_every_fault_and_loses_no_sound_score(bench: Bench, tiny_pipe: Path) -> None:
     """Through the rig, one call of each kind: the meter shows as many errors as rows were spoilt."""
-    model = open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
+    model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
     book = [Prompt(f"number {i}") for i in range(4)]
     rig = Rig(model, book, faulty.Sound(), Meter(Budget(nfe=1e9)), seed=0)
     rng = np.random.default_rng(2)
@@ -194,7 +194,7 @@ def test_another_process_gives_the_same_bits(child: Remote, local: Scorer, words
     assert len(set(here.value["soft"])) > 3
     images, prompts = words
     same(
-        judged(local, images[:, :16], prompts)[0], judged(child, images[:, :16], prompts)[0]
+        timed_scores(local, images[:, :16], prompts)[0], timed_scores(child, images[:, :16], prompts)[0]
     )  # its own refusal, word for word
 
 
@@ -222,7 +222,7 @@ def test_a_killed_process_is_started_again(child: Remote, local: Scorer, words: 
     began = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
         before = child.pid
-        asked = pool.submit(judged, child, images, prompts)
+        asked = pool.submit(timed_scores, child, images, prompts)
         time.sleep(0.05)
         os.kill(before, signal.SIGKILL)
         scores, _ = asked.result(timeout=120)
@@ -239,7 +239,7 @@ def test_a_closed_one_says_so(local: Scorer, words: Any) -> None:
         opened = connect(url)
         same(local(images[:3], prompts[:3]), opened(images[:3], prompts[:3]))
     opened.timeout = 5
-    scores, _ = judged(opened, images[:3], prompts[:3])
+    scores, _ = timed_scores(opened, images[:3], prompts[:3])
     assert (
         np.isnan(scores.value["soft"]).all()
         and "ConnectionRefusedError" in scores.reasons[0]

@@ -111,9 +111,9 @@ class Fragile:
         return palette.detector()(images)
 
 
-def fragile() -> tuple[geneval.GenEval, Fragile]:
+def fragile() -> tuple[geneval.GenEvalScorer, Fragile]:
     detector = Fragile()
-    return geneval.GenEval(detector, PaletteColours, colours_id=PaletteColours.id), detector
+    return geneval.GenEvalScorer(detector, PaletteColours, colours_id=PaletteColours.id), detector
 
 
 def test_a_picture_the_detector_fails_on_costs_itself_alone(prints: tuple[Images, list[Prompt]]) -> None:
@@ -137,7 +137,7 @@ def test_too_few_answers_of_a_detector_are_a_failure(prints: tuple[Images, list[
         def __call__(self, images: Images) -> list[list[Detection]]:
             return palette.detector()(images)[:-1]
 
-    scorer = geneval.GenEval(Short(), PaletteColours, colours_id="x")
+    scorer = geneval.GenEvalScorer(Short(), PaletteColours, colours_id="x")
     scores = scorer(prints[0][:3], prints[1][:3])
     assert set(scores.reasons) == {0, 1, 2} and "0 lists for 1 pictures" in scores.reasons[0]
 
@@ -146,7 +146,7 @@ def test_a_colour_classifier_that_fails_costs_the_pictures_it_was_asked_about() 
     def broken(image: np.ndarray, objects: Sequence[Detection]) -> list[str]:
         raise ValueError("colour-blind")
 
-    scorer = geneval.GenEval(palette.detector(), lambda: broken, colours_id="x")  # type: ignore[arg-type, return-value]
+    scorer = geneval.GenEvalScorer(palette.detector(), lambda: broken, colours_id="x")  # type: ignore[arg-type, return-value]
     rng = np.random.default_rng(0)
     image = glyphs.draw_shapes("circle", 1, glyphs.SHAPE_COLOURS["red"], glyphs.PAPERS["white"], rng)
     prompts = [coloured("circle", "red"), counting("circle", 1), coloured("square", "red")]
@@ -162,7 +162,7 @@ def test_the_colour_classifier_is_made_when_a_colour_is_asked_for(prints: tuple[
         made.append(1)
         return PaletteColours()
 
-    scorer = geneval.GenEval(palette.detector(), make, colours_id="x")
+    scorer = geneval.GenEvalScorer(palette.detector(), make, colours_id="x")
     scorer(prints[0][:2], [counting("circle", 1)] * 2)
     assert not made
     for _ in range(2):
@@ -199,7 +199,7 @@ def test_self_test_says_what_was_misjudged() -> None:
             return [[] for _ in images]
 
     with pytest.raises(RuntimeError, match=r"misjudged .* of 27 prints: 'a photo of .*0 circle"):
-        geneval.GenEval(Blind(), PaletteColours, colours_id="x").self_test()
+        geneval.GenEvalScorer(Blind(), PaletteColours, colours_id="x").self_test()
 
 
 def test_self_test_of_a_detector_of_photographed_objects() -> None:
@@ -214,11 +214,11 @@ def test_self_test_of_a_detector_of_photographed_objects() -> None:
             return [[Detection("dog", 0.95, (0, 0, 9, 9))] * self.dogs for _ in images]
 
     names = ["computer mouse", "tv remote", "computer keyboard", "dog", *(f"thing {i}" for i in range(76))]
-    geneval.GenEval(Objects(classes=names), PaletteColours, colours_id="x").self_test()
+    geneval.GenEvalScorer(Objects(classes=names), PaletteColours, colours_id="x").self_test()
     with pytest.raises(RuntimeError, match="sure to see dog"):
-        geneval.GenEval(Objects(classes=names, dogs=1), PaletteColours, colours_id="x").self_test()
+        geneval.GenEvalScorer(Objects(classes=names, dogs=1), PaletteColours, colours_id="x").self_test()
     with pytest.raises(RuntimeError, match="79 classes"):
-        geneval.GenEval(Objects(classes=names[:79]), PaletteColours, colours_id="x").self_test()
+        geneval.GenEvalScorer(Objects(classes=names[:79]), PaletteColours, colours_id="x").self_test()
 
 
 @pytest.mark.parametrize("name", sorted(DETECTORS))

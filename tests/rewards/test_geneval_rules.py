@@ -39,7 +39,7 @@ def seen(label: str, score: float = 0.95, box: Sequence[float] = (0, 0, 10, 10))
     return Detection(label, score, (box[0], box[1], box[2], box[3]))
 
 
-def facts(tag: str, *include: Mapping[str, Any], too_many: int = 0) -> rules.Asked:
+def facts(tag: str, *include: Mapping[str, Any], too_many: int = 0) -> rules.GenEvalTarget:
     exclude = [{"class": include[0]["class"], "count": too_many}] if too_many else []
     return rules.asked(Prompt("a prompt", {"tag": tag, "include": list(include), "exclude": exclude}))
 
@@ -49,7 +49,7 @@ def no_colour(thing: Detection) -> str:
 
 
 def judged(
-    asked: rules.Asked, detections: Sequence[Detection], colour: rules.Colour = no_colour, bug: bool = False
+    asked: rules.GenEvalTarget, detections: Sequence[Detection], colour: rules.Colour = no_colour, bug: bool = False
 ) -> tuple[bool, list[float], bool]:
     found = rules.counted(detections, asked.tag)
     correct, why = rules.official(asked, found, colour)
@@ -152,7 +152,7 @@ AT = {"left": (0, 200, 100, 300), "middle": B, "right": (400, 200, 500, 300)}
 LEFT = ({"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", 0]})
 TWO = ({"class": "dog", "count": 1}, {"class": "cat", "count": 1})
 RED = {"class": "car", "count": 1, "color": "red"}
-CREDITS: list[tuple[str, rules.Asked, list[Detection], str, list[float]]] = [
+CREDITS: list[tuple[str, rules.GenEvalTarget, list[Detection], str, list[float]]] = [
     ("three of three", facts("counting", {"class": "cup", "count": 3}, too_many=4), [seen("cup")] * 3, "", [1]),
     ("two of three", facts("counting", {"class": "cup", "count": 3}, too_many=4), [seen("cup")] * 2, "", [2 / 3]),
     ("four of three", facts("counting", {"class": "cup", "count": 3}, too_many=4), [seen("cup")] * 4, "", [2 / 3]),
@@ -177,7 +177,7 @@ CREDITS: list[tuple[str, rules.Asked, list[Detection], str, list[float]]] = [
 @pytest.mark.parametrize(("case", "asked", "detections", "colour", "credits"), CREDITS, ids=[c[0] for c in CREDITS])
 @pytest.mark.parametrize("bug", [False, True])
 def test_credits(
-    case: str, asked: rules.Asked, detections: list[Detection], colour: str, credits: list[float], bug: bool
+    case: str, asked: rules.GenEvalTarget, detections: list[Detection], colour: str, credits: list[float], bug: bool
 ) -> None:
     correct, paid, strict = judged(asked, detections, lambda thing: colour, bug)
     assert paid == pytest.approx(credits), case

@@ -12,7 +12,7 @@ from gpobench.bench.assets.glyphs import PAPERS, SHAPE_COLOURS, draw_shapes, dra
 from gpobench.bench.errors import Missing
 from gpobench.bench.scoring.scorers import open_scorer
 from gpobench.bench.spec import Prompt, Scores
-from gpobench.bench.training.rig import judged
+from gpobench.bench.training.rig import timed_scores
 
 # Every name of the registry with the variant that needs nothing, or None where the weights must be fetched.
 OFFLINE: dict[str, list[str]] = {
@@ -83,7 +83,7 @@ def test_a_score_belongs_to_its_picture(scorer: Any) -> None:
 
 def test_images_and_prompts_that_do_not_match_are_the_callers_mistake(scorer: Any) -> None:
     images, prompts = pictures()
-    answer, _ = judged(scorer, images[:3], prompts[:2])
+    answer, _ = timed_scores(scorer, images[:3], prompts[:2])
     assert all(np.isnan(column).all() for column in answer.value.values())
     assert len(answer.reasons) == 3 and all("3 images" in why and "2 prompts" in why for why in answer.reasons.values())
 

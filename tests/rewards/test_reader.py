@@ -120,7 +120,7 @@ def test_batches_are_pure_in_their_seed() -> None:
 
 
 def test_the_recipe_continues_bit_for_bit(tmp_path: Path) -> None:
-    recipe = reader_recipe.Reader(steps=4, batch=8, save_every=2, warmup=1, probe=8, measured=8)
+    recipe = reader_recipe.ReaderRecipe(steps=4, batch=8, save_every=2, warmup=1, probe=8, measured=8)
     told: list[dict[str, Any]] = []
     recipe(tmp_path / "straight", seed=5, log=told.append)
     assert [fact["step"] for fact in told] == [2, 4]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpobench.bench.errors import UserError
-from gpobench.bench.spec import Prompt, agree
+from gpobench.bench.spec import Prompt, check_images
 from gpobench.rewards import rules
 
 VECTORS = [
@@ -129,5 +129,5 @@ def test_a_callers_mistake_is_raised() -> None:
         np.zeros((1, 32, 64, 3), np.float32),
     ):
         with pytest.raises(ValueError, match="images"):
-            agree(images, one)
-    agree(np.zeros((1, 32, 64, 3), np.uint8), one)
+            check_images(images, one)
+    check_images(np.zeros((1, 32, 64, 3), np.uint8), one)

@@ -111,7 +111,7 @@ def test_calibration_puts_the_best_threshold_at_nine_tenths() -> None:
 
 
 def test_a_short_run_learns_and_repeats_itself(tmp_path: Path) -> None:
-    recipe = shapes_recipe.Shapes(steps=12, batch=16, warmup=2, tell_every=6, calibrated=32, each=1)
+    recipe = shapes_recipe.ShapesRecipe(steps=12, batch=16, warmup=2, tell_every=6, calibrated=32, each=1)
     told: list[dict[str, Any]] = []
     facts = recipe(tmp_path / "one", seed=5, log=told.append)
     assert [fact["step"] for fact in told] == [6, 12] and told[1]["loss"] < told[0]["loss"]
@@ -123,5 +123,5 @@ def test_a_short_run_learns_and_repeats_itself(tmp_path: Path) -> None:
 
 def test_the_shipped_weights_were_made_by_this_recipe() -> None:
     facts: Any = detect_shapes.recipe_facts()
-    now = json.loads(json.dumps(shapes_recipe.asdict(shapes_recipe.Shapes())))
+    now = json.loads(json.dumps(shapes_recipe.asdict(shapes_recipe.ShapesRecipe())))
     assert facts["recipe"] == now | {"seed": 0}

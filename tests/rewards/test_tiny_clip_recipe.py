@@ -112,7 +112,7 @@ def test_the_preference_loss_falls_when_the_better_picture_gains(batches: list[r
 
 @pytest.mark.parametrize("tower", list(recipe.TOWERS))
 def test_a_stopped_run_continues_as_if_it_had_not(tower: str, tmp_path: Path) -> None:
-    small = recipe.TinyClip(towers=(tower,), **SMALL)
+    small = recipe.TinyClipRecipe(towers=(tower,), **SMALL)
     facts = small(tmp_path / "straight", seed=3, log=lambda line: None)
     assert set(facts) == {tower} and facts[tower]["recipe"]["seed"] == 3
 
@@ -136,7 +136,7 @@ def test_a_stopped_run_continues_as_if_it_had_not(tower: str, tmp_path: Path) ->
 
 
 def test_another_seed_does_not_continue_a_run(tmp_path: Path) -> None:
-    small = recipe.TinyClip(towers=("pick",), **SMALL)
+    small = recipe.TinyClipRecipe(towers=("pick",), **SMALL)
 
     def cut(line: dict[str, Any]) -> None:
         raise KeyboardInterrupt
@@ -146,7 +146,7 @@ def test_another_seed_does_not_continue_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another recipe or seed"):
         small(tmp_path, seed=1, log=cut)
     with pytest.raises(UserError, match="no tower 'eva'"):
-        recipe.TinyClip(towers=("eva",))(tmp_path, seed=0, log=cut)
+        recipe.TinyClipRecipe(towers=("eva",))(tmp_path, seed=0, log=cut)
 
 
 def test_the_shipped_facts_are_of_this_recipe() -> None:
@@ -154,4 +154,4 @@ def test_the_shipped_facts_are_of_this_recipe() -> None:
     assert set(facts) == set(recipe.TOWERS)
     for tower, said in facts.items():
         assert json.loads((two_towers.TINY / f"{tower}.json").read_text("utf-8")) == recipe.TOWERS[tower]
-        assert set(said["recipe"]) == set(recipe.TinyClip.__dataclass_fields__) - {"towers"} | {"seed"}
+        assert set(said["recipe"]) == set(recipe.TinyClipRecipe.__dataclass_fields__) - {"towers"} | {"seed"}

@@ -12,7 +12,7 @@ from gpobench.bench.assets.glyphs import COUNTS, SHAPE_COLOURS, SHAPES, VOCABULA
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
 from gpobench.bench.registry import DOMAINS
-from gpobench.bench.spec import Columned, Reads
+from gpobench.bench.spec import SupportsColumns, SupportsOwnPrompts
 from gpobench.tasks import counting, geneval_open
 
 HASHES = {
@@ -68,7 +68,7 @@ def test_facts_are_those_of_the_published_tag() -> None:
 
 def test_reading_is_the_inverse_of_writing() -> None:
     task = counting.Counting()
-    assert isinstance(task, Reads) and isinstance(task, Columned)
+    assert isinstance(task, SupportsOwnPrompts) and isinstance(task, SupportsColumns)
     for split in counting.SPLITS:
         for prompt in task.prompts(split, "glyphs"):
             assert task.read(prompt.text, {}, "glyphs") == prompt
@@ -97,15 +97,15 @@ def test_scorers_by_domain() -> None:
     for domain in DOMAINS:
         assert task.scorers(domain) == [task.reward(domain), *task.held_out(domain)]
     assert (task.reward("glyphs"), list(task.held_out("glyphs"))) == ("geneval:palette", ["geneval:shapes"])
-    judging = task.judging("glyphs")
-    assert (judging.test_images, judging.validation_images, judging.curve_images) == (24, 8, 8)
-    assert task.judging("open").test_images == 4
+    evaluation = task.evaluation("glyphs")
+    assert (evaluation.test_images, evaluation.validation_images, evaluation.curve_images) == (24, 8, 8)
+    assert task.evaluation("open").test_images == 4
     assert list(task.columns("glyphs").quality) == ["pickscore:tiny"] and "hpsv2" in task.columns("open").quality
 
 
 def test_unknown_names_get_the_nearest_valid_one() -> None:
     task = counting.Counting()
-    for ask in (task.reward, task.held_out, task.scorers, task.judging, task.columns):
+    for ask in (task.reward, task.held_out, task.scorers, task.evaluation, task.columns):
         with pytest.raises(UserError, match="did you mean 'glyphs'"):
             ask("glyph")
     with pytest.raises(UserError, match="did you mean 'validation'"):

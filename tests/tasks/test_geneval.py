@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
 from gpobench.bench.registry import DOMAINS
-from gpobench.bench.spec import Columned, Prompt, Reads, Summarised
+from gpobench.bench.spec import Prompt, SupportsColumns, SupportsOwnPrompts, SupportsSummary
 from gpobench.tasks import counting, geneval, geneval_open
 
 # Names of the detectors' classes, enough for the grammar without the published list.
@@ -312,7 +312,9 @@ def test_glyph_splits_are_version_1(split: str) -> None:
 
 def test_glyph_splits_share_nothing_and_are_read_back() -> None:
     task = geneval.GenEval()
-    assert isinstance(task, Reads) and isinstance(task, Columned) and isinstance(task, Summarised)
+    assert (
+        isinstance(task, SupportsOwnPrompts) and isinstance(task, SupportsColumns) and isinstance(task, SupportsSummary)
+    )
     refuse_overlap(task, "glyphs")
     for prompt in task.prompts("test", "glyphs"):
         if prompt.stratum != "single_object":  # its text asks for a colour, and so it is read
@@ -324,7 +326,7 @@ def test_scorers_by_domain() -> None:
     for domain in DOMAINS:
         assert task.scorers(domain) == [task.reward(domain), *task.held_out(domain)]
         assert list(task.columns(domain).drift) == {"glyphs": ["clip:tiny"], "open": ["clip"]}[domain]
-    assert task.reward("open") == "geneval:mask2former" and task.judging("open").test_images == 4
+    assert task.reward("open") == "geneval:mask2former" and task.evaluation("open").test_images == 4
     with pytest.raises(UserError, match="did you mean 'open'"):
         task.reward("opne")
 

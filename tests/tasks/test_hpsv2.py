@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
-from gpobench.bench.spec import Columned, Prompt, Reads, Split, Summarised, fold_text
+from gpobench.bench.spec import Prompt, Split, SupportsColumns, SupportsOwnPrompts, SupportsSummary, fold_text
 from gpobench.tasks import hpsv2, ocr, pickscore, scenes
 from gpobench.tasks.hpsv2 import PUBLISHED, HPSv2
 
@@ -122,11 +122,13 @@ def test_scorers_by_domain() -> None:
     assert (task.reward("open"), HPSv2(weights="v2").reward("open")) == ("hpsv2:v2.1", "hpsv2:v2")
     assert (task.reward("glyphs"), list(task.held_out("glyphs"))) == ("hpsv2:tiny", ["pickscore:tiny"])
     assert list(task.scorers("open")) == ["hpsv2:v2.1", "pickscore"]
-    assert (task.judging("open").test_images, task.judging("open").validation_images) == (1, 1)
-    assert isinstance(task, Columned) and isinstance(task, Reads) and isinstance(task, Summarised)
+    assert (task.evaluation("open").test_images, task.evaluation("open").validation_images) == (1, 1)
+    assert (
+        isinstance(task, SupportsColumns) and isinstance(task, SupportsOwnPrompts) and isinstance(task, SupportsSummary)
+    )
     with pytest.raises(UserError, match="did you mean 'v2.1'"):
         HPSv2(weights="2.1")  # type: ignore[arg-type]
-    for ask in (task.reward, task.held_out, task.scorers, task.judging, task.columns):
+    for ask in (task.reward, task.held_out, task.scorers, task.evaluation, task.columns):
         with pytest.raises(UserError, match="did you mean 'glyphs'"):
             ask("glyph")
     bad: Split = "valid"  # type: ignore[assignment]

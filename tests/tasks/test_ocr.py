@@ -10,7 +10,7 @@ import pytest
 from gpobench.bench.assets.glyphs import VOCABULARY, split_of
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
-from gpobench.bench.spec import Columned, Prompt, Reads
+from gpobench.bench.spec import Prompt, SupportsColumns, SupportsOwnPrompts
 from gpobench.rewards.rules import target_of
 from gpobench.tasks import ocr, ocr_open
 
@@ -84,12 +84,12 @@ def test_scorers_by_domain() -> None:
         assert task.scorers(domain)[0] == task.reward(domain)
         assert set(task.held_out(domain)) <= set(task.scorers(domain)) - {task.reward(domain)}
     assert (task.reward("glyphs"), list(task.held_out("glyphs"))) == ("rapidocr", ["reader"])
-    assert task.judging("glyphs").test_images == 2 and task.judging("open").test_images == 1
+    assert task.evaluation("glyphs").test_images == 2 and task.evaluation("open").test_images == 1
 
 
 def test_unknown_names_get_the_nearest_valid_one() -> None:
     task = ocr.OCR()
-    for ask in (task.reward, task.held_out, task.scorers, task.judging, task.columns):
+    for ask in (task.reward, task.held_out, task.scorers, task.evaluation, task.columns):
         with pytest.raises(UserError, match="did you mean 'glyphs'"):
             ask("glyph")
     with pytest.raises(UserError, match="did you mean 'validation'"):
@@ -131,7 +131,7 @@ def test_columns_by_domain() -> None:
     glyphs, real = (ocr.OCR().columns(domain) for domain in ("glyphs", "open"))
     assert (glyphs.quality, glyphs.diversity, glyphs.drift) == (["pickscore:tiny"], ["clip:tiny"], ["clip:tiny"])
     assert list(real.quality) == ["pickscore", "aesthetic", "imagereward", "hpsv2"]
-    assert isinstance(ocr.OCR(), Columned) and isinstance(ocr.OCR(), Reads)
+    assert isinstance(ocr.OCR(), SupportsColumns) and isinstance(ocr.OCR(), SupportsOwnPrompts)
 
 
 # Domain open

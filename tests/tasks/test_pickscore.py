@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gpobench.bench.assets.glyphs import COUNTS, NUMBERS, SHAPE_COLOURS, SHAPES, VOCABULARY
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
-from gpobench.bench.spec import Columned, Prompt, Reads, Split, fold_text
+from gpobench.bench.spec import Prompt, Split, SupportsColumns, SupportsOwnPrompts, fold_text
 from gpobench.tasks import ocr, pickscore
 from gpobench.tasks.pickscore import PickScore
 
@@ -69,14 +69,14 @@ def test_scorers_by_domain() -> None:
     for domain in ("glyphs", "open"):
         judges = [task.reward(domain), *task.held_out(domain)]
         assert list(task.scorers(domain)) == judges and not set(judges) & set(task.columns(domain).quality)
-    assert (task.judging("glyphs").test_images, task.judging("open").test_images) == (4, 1)
-    assert isinstance(task, Columned) and isinstance(task, Reads)
+    assert (task.evaluation("glyphs").test_images, task.evaluation("open").test_images) == (4, 1)
+    assert isinstance(task, SupportsColumns) and isinstance(task, SupportsOwnPrompts)
     assert task.read("a cat", {"a": 1}, "open") == Prompt("a cat", {"a": 1})
 
 
 def test_unknown_names_get_the_nearest_valid_one() -> None:
     task = PickScore()
-    for ask in (task.reward, task.held_out, task.scorers, task.judging, task.columns):
+    for ask in (task.reward, task.held_out, task.scorers, task.evaluation, task.columns):
         with pytest.raises(UserError, match="did you mean 'glyphs'"):
             ask("glyph")
     with pytest.raises(UserError, match="did you mean 'validation'"):

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from gpobench.bench.assets import downloads
-from gpobench.bench.assets.downloads import Heavy, Published, ledger, matches, note
+from gpobench.bench.assets.downloads import Heavy, PinnedFile, ledger, matches, note
 from gpobench.bench.errors import UserError
 
 TEXT = b"a red circle\nthree blue squares\n"
 
 
-def lists(server: Any) -> Published:
+def lists(server: Any) -> PinnedFile:
     server.plain["lists/test.txt"] = TEXT
-    return Published("toy/test.txt", f"{server.address}/lists/test.txt", sha256=sha256(TEXT).hexdigest())
+    return PinnedFile("toy/test.txt", f"{server.address}/lists/test.txt", sha256=sha256(TEXT).hexdigest())
 
 
 def test_fetched_once_then_from_the_cache(hub_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,11 +69,11 @@ def test_offline(said: str, means: bool, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_limit_refuses_what_is_heavy(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"x" * 100)
-    asked = downloads.Asked("file", "acme/a", ("a.bin",), "main", path)
+    asked = downloads.DownloadRequest("file", "acme/a", ("a.bin",), "main", path)
     with ledger(limit=150), pytest.raises(Heavy):
         assert note(asked) == path and note(asked) == path  # the same file weighs once
         (tmp_path / "b.bin").write_bytes(b"x" * 51)
-        note(downloads.Asked("file", "acme/a", ("b.bin",), "main", tmp_path / "b.bin"))
+        note(downloads.DownloadRequest("file", "acme/a", ("b.bin",), "main", tmp_path / "b.bin"))
     assert note(asked) == path  # nobody counts any more
 
 

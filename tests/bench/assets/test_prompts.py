@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpobench.bench import spec
-from gpobench.bench.assets.prompts import Row, own, parse_option, read_prompts
+from gpobench.bench.assets.prompts import PromptRow, parse_option, read_prompts, with_own_prompts
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
 from gpobench.bench.registry import load
-from gpobench.bench.spec import Columned, Prompt, Reads, Summarised
+from gpobench.bench.spec import Prompt, SupportsColumns, SupportsOwnPrompts, SupportsSummary
 from gpobench.tasks.hpsv2 import HPSv2
 from gpobench.tasks.ocr import OCR
 
@@ -39,7 +39,7 @@ NASTY = [
 LISTS = st.lists(st.one_of(TEXTS, st.sampled_from(NASTY)), min_size=1, max_size=8)
 
 
-def bare(rows: Sequence[Row]) -> list[tuple[str, Mapping[str, Any]]]:
+def bare(rows: Sequence[PromptRow]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(row.text, row.facts) for row in rows]
 
 
@@ -154,58 +154,58 @@ def mine(tmp_path: Path) -> Callable[[str], Path]:
 
 def test_a_task_asks_the_files_prompts_and_does_the_rest_as_ever(mine: Callable[[str], Path]) -> None:
     task = OCR()
-    mixed = own(task, {"train": mine('a sign that says "QUIZ"\na card that says "JAZZ" in red')}, "glyphs")
+    mixed = with_own_prompts(task, {"train": mine('a sign that says "QUIZ"\na card that says "JAZZ" in red')}, "glyphs")
     assert [(p.text, p.meta) for p in mixed.prompts("train", "glyphs")] == [
         ('a sign that says "QUIZ"', {"target": "QUIZ"}),
         ('a card that says "JAZZ" in red', {"target": "JAZZ"}),
     ]
     assert prompts_hash(mixed.prompts("test", "glyphs")) == prompts_hash(task.prompts("test", "glyphs"))
     assert (mixed.name, mixed.version) == ("ocr", "1+own")
-    assert own(task, {}, "glyphs").version == "1"
-    for ask in ("reward", "scorers", "held_out", "judging"):
+    assert with_own_prompts(task, {}, "glyphs").version == "1"
+    for ask in ("reward", "scorers", "held_out", "evaluation"):
         assert getattr(mixed, ask)("glyphs") == getattr(task, ask)("glyphs")
-    assert isinstance(mixed, Columned) and mixed.columns("glyphs") == task.columns("glyphs")
-    assert isinstance(mixed, Reads) and mixed.read('a "BUS"', {}, "glyphs").meta == {"target": "BUS"}
+    assert isinstance(mixed, SupportsColumns) and mixed.columns("glyphs") == task.columns("glyphs")
+    assert isinstance(mixed, SupportsOwnPrompts) and mixed.read('a "BUS"', {}, "glyphs").meta == {"target": "BUS"}
     with pytest.raises(UserError, match="of the domain 'glyphs', not of 'open'"):
         mixed.prompts("train", "open")
 
 
 def test_what_the_task_misses_is_said_with_its_line(mine: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match=r"0\.txt, line 3: an OCR prompt needs the text to write.*'a cat'"):
-        own(OCR(), {"train": mine('a "BUS"\n\na cat')}, "glyphs")
+        with_own_prompts(OCR(), {"train": mine('a "BUS"\n\na cat')}, "glyphs")
 
 
 def test_a_task_that_neither_reads_nor_has_columns_nor_sums_up(redness: str, tmp_path: Path) -> None:
     task = load("task", f"{redness}:Paint")()
     path = tmp_path / "mine.jsonl"
     path.write_text('{"text": "a red sky", "mood": "calm", "stratum": "sky"}', "utf-8")
-    mixed = own(task, {"test": path}, "glyphs")
+    mixed = with_own_prompts(task, {"test": path}, "glyphs")
     assert list(mixed.prompts("test", "glyphs")) == [
         Prompt("a red sky", {"mood": "calm", "stratum": "sky"}, stratum="sky")
     ]
-    assert isinstance(mixed, Columned) and mixed.columns("glyphs") == spec.Columns()
-    assert isinstance(mixed, Summarised) and mixed.summary(pd.DataFrame()) == {}
+    assert isinstance(mixed, SupportsColumns) and mixed.columns("glyphs") == spec.Columns()
+    assert isinstance(mixed, SupportsSummary) and mixed.summary(pd.DataFrame()) == {}
 
 
 def test_the_publications_numbers_stay(mine: Callable[[str], Path]) -> None:
     task = HPSv2()
     rows = [(i, "s", "hpsv2", "hps", float(i)) for i in range(20)]
     look = pd.DataFrame(rows, columns=["prompt", "stratum", "scorer", "metric", "value"])
-    mixed = own(task, {"test": mine("a cat")}, "glyphs")
-    assert isinstance(mixed, Summarised) and mixed.summary(look) == task.summary(look) != {}
+    mixed = with_own_prompts(task, {"test": mine("a cat")}, "glyphs")
+    assert isinstance(mixed, SupportsSummary) and mixed.summary(look) == task.summary(look) != {}
 
 
 def test_a_training_list_may_weigh_its_prompts_by_repeating_them(mine: Callable[[str], Path]) -> None:
     twice = 'a sign that says "QUIZ"\n' * 2
-    assert len(own(OCR(), {"train": mine(twice)}, "glyphs").prompts("train", "glyphs")) == 2
+    assert len(with_own_prompts(OCR(), {"train": mine(twice)}, "glyphs").prompts("train", "glyphs")) == 2
     with pytest.raises(UserError, match="twice"):
-        own(OCR(), {"test": mine(twice)}, "glyphs")
+        with_own_prompts(OCR(), {"test": mine(twice)}, "glyphs")
 
 
 def test_own_prompts_that_are_also_judged_are_refused(mine: Callable[[str], Path]) -> None:
     stolen = OCR().prompts("test", "glyphs")[5].text
     with pytest.raises(UserError, match="a test prompt stands in the train split"):
-        refuse_overlap(own(OCR(), {"train": mine(stolen.replace(" ", "  "))}, "glyphs"), "glyphs")
+        refuse_overlap(with_own_prompts(OCR(), {"train": mine(stolen.replace(" ", "  "))}, "glyphs"), "glyphs")
 
 
 # The option

@@ -16,7 +16,7 @@ import pytest
 
 from gpobench.bench.assets import weight_store
 from gpobench.bench.errors import Missing, UserError
-from gpobench.bench.model_spec import find
+from gpobench.bench.model_spec import find_model_spec
 
 COMMIT = "c" * 40
 
@@ -283,8 +283,8 @@ def test_weights_and_settings_are_hashed_apart_and_links_are_followed(tmp_path: 
     (shared / "config.json").write_text("{}")
     (folder / "transformer").symlink_to(shared)
     (folder / "loop").symlink_to(folder)
-    card = replace(find("tiny"), source=str(folder))
-    hashes = lambda: (weight_store.weights_hash(card), weight_store.settings_hash(card))
+    model_spec = replace(find_model_spec("tiny"), source=str(folder))
+    hashes = lambda: (weight_store.weights_hash(model_spec), weight_store.settings_hash(model_spec))
     first = hashes()
     assert hashes() == first
     (shared / "a.safetensors").write_text("other")
@@ -295,10 +295,10 @@ def test_weights_and_settings_are_hashed_apart_and_links_are_followed(tmp_path: 
     assert third[0] == second[0] and third[1] != second[1]
     shutil.copytree(folder / "transformer", tmp_path / "copy" / "transformer")
     assert (
-        weight_store.weights_hash(replace(card, source=str(tmp_path / "copy"))) == third[0]
+        weight_store.weights_hash(replace(model_spec, source=str(tmp_path / "copy"))) == third[0]
     )  # a copy is the same model
 
 
 def test_a_model_of_the_hub_is_known_by_its_revision() -> None:
-    card = find("sd35m")
-    assert weight_store.weights_hash(card) == weight_store.settings_hash(card) == card.revision
+    model_spec = find_model_spec("sd35m")
+    assert weight_store.weights_hash(model_spec) == weight_store.settings_hash(model_spec) == model_spec.revision

@@ -18,9 +18,9 @@ from gpobench.bench.commands import doctor
 from gpobench.bench.commands.doctor import Check
 from gpobench.bench.commands.fetch import Need
 from gpobench.bench.errors import UserError
-from gpobench.bench.model_spec import find
+from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models import catalogue
-from gpobench.bench.progress import Silent
+from gpobench.bench.progress import NullProgress
 from gpobench.tasks.ocr import OCR
 
 NETWORK = "transformer/diffusion_pytorch_model.safetensors"
@@ -95,7 +95,7 @@ def only(checks: Any) -> Check:
 
 def test_the_embedded_model_and_its_task_are_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GPOBENCH_WEIGHTS", raising=False)
-    found = {check.name: check for check in doctor.doctor("ocr", "tiny", view=Silent())}
+    found = {check.name: check for check in doctor.doctor("ocr", "tiny", progress=NullProgress())}
     assert not doctor.broken(list(found.values())), found
     fine = ["python", "packages", "model tiny", "licence of tiny", "memory", "prompts of ocr", "splits"]
     fine += ["scorer rapidocr", "scorer reader"]
@@ -110,10 +110,10 @@ def test_one_collapse_does_not_end_the_round(tiny_pipe: Path, redness: str, monk
         raise KeyError("something nobody thought of")
 
     monkeypatch.setattr(doctor, "packages", collapse)
-    monkeypatch.setattr(doctor, "memory", lambda card: iter([Check("memory", "ok", "")]))
+    monkeypatch.setattr(doctor, "memory", lambda model_spec: iter([Check("memory", "ok", "")]))
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(doctor, "_reach", lambda address: "")
-    found = {c.name: c for c in doctor.doctor(f"{redness}:Rich", str(tiny_pipe), view=Silent())}
+    found = {c.name: c for c in doctor.doctor(f"{redness}:Rich", str(tiny_pipe), progress=NullProgress())}
     assert found["packages"].verdict == "broken" and "KeyError" in found["packages"].detail
     assert found["splits"].verdict == "ok" and found[f"scorer {redness}:Redness"].verdict == "ok"
     assert found[f"scorer {redness}:Absent"].verdict == "missing"
@@ -124,7 +124,7 @@ def test_one_collapse_does_not_end_the_round(tiny_pipe: Path, redness: str, monk
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(UserError, match="unknown task"):
-        doctor.doctor("orc", "tiny", view=Silent())
+        doctor.doctor("orc", "tiny", progress=NullProgress())
 
 
 def test_rows_and_remedies() -> None:
@@ -138,7 +138,7 @@ def test_rows_and_remedies() -> None:
 
 
 def model_of(folder: Path) -> Check:
-    return next(iter(doctor.weights(find(str(folder)), offline=True)))
+    return next(iter(doctor.weights(find_model_spec(str(folder)), offline=True)))
 
 
 def test_a_healthy_folder(tiny_pipe: Path) -> None:
@@ -236,10 +236,10 @@ def test_a_machine_that_is_too_small(tiny_pipe: Path, monkeypatch: pytest.Monkey
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    card = find(str(tiny_pipe))
-    assert only(doctor.memory(card)).verdict == "ok"
+    model_spec = find_model_spec(str(tiny_pipe))
+    assert only(doctor.memory(model_spec)).verdict == "ok"
     monkeypatch.setattr(doctor, "_memory", lambda: 2.0**20)
-    assert only(doctor.memory(card)).verdict == "warning"
+    assert only(doctor.memory(model_spec)).verdict == "warning"
 
 
 # Packages, disk, hub

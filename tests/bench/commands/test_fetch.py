@@ -16,8 +16,8 @@ import pytest
 from gpobench.bench.assets import downloads, weight_store
 from gpobench.bench.commands import fetch
 from gpobench.bench.errors import Missing, UserError
-from gpobench.bench.model_spec import find
-from gpobench.bench.progress import Silent
+from gpobench.bench.model_spec import find_model_spec
+from gpobench.bench.progress import NullProgress
 
 TOY = '''
 """A task whose scorers keep their weights on a hub."""
@@ -110,7 +110,7 @@ PROMPTS = "".join(
 
 
 @dataclass
-class Notes(Silent):
+class Notes(NullProgress):
     """A view that remembers."""
 
     phases: list[list[Any]] = field(default_factory=list[list[Any]])
@@ -161,16 +161,16 @@ def elsewhere(there: Path, monkeypatch: pytest.MonkeyPatch, offline: bool = True
 
 
 def test_everything_a_run_needs_and_nothing_else(world: str, tiny_pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    view = Notes()
-    told = fetch.fetch(f"{world}:Toy", f"{world}:mini", view=view)
+    progress = Notes()
+    told = fetch.fetch(f"{world}:Toy", f"{world}:mini", progress=progress)
     names = {one["repository"]: one["files"] for one in told["repositories"]}
     weights = sum(1 for p in tiny_pipe.rglob("*") if p.is_file()) - 1  # but its recipe
     assert names == {"acme/mini": weights, "acme/love": 1, "acme/clip": 2, "acme/late": 1, "acme/eye": 1}
     assert [one["path"] for one in told["prompts"]] == ["toy/prompts.txt"]
     assert [one["name"].rpartition(":")[2] for one in told["left_out"]] == ["Absent", "Bitten"]
-    fetching = next(phase for phase in view.phases if phase[0] == "fetching mini")
+    fetching = next(phase for phase in progress.phases if phase[0] == "fetching mini")
     assert fetching[1] > 10_000 and fetching[1] * 0.9 < fetching[2] <= fetching[1]
-    checking = next(phase for phase in view.phases if phase[0] == "checking hashes")
+    checking = next(phase for phase in progress.phases if phase[0] == "checking hashes")
     assert checking[1] == checking[2] == told["bytes"]
     lock = json.loads(Path(told["lock"]).read_text())
     assert lock["acme/love@" + "c" * 40]["files"]["love.safetensors"]["bytes"] == 1000
@@ -179,27 +179,27 @@ def test_everything_a_run_needs_and_nothing_else(world: str, tiny_pipe: Path, mo
     from gpobench.bench.models.open import open_model
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    card = find(f"{world}:mini")
-    folder = weight_store.local(card.source, card.revision)
+    model_spec = find_model_spec(f"{world}:mini")
+    folder = weight_store.local(model_spec.source, model_spec.revision)
     assert folder is not None
-    small = replace(find(str(tiny_pipe)), source=str(folder))
+    small = replace(find_model_spec(str(tiny_pipe)), source=str(folder))
     open_model(small, device="cpu", precision="fp32")
-    assert fetch.fetch(f"{world}:Toy", f"{world}:mini", view=Notes())["bytes"] == told["bytes"]
+    assert fetch.fetch(f"{world}:Toy", f"{world}:mini", progress=Notes())["bytes"] == told["bytes"]
 
 
 def test_fetched_again_nothing_is_downloaded(world: str, hub_server: Any) -> None:
-    first = fetch.fetch(None, f"{world}:mini", view=Silent())
+    first = fetch.fetch(None, f"{world}:mini", progress=NullProgress())
     hub_server.asked.clear()
-    again = fetch.fetch(None, f"{world}:mini", view=Silent())
+    again = fetch.fetch(None, f"{world}:mini", progress=NullProgress())
     assert again["bytes"] == first["bytes"] and not [one for one in hub_server.asked if one.startswith("GET acme")]
     hub_server.close()
     notes = Notes()
-    assert fetch.fetch(None, f"{world}:mini", view=notes)["bytes"] == first["bytes"]
+    assert fetch.fetch(None, f"{world}:mini", progress=notes)["bytes"] == first["bytes"]
     assert any("checked, and no more" in line for line in notes.said)
 
 
 def test_scorers_by_name(world: str) -> None:
-    told = fetch.fetch(scorers=[f"{world}:Love"], view=Silent())
+    told = fetch.fetch(scorers=[f"{world}:Love"], progress=NullProgress())
     assert [one["repository"] for one in told["repositories"]] == ["acme/clip", "acme/love"]
 
 
@@ -207,7 +207,7 @@ def test_what_a_run_needs_and_cannot_have_is_listed_whole(world: str, hub_server
     del hub_server.repositories["acme/mini"]
     hub_server.plain.clear()
     with pytest.raises(UserError) as error:
-        fetch.fetch(f"{world}:Needy", f"{world}:mini", view=Silent())
+        fetch.fetch(f"{world}:Needy", f"{world}:mini", progress=NullProgress())
     said = str(error.value)
     assert said.startswith("3 of the things") and "\n" not in said
     assert "model mini: " in said and "prompts of" in said and "the scorer 'absent' needs" in said
@@ -217,7 +217,7 @@ def test_a_bug_in_a_scorer_that_a_run_needs_is_not_hidden(world: str) -> None:
     toy = Path(world)
     toy.write_text(toy.read_text() + '\n\ndef Sick():\n    return Toy(own="Bitten")\n')
     with pytest.raises(UserError, match="ValueError: a bug"):
-        fetch.fetch(f"{world}:Sick", view=Silent())
+        fetch.fetch(f"{world}:Sick", progress=NullProgress())
 
 
 @pytest.mark.parametrize("name", ["love.safetensors", "config.json"])
@@ -226,17 +226,17 @@ def test_wrong_bytes_are_refused(world: str, hub_server: Any, name: str) -> None
     true = hub_server.repositories[source].files[name]
     hub_server.repositories[source].sent[name] = bytes(len(true))
     with pytest.raises(UserError, match=f"wrong hash after download: {name} of {source}.* expected [0-9a-f]+"):
-        fetch.fetch(scorers=[f"{world}:Love"], view=Silent())
+        fetch.fetch(scorers=[f"{world}:Love"], progress=NullProgress())
     assert not (weight_store.store() / weight_store.LOCK).exists()
 
 
 def test_a_rotten_file_in_the_hub_s_cache_is_found_offline(world: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch.fetch(scorers=[f"{world}:Love"], view=Silent())
+    fetch.fetch(scorers=[f"{world}:Love"], progress=NullProgress())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     path = weight_store.file("acme/love", "love.safetensors")
     path.resolve().write_bytes(b"L" * 1000)
     with pytest.raises(UserError, match="wrong hash after download: love.safetensors"):
-        fetch.fetch(scorers=[f"{world}:Love"], view=Silent())
+        fetch.fetch(scorers=[f"{world}:Love"], progress=NullProgress())
 
 
 def test_another_hash_under_the_same_commit_is_refused(
@@ -244,53 +244,53 @@ def test_another_hash_under_the_same_commit_is_refused(
 ) -> None:
     from huggingface_hub import constants
 
-    fetch.fetch(scorers=[f"{world}:Love"], view=Silent())
+    fetch.fetch(scorers=[f"{world}:Love"], progress=NullProgress())
     hub_server.repositories["acme/love"].files["love.safetensors"] = b"L" * 1000  # consistent, and not what it was
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(empty_machine / "fresh"))
     with pytest.raises(UserError, match="wrong hash after download: love.safetensors of acme/love@c+ is "):
-        fetch.fetch(scorers=[f"{world}:Love"], view=Silent())
+        fetch.fetch(scorers=[f"{world}:Love"], progress=NullProgress())
     hub_server.repositories["acme/love"].commit = "d" * 40  # another commit may be anything
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(empty_machine / "fresher"))
-    assert fetch.fetch(scorers=[f"{world}:Love"], view=Silent())["bytes"] > 1000
+    assert fetch.fetch(scorers=[f"{world}:Love"], progress=NullProgress())["bytes"] > 1000
 
 
 def test_prompts_whose_hash_nobody_published_are_locked_too(world: str, hub_server: Any) -> None:
-    fetch.fetch(f"{world}:Toy", view=Silent())
+    fetch.fetch(f"{world}:Toy", progress=NullProgress())
     (downloads.cache() / "toy" / "prompts.txt").unlink()
     hub_server.plain["prompts.txt"] = PROMPTS + b"test: more\n"
     with pytest.raises(UserError, match="wrong hash after download: toy/prompts.txt"):
-        fetch.fetch(f"{world}:Toy", view=Silent())
+        fetch.fetch(f"{world}:Toy", progress=NullProgress())
 
 
 def test_no_room(world: str, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=fetch.SPARE + 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     with pytest.raises(UserError, match="acme/mini takes .* free"):
-        fetch.fetch(None, f"{world}:mini", view=Silent())
+        fetch.fetch(None, f"{world}:mini", progress=NullProgress())
 
 
 def test_over_to_a_machine_without_network(
     world: str, hub_server: Any, empty_machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stick = empty_machine / "stick"
-    told = fetch.fetch(f"{world}:Toy", f"{world}:mini", to=stick, view=Silent())
+    told = fetch.fetch(f"{world}:Toy", f"{world}:mini", to=stick, progress=NullProgress())
     assert told["to"] == str(stick) and (stick / "weights/acme/mini/model_index.json").is_file()
     elsewhere(empty_machine / "there", monkeypatch)
     hub_server.close()
-    card = find(f"{world}:mini")
-    assert weight_store.local(card.source, card.revision) is None
-    done = fetch.fetch(source=stick, view=Silent())
+    model_spec = find_model_spec(f"{world}:mini")
+    assert weight_store.local(model_spec.source, model_spec.revision) is None
+    done = fetch.fetch(source=stick, progress=NullProgress())
     assert done["bytes"] == told["bytes"] and not list(weight_store.store().glob(".incoming-*"))
-    assert weight_store.local(card.source, card.revision) == weight_store.store() / "acme" / "mini"
+    assert weight_store.local(model_spec.source, model_spec.revision) == weight_store.store() / "acme" / "mini"
     assert weight_store.file("acme/late", "late.bin").read_bytes() == b"late" * 20
     # All of it is there, and the same command again checks that.
-    assert fetch.fetch(f"{world}:Toy", f"{world}:mini", view=Silent())["bytes"] == told["bytes"]
-    fetch.fetch(source=stick, view=Silent())
+    assert fetch.fetch(f"{world}:Toy", f"{world}:mini", progress=NullProgress())["bytes"] == told["bytes"]
+    fetch.fetch(source=stick, progress=NullProgress())
     # The folder also serves as it is, without being installed.
     elsewhere(empty_machine / "third", monkeypatch)
     monkeypatch.setenv("GPOBENCH_WEIGHTS", str(stick / "weights"))
     monkeypatch.setenv("GPOBENCH_DATA", str(stick / "data"))
-    assert fetch.fetch(f"{world}:Toy", f"{world}:mini", view=Silent())["bytes"] > 0
+    assert fetch.fetch(f"{world}:Toy", f"{world}:mini", progress=NullProgress())["bytes"] > 0
     assert not (weight_store.store() / "acme").exists()
 
 
@@ -303,18 +303,18 @@ def test_what_was_installed_before_stays_beside_what_comes(
             toy.write_text(
                 toy.read_text() + '\n\ndef Other():\n    hub.file("acme/love", "other.bin")\n    return Plain()\n'
             )
-        fetch.fetch(scorers=[f"{world}:{scorer}"], to=empty_machine / name, view=Silent())
+        fetch.fetch(scorers=[f"{world}:{scorer}"], to=empty_machine / name, progress=NullProgress())
     elsewhere(empty_machine / "there", monkeypatch)
     for name in ("one", "two"):
-        fetch.fetch(source=empty_machine / name, view=Silent())
+        fetch.fetch(source=empty_machine / name, progress=NullProgress())
     assert weight_store.file("acme/love", "love.safetensors").read_bytes() == b"l" * 1000
     assert weight_store.file("acme/love", "other.bin").read_bytes() == b"o" * 50
     # A newer commit takes the place of the older one, whole.
     elsewhere(empty_machine / "newer", monkeypatch, offline=False)
     hub_server.repositories["acme/love"].commit = "d" * 40
-    fetch.fetch(scorers=[f"{world}:Other"], to=empty_machine / "three", view=Silent())
+    fetch.fetch(scorers=[f"{world}:Other"], to=empty_machine / "three", progress=NullProgress())
     elsewhere(empty_machine / "there", monkeypatch)
-    fetch.fetch(source=empty_machine / "three", view=Silent())
+    fetch.fetch(source=empty_machine / "three", progress=NullProgress())
     assert weight_store.file("acme/love", "other.bin").read_bytes() == b"o" * 50
     with pytest.raises(Missing):
         weight_store.file("acme/love", "love.safetensors")
@@ -331,10 +331,10 @@ def test_what_no_hub_serves_travels_too(
     own.parent.mkdir(parents=True)
     own.write_bytes(b"net")
     monkeypatch.setenv("GPOBENCH_WEIGHTS", str(empty_machine / "own"))
-    fetch.fetch(scorers=[f"{world}:Gift"], to=empty_machine / "stick", view=Silent())
+    fetch.fetch(scorers=[f"{world}:Gift"], to=empty_machine / "stick", progress=NullProgress())
     monkeypatch.delenv("GPOBENCH_WEIGHTS")
     elsewhere(empty_machine / "there", monkeypatch)
-    fetch.fetch(source=empty_machine / "stick", view=Silent())
+    fetch.fetch(source=empty_machine / "stick", progress=NullProgress())
     place = weight_store.given("pytorch", "net.pth")
     assert place is not None and place.read_bytes() == b"net"
 
@@ -346,7 +346,7 @@ def test_what_stands_at_an_address_is_locked_and_travels(
     toy, url = Path(world), f"{hub_server.address}/net.pth"
     link = f'hub.Linked("pytorch", "net.pth", "{url}", pickled=True)'
     toy.write_text(toy.read_text() + f"\n\ndef Far():\n    {link}.find()\n    return Plain()\n")
-    told = fetch.fetch(scorers=[f"{world}:Far"], to=empty_machine / "stick", view=Silent())
+    told = fetch.fetch(scorers=[f"{world}:Far"], to=empty_machine / "stick", progress=NullProgress())
     digest = hashlib.sha256(b"net").hexdigest()
     row = {"repository": "pytorch", "commit": digest, "files": 1}
     assert told["repositories"] == [{**row, "bytes": 3}]
@@ -357,17 +357,17 @@ def test_what_stands_at_an_address_is_locked_and_travels(
     kept = weight_store.store() / "pytorch" / "net.pth"
     kept.write_bytes(b"rot")
     with pytest.raises(UserError, match="wrong hash after download: net.pth of pytorch@http"):
-        fetch.fetch(scorers=[f"{world}:Far"], view=Silent())
+        fetch.fetch(scorers=[f"{world}:Far"], progress=NullProgress())
     kept.unlink()
     hub_server.plain["net.pth"] = b"other"
     with pytest.raises(UserError, match=f"wrong hash after download: {url} is .* expected {digest}"):
-        fetch.fetch(scorers=[f"{world}:Far"], view=Silent())
+        fetch.fetch(scorers=[f"{world}:Far"], progress=NullProgress())
     assert not kept.exists()
 
     elsewhere(empty_machine / "there", monkeypatch)
     hub_server.close()
-    assert fetch.fetch(source=empty_machine / "stick", view=Silent())["repositories"] == [row]
-    again = fetch.fetch(scorers=[f"{world}:Far"], view=Silent())
+    assert fetch.fetch(source=empty_machine / "stick", progress=NullProgress())["repositories"] == [row]
+    again = fetch.fetch(scorers=[f"{world}:Far"], progress=NullProgress())
     assert again["repositories"] == told["repositories"]
     assert json.loads(Path(again["lock"]).read_text())[f"pytorch@{url}"] == lock[f"pytorch@{url}"]
 
@@ -434,7 +434,7 @@ def test_the_weights_of_other_engines_travel(
     toy.write_text(toy.read_text() + more)
     scorers = ["geneval:yolo", "paddleocr"]
     asked: dict[str, dict[str, Any]] = {"one": {"task": f"{world}:Seen"}, "two": {"scorers": scorers}}
-    told = {name: fetch.fetch(**ask, to=empty_machine / name, view=Silent()) for name, ask in asked.items()}
+    told = {name: fetch.fetch(**ask, to=empty_machine / name, progress=NullProgress()) for name, ask in asked.items()}
     rows = {one["repository"]: one for done in told.values() for one in done["repositories"]}
     models = [f"PaddlePaddle/PP-OCRv6_medium_{part}_onnx" for part in ("det", "rec")]
     files = {"pytorch": 1, "ultralytics": 1} | dict.fromkeys(models, 2)
@@ -452,8 +452,8 @@ def test_the_weights_of_other_engines_travel(
     assert "ultralytics/yolo11n.pt are not here" in before["scorer geneval:yolo"]
     assert before["scorer paddleocr"] == "the OCR model PP-OCRv6_medium_det is not here"
     for name, ask in asked.items():
-        fetch.fetch(source=empty_machine / name, view=Silent())
-        assert fetch.fetch(**ask, view=Silent())["repositories"] == told[name]["repositories"]
+        fetch.fetch(source=empty_machine / name, progress=NullProgress())
+        assert fetch.fetch(**ask, progress=NullProgress())["repositories"] == told[name]["repositories"]
     after = looked()
     assert after["embedder lpips"] == after["scorer paddleocr"] == "ok"  # it reads with true weights
     assert "are not here" not in after["scorer geneval:yolo"]  # random ones count nothing
@@ -499,19 +499,19 @@ def test_a_damaged_folder_installs_nothing(
     world: str, empty_machine: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Path], None], said: str
 ) -> None:
     stick = empty_machine / "stick"
-    fetch.fetch(scorers=[f"{world}:Love"], to=stick, view=Silent())
+    fetch.fetch(scorers=[f"{world}:Love"], to=stick, progress=NullProgress())
     harm(stick)
     elsewhere(empty_machine / "there", monkeypatch)
     with pytest.raises(UserError, match=said) as error:
-        fetch.fetch(source=stick, view=Silent())
+        fetch.fetch(source=stick, progress=NullProgress())
     assert "\n" not in str(error.value) and not [p for p in weight_store.store().rglob("*") if p.is_file()]
 
 
 def test_requests_that_make_no_sense(empty_machine: Path) -> None:
     with pytest.raises(UserError, match="say what to fetch"):
-        fetch.fetch(view=Silent())
+        fetch.fetch(progress=NullProgress())
     with pytest.raises(UserError, match="give it alone"):
-        fetch.fetch("ocr", source=empty_machine, view=Silent())
+        fetch.fetch("ocr", source=empty_machine, progress=NullProgress())
 
 
 def test_needs_of_the_built_in_task() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gpobench.bench import registry
-from gpobench.bench.conformance.check import ALL, FAMILIES, LAWS, Verdict, check, trespasses
+from gpobench.bench.conformance.check import ALL, FAMILIES, LAWS, LawResult, check, trespasses
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments import config
 
@@ -39,7 +39,7 @@ def broken(repo: Path) -> str:
     return str(repo / "tests" / "broken.py")
 
 
-def failed(verdicts: list[Verdict], *, soft: bool = False) -> dict[str, str]:
+def failed(verdicts: list[LawResult], *, soft: bool = False) -> dict[str, str]:
     return {v.law: f"{v.family}: {v.detail}" for v in verdicts if (not v.ok if soft else v.broken)}
 
 

@@ -15,15 +15,15 @@ import pytest
 
 from gpobench.bench import registry
 from gpobench.bench.evaluation import evaluation_cache, record
-from gpobench.bench.evaluation.evaluator import Judged
+from gpobench.bench.evaluation.evaluator import Evaluation
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import Config, resolve
-from gpobench.bench.model_spec import find
-from gpobench.bench.process_group import Crew
-from gpobench.bench.progress import Silent
+from gpobench.bench.model_spec import find_model_spec
+from gpobench.bench.process_group import ProcessGroup
+from gpobench.bench.progress import NullProgress
 from gpobench.bench.scoring.scorers import Blend
 
-SETS = """optim.epochs=1 optim.minibatches=2 optim.lr=3e-3 prompts=2 group=4 judging.test_images=1""".split()
+SETS = """optim.epochs=1 optim.minibatches=2 optim.lr=3e-3 prompts=2 group=4 evaluation.test_images=1""".split()
 
 
 class Named:
@@ -38,34 +38,34 @@ class Named:
         raise NotImplementedError
 
 
-def judged(value: float, *names: str) -> Judged:
+def judged(value: float, *names: str) -> Evaluation:
     table = pd.DataFrame({"prompt": [0], "ordinal": [0], "scorer": ["s"], "metric": ["m"], "value": [value]})
-    return Judged(table, np.full((1, 2, 2, 3), 7, np.uint8), {n: np.full((1, 3), value, np.float32) for n in names})
+    return Evaluation(table, np.full((1, 2, 2, 3), 7, np.uint8), {n: np.full((1, 3), value, np.float32) for n in names})
 
 
 @pytest.fixture
 def ground(redness: str) -> Callable[..., str]:
-    card, task = find("tiny"), registry.load("task", f"{redness}:Paint")()
+    model_spec, task = find_model_spec("tiny"), registry.load("task", f"{redness}:Paint")()
 
     def name(**change: Any) -> str:
-        prompts = list(task.prompts("test", card.domain))
+        prompts = list(task.prompts("test", model_spec.domain))
         asked = {
-            "card": card, "task": task, "prompts": prompts, "judges": [registry.scorer(task.reward(card.domain))],
+            "card": model_spec, "task": task, "prompts": prompts, "judges": [registry.scorer(task.reward(model_spec.domain))],
             "drift": [], "images": 2, "seed": 0, "rows": 8, "precision": "fp32", "weights": "w", "device": "cpu",
         } | change  # fmt: skip
-        return evaluation_cache.ground(**asked)  # type: ignore[arg-type]
+        return evaluation_cache.cache_key(**asked)  # type: ignore[arg-type]
 
-    name.card, name.task = card, task  # type: ignore[attr-defined]
+    name.card, name.task = model_spec, task  # type: ignore[attr-defined]
     return name
 
 
 def test_a_place_is_named_after_everything_the_look_depends_on(
     ground: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    card, prompts = ground.card, list(ground.task.prompts("test", "glyphs"))
+    model_spec, prompts = ground.card, list(ground.task.prompts("test", "glyphs"))
     changes: list[dict[str, Any]] = [
         {"images": 3}, {"seed": 1}, {"rows": 4}, {"precision": "bf16"}, {"weights": "v"}, {"device": "cuda"},
-        {"card": replace(card, steps=card.steps + 1)}, {"card": replace(card, guidance=2.0)}, {"prompts": prompts[:-1]},
+        {"card": replace(model_spec, steps=model_spec.steps + 1)}, {"card": replace(model_spec, guidance=2.0)}, {"prompts": prompts[:-1]},
         {"prompts": prompts[::-1]}, {"prompts": [replace(prompts[0], meta={"target": "A"}), *prompts[1:]]},
         {"drift": [Named("a")]}, {"judges": []},
     ]  # fmt: skip
@@ -105,54 +105,73 @@ def test_two_files_of_one_name_are_two_sources(tmp_path: Path) -> None:
 
 
 def test_a_look_in_which_a_scorer_failed_is_not_kept(tmp_path: Path) -> None:
-    assert evaluation_cache.kept(tmp_path / "x", lambda: judged(float("nan")), [], Crew()).table.value.isna().all()
-    assert evaluation_cache.kept(tmp_path / "x", lambda: judged(0.5), [], Crew()).table.value.iloc[0] == 0.5
-    assert evaluation_cache.kept(tmp_path / "x", lambda: judged(0.7), [], Crew()).table.value.iloc[0] == 0.5
+    assert (
+        evaluation_cache.cached_evaluation(tmp_path / "x", lambda: judged(float("nan")), [], ProcessGroup())
+        .table.value.isna()
+        .all()
+    )
+    assert (
+        evaluation_cache.cached_evaluation(tmp_path / "x", lambda: judged(0.5), [], ProcessGroup()).table.value.iloc[0]
+        == 0.5
+    )
+    assert (
+        evaluation_cache.cached_evaluation(tmp_path / "x", lambda: judged(0.7), [], ProcessGroup()).table.value.iloc[0]
+        == 0.5
+    )
 
 
 @pytest.mark.parametrize("kind", ["parquet", "npy", "npz"])
 @pytest.mark.parametrize("left", [0, 20, -1])
 def test_a_damaged_look_is_said_and_made_anew(tmp_path: Path, kind: str, left: int) -> None:
     said: list[str] = []
-    evaluation_cache.kept(tmp_path / "x", lambda: judged(0.25), [], Crew())
+    evaluation_cache.cached_evaluation(tmp_path / "x", lambda: judged(0.25), [], ProcessGroup())
     file = tmp_path / f"x.{kind}"
     file.write_bytes(file.read_bytes()[:left])
-    found = evaluation_cache.kept(tmp_path / "x", lambda: judged(0.5), [], Crew(), said.append)
+    found = evaluation_cache.cached_evaluation(tmp_path / "x", lambda: judged(0.5), [], ProcessGroup(), said.append)
     assert found.table.value.iloc[0] == 0.5 and len(said) == 1 and "is damaged and is made anew" in said[0]
     assert (
-        evaluation_cache.kept(tmp_path / "x", lambda: judged(0.7), [], Crew(), said.append).table.value.iloc[0] == 0.5
+        evaluation_cache.cached_evaluation(
+            tmp_path / "x", lambda: judged(0.7), [], ProcessGroup(), said.append
+        ).table.value.iloc[0]
+        == 0.5
     )
 
 
 def test_what_was_seen_is_found_again_to_the_last_digit(tmp_path: Path) -> None:
     drift, asked = [Named("a"), Named("b")], 0
 
-    def make() -> Judged:
+    def make() -> Evaluation:
         nonlocal asked
         asked += 1
         return judged(1 / 3, "a", "b")
 
-    one, two = (evaluation_cache.kept(tmp_path / "deep" / "x", make, drift, Crew()) for _ in range(2))
+    one, two = (
+        evaluation_cache.cached_evaluation(tmp_path / "deep" / "x", make, drift, ProcessGroup()) for _ in range(2)
+    )
     assert asked == 1
     pd.testing.assert_frame_equal(one.table, two.table, check_exact=True)
     np.testing.assert_array_equal(one.images, two.images)
     assert one.vectors.keys() == two.vectors.keys()
     assert all(np.array_equal(one.vectors[k], two.vectors[k]) for k in one.vectors)
 
-    evaluation_cache.kept(tmp_path / "deep" / "x", make, [Named("a")], Crew())  # an embedder came or went
+    evaluation_cache.cached_evaluation(
+        tmp_path / "deep" / "x", make, [Named("a")], ProcessGroup()
+    )  # an embedder came or went
     assert asked == 2
 
 
 def test_of_many_that_ask_at_once_one_looks_and_the_others_wait(tmp_path: Path) -> None:
     asked, found = [0], list[float]()
 
-    def make() -> Judged:
+    def make() -> Evaluation:
         asked[0] += 1
         time.sleep(0.2)
         return judged(0.25)
 
     def ask() -> None:
-        found.append(float(evaluation_cache.kept(tmp_path / "x", make, [], Crew()).table.value.iloc[0]))
+        found.append(
+            float(evaluation_cache.cached_evaluation(tmp_path / "x", make, [], ProcessGroup()).table.value.iloc[0])
+        )
 
     threads = [threading.Thread(target=ask) for _ in range(5)]
     for thread in threads:
@@ -163,12 +182,15 @@ def test_of_many_that_ask_at_once_one_looks_and_the_others_wait(tmp_path: Path) 
 
 
 def test_a_look_that_failed_leaves_nothing_to_be_found(tmp_path: Path) -> None:
-    def broken() -> Judged:
+    def broken() -> Evaluation:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        evaluation_cache.kept(tmp_path / "x", broken, [], Crew())
-    assert evaluation_cache.kept(tmp_path / "x", lambda: judged(0.5), [], Crew()).table.value.iloc[0] == 0.5
+        evaluation_cache.cached_evaluation(tmp_path / "x", broken, [], ProcessGroup())
+    assert (
+        evaluation_cache.cached_evaluation(tmp_path / "x", lambda: judged(0.5), [], ProcessGroup()).table.value.iloc[0]
+        == 0.5
+    )
 
 
 def test_runs_of_one_folder_share_the_base_and_differ_in_nothing_else(
@@ -180,11 +202,11 @@ def test_runs_of_one_folder_share_the_base_and_differ_in_nothing_else(
     seen = list[str]()
     judge = running.evaluate.judge
     monkeypatch.setattr(running.evaluate, "judge", lambda *a, **k: (seen.append(k["by"]), judge(*a, **k))[1])
-    alone = running.run(plan(1), runs=tmp_path / "a", view=Silent())
+    alone = running.run(plan(1), runs=tmp_path / "a", progress=NullProgress())
     assert seen.count("ref") == 2  # the test prompts, and the curve's first mark
-    running.run(plan(0), runs=tmp_path / "b", view=Silent())
+    running.run(plan(0), runs=tmp_path / "b", progress=NullProgress())
     seen.clear()
-    behind = running.run(plan(1), runs=tmp_path / "b", view=Silent())
+    behind = running.run(plan(1), runs=tmp_path / "b", progress=NullProgress())
     assert "ref" not in seen
     assert behind.model_copy(update={"wall": {}, "run_dir": "", "spent": {}, "scorers": {}, "curve": []}) == (
         alone.model_copy(update={"wall": {}, "run_dir": "", "spent": {}, "scorers": {}, "curve": []})

@@ -13,9 +13,10 @@ import torch
 
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.evaluator import (
-    Judged,
+    Evaluation,
+    add_drift,
     by_stratum,
-    cmmds,
+    cmmd_by_embedder,
     differences,
     embed,
     estimates,
@@ -25,9 +26,8 @@ from gpobench.bench.evaluation.evaluator import (
     noise,
     prompts_hash,
     refuse_overlap,
-    with_drift,
 )
-from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import load, scorer
 from gpobench.bench.spec import Prompt
@@ -38,7 +38,7 @@ PROMPTS = [Prompt(t) for t in ("a red circle", "two blue squares", "a sign", "a 
 
 @pytest.fixture(scope="module")
 def model(tiny_pipe: Path) -> Any:
-    return open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4))
+    return open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def scorers(redness: str) -> list[Any]:
     return [scorer(f"{redness}:Redness"), scorer(f"{redness}:Warmth")]
 
 
-def look(model: Any, scorers: list[Any], prompts: list[Prompt] = PROMPTS, **more: Any) -> Judged:
+def look(model: Any, scorers: list[Any], prompts: list[Prompt] = PROMPTS, **more: Any) -> Evaluation:
     return judge(model, prompts, scorers, **{"images": 2, "seed": 7, **more})
 
 
@@ -158,7 +158,7 @@ def test_more_than_half_a_percent_of_failures_is_invalid(bad: int, wrong: bool) 
 def test_differences_are_paired_by_prompt() -> None:
     rng = np.random.default_rng(0)
     base = rng.normal(0, 10, 40)
-    before, after = (Judged(table(list(v)), np.zeros((0, 1, 1, 3), np.uint8)) for v in (base, base + 1))
+    before, after = (Evaluation(table(list(v)), np.zeros((0, 1, 1, 3), np.uint8)) for v in (base, base + 1))
     found = differences(before, after)["s/m"]
     assert found["mean"] == pytest.approx(1) and found["ci"] == pytest.approx([1, 1]) and found["p"] < 0.01
     assert found["n"] == 40
@@ -172,13 +172,13 @@ def test_differences_are_paired_by_prompt() -> None:
 def test_the_mean_is_the_mean_of_the_strata() -> None:
     facts = table([1.0] * 30 + [0.0] * 10)
     facts["stratum"] = ["many"] * 30 + ["few"] * 10
-    seen = Judged(facts, np.zeros((0, 1, 1, 3), np.uint8))
+    seen = Evaluation(facts, np.zeros((0, 1, 1, 3), np.uint8))
     assert estimates(seen)["s/m"]["mean"] == 0.5
     parts = by_stratum(seen, seen)
     assert list(parts) == ["many", "few"]
     assert parts["many"]["before"]["s/m"]["mean"] == 1 and parts["few"]["after"]["s/m"]["n"] == 10
     assert parts["few"]["delta"]["s/m"]["mean"] == 0
-    assert by_stratum(Judged(table([1.0, 0.0]), seen.images), Judged(table([1.0, 0.0]), seen.images)) == {}
+    assert by_stratum(Evaluation(table([1.0, 0.0]), seen.images), Evaluation(table([1.0, 0.0]), seen.images)) == {}
 
 
 # Diversity and drift
@@ -216,14 +216,14 @@ def test_diversity_is_the_mean_distance_between_the_images_of_a_prompt(model: An
 def test_drift_is_nothing_against_oneself_and_the_distance_against_another(model: Any, scorers: list[Any]) -> None:
     e = MeanColour()
     base, other = (look(model, scorers[:1], seed=seed, drift=[e]) for seed in (7, 8))
-    same = with_drift(base, base, [e])[1]
+    same = add_drift(base, base, [e])[1]
     assert (same.matrix("drift-colour/paired") == 0).all()
-    before, after = with_drift(base, other, [e])
+    before, after = add_drift(base, other, [e])
     gone = ((base.vectors["colour"].astype(float) - other.vectors["colour"]) ** 2).sum(1)
     assert np.allclose(after.matrix("drift-colour/paired").ravel(), gone)
     assert differences(before, after)["drift-colour/paired"]["mean"] == pytest.approx(gone.mean())
-    assert cmmds(base, base, ["colour"])["colour"]["mean"] == pytest.approx(0, abs=1e-9)
-    assert cmmds(base, other, ["colour"])["colour"]["mean"] > 0
+    assert cmmd_by_embedder(base, base, ["colour"])["colour"]["mean"] == pytest.approx(0, abs=1e-9)
+    assert cmmd_by_embedder(base, other, ["colour"])["colour"]["mean"] > 0
 
 
 def test_an_embedder_that_fails_costs_its_own_rows(model: Any, scorers: list[Any]) -> None:

@@ -21,7 +21,7 @@ from gpobench.bench.experiments import compare as comparing
 from gpobench.bench.experiments import jobs
 from gpobench.bench.experiments.compare import Grid, commands, compare, plan, seeds, split
 from gpobench.bench.files import digest
-from gpobench.bench.progress import Silent
+from gpobench.bench.progress import NullProgress
 
 FIXED = ["prompts=2", "group=4", "optim.warmup=0", "optim.minibatches=1"]
 CRANKY = '''"""GPO that fails in its second iteration: always, or as often as a counter says."""
@@ -38,7 +38,7 @@ class Cranky(GPO):
 '''
 
 
-class Bar(Silent):
+class Bar(NullProgress):
     """A view that remembers."""
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ def test_the_grid_is_every_method_task_and_seed_and_what_any_method_must_beat(
     runs = plan(grid("gpo", "dpo", seeds=2, baselines=True), tmp_path)
     four = ["gpo", "diffusion-dpo", "sft", "best-of-n"]
     assert [run.plan.method for run in runs] == four * 2 and [run.plan.seed for run in runs] == [0] * 4 + [1] * 4
-    assert [run.number for run in runs] == list(range(1, 9)) and len({run.home for run in runs}) == 8
+    assert [run.number for run in runs] == list(range(1, 9)) and len({run.run_dir for run in runs}) == 8
     assert {str(run.plan.budget.bounds()) for run in runs} == {"{'nfe': 200.0}"}
     assert runs[2].plan.settings.group == 4  # ours take the common settings they have
     assert len(plan(grid("gpo", "dpo", seeds=(4, 0, 4)), tmp_path)) == 4
@@ -96,7 +96,7 @@ def test_the_grid_is_every_method_task_and_seed_and_what_any_method_must_beat(
 def test_aliases_and_order_make_no_other_runs(grid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cranky.py").write_text(CRANKY)
     monkeypatch.chdir(tmp_path)
-    names = lambda *methods: [run.home.name for run in plan(grid(*methods), tmp_path)]
+    names = lambda *methods: [run.run_dir.name for run in plan(grid(*methods), tmp_path)]
     one = names("dpo", "gpo", "grpo", "diffusion-dpo", "flow-grpo", "gpo")
     assert len(one) == 3 and sorted(one) == sorted(names("flow-grpo", "gpo", "dpo"))
     assert len(names("cranky.py:Cranky", f"{tmp_path}/cranky.py:Cranky")) == 1
@@ -147,12 +147,12 @@ def test_what_is_wrong_anywhere_is_refused_before_anything_runs(
         (dict(seeds=(1, -1)), "--seed must not be negative"),
     ):
         with pytest.raises(UserError, match=said):
-            compare(grid(*what.pop("methods", ()), **what), out=tmp_path / "out", view=Silent())  # type: ignore[arg-type]
+            compare(grid(*what.pop("methods", ()), **what), out=tmp_path / "out", progress=NullProgress())  # type: ignore[arg-type]
     with pytest.raises(UserError, match="--jobs"):
-        compare(grid(), out=tmp_path / "out", view=Silent(), jobs=0)
+        compare(grid(), out=tmp_path / "out", progress=NullProgress(), jobs=0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--print to accelerate launch"):
-        compare(grid(), out=tmp_path / "out", view=Silent())
+        compare(grid(), out=tmp_path / "out", progress=NullProgress())
     assert not list(tmp_path.iterdir())
 
 
@@ -169,7 +169,7 @@ def test_names_and_seeds_as_a_person_writes_them() -> None:
 def test_a_grid_is_done_once_and_its_bar_is_full(grid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cranky.py").write_text(CRANKY)
     bar, g = Bar(), grid("gpo", baselines=True)
-    found = compare(g, out=tmp_path / "runs", view=bar)
+    found = compare(g, out=tmp_path / "runs", progress=bar)
     assert [row["method"] for row in found["runs"]] == ["gpo", "sft", "best-of-n"]
     assert (found["done"], found["failed"], found["waiting"]) == (3, 0, 0)
     assert bar.total == 3 and sum(bar.steps) == pytest.approx(3) and len(bar.steps) > 6  # it moves inside runs too
@@ -185,38 +185,38 @@ def test_a_grid_is_done_once_and_its_bar_is_full(grid: Any, tmp_path: Path, monk
 
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*/*") if p.name != ".lock"}
     began: list[Any] = []
-    monkeypatch.setattr(comparing.Run, "__str__", lambda run: began.append(run) or "again")
-    again = compare(g, out=tmp_path / "runs", view=Bar())
+    monkeypatch.setattr(comparing.PlannedRun, "__str__", lambda run: began.append(run) or "again")
+    again = compare(g, out=tmp_path / "runs", progress=Bar())
     assert not began and [row["how"] for row in again["runs"]] == ["found"] * 3 and again["spent"] == found["spent"]
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*/*") if p.name != ".lock"}
     other = compare(grid("best-of-n", "gpo", baselines=True, sets=[f"gpo/{s}" for s in FIXED]
-                         + [f"sft/{s}" for s in FIXED]), out=tmp_path / "runs", view=Bar())  # fmt: skip
+                         + [f"sft/{s}" for s in FIXED]), out=tmp_path / "runs", progress=Bar())  # fmt: skip
     assert other["path"] == str(path) and not began  # the same runs, asked for in another way
 
 
 def test_a_stop_in_the_middle_changes_no_byte(grid: Any, tmp_path: Path) -> None:
     g = grid("gpo", "dpo")
-    compare(g, out=tmp_path / "straight", view=Silent())
+    compare(g, out=tmp_path / "straight", progress=NullProgress())
     bar = Bar()
     with pytest.raises(Interrupted, match=r"run 2 stopped after .*, 1 of 2 runs are done; the same command goes on"):
-        compare(g, out=tmp_path / "cut", view=bar, interrupted=lambda: any("run 2 of" in line for line in bar.said))
+        compare(g, out=tmp_path / "cut", progress=bar, interrupted=lambda: any("run 2 of" in line for line in bar.said))
     (path,) = (tmp_path / "cut").glob("compare-*.json")
     halfway = json.loads(path.read_text())
     assert [row["state"] for row in halfway["runs"]] == ["done", "waiting"] and halfway["runs"][1]["spent"]["nfe"] > 0
     bar = Bar()
-    found = compare(g, out=tmp_path / "cut", view=bar)
+    found = compare(g, out=tmp_path / "cut", progress=bar)
     assert [row["how"] for row in found["runs"]] == ["found", "resumed"] and found["path"] == str(path)
     assert 0 < bar.total < 1 and sum(bar.steps) == pytest.approx(bar.total)  # what was spent before is not ahead of us
     assert contents(tmp_path / "cut") == contents(tmp_path / "straight") != {}
     with pytest.raises(Interrupted, match="stopped, 0 of 2"):
-        compare(g, out=tmp_path / "none", view=Silent(), interrupted=lambda: True)
+        compare(g, out=tmp_path / "none", progress=NullProgress(), interrupted=lambda: True)
 
 
 @pytest.mark.slow
 def test_one_that_always_fails_is_shown_and_stops_no_other(grid: Any, tmp_path: Path) -> None:
     (tmp_path / "cranky.py").write_text(CRANKY)
     bar, g = Bar(), grid(f"{tmp_path}/cranky.py:Cranky", "gpo")
-    found = compare(g, out=tmp_path / "runs", view=bar)
+    found = compare(g, out=tmp_path / "runs", progress=bar)
     bad, good = found["runs"]
     assert (bad["state"], good["state"], found["failed"]) == ("failed", "done", 1)
     assert "not today" in bad["reason"] and "delta" not in bad and 0 < bad["spent"]["nfe"] < good["spent"]["nfe"]
@@ -224,24 +224,24 @@ def test_one_that_always_fails_is_shown_and_stops_no_other(grid: Any, tmp_path: 
     assert sum("run 1 of 2" in line for line in bar.said) == 2 and sum(bar.steps) == pytest.approx(bar.total)
     assert "not today" in (tmp_path / "runs" / "logs" / f"{bad['run']}.log").read_text()
     (tmp_path / "cranky.py").write_text(CRANKY.replace("== 1", "== -1"))  # mended, and asked for again
-    assert compare(g, out=tmp_path / "runs", view=Bar())["done"] == 2
+    assert compare(g, out=tmp_path / "runs", progress=Bar())["done"] == 2
 
 
 def test_an_edited_method_is_run_again(grid: Any, tmp_path: Path) -> None:
     (tmp_path / "calm.py").write_text(CRANKY.replace("== 1", "== -1"))
     g = grid(f"{tmp_path}/calm.py:Cranky")
-    first = compare(g, out=tmp_path / "runs", view=Bar())["runs"][0]
+    first = compare(g, out=tmp_path / "runs", progress=Bar())["runs"][0]
     (tmp_path / "calm.py").write_text(CRANKY.replace("== 1", "== -2"))
-    second = compare(g, out=tmp_path / "runs", view=Bar())["runs"][0]
+    second = compare(g, out=tmp_path / "runs", progress=Bar())["runs"][0]
     assert (first["how"], second["how"]) == ("made", "made") and first["run"] != second["run"]
 
 
 def test_what_another_process_is_at_work_on_is_waited_for(grid: Any, tmp_path: Path) -> None:
     """Nothing fails by it, and all else is done first."""
     g, out, bar = grid("gpo", "rwr"), tmp_path / "runs", Bar()
-    home = plan(g, out)[0].home
-    home.mkdir(parents=True)
-    lock = (home / ".lock").open("w")
+    run_dir = plan(g, out)[0].run_dir
+    run_dir.mkdir(parents=True)
+    lock = (run_dir / ".lock").open("w")
     fcntl.flock(lock, fcntl.LOCK_EX)
     let_go = threading.Timer(0, lambda: None)
 
@@ -252,7 +252,7 @@ def test_what_another_process_is_at_work_on_is_waited_for(grid: Any, tmp_path: P
             let_go.start()
 
     bar.say = say
-    found = compare(g, out=out, view=bar)
+    found = compare(g, out=out, progress=bar)
     assert found["done"] == 2 and not any("failed" in line for line in bar.said)
     order = [
         line.partition(":")[0] for line in bar.said if "at work" in line or line.startswith("run ") and " of 2" in line
@@ -268,14 +268,14 @@ def test_a_scorer_that_is_not_installed_is_said_before_anything_runs(
 
     monkeypatch.setattr(comparing.registry, "scorer", absent)
     with pytest.raises(UserError, match="needs open_clip"):
-        compare(grid("gpo"), out=tmp_path / "runs", view=Bar())
+        compare(grid("gpo"), out=tmp_path / "runs", progress=Bar())
     assert not list((tmp_path / "runs").glob("*/config.toml"))
 
 
 @pytest.mark.slow
 def test_side_by_side_is_one_by_one_even_with_a_kill_between(grid: Any, gpobench: Any, tmp_path: Path) -> None:
     g = grid("gpo", "rwr", baselines=True, budget="nfe=400")
-    here = compare(g, out=tmp_path / "here", view=Silent())
+    here = compare(g, out=tmp_path / "here", progress=NullProgress())
     victim, killed = tmp_path / "apart" / here["runs"][1]["run"], list[int]()
 
     def kill() -> None:
@@ -293,7 +293,7 @@ def test_side_by_side_is_one_by_one_even_with_a_kill_between(grid: Any, gpobench
 
     thread, bar = threading.Thread(target=kill), Bar()
     thread.start()
-    apart = compare(g, out=tmp_path / "apart", view=bar, jobs=2)
+    apart = compare(g, out=tmp_path / "apart", progress=bar, jobs=2)
     thread.join()
     assert killed and any("run 2 failed: killed by SIGKILL" in line for line in bar.said) and apart["done"] == 4
     assert contents(tmp_path / "apart") == contents(tmp_path / "here") != {}
@@ -314,7 +314,7 @@ def test_a_second_attempt_is_a_process_of_its_own(grid: Any, tmp_path: Path, mon
     )
     monkeypatch.setattr(comparing, "here", lambda *args, **more: (None, "no room"))
     bar = Bar()
-    found = compare(grid("gpo", "rwr"), out=tmp_path, view=bar)
+    found = compare(grid("gpo", "rwr"), out=tmp_path, progress=bar)
     assert [line for line in bar.said if "failed" in line] == [
         "run 1 failed: no room", "run 2 failed: no room", "2 runs failed and are tried once more", "run 1 failed: run",
         "run 2 failed: run",
@@ -322,5 +322,5 @@ def test_a_second_attempt_is_a_process_of_its_own(grid: Any, tmp_path: Path, mon
     assert [row["reason"] for row in found["runs"]] == ["run"] * 2 and found["failed"] == 2
     assert found["spent"] == dict.fromkeys(found["spent"], 0.0)
     monkeypatch.setattr(jobs, "OURSELVES", "pass")  # ends in peace and leaves nothing
-    found = compare(grid("gpo"), out=tmp_path, view=Bar(), jobs=2)
+    found = compare(grid("gpo"), out=tmp_path, progress=Bar(), jobs=2)
     assert "stopped before its end" in found["runs"][0]["reason"]

@@ -58,7 +58,7 @@ def named(monkeypatch: pytest.MonkeyPatch, tiny_pipe: Path, tmp_path: Path) -> P
     from gpobench.bench import model_spec
     from gpobench.bench.experiments import config
 
-    monkeypatch.setattr(config, "find", lambda name: replace(model_spec.find(name), preset="mini"))
+    monkeypatch.setattr(config, "find", lambda name: replace(model_spec.find_model_spec(name), preset="mini"))
     return tiny_pipe
 
 
@@ -89,7 +89,7 @@ def test_the_shipped_preset_is_read(tiny_pipe: Path, redness: str) -> None:
         ("optim.lrr=1", "unknown setting 'optim.lrr'; did you mean 'optim.lr'"),
         ("adaptor.rank=2", "did you mean 'adapter'"),
         ("adapter.rnak=2", "unknown setting 'adapter.rnak'; did you mean 'adapter.rank'"),
-        ("judging.sead=2", "did you mean 'judging.seed'"),
+        ("evaluation.sead=2", "did you mean 'evaluation.seed'"),
         ("precision=fp23", "unknown precision 'fp23'; did you mean"),
         ("group=many", "setting group"),
         ("group=2.5", "setting group"),
@@ -100,7 +100,7 @@ def test_the_shipped_preset_is_read(tiny_pipe: Path, redness: str) -> None:
         ("link=chain", "setting link"),
         ("group=1", "a group needs at least two"),
         ("optim.minibatches=0", "optim.minibatches must be at least 1"),
-        ("judging.test_images=0", "at least one image"),
+        ("evaluation.test_images=0", "at least one image"),
         ("group", "--set wants key=value, got 'group'"),
         ("=4", "--set wants key=value"),
     ],
@@ -133,7 +133,7 @@ def test_the_digest_names_what_matters_and_nothing_else(tiny_pipe: Path, redness
     file = tmp_path / "bounds.toml"
     file.write_text("nfe = 100")
     assert digest(budget=str(file)) == first  # the same bounds under another name
-    other = [digest("beta=3"), digest("optim.lr=0.1"), digest("adapter.rank=4"), digest("judging.seed=1"),
+    other = [digest("beta=3"), digest("optim.lr=0.1"), digest("adapter.rank=4"), digest("evaluation.seed=1"),
              digest("precision=bf16"), digest(budget="nfe=101"), digest(seed=1)]  # fmt: skip
     assert len({first, *other}) == 8
     base = plan("gpo", f"{redness}:Paint", tiny_pipe, budget="nfe=100")
@@ -181,7 +181,7 @@ def test_what_a_run_wrote_down_is_the_same_run(tiny_pipe: Path, redness: str, tm
         again = plan(method, f"{redness}:Paint", tiny_pipe, config=file, budget=budget, seed=3)
         assert again.digest() == first.digest()
         assert asdict(again.settings) == asdict(first.settings)  # a file is loaded anew, its classes are new too
-        assert again.adapter == first.adapter and again.judging == first.judging
+        assert again.adapter == first.adapter and again.evaluation == first.evaluation
 
 
 def test_a_variant_is_the_preset_with_its_section_on_top() -> None:

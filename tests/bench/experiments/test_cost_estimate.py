@@ -11,9 +11,9 @@ from gpobench.bench import registry
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import resolve
-from gpobench.bench.experiments.cost_estimate import branches, copies, declared, forecast, held
+from gpobench.bench.experiments.cost_estimate import branches, copies, declared, estimate_cost, held
 from gpobench.bench.models.memory import GB
-from gpobench.bench.progress import Silent
+from gpobench.bench.progress import NullProgress
 from gpobench.bench.spec import Search
 
 
@@ -21,8 +21,8 @@ from gpobench.bench.spec import Search
 def test_the_meter_shows_what_was_quoted(method: str, tiny_pipe: Path, redness: str, tmp_path: Path) -> None:
     sets = ["prompts=2", "group=4", "optim.micro=0"]
     plan = resolve(method, f"{redness}:Paint", str(tiny_pipe), budget="nfe=900", sets=sets)
-    told = forecast(plan)
-    done = running.run(plan, runs=tmp_path, view=Silent())
+    told = estimate_cost(plan)
+    done = running.run(plan, runs=tmp_path, progress=NullProgress())
     # groups without spread teach nothing, so the policy may cost less than declared, never more
     for role, each in told["nfe_an_image"].items():
         assert done.nfe_by_role[role] / done.spent["images"] <= each + 1e-9, role
@@ -36,18 +36,20 @@ def test_the_meter_shows_what_was_quoted(method: str, tiny_pipe: Path, redness: 
 def test_the_preset_of_sd35m_fits_a_card_of_24_gb(method: str) -> None:
     plan = resolve(method, "ocr", "sd35m", budget="nfe=1000")
     if not isinstance(plan.settings, Search):
-        assert forecast(plan, "rtx4090")["memory"]["peak"] + GB <= 24 * GB
+        assert estimate_cost(plan, "rtx4090")["memory"]["peak"] + GB <= 24 * GB
 
 
 def test_gpo_on_sd35m_fits_a_card_of_24_gb() -> None:
-    told = forecast(resolve("gpo", "ocr", "sd35m", budget="nfe=1000000"), "rtx4090")
+    told = estimate_cost(resolve("gpo", "ocr", "sd35m", budget="nfe=1000000"), "rtx4090")
     assert told["memory"]["peak"] + GB <= 24 * GB and list(told["hours"]) == ["rtx4090"]
     assert told["hours"]["rtx4090"] > 1
 
 
 def test_guidance_that_is_an_input_costs_nothing(redness: str) -> None:
     def rollout(model: str, steps: int) -> Any:
-        return forecast(resolve("rwr", f"{redness}:Paint", model, sets=[f"steps={steps}"]))["nfe_an_image"]["rollout"]
+        return estimate_cost(resolve("rwr", f"{redness}:Paint", model, sets=[f"steps={steps}"]))["nfe_an_image"][
+            "rollout"
+        ]
 
     assert rollout("flux1-dev", 7) == 7 and rollout("sdxl", 7) == 14
 
@@ -61,7 +63,7 @@ def test_guidance_that_a_person_sets_costs_nothing_either_where_it_is_an_input(m
 
 def test_a_device_nobody_knows_is_one_line(tiny_pipe: Path, redness: str) -> None:
     with pytest.raises(UserError, match="unknown device 'h2000'; did you mean 'h200'"):
-        forecast(resolve("gpo", f"{redness}:Paint", str(tiny_pipe)), "h2000")
+        estimate_cost(resolve("gpo", f"{redness}:Paint", str(tiny_pipe)), "h2000")
 
 
 def test_a_second_copy_of_the_adapter_is_counted() -> None:

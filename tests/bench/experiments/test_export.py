@@ -29,33 +29,33 @@ def make(tmp_path: Path) -> Make:
     """A finished run's directory; change: of its record."""
 
     def made(name: str = "run", *, adapter: bool = True, **change: Any) -> Path:
-        home = tmp_path / name
-        home.mkdir()
+        run_dir = tmp_path / name
+        run_dir.mkdir()
         number, nothing = Number(mean=1 / 3, ci=(0.1, 0.6), n=40), Number(mean=None, ci=(None, None), n=0)
         few = Number(mean=0.5, ci=(None, None), n=1)
         after = {"engine/exact": number, "other/exact": few, "pretty/score": nothing, "diversity-clip/pairwise": number}
         facts: dict[str, Any] = {
             "method": "flow-grpo:fast", "task": "ocr", "model": "tiny", "seed": 3, "stop": "budget: nfe", "before": after, "after": after,
             "delta": {"engine/exact": Difference(mean=0.1, ci=(0.0, 0.2), n=40, p=0.04, mde=None)}, "spent": {"nfe": 1e5, "flops": 2e13},
-            "run_dir": str(home), "flags": Flags(hack=False, invalid=False), "task_version": "1", "wall": {},
+            "run_dir": str(run_dir), "flags": Flags(hack=False, invalid=False), "task_version": "1", "wall": {},
             "scorers": {n: ScorerUse(id=f"{n}-1", role=role, calls=0, seconds=0.0, errors=0)
                         for n, role in (("engine", "training"), ("other", "held-out"), ("pretty", "quality"))},
-            "config": {"budget": {"name": "tiny", "nfe": 1e5}, "judging": {"split": "test", "test_images": 2, "seed": 1}},
+            "config": {"budget": {"name": "tiny", "nfe": 1e5}, "evaluation": {"split": "test", "test_images": 2, "seed": 1}},
             "prompts": {"train": "aa", "test": "bb"}, "embedders": {"clip": "clip-1"},
             "provenance": {"revision": "abc", "weights": "w", "machine": "m", "dtype": "fp32", "versions": {"torch": "2.6"}},
         }  # fmt: skip
-        record.write(home / "record.json", Record(**(facts | change)))
-        (home / "config.toml").write_text("group = 8\n")
-        (home / "README.md").write_text("the run's own")
+        record.write(run_dir / "record.json", Record(**(facts | change)))
+        (run_dir / "config.toml").write_text("group = 8\n")
+        (run_dir / "README.md").write_text("the run's own")
         if adapter:
-            (home / "adapter").mkdir()
-            save_file({"transformer.a.lora_A.weight": np.zeros((2, 3), np.float32)}, home / "adapter" / ADAPTER)
-        return home
+            (run_dir / "adapter").mkdir()
+            save_file({"transformer.a.lora_A.weight": np.zeros((2, 3), np.float32)}, run_dir / "adapter" / ADAPTER)
+        return run_dir
 
     return made
 
 
-def card(folder: Path) -> ModelCard:
+def model_spec(folder: Path) -> ModelCard:
     return ModelCard((folder / "README.md").read_text("utf-8"))
 
 
@@ -63,14 +63,14 @@ def test_the_hub_reads_the_card(make: Make, tmp_path: Path) -> None:
     done = export(make(), tmp_path / "a" / "card", repo="me/lora")
     assert set(done.files) == {ADAPTER, "config.toml", "README.md"} and done.warnings == ()
     assert (done.folder / ADAPTER).read_bytes() == (tmp_path / "run" / "adapter" / ADAPTER).read_bytes()
-    data = card(done.folder).data.to_dict()
+    data = model_spec(done.folder).data.to_dict()
     assert (
         data["library_name"] == "diffusers"
         and data["pipeline_tag"] == "text-to-image"
         and data["license"] == "apache-2.0"
     )
     assert {"gpobench", "lora", "ocr", "flow-grpo-fast"} <= set(data["tags"]) and "base_model" not in data
-    results: list[EvalResult] = card(done.folder).data.eval_results  # type: ignore[attr-defined]
+    results: list[EvalResult] = model_spec(done.folder).data.eval_results  # type: ignore[attr-defined]
     assert [r.metric_type for r in results] == ["engine/exact", "other/exact", "diversity-clip/pairwise"]
     first, few, spread = results
     assert (first.dataset_split, first.dataset_revision, first.verified) == ("test", "bb", False)
@@ -81,7 +81,7 @@ def test_the_hub_reads_the_card(make: Make, tmp_path: Path) -> None:
         "difference": {"mean": 0.1, "ci95": [0.0, 0.2], "prompts": 40, "p": 0.04},
     }  # fmt: skip
     assert few.metric_args is not None and "ci95" not in few.metric_args
-    text = card(done.folder).text
+    text = model_spec(done.folder).text
     for words in (
         "| engine/exact | training | 0.333 [0.100, 0.600] | 0.333 [0.100, 0.600] | 0.100 [0.000, 0.200] | 40 |",
         "| pretty/score | quality | not scored |", "| budget | nfe 100,000 |", "flops 2.00e+13", "training seed 3",
@@ -92,17 +92,17 @@ def test_the_hub_reads_the_card(make: Make, tmp_path: Path) -> None:
 
 
 def test_a_base_from_the_hub_is_named_with_its_licence(make: Make, tmp_path: Path) -> None:
-    data = card(export(make(model="sd35m"), tmp_path / "card").folder).data.to_dict()
+    data = model_spec(export(make(model="sd35m"), tmp_path / "card").folder).data.to_dict()
     assert data["base_model"] == "stabilityai/stable-diffusion-3.5-medium" and data["license"] == "other"
     assert data["license_name"].startswith("Stability AI") and data["license_link"].endswith("/" + data["base_model"])
 
 
 def test_samples_come_along(make: Make, tmp_path: Path) -> None:
-    home = make()
-    (home / "samples").mkdir()
-    (home / "samples" / "pairs.png").write_bytes(b"png")
-    done = export(home, tmp_path / "card")
-    assert (done.folder / "samples.png").read_bytes() == b"png" and "(samples.png)" in card(done.folder).text
+    run_dir = make()
+    (run_dir / "samples").mkdir()
+    (run_dir / "samples" / "pairs.png").write_bytes(b"png")
+    done = export(run_dir, tmp_path / "card")
+    assert (done.folder / "samples.png").read_bytes() == b"png" and "(samples.png)" in model_spec(done.folder).text
 
 
 @pytest.mark.parametrize(
@@ -117,13 +117,16 @@ def test_samples_come_along(make: Make, tmp_path: Path) -> None:
 def test_what_a_reader_must_know_stands_on_top(make: Make, tmp_path: Path, change: Any, said: str) -> None:
     done = export(make(**change), tmp_path / "card")
     assert len(done.warnings) == 1 and said in done.warnings[0]
-    assert card(done.folder).text.index(said) < card(done.folder).text.index("engine/exact")
+    assert model_spec(done.folder).text.index(said) < model_spec(done.folder).text.index("engine/exact")
 
 
 def test_a_search_has_no_adapter(make: Make, tmp_path: Path) -> None:
     done = export(make(adapter=False, stop="search: 18 candidates an image"), tmp_path / "card")
     assert set(done.files) == {"config.toml", "README.md"} and "trained nothing" in done.warnings[0]
-    assert "lora" not in card(done.folder).data.to_dict()["tags"] and "load_lora_weights" not in card(done.folder).text
+    assert (
+        "lora" not in model_spec(done.folder).data.to_dict()["tags"]
+        and "load_lora_weights" not in model_spec(done.folder).text
+    )
 
 
 def test_results_for_a_benchmark(make: Make, tmp_path: Path) -> None:
@@ -138,7 +141,7 @@ def test_results_for_a_benchmark(make: Make, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_exported_is_refused(make: Make, tmp_path: Path) -> None:
-    home, cut, lost = make(), make("cut"), make("lost", adapter=False)
+    run_dir, cut, lost = make(), make("cut"), make("lost", adapter=False)
     whole = (cut / "adapter" / ADAPTER).read_bytes()
     (tmp_path / "file").write_text("")
     for size in (len(whole) - 1, len(whole) // 2, 4, 0):
@@ -149,10 +152,10 @@ def test_what_cannot_be_exported_is_refused(make: Make, tmp_path: Path) -> None:
         (tmp_path, tmp_path / "card", {}, "no finished run"),
         (make("eval", kind="eval"), tmp_path / "card", {}, "is no run but an eval"),
         (lost, tmp_path / "card", {}, "no adapter at"),
-        (home, home / ".", {}, "is the run itself"),
-        (home, tmp_path / "file" / "card", {}, "cannot write"),
-        (home, tmp_path / "card", {"repo": "nobody"}, "'nobody' is no owner/name of the hub"),
-        (home, tmp_path / "card", {"repo": "me/a b"}, "is no owner/name of the hub"),
+        (run_dir, run_dir / ".", {}, "is the run itself"),
+        (run_dir, tmp_path / "file" / "card", {}, "cannot write"),
+        (run_dir, tmp_path / "card", {"repo": "nobody"}, "'nobody' is no owner/name of the hub"),
+        (run_dir, tmp_path / "card", {"repo": "me/a b"}, "is no owner/name of the hub"),
         (make("odd", model="tinny"), tmp_path / "card", {}, "did you mean 'tiny'"),
     ):
         with pytest.raises(UserError, match=said) as caught:
@@ -182,7 +185,7 @@ def test_only_what_was_written_is_uploaded(tmp_path: Path, monkeypatch: pytest.M
 def test_the_command_says_what_it_wrote(make: Make, tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(commands.export)
-    home = make(flags=Flags(hack=True, invalid=False))
-    done = CliRunner().invoke(app, [str(home), "--to", str(tmp_path / "card")])
+    run_dir = make(flags=Flags(hack=True, invalid=False))
+    done = CliRunner().invoke(app, [str(run_dir), "--to", str(tmp_path / "card")])
     assert done.exit_code == 0 and done.stdout == "" and "gpobench: The training scorer rose" in done.stderr
-    assert json.loads((home / "record.json").read_text())["method"] == "flow-grpo:fast"
+    assert json.loads((run_dir / "record.json").read_text())["method"] == "flow-grpo:fast"

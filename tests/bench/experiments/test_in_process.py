@@ -10,19 +10,19 @@ import pytest
 from gpobench.bench.errors import Interrupted, UserError
 from gpobench.bench.experiments import in_process as module
 from gpobench.bench.experiments.config import Config, resolve
-from gpobench.bench.experiments.in_process import here
-from gpobench.bench.progress import Silent
+from gpobench.bench.experiments.in_process import run_in_process
+from gpobench.bench.progress import NullProgress
 
 
 @pytest.fixture
 def plan(tiny_pipe: Path, redness: str) -> Config:
-    sets = ["prompts=2", "group=4", "judging.test_images=1"]
+    sets = ["prompts=2", "group=4", "evaluation.test_images=1"]
     return resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="updates=2", sets=sets)
 
 
 def test_a_run_gives_its_record(plan: Config, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    record, why = here(plan, runs=tmp_path / "runs", log=log, view=Silent())
+    record, why = run_in_process(plan, runs=tmp_path / "runs", log=log, progress=NullProgress())
     assert record is not None and record.spent["updates"] == 2 and why == "" and not log.exists()
 
 
@@ -42,10 +42,10 @@ def test_a_failure_is_one_line_and_what_nobody_foresaw_is_logged(
 
     monkeypatch.setattr(module, "run_one", broken)
     log = tmp_path / "log"
-    assert here(plan, runs=tmp_path, log=log, view=Silent()) == (None, said)
+    assert run_in_process(plan, runs=tmp_path, log=log, progress=NullProgress()) == (None, said)
     assert log.exists() == logged and (not logged or "Traceback" in log.read_text())
 
 
 def test_a_stop_is_no_failure(plan: Config, tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
-        here(plan, runs=tmp_path, log=tmp_path / "log", view=Silent(), interrupted=lambda: True)
+        run_in_process(plan, runs=tmp_path, log=tmp_path / "log", progress=NullProgress(), interrupted=lambda: True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpobench.bench.experiments import jobs
-from gpobench.bench.experiments.jobs import Job, apart, spent
+from gpobench.bench.experiments.jobs import Job, run_jobs, spent_so_far
 
 ACT = """
 import os, signal, sys, time
@@ -75,7 +75,7 @@ def alive(tmp_path: Path) -> list[int]:
 def test_each_end_is_told_in_words_and_ends_no_other(tmp_path: Path, heard: Heard) -> None:
     ticks: list[float] = []
     work = made(tmp_path, "fine", "broken", "killed", "mute", "stopped", "fine", "crash")
-    whole = apart(work, 2, begins=heard.begins, ends=heard.ends, meanwhile=lambda: ticks.append(time.time()))
+    whole = run_jobs(work, 2, begins=heard.begins, ends=heard.ends, meanwhile=lambda: ticks.append(time.time()))
     assert whole and heard.began == list(range(7)) and heard.most == 2 and len(ticks) > 3
     killed = heard.ended.pop(2)
     assert heard.ended == {
@@ -93,11 +93,13 @@ def test_each_end_is_told_in_words_and_ends_no_other(tmp_path: Path, heard: Hear
 def test_a_stop_is_told_once_to_each_and_begins_nothing(tmp_path: Path, heard: Heard) -> None:
     work = made(tmp_path, "long", "long", "fine")
     begun = lambda: len(list(tmp_path.glob("*.txt"))) == 2
-    assert not apart(work, 2, begins=heard.begins, ends=heard.ends, interrupted=begun)
+    assert not run_jobs(work, 2, begins=heard.begins, ends=heard.ends, interrupted=begun)
     assert heard.began == [0, 1] and heard.ended == {0: "", 1: ""}
     for k in range(2):
         assert (tmp_path / f"{k}.txt").read_text().count("told") == 1
-    assert not apart(work, 2, begins=heard.begins, ends=heard.ends, interrupted=lambda: True) and len(heard.began) == 2
+    assert (
+        not run_jobs(work, 2, begins=heard.begins, ends=heard.ends, interrupted=lambda: True) and len(heard.began) == 2
+    )
 
 
 def test_whatever_ends_us_ends_them(tmp_path: Path, heard: Heard) -> None:
@@ -106,7 +108,7 @@ def test_whatever_ends_us_ends_them(tmp_path: Path, heard: Heard) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        apart(made(tmp_path, "long", "long"), 2, begins=heard.begins, ends=heard.ends, meanwhile=give_up)
+        run_jobs(made(tmp_path, "long", "long"), 2, begins=heard.begins, ends=heard.ends, meanwhile=give_up)
     assert alive(tmp_path) == []
 
 
@@ -114,27 +116,27 @@ def test_the_cores_are_shared_out_unless_somebody_did(
     tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    apart(made(tmp_path, "fine"), 3, begins=heard.begins, ends=heard.ends)
+    run_jobs(made(tmp_path, "fine"), 3, begins=heard.begins, ends=heard.ends)
     assert (tmp_path / "0.txt").read_text().splitlines()[1].startswith("7 ")
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
-    apart(made(tmp_path, "fine", "fine", "fine"), 5, begins=heard.begins, ends=heard.ends)
+    run_jobs(made(tmp_path, "fine", "fine", "fine"), 5, begins=heard.begins, ends=heard.ends)
     assert (tmp_path / "2.txt").read_text().splitlines()[1].startswith("4 ")  # three at once, not five
 
 
 def test_a_child_hears_no_key_that_was_meant_for_us(tmp_path: Path, heard: Heard) -> None:
-    apart(made(tmp_path, "fine"), 1, begins=heard.begins, ends=heard.ends)
+    run_jobs(made(tmp_path, "fine"), 1, begins=heard.begins, ends=heard.ends)
     assert int((tmp_path / "0.txt").read_text().split()[2]) != os.getpgrp()  # a terminal's Ctrl-C goes to a group
 
 
 def test_what_a_run_has_spent_is_its_last_whole_line(tmp_path: Path) -> None:
-    assert spent(tmp_path) == {}
+    assert spent_so_far(tmp_path) == {}
     log = tmp_path / "metrics.jsonl"
     log.write_text("")
-    assert spent(tmp_path) == {}
+    assert spent_so_far(tmp_path) == {}
     line = lambda nfe: json.dumps({"iteration": 1, "spent/nfe": nfe, "spent/images": 3, "loss": None}) + "\n"
     log.write_text("".join(line(k) for k in range(2000)) + line(77)[:20])
-    found = spent(tmp_path)
+    found = spent_so_far(tmp_path)
     assert found["nfe"] == 1999 and found["images"] == 3 and found["updates"] == 0
     log.write_text(line(5)[:-9])
-    assert spent(tmp_path) == {}
+    assert spent_so_far(tmp_path) == {}

@@ -17,9 +17,9 @@ from PIL import Image
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments.make_pairs import FILE, make_pairs
-from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
-from gpobench.bench.progress import Silent
+from gpobench.bench.progress import NullProgress
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt
 from gpobench.bench.training.pairs import STATEMENT, captions, open_pairs
@@ -30,7 +30,7 @@ from gpobench.bench.training.rig import Rig
 def make(tiny_pipe: Path, redness: str, tmp_path: Path) -> Any:
     def build(name: str = "a", task: str = "Paint", **more: Any) -> dict[str, Any]:
         settings = {"prompts": 5, "group": 4, **more}
-        return make_pairs(str(tiny_pipe), f"{redness}:{task}", tmp_path / name, view=Silent(), **settings)
+        return make_pairs(str(tiny_pipe), f"{redness}:{task}", tmp_path / name, progress=NullProgress(), **settings)
 
     return build
 
@@ -158,7 +158,7 @@ def test_settings_that_make_no_sense_are_refused(make: Any, bad: dict[str, Any])
 
 
 def test_an_adapter_makes_other_images(make: Any, tiny_pipe: Path, redness: str, tmp_path: Path) -> None:
-    model = open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
+    model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
     for p in model.parameters():
         p.data += 0.3
     model.save_adapter(tmp_path / "adapter")
@@ -170,11 +170,11 @@ def test_an_adapter_makes_other_images(make: Any, tiny_pipe: Path, redness: str,
 
 def test_the_rig_draws_them(make: Any, tiny_pipe: Path, redness: str) -> None:
     done = make()
-    model = open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
+    model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
     rig = Rig(model, [Prompt("a sign")], scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e6)))
     batch = rig.pairs(str(Path(done["path"]).parent), 5)
     rig.close()
-    assert sorted(p.text for p in rig.texts(batch.who)) == sorted(row["caption"] for row in table(done))
+    assert sorted(p.text for p in rig.texts(batch.prompt_ids)) == sorted(row["caption"] for row in table(done))
     assert rig.meter.roles == {"data": done["spent"]["nfe"]}
 
 

@@ -17,10 +17,10 @@ from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import Config, resolve
 from gpobench.bench.experiments.cost_estimate import held
 from gpobench.bench.experiments.oom_advice import advice
-from gpobench.bench.model_spec import Card, find
-from gpobench.bench.models.memory import GB, MARGIN, Estimate
+from gpobench.bench.model_spec import ModelSpec, find_model_spec
+from gpobench.bench.models.memory import GB, MARGIN, MemoryEstimate
 from gpobench.bench.models.sd3 import SD3
-from gpobench.bench.progress import Silent
+from gpobench.bench.progress import NullProgress
 
 METHODS = sorted(registry.entries("method"))
 
@@ -29,7 +29,7 @@ def plan(method: str, *sets: str, model: str = "sd35m") -> Config:
     return resolve(method, "ocr", model, sets=sets)
 
 
-def needed(p: Config) -> Estimate:
+def needed(p: Config) -> MemoryEstimate:
     return held(p)
 
 
@@ -66,18 +66,20 @@ def test_a_knob_of_another_kind_is_refused(value: str, said: str) -> None:
 
 
 def test_a_knob_that_is_as_the_card_has_it_makes_no_other_run() -> None:
-    card = find("sd35m")
-    same = plan("gpo", f"rows={card.rows}", "offload=true", "checkpointing=true", "compile=false")
+    model_spec = find_model_spec("sd35m")
+    same = plan("gpo", f"rows={model_spec.rows}", "offload=true", "checkpointing=true", "compile=false")
     other = plan("gpo", "compile=true", "checkpointing=false")
     assert same.digest() == plan("gpo").digest() != other.digest()
-    assert other.card() == replace(card, compile=True, checkpointing=False) and same.card() == card
+    assert (
+        other.model_spec() == replace(model_spec, compile=True, checkpointing=False) and same.model_spec() == model_spec
+    )
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_a_quote(method: str) -> None:
-    from gpobench.bench.experiments.cost_estimate import forecast
+    from gpobench.bench.experiments.cost_estimate import estimate_cost
 
-    lines = "\n".join(forecast(plan(method), "h100")["lines"])
+    lines = "\n".join(estimate_cost(plan(method), "h100")["lines"])
     assert "GB" in lines and "h100" in lines and "images" in lines
 
 
@@ -102,7 +104,7 @@ def test_a_run_that_does_not_fit_ends_in_one_line(
     monkeypatch.setattr(SD3, "velocity", greedy)
     p = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=400", sets=["prompts=2", "group=4"])
     with pytest.raises(UserError) as said:
-        running.run(p, runs=tmp_path, view=Silent())
+        running.run(p, runs=tmp_path, progress=NullProgress())
     text = str(said.value)
     assert text.startswith("out of memory on ") and "\n" not in text and "--set" in text
     assert ("in training:" in text) == (moment == "training")
@@ -117,11 +119,11 @@ def test_another_fault_is_not_taken_for_it(
     monkeypatch.setattr(SD3, "velocity", broken)
     p = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=400")
     with pytest.raises(RuntimeError, match="shapes cannot"):
-        running.run(p, runs=tmp_path, view=Silent())
+        running.run(p, runs=tmp_path, progress=NullProgress())
 
 
 def test_a_model_of_unknown_size_still_gets_advice(monkeypatch: pytest.MonkeyPatch) -> None:
-    strange = Card("strange", "nobody/strange", pipeline="StableDiffusion3Pipeline", rows=16)
+    strange = ModelSpec("strange", "nobody/strange", pipeline="StableDiffusion3Pipeline", rows=16)
     p = plan("gpo")
     monkeypatch.setattr(Config, "card", lambda self: strange)
     assert "--set rows=8" in advice(p, 24, sampling=True)

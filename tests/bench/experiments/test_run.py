@@ -26,14 +26,14 @@ from gpobench.bench.evaluation.record import Record
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import Config, resolve
 from gpobench.bench.models.sd3 import SD3
-from gpobench.bench.progress import Silent
+from gpobench.bench.progress import NullProgress
 from gpobench.bench.spec import Prompt
 
 SETTINGS = """optim.epochs=1 optim.minibatches=2 optim.weight_decay=0 optim.ema=0 optim.warmup=0 optim.lr=3e-3
 prompts=4 group=6 beta=30 noisy=0""".split()
 
 
-class Ears(Silent):
+class Ears(NullProgress):
     """A view that remembers what it was told."""
 
     def __init__(self) -> None:
@@ -66,14 +66,14 @@ class Counter:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         from diffusers import SD3Transformer2DModel
 
-        self.training = self.judging = 0
+        self.training = self.evaluation = 0
         self._off = 0
         forward, judge, flops = SD3Transformer2DModel.forward, evaluator.judge, SD3.flops_a_forward
 
         def counting(module: Any, *args: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
             rows = len(hidden_states) * (3 if torch.is_grad_enabled() else 1)
             if self._off:
-                self.judging += rows
+                self.evaluation += rows
             else:
                 self.training += rows
             return forward(module, *args, hidden_states=hidden_states, **kwargs)
@@ -102,9 +102,9 @@ def test_the_meter_is_a_hand_count_of_transformer_calls(
     recipe = json.loads((model / "recipe.json").read_text()) | {"guidance": guidance}
     (model / "recipe.json").write_text(json.dumps(recipe))
     counter = Counter(monkeypatch)
-    done = running.run(plan(model=model, budget="nfe=1500"), runs=tmp_path, view=Silent())
+    done = running.run(plan(model=model, budget="nfe=1500"), runs=tmp_path, progress=NullProgress())
     assert done.spent["nfe"] == counter.training == sum(done.nfe_by_role.values()) <= 1500
-    assert counter.judging > 0
+    assert counter.evaluation > 0
     each, rows = (2 if guidance != 1 else 1), 24
     whole, rest = divmod(1500, rows * 4 * each + 4 * rows)
     assert whole >= 5 and done.nfe_by_role["rollout"] >= whole * rows * 4 * each
@@ -122,7 +122,7 @@ def test_no_bound_is_passed_and_the_one_that_binds_is_named(
 ) -> None:
     config = plan("optim.ema=0.9", budget=budget)
     ears = Ears()
-    done = running.run(config, runs=tmp_path, view=ears)
+    done = running.run(config, runs=tmp_path, progress=ears)
     assert done.stop == f"budget: {currency}"
     for name, bound in config.budget.bounds().items():
         if name != "seconds":  # time that has passed cannot be refused: at most one charge is under way
@@ -134,20 +134,20 @@ def test_no_bound_is_passed_and_the_one_that_binds_is_named(
 @pytest.fixture(scope="module")
 def finished(tiny_pipe: Path, redness: str, tmp_path_factory: pytest.TempPathFactory) -> Record:
     config = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", sets=[*SETTINGS, "optim.ema=0.5"])
-    return running.run(config, runs=tmp_path_factory.mktemp("runs"), view=Silent())
+    return running.run(config, runs=tmp_path_factory.mktemp("runs"), progress=NullProgress())
 
 
 def test_a_run_leaves_all_that_the_design_names(finished: Record) -> None:
-    home = Path(finished.run_dir)
-    files = {p.relative_to(home).as_posix() for p in home.rglob("*") if p.is_file()}
+    run_dir = Path(finished.run_dir)
+    files = {p.relative_to(run_dir).as_posix() for p in run_dir.rglob("*") if p.is_file()}
     assert files >= {
         "record.json", "metrics.jsonl", "scores.parquet", "config.toml", "README.md", "curve.png",
         "adapter/pytorch_lora_weights.safetensors", "samples/before.png", "samples/after.png", "samples/pairs.png",
     }  # fmt: skip
     assert not [name for name in files if ".tmp" in name]
-    assert record.read(home / "record.json") == Record.model_validate_json(finished.model_dump_json())
+    assert record.read(run_dir / "record.json") == Record.model_validate_json(finished.model_dump_json())
     for name in ("before", "after", "pairs"):
-        with Image.open(home / "samples" / f"{name}.png") as picture:
+        with Image.open(run_dir / "samples" / f"{name}.png") as picture:
             assert picture.size[0] > 100 and np.asarray(picture).std() > 1
 
 
@@ -202,26 +202,26 @@ def test_the_card_names_the_numbers_and_the_way_to_load(finished: Record) -> Non
 def test_the_saved_adapter_is_what_was_judged(finished: Record, redness: str, tiny_pipe: Path) -> None:
     again = running.evaluate_only(
         f"{redness}:Paint", str(tiny_pipe), adapter=Path(finished.run_dir) / "adapter", images=None, split="test",
-        view=Silent(),
+        progress=NullProgress(),
     )  # fmt: skip
     assert again["scores"]["redness/mean"]["mean"] == pytest.approx(finished.after["redness/mean"].mean, abs=1e-4)
     base = running.evaluate_only(
-        f"{redness}:Paint", str(tiny_pipe), adapter=None, images=None, split="test", view=Silent()
+        f"{redness}:Paint", str(tiny_pipe), adapter=None, images=None, split="test", progress=NullProgress()
     )
     assert base["scores"]["redness/mean"]["mean"] == finished.before["redness/mean"].mean
 
 
 def test_a_written_config_names_the_same_run(finished: Record, tiny_pipe: Path, redness: str) -> None:
-    home = Path(finished.run_dir)
-    again = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", config=home / "config.toml")
-    assert again.slug() == home.name
+    run_dir = Path(finished.run_dir)
+    again = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", config=run_dir / "config.toml")
+    assert again.slug() == run_dir.name
 
 
 # What goes wrong
 
 
 def test_a_broken_reward_ends_the_run_and_invents_no_number(plan: Any, tmp_path: Path) -> None:
-    done = running.run(plan(task="Broken", budget="nfe=100000"), runs=tmp_path, view=Silent())
+    done = running.run(plan(task="Broken", budget="nfe=100000"), runs=tmp_path, progress=NullProgress())
     assert done.stop.startswith("collapsed") and done.flags.invalid and not done.flags.hack
     assert done.spent["updates"] == 0 and done.scorers["redness"].errors == done.spent["reward_calls"] > 0
     assert any("the engine is on fire" in why for why in done.failures)
@@ -236,31 +236,31 @@ def test_a_broken_reward_ends_the_run_and_invents_no_number(plan: Any, tmp_path:
 
 
 def test_a_flat_reward_is_a_collapse(plan: Any, tmp_path: Path) -> None:
-    done = running.run(plan(task="Flat", budget="nfe=100000"), runs=tmp_path, view=Silent())
+    done = running.run(plan(task="Flat", budget="nfe=100000"), runs=tmp_path, progress=NullProgress())
     assert done.stop.startswith("collapsed") and not done.flags.invalid
 
 
 def test_a_shaky_reward_is_counted_and_invalid(plan: Any, tmp_path: Path) -> None:
-    done = running.run(plan(task="Shaky", budget="nfe=1000"), runs=tmp_path, view=Silent())
+    done = running.run(plan(task="Shaky", budget="nfe=1000"), runs=tmp_path, progress=NullProgress())
     assert done.flags.invalid and 0 < done.scorers["redness"].errors < done.scorers["redness"].calls
     assert done.spent["updates"] > 0
 
 
 def test_a_test_prompt_in_the_train_split_is_refused(plan: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="test prompt stands in the train split .*'A red circle!'"):
-        running.run(plan(task="Overlapping"), runs=tmp_path, view=Silent())
+        running.run(plan(task="Overlapping"), runs=tmp_path, progress=NullProgress())
 
 
 def test_a_further_scorer_that_is_not_there_is_said_and_left_out(plan: Any, tmp_path: Path) -> None:
     ears = Ears()
-    done = running.run(plan(task="Further", budget="nfe=100"), runs=tmp_path, view=ears)
+    done = running.run(plan(task="Further", budget="nfe=100"), runs=tmp_path, progress=ears)
     assert any("not judged by" in line and "pip install absent" in line for line in ears.said)
     assert set(done.scorers) == {"redness", "warmth"} and ears.done > 0
 
 
 def test_columns_strata_and_the_tasks_own_summary_stand_in_the_record(plan: Any, tmp_path: Path) -> None:
     ears = Ears()
-    done = running.run(plan(task="Rich", budget="nfe=300"), runs=tmp_path, view=ears)
+    done = running.run(plan(task="Rich", budget="nfe=300"), runs=tmp_path, progress=ears)
     assert {name: use.role for name, use in done.scorers.items()} == {
         "redness": "training",
         "warmth": "held-out",
@@ -280,7 +280,7 @@ def test_columns_strata_and_the_tasks_own_summary_stand_in_the_record(plan: Any,
 
 def test_drift_goes_on_from_the_base_of_an_earlier_start(plan: Any, tmp_path: Path) -> None:
     config = plan(task="Rich", budget="nfe=1500")
-    whole = running.run(config, runs=tmp_path / "whole", view=Silent())
+    whole = running.run(config, runs=tmp_path / "whole", progress=NullProgress())
     asked: list[int] = []
 
     def soon() -> bool:
@@ -288,8 +288,8 @@ def test_drift_goes_on_from_the_base_of_an_earlier_start(plan: Any, tmp_path: Pa
         return len(asked) >= 2
 
     with pytest.raises(running.Interrupted):
-        running.run(config, runs=tmp_path / "cut", view=Silent(), interrupted=soon)
-    again = running.run(config, runs=tmp_path / "cut", view=Silent())
+        running.run(config, runs=tmp_path / "cut", progress=NullProgress(), interrupted=soon)
+    again = running.run(config, runs=tmp_path / "cut", progress=NullProgress())
     assert again.after == whole.after and again.cmmd == whole.cmmd and again.strata == whole.strata
 
 
@@ -297,29 +297,29 @@ def test_prompts_of_ones_own(plan: Any, tmp_path: Path) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_text("a red house\na blue house\n")
     config = plan(task="Paint", budget="nfe=100", prompts=[str(mine)])
-    done = running.run(config, runs=tmp_path, view=Silent())
+    done = running.run(config, runs=tmp_path, progress=NullProgress())
     assert done.task_version == "1+own" and done.config["prompts"]["train"].startswith("mine.txt@")
     assert done.prompts["train"] == evaluator.prompts_hash([Prompt("a red house"), Prompt("a blue house")])
     mine.write_text("a red triangle\n")  # a test prompt
     with pytest.raises(UserError, match="stands in the train split"):
-        running.run(plan(task="Paint", budget="nfe=100", prompts=[str(mine)]), runs=tmp_path, view=Silent())
+        running.run(plan(task="Paint", budget="nfe=100", prompts=[str(mine)]), runs=tmp_path, progress=NullProgress())
 
 
 def test_an_embedder_that_is_not_there_is_not_replaced_by_another(redness: str) -> None:
-    made = running.jury(registry.load("task", f"{redness}:Patchy")(), "glyphs", lambda _: None)
+    made = running.open_scorer_set(registry.load("task", f"{redness}:Patchy")(), "glyphs", lambda _: None)
     assert [e.name for e in made.spread] == ["colour"] and made.drift == []
 
 
 def test_two_scorers_of_one_name_are_refused(redness: str) -> None:
     with pytest.raises(UserError, match="called 'redness'"):
-        running.jury(registry.load("task", f"{redness}:Twins")(), "glyphs", lambda _: None)
+        running.open_scorer_set(registry.load("task", f"{redness}:Twins")(), "glyphs", lambda _: None)
 
 
 def test_fresh_forgets(plan: Any, tmp_path: Path) -> None:
     config = plan(budget="nfe=100")
-    first = running.run(config, runs=tmp_path, view=Silent())
+    first = running.run(config, runs=tmp_path, progress=NullProgress())
     (Path(first.run_dir) / "stray").mkdir()
-    again = running.run(config, runs=tmp_path, view=Silent(), fresh=True)
+    again = running.run(config, runs=tmp_path, progress=NullProgress(), fresh=True)
     assert again.run_dir == first.run_dir and not (Path(first.run_dir) / "stray").exists()
     assert again.wall != first.wall
 
@@ -335,14 +335,14 @@ def test_a_place_that_cannot_be_written_is_one_line(plan: Any, tmp_path: Path, k
         place.write_text("in the way")
         place = place / "deeper"
     with pytest.raises(UserError, match="cannot write"):
-        running.run(plan(), runs=place, view=Silent())
+        running.run(plan(), runs=place, progress=NullProgress())
 
 
 def test_half_precision_wants_an_accelerator(plan: Any, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("here it has one")
     with pytest.raises(UserError, match="fp16 needs a CUDA device"):
-        running.run(plan("precision=fp16"), runs=tmp_path, view=Silent())
+        running.run(plan("precision=fp16"), runs=tmp_path, progress=NullProgress())
 
 
 def test_the_metrics_of_a_cut_off_line_are_dropped(tmp_path: Path) -> None:
@@ -372,14 +372,14 @@ def test_parts_of_a_strangers_package_run(
     )
     monkeypatch.syspath_prepend(site)
     config = resolve("gpo", "foreign", str(tiny_pipe), budget="nfe=500", sets=SETTINGS)
-    done = running.run(replace(config), runs=tmp_path / "runs", view=Silent())
+    done = running.run(replace(config), runs=tmp_path / "runs", progress=NullProgress())
     assert done.scorers["redness"].id == "stranger-bold" and done.task == "foreign" and done.spent["updates"] > 0
 
 
 def test_another_reward_holds_the_tasks_own_out(plan: Any, redness: str, tmp_path: Path) -> None:
     config = plan(budget="nfe=300", reward=f"{redness}:Warmth")
     assert config.digest() != plan(budget="nfe=300").digest()
-    done = running.run(config, runs=tmp_path, view=Silent())
+    done = running.run(config, runs=tmp_path, progress=NullProgress())
     assert {name: use.role for name, use in done.scorers.items()} == {"warmth": "training", "redness": "held-out"}
     assert done.scorers["warmth"].calls == done.spent["images"] > 0 == done.scorers["redness"].calls
 
@@ -388,12 +388,12 @@ def test_a_part_of_a_blend_holds_nothing_out(redness: str) -> None:
     """What a method is trained on may not judge it, under whatever weight."""
     task, say = registry.load("task", f"{redness}:Paint")(), lambda _: None
     for blend in (f"{redness}:Redness*0.5+rapidocr", f"{redness}:Redness*2"):
-        made = running.jury(task, "glyphs", say, blend)
+        made = running.open_scorer_set(task, "glyphs", say, blend)
         assert [s.name for s in made.held_out] == ["warmth"] and made.training.metrics[0] == "blend"
         assert "redness" not in [s.name for s in made.all]
     with pytest.raises(UserError, match="trains on every scorer that the task paint holds out"):
-        running.jury(task, "glyphs", say, f"{redness}:Redness+{redness}:Warmth")
-    made = running.jury(registry.load("task", "ocr")(), "glyphs", say, "hpsv2:tiny*0.5+rapidocr")
+        running.open_scorer_set(task, "glyphs", say, f"{redness}:Redness+{redness}:Warmth")
+    made = running.open_scorer_set(registry.load("task", "ocr")(), "glyphs", say, "hpsv2:tiny*0.5+rapidocr")
     assert [s.name for s in made.held_out] == ["reader"]
     assert not {"rapidocr", "hpsv2-tiny"} & {s.name for s in made.all}
 
@@ -401,18 +401,18 @@ def test_a_part_of_a_blend_holds_nothing_out(redness: str) -> None:
 def test_a_budget_that_pays_for_no_update_is_said(plan: Any, tmp_path: Path) -> None:
     said: list[str] = []
 
-    class Heard(Silent):
+    class Heard(NullProgress):
         def say(self, text: str) -> None:
             said.append(text)
 
-    done = running.run(plan(budget="nfe=1"), runs=tmp_path, view=Heard())
+    done = running.run(plan(budget="nfe=1"), runs=tmp_path, progress=Heard())
     assert done.spent["updates"] == 0 and any("no update was made" in text for text in said)
 
 
 def test_a_tracker_hears_every_iteration(plan: Any, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    done = running.run(plan(budget="nfe=600"), runs=tmp_path, view=Silent(), track="tensorboard")
+    done = running.run(plan(budget="nfe=600"), runs=tmp_path, progress=NullProgress(), track="tensorboard")
     events = EventAccumulator(str(next(Path(done.run_dir).rglob("events.out.*")).parent))
     events.Reload()
     lines = [json.loads(line) for line in (Path(done.run_dir) / "metrics.jsonl").read_text().splitlines()]
@@ -423,7 +423,7 @@ def test_a_tracker_hears_every_iteration(plan: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("track", "said"), [("nosuch", "--track nosuch"), ("comet_ml", "not installed")])
 def test_a_tracker_that_is_not_there_is_one_line(plan: Any, tmp_path: Path, track: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as error:
-        running.run(plan(budget="nfe=300"), runs=tmp_path, view=Silent(), track=track)
+        running.run(plan(budget="nfe=300"), runs=tmp_path, progress=NullProgress(), track=track)
     assert "\n" not in str(error.value)
 
 
@@ -431,14 +431,14 @@ def test_other_weights_in_the_same_folder_are_another_run(plan: Any, tiny_pipe: 
     folder = tmp_path / "model"
     shutil.copytree(tiny_pipe, folder)
     config = plan(budget="nfe=300", model=folder)
-    first = running.run(config, runs=tmp_path / "runs", view=Silent())
-    assert running.run(config, runs=tmp_path / "runs", view=Silent()) == first
+    first = running.run(config, runs=tmp_path / "runs", progress=NullProgress())
+    assert running.run(config, runs=tmp_path / "runs", progress=NullProgress()) == first
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
     save_file({name: tensor * 1.01 for name, tensor in tensors.items()}, weights, {"format": "pt"})
     with pytest.raises(UserError, match="--fresh starts over"):
-        running.run(config, runs=tmp_path / "runs", view=Silent())
-    again = running.run(config, runs=tmp_path / "runs", view=Silent(), fresh=True)
+        running.run(config, runs=tmp_path / "runs", progress=NullProgress())
+    again = running.run(config, runs=tmp_path / "runs", progress=NullProgress(), fresh=True)
     assert again.provenance["weights"] != first.provenance["weights"]
 
 
@@ -446,11 +446,11 @@ def test_another_configuration_in_the_same_folder_is_another_run(plan: Any, tiny
     folder = tmp_path / "model"
     shutil.copytree(tiny_pipe, folder)
     config = plan(budget="nfe=300", model=folder)
-    running.run(config, runs=tmp_path / "runs", view=Silent())
+    running.run(config, runs=tmp_path / "runs", progress=NullProgress())
     file = folder / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "shift": 1.5}))
     with pytest.raises(UserError, match="the configuration in the folder of .* changed .*--fresh starts over"):
-        running.run(config, runs=tmp_path / "runs", view=Silent())
+        running.run(config, runs=tmp_path / "runs", progress=NullProgress())
 
 
 def test_a_scorer_that_changed_its_id_judges_no_second_half(plan: Any, tmp_path: Path) -> None:
@@ -471,12 +471,12 @@ class Mine(Paint):
     version(1)
     config = resolve("gpo", f"{source}:Mine", plan().model, budget="nfe=400", sets=SETTINGS)
     with pytest.raises(running.Interrupted):
-        running.run(config, runs=tmp_path / "runs", view=Silent(), interrupted=lambda: True)
+        running.run(config, runs=tmp_path / "runs", progress=NullProgress(), interrupted=lambda: True)
     version(2)
     with pytest.raises(UserError, match="the scorer held changed since .*--fresh starts over"):
-        running.run(config, runs=tmp_path / "runs", view=Silent())
+        running.run(config, runs=tmp_path / "runs", progress=NullProgress())
     version(1)
-    assert running.run(config, runs=tmp_path / "runs", view=Silent()).scorers["held"].id == "held-v1"
+    assert running.run(config, runs=tmp_path / "runs", progress=NullProgress()).scorers["held"].id == "held-v1"
 
 
 def test_what_changed_since_it_was_planned_is_not_run(plan: Any, tmp_path: Path) -> None:
@@ -487,11 +487,11 @@ def test_what_changed_since_it_was_planned_is_not_run(plan: Any, tmp_path: Path)
     mine.write_text("a red circle\na card\n")
     assert config.digest() == digest  # it is named after what was planned
     with pytest.raises(UserError, match="mine.txt changed since this run was planned"):
-        running.run(config, runs=tmp_path / "runs", view=Silent())
+        running.run(config, runs=tmp_path / "runs", progress=NullProgress())
 
 
 def test_a_clip_without_bound_is_toml(plan: Any, tmp_path: Path) -> None:
-    done = running.run(plan("optim.clip=inf", budget="nfe=300"), runs=tmp_path, view=Silent())
+    done = running.run(plan("optim.clip=inf", budget="nfe=300"), runs=tmp_path, progress=NullProgress())
     assert tomllib.loads((Path(done.run_dir) / "config.toml").read_text())["optim"]["clip"] == math.inf
 
 
@@ -504,8 +504,10 @@ def test_on_the_validation_split_no_test_prompt_is_touched(
     encode = SD3.encode
     monkeypatch.setattr(SD3, "encode", lambda self, prompts: [texts.extend(prompts), encode(self, prompts)][1])
     ears = Ears()
-    config = plan("judging.split=validation", "judging.validation_images=3", "judging.curve_images=3", budget="nfe=600")
-    done = running.run(config, runs=tmp_path, view=ears)
+    config = plan(
+        "evaluation.split=validation", "evaluation.validation_images=3", "evaluation.curve_images=3", budget="nfe=600"
+    )
+    done = running.run(config, runs=tmp_path, progress=ears)
     shown = {"four red circles", "five blue triangles"}
     table = pd.read_parquet(Path(done.run_dir) / "scores.parquet")
     assert set(table.text) == shown and len(table) == 2 * 2 * 3 * 2 and ears.done == 2 * 2 * 3
@@ -513,15 +515,17 @@ def test_on_the_validation_split_no_test_prompt_is_touched(
     for numbers in (done.before, done.after, done.delta):
         assert {n.n for n in numbers.values()} == {2}
     assert done.after["redness/mean"] == done.curve[-1].scores["redness/mean"]
-    assert done.config["judging"]["split"] == "validation"
+    assert done.config["evaluation"]["split"] == "validation"
     assert "Means over validation prompts" in (Path(done.run_dir) / "README.md").read_text()
-    assert config.digest() != plan("judging.validation_images=3", budget="nfe=600").digest()
+    assert config.digest() != plan("evaluation.validation_images=3", budget="nfe=600").digest()
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_the_curve_keeps_every_score(plan: Any, tmp_path: Path, split: str) -> None:
-    more = "judging.validation_images=2"  # judged with two images a prompt, the curve with one
-    done = running.run(plan(f"judging.split={split}", more, budget="nfe=1500"), runs=tmp_path, view=Silent())
+    more = "evaluation.validation_images=2"  # judged with two images a prompt, the curve with one
+    done = running.run(
+        plan(f"evaluation.split={split}", more, budget="nfe=1500"), runs=tmp_path, progress=NullProgress()
+    )
     table = pd.read_parquet(Path(done.run_dir) / "curve.parquet")
     assert sorted(table.mark.unique()) == list(range(len(done.curve))) and len(done.curve) >= 3
     assert set(table.ordinal) == {0} and set(table.columns) == {
@@ -542,7 +546,7 @@ def test_what_the_settings_cost_to_find_stands_in_the_record(plan: Any, tmp_path
     file = tmp_path / "best.toml"
     file.write_text('beta = 31.0\ntuned = { trials = 4, nfe = 8000, command = "gpobench tune" }\n')
     config = plan(budget="nfe=100", config=file)
-    done = running.run(config, runs=tmp_path, view=Silent())
+    done = running.run(config, runs=tmp_path, progress=NullProgress())
     assert done.tuning == {"trials": 4, "command": "gpobench tune", "spent": {"nfe": 8000}}
     assert "chosen in 4 trials" in (Path(done.run_dir) / "README.md").read_text()
     written = Path(done.run_dir) / "config.toml"
@@ -550,9 +554,11 @@ def test_what_the_settings_cost_to_find_stands_in_the_record(plan: Any, tmp_path
     assert again.digest() == config.digest() and again.tuned == config.tuned
     by_hand = replace(plan("beta=31.0", budget="nfe=100"), tuned={})  # the same settings, found at no price
     tuned = replace(by_hand, tuned=config.tuned)
-    assert running.run(by_hand, runs=tmp_path / "other", view=Silent()).tuning == {}
-    assert running.run(tuned, runs=tmp_path / "other", view=Silent()).tuning == done.tuning
-    assert running.run(by_hand, runs=tmp_path / "other", view=Silent()).tuning == done.tuning  # a price stays paid
+    assert running.run(by_hand, runs=tmp_path / "other", progress=NullProgress()).tuning == {}
+    assert running.run(tuned, runs=tmp_path / "other", progress=NullProgress()).tuning == done.tuning
+    assert (
+        running.run(by_hand, runs=tmp_path / "other", progress=NullProgress()).tuning == done.tuning
+    )  # a price stays paid
 
 
 @pytest.mark.parametrize(
@@ -565,5 +571,5 @@ def test_what_cannot_work_is_said_before_the_base_is_judged(
 ) -> None:
     config = resolve(method, f"{redness}:Paint", str(tiny_pipe), budget="nfe=500", sets=[*sets, "steps=0"])
     with pytest.raises(UserError, match=said):
-        running.run(config, runs=tmp_path, view=Silent())
+        running.run(config, runs=tmp_path, progress=NullProgress())
     assert not list(tmp_path.glob("*/before.parquet"))

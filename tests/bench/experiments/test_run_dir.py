@@ -12,16 +12,23 @@ import pytest
 
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments import run_dir as homes
-from gpobench.bench.experiments.run_dir import alone, busy, forget, room, sizes, stands_on
+from gpobench.bench.experiments.run_dir import (
+    check_inputs,
+    clear_run_dir,
+    fingerprint,
+    is_locked,
+    lock_run_dir,
+    report_disk_errors,
+)
 
 
 def test_one_at_a_time_and_who_asks_takes_nothing(tmp_path: Path) -> None:
-    assert not busy(tmp_path) and not (tmp_path / ".lock").exists()
-    with alone(tmp_path):
-        assert busy(tmp_path)
-        with pytest.raises(UserError, match="another process is at work"), alone(tmp_path):
+    assert not is_locked(tmp_path) and not (tmp_path / ".lock").exists()
+    with lock_run_dir(tmp_path):
+        assert is_locked(tmp_path)
+        with pytest.raises(UserError, match="another process is at work"), lock_run_dir(tmp_path):
             pass
-    assert not busy(tmp_path)
+    assert not is_locked(tmp_path)
 
 
 def test_asking_refuses_nobody(tmp_path: Path) -> None:
@@ -30,13 +37,13 @@ def test_asking_refuses_nobody(tmp_path: Path) -> None:
 
     def ask() -> None:
         while not stop.is_set():
-            busy(tmp_path)
+            is_locked(tmp_path)
 
     asking = threading.Thread(target=ask)
     asking.start()
     try:
         for _ in range(500):
-            with alone(tmp_path):
+            with lock_run_dir(tmp_path):
                 pass
     finally:
         stop.set()
@@ -48,20 +55,20 @@ def test_where_there_are_no_locks_nobody_waits(tmp_path: Path, monkeypatch: pyte
         raise OSError(38, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with alone(tmp_path):
-        assert not busy(tmp_path)
+    with lock_run_dir(tmp_path):
+        assert not is_locked(tmp_path)
 
 
 def test_what_a_run_stands_on_may_be_added_to_and_not_changed(tmp_path: Path) -> None:
-    stands_on(tmp_path, {"weights": "a"}, {"weights": "the weights"})
-    stands_on(tmp_path, {"task": "ocr"}, {"task": "the task"})  # an older start did not know of it
-    assert json.loads((tmp_path / "ground.json").read_text()) == {"weights": "a", "task": "ocr"}
+    check_inputs(tmp_path, {"weights": "a"}, {"weights": "the weights"})
+    check_inputs(tmp_path, {"task": "ocr"}, {"task": "the task"})  # an older start did not know of it
+    assert json.loads((tmp_path / "inputs.json").read_text()) == {"weights": "a", "task": "ocr"}
     with pytest.raises(UserError, match="the weights changed since .*: --fresh starts over"):
-        stands_on(tmp_path, {"task": "ocr", "weights": "b"}, {"task": "the task", "weights": "the weights"})
+        check_inputs(tmp_path, {"task": "ocr", "weights": "b"}, {"task": "the task", "weights": "the weights"})
     for damage in (b"{", b"[1]", b"\xff"):
-        (tmp_path / "ground.json").write_bytes(damage)
-        with pytest.raises(UserError, match="ground.json is damaged"):
-            stands_on(tmp_path, {"task": "ocr"}, {"task": "the task"})
+        (tmp_path / "inputs.json").write_bytes(damage)
+        with pytest.raises(UserError, match="inputs.json is damaged"):
+            check_inputs(tmp_path, {"task": "ocr"}, {"task": "the task"})
 
 
 def test_a_data_set_is_known_by_names_sizes_and_what_is_in_small_files(
@@ -72,13 +79,13 @@ def test_a_data_set_is_known_by_names_sizes_and_what_is_in_small_files(
     found: list[str] = []
     for content in ("one", "two", "three", "one"):
         file.write_text(content)
-        found.append(sizes(tmp_path))
+        found.append(fingerprint(tmp_path))
     assert len(set(found)) == 3 and found[0] == found[-1]
     monkeypatch.setattr(homes, "SMALL", 3)
-    assert sizes(tmp_path) != found[0]
-    before = sizes(tmp_path)
+    assert fingerprint(tmp_path) != found[0]
+    before = fingerprint(tmp_path)
     file.write_text("two")
-    assert sizes(tmp_path) == before  # as large, and too large to be read
+    assert fingerprint(tmp_path) == before  # as large, and too large to be read
 
 
 @pytest.mark.parametrize("after", range(6))
@@ -88,7 +95,7 @@ def test_a_directory_that_is_half_forgotten_shows_no_old_result(
     run, far = tmp_path / "run", tmp_path / "far"
     for folder in (run / "samples", far):
         folder.mkdir(parents=True)
-    for name in ("record.json", "ground.json", "scores.parquet", "metrics.jsonl", ".lock", "samples/0.png"):
+    for name in ("record.json", "inputs.json", "scores.parquet", "metrics.jsonl", ".lock", "samples/0.png"):
         (run / name).write_text("old")
     (run / "checkpoint").symlink_to(far)
 
@@ -110,19 +117,19 @@ def test_a_directory_that_is_half_forgotten_shows_no_old_result(
         patch.setattr(Path, "unlink", counted(Path.unlink))
         patch.setattr(homes.shutil, "rmtree", counted(homes.shutil.rmtree))
         try:
-            forget(run)
+            clear_run_dir(run)
         except Killed:
             assert not after or not (run / "record.json").exists()
             # without what it stands on nobody would see that an old part is old
-            assert (run / "ground.json").exists()
-    forget(run)
+            assert (run / "inputs.json").exists()
+    clear_run_dir(run)
     assert os.listdir(run) == [".lock"] and far.is_dir()
 
 
 def test_a_finished_run_is_shown_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(homes, "ROOM", 2**62)
-    with pytest.raises(UserError, match="a run needs"), room(tmp_path):
+    with pytest.raises(UserError, match="a run needs"), report_disk_errors(tmp_path):
         pass
     (tmp_path / "record.json").touch()
-    with room(tmp_path):
+    with report_disk_errors(tmp_path):
         pass

@@ -62,11 +62,11 @@ def listed(folder: Path) -> Path:
 
 def geneval(folder: Path) -> None:
     for i, word in enumerate(WORDS[:3]):
-        home = folder / f"{i:05}"
+        run_dir = folder / f"{i:05}"
         for k in (0, 1, 10, 2):
-            draw(home / "samples" / f"{k}.png", word)
-        draw(home / "samples" / "grid.png", word)
-        (home / "metadata.jsonl").write_text(json.dumps({"tag": f"tag {i % 2}", "prompt": prompt(word)}), "utf-8")
+            draw(run_dir / "samples" / f"{k}.png", word)
+        draw(run_dir / "samples" / "grid.png", word)
+        (run_dir / "metadata.jsonl").write_text(json.dumps({"tag": f"tag {i % 2}", "prompt": prompt(word)}), "utf-8")
     draw(folder / "00000b" / "samples" / "0.png", "MOTH")
 
 
@@ -503,7 +503,7 @@ def test_progress_reaches_its_end(listed: Path, tmp_path: Path) -> None:
 
     (listed / "3.png").write_text("no picture", "utf-8")
     bar = Bar()
-    score_folder(listed, ["reader"], out=tmp_path / "s.csv", view=bar, rows=5)
+    score_folder(listed, ["reader"], out=tmp_path / "s.csv", progress=bar, rows=5)
     assert bar.done == bar.total == 12
 
 

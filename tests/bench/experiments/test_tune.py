@@ -20,8 +20,8 @@ from gpobench.bench.evaluation.record import Difference, Flags, Number, Record, 
 from gpobench.bench.experiments import tune as tuning
 from gpobench.bench.experiments.config import resolve
 from gpobench.bench.experiments.tune import Trial, Tuning, best, draw, draws, loses
-from gpobench.bench.progress import Silent
-from gpobench.bench.spec import Choice, Even, Log
+from gpobench.bench.progress import NullProgress
+from gpobench.bench.spec import Choice, LogUniform, Uniform
 
 FIXED = ["prompts=2", "group=4", "optim.warmup=0", "optim.minibatches=1"]
 KEY = "redness/mean"
@@ -32,8 +32,8 @@ KEY = "redness/mean"
 def test_each_range_follows_its_law() -> None:
     n = 2000
     for span, law in (
-        (Log(1e-5, 1e-2), lambda x: (math.log10(x) + 5) / 3),
-        (Even(-2, 6), lambda x: (x + 2) / 8),
+        (LogUniform(1e-5, 1e-2), lambda x: (math.log10(x) + 5) / 3),
+        (Uniform(-2, 6), lambda x: (x + 2) / 8),
     ):
         values = [draw("key", span, 3, trial) for trial in range(1, n)]
         assert all(span.low <= v <= span.high and v == float(f"{v:.3g}") for v in values)
@@ -43,28 +43,28 @@ def test_each_range_follows_its_law() -> None:
 
 
 def test_the_dice_are_the_same_for_everyone_and_for_any_company() -> None:
-    mine = draws({"optim.lr": Log(1e-4, 1e-2), "beta": Even(0, 1)}, 6, seed=1)
-    more = draws({"kl": Even(0, 1), "optim.lr": Log(1e-4, 1e-2)}, 9, seed=1)
+    mine = draws({"optim.lr": LogUniform(1e-4, 1e-2), "beta": Uniform(0, 1)}, 6, seed=1)
+    more = draws({"kl": Uniform(0, 1), "optim.lr": LogUniform(1e-4, 1e-2)}, 9, seed=1)
     assert mine[0] == more[0] == {}
     assert [t["optim.lr"] for t in mine[1:]] == [t["optim.lr"] for t in more[1:6]]
     assert len({t["optim.lr"] for t in mine[1:]}) == 5 and mine[1]["beta"] != more[1]["kl"]
-    assert draws({"beta": Even(0, 1)}, 6, seed=2) != draws({"beta": Even(0, 1)}, 6, seed=1)
+    assert draws({"beta": Uniform(0, 1)}, 6, seed=2) != draws({"beta": Uniform(0, 1)}, 6, seed=1)
     # another range for the same key is the same throw
-    assert [draw("lr", Even(0, 10), 0, k) for k in (1, 2)] == pytest.approx(
-        [10 * draw("lr", Even(0, 1), 0, k) for k in (1, 2)], abs=0.02
+    assert [draw("lr", Uniform(0, 10), 0, k) for k in (1, 2)] == pytest.approx(
+        [10 * draw("lr", Uniform(0, 1), 0, k) for k in (1, 2)], abs=0.02
     )
-    assert all(isinstance(t["group"], int) for t in draws({"group": Even(2, 9)}, 5, seed=0, whole=["group"])[1:])
+    assert all(isinstance(t["group"], int) for t in draws({"group": Uniform(2, 9)}, 5, seed=0, whole=["group"])[1:])
 
 
 def test_trial_zero_is_the_preset_and_the_others_differ_in_what_is_drawn() -> None:
     trials = tuning.plan(Tuning("gpo", "ocr", "tiny", 4, budget="nfe=100"))
-    preset = resolve("gpo", "ocr", "tiny", budget="nfe=100", sets=["judging.split=validation"])
+    preset = resolve("gpo", "ocr", "tiny", budget="nfe=100", sets=["evaluation.split=validation"])
     assert trials[0].settings == {} and trials[0].plan is not None and trials[0].plan.digest() == preset.digest()
     for trial in trials[1:]:
         assert trial.plan is not None and set(trial.settings) == {"optim.lr", "beta", "noisy"}
         s = trial.plan.settings
         assert (s.optim.lr, s.beta, s.noisy) == tuple(trial.settings[key] for key in ("optim.lr", "beta", "noisy"))
-        assert s.group == preset.settings.group and trial.plan.judging.split == "validation"
+        assert s.group == preset.settings.group and trial.plan.evaluation.split == "validation"
     fixed = tuning.plan(Tuning("gpo", "ocr", "tiny", 2, sets=["beta=7"]))
     assert fixed[1].plan is not None and fixed[1].plan.settings.beta == 7 and "beta" not in fixed[1].settings
 
@@ -74,7 +74,7 @@ def test_what_cannot_be_tuned_is_one_line(tmp_path: Path) -> None:
         (lambda: Tuning("gpo", "ocr", "tiny", 0), "--trials must be at least 1"),
         (lambda: tuning.plan(Tuning("best-of-n", "ocr", "tiny", 2)), "best-of-n declares no search space"),
         (lambda: tuning.plan(Tuning("gpo", "ocr", "tiny", 2, sets=["gruop=3"])), "did you mean 'group'"),
-        (lambda: tuning.tune(Tuning("gpo", "ocr", "tiny", 2), out=tmp_path, view=Silent(), jobs=0), "--jobs"),
+        (lambda: tuning.tune(Tuning("gpo", "ocr", "tiny", 2), out=tmp_path, progress=NullProgress(), jobs=0), "--jobs"),
     ):
         with pytest.raises(UserError, match=said):
             what()
@@ -131,14 +131,15 @@ def test_a_tuning_from_the_draws_to_a_run_that_knows_its_price(
     ended = gpobench(*argv("--json"))
     assert ended.code == 0, ended.err
     found = json.loads(ended.out, parse_constant=pytest.fail)
-    home = Path(found["home"])
-    assert home.parent == tmp_path / "tune" and json.loads((home / "tuning.json").read_text()) == found
+    run_dir = Path(found["home"])
+    assert run_dir.parent == tmp_path / "tune" and json.loads((run_dir / "tuning.json").read_text()) == found
     assert [t["settings"] for t in found["trials"]] == [t["settings"] for t in drawn]
     for t in found["trials"]:
         assert t["loses"] == "" and t["stop"] == "budget: nfe" and t["spent"]["nfe"] <= 200
         assert t["gain"] == t["delta"][KEY] and len(t["gain"]["ci"]) == 2 and t["gain"]["n"] == 2
         assert (
-            json.loads((Path(t["run_dir"]) / "record.json").read_text())["config"]["judging"]["split"] == "validation"
+            json.loads((Path(t["run_dir"]) / "record.json").read_text())["config"]["evaluation"]["split"]
+            == "validation"
         )
     assert found["spent"]["nfe"] == sum(t["spent"]["nfe"] for t in found["trials"])
     gains = [t["gain"]["mean"] for t in found["trials"]]
@@ -149,16 +150,16 @@ def test_a_tuning_from_the_draws_to_a_run_that_knows_its_price(
     assert again.code == 0 and again.err.count("already done") == 2 and "training" not in again.err
     (row,) = [line for line in again.out.splitlines() if line.startswith(">")]
     assert row.split()[1] == str(found["best"])
-    assert f"to use it: --config {home}/best.toml" in again.out and "redness/mean on validation prompts" in again.out
+    assert f"to use it: --config {run_dir}/best.toml" in again.out and "redness/mean on validation prompts" in again.out
 
-    chosen = tomllib.loads((home / "best.toml").read_text())
+    chosen = tomllib.loads((run_dir / "best.toml").read_text())
     assert chosen["prompts"] == 2 and chosen["tuned"]["trials"] == 2
     assert chosen["tuned"]["nfe"] == found["spent"]["nfe"] and chosen["tuned"]["command"] == found["command"]
-    config = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=200", config=home / "best.toml")
+    config = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=200", config=run_dir / "best.toml")
     assert config.tuned["trials"] == 2 and config.tuned["spent"]["images"] == found["spent"]["images"]
     best = resolve(
-        "gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=200", config=home / "best.toml",
-        sets=["judging.split=validation"],
+        "gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=200", config=run_dir / "best.toml",
+        sets=["evaluation.split=validation"],
     )  # fmt: skip
     assert best.slug() == found["trials"][found["best"]]["run"]  # the file says the chosen trial's settings
 
@@ -215,8 +216,8 @@ def test_a_trial_that_fails_stops_no_other(gpobench: Any, argv: Any, tmp_path: P
 def test_without_a_trial_to_choose_there_is_no_best(gpobench: Any, argv: Any, tmp_path: Path) -> None:
     ended = gpobench(*argv(task="Broken", trials=1))
     assert ended.code == 2 and "no trial can be used" in ended.err.splitlines()[-1] and ended.out == ""
-    (home,) = (tmp_path / "tune").iterdir()
-    assert json.loads((home / "tuning.json").read_text())["best"] is None and not (home / "best.toml").exists()
+    (run_dir,) = (tmp_path / "tune").iterdir()
+    assert json.loads((run_dir / "tuning.json").read_text())["best"] is None and not (run_dir / "best.toml").exists()
 
 
 def test_two_at_once_find_the_same_and_a_stop_is_taken_up(gpobench: Any, argv: Any, tmp_path: Path) -> None:

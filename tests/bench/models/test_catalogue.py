@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpobench.bench.model_spec import Card, find
+from gpobench.bench.model_spec import ModelSpec, find_model_spec
 from gpobench.bench.models import catalogue
 from gpobench.bench.models import open as opening
 from gpobench.bench.models.architectures import PUBLISHED
@@ -18,7 +18,7 @@ SHIPPED = Path(opening.__file__).with_name("tiny")
 
 @pytest.mark.skipif(not (SHIPPED / "recipe.json").is_file(), reason="the embedded model has not been made yet")
 def test_both_names_have_a_card_and_an_adapter() -> None:
-    tiny, large = find("tiny"), find("sd35m")
+    tiny, large = find_model_spec("tiny"), find_model_spec("sd35m")
     assert {tiny.pipeline, large.pipeline} <= set(opening.ADAPTERS)
     assert (tiny.name, tiny.domain, tiny.height, tiny.width) == ("tiny", "glyphs", 32, 64)
     assert Path(tiny.source) == SHIPPED and tiny.revision is None
@@ -33,7 +33,7 @@ def test_a_card_costs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-NAMED = {card.name: card for card in vars(catalogue).values() if isinstance(card, Card)}
+NAMED = {model_spec.name: model_spec for model_spec in vars(catalogue).values() if isinstance(model_spec, ModelSpec)}
 # hub id, pixels, steps, guidance, tokens of text
 PROTOCOL = {
     "sd35m": ("stabilityai/stable-diffusion-3.5-medium", 512, 40, 4.5, 128),
@@ -46,14 +46,20 @@ PROTOCOL = {
 
 @pytest.mark.parametrize("name", list(PROTOCOL))
 def test_a_named_model_has_its_protocol_and_a_blueprint(name: str) -> None:
-    card = NAMED[name]
-    assert (card.source, card.height, card.steps, card.guidance, card.max_sequence_length) == PROTOCOL[name]
-    assert card.width == card.height and card.revision == "main" and card.licence != "its own"
-    assert card.pipeline in opening.ADAPTERS and card.negative_prompt is None
-    assert card.checkpointing and card.offload and not card.compile and card.precision == "bf16"
-    network = "unet" if "XL" in card.pipeline or name == "sd15" else "transformer"
+    model_spec = NAMED[name]
+    assert (
+        model_spec.source,
+        model_spec.height,
+        model_spec.steps,
+        model_spec.guidance,
+        model_spec.max_sequence_length,
+    ) == PROTOCOL[name]
+    assert model_spec.width == model_spec.height and model_spec.revision == "main" and model_spec.licence != "its own"
+    assert model_spec.pipeline in opening.ADAPTERS and model_spec.negative_prompt is None
+    assert model_spec.checkpointing and model_spec.offload and not model_spec.compile and model_spec.precision == "bf16"
+    network = "unet" if "XL" in model_spec.pipeline or name == "sd15" else "transformer"
     assert network in PUBLISHED[name]
-    assert ("add_q_proj" in card.adapter.targets) == (network == "transformer")
+    assert ("add_q_proj" in model_spec.adapter.targets) == (network == "transformer")
 
 
 def test_the_tiny_model_saves_nothing() -> None:

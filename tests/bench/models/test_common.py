@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as functional
 
 from gpobench.bench.errors import UserError
-from gpobench.bench.model_spec import Adapter, Card, find
+from gpobench.bench.model_spec import Adapter, ModelSpec, find_model_spec
 from gpobench.bench.models import common
 from gpobench.bench.models.open import open_model, usage
 
@@ -22,15 +22,15 @@ every = pytest.mark.parametrize("family", FAMILIES)
 
 
 @pytest.fixture
-def card(family: str, request: pytest.FixtureRequest) -> Card:
-    return find(str(request.getfixturevalue(family)))
+def model_spec(family: str, request: pytest.FixtureRequest) -> ModelSpec:
+    return find_model_spec(str(request.getfixturevalue(family)))
 
 
-def opened(card: Card, push: float = 0.05, **more: Any) -> Any:
+def opened(model_spec: ModelSpec, push: float = 0.05, **more: Any) -> Any:
     """A model with a LoRA off its start, and a copy of it that is elsewhere."""
-    adapter = Adapter(rank=4, targets=card.adapter.targets)
-    model = open_model(replace(card, **more), device="cpu", adapter=adapter)
-    model.blend("old", 0.0)
+    adapter = Adapter(rank=4, targets=model_spec.adapter.targets)
+    model = open_model(replace(model_spec, **more), device="cpu", adapter=adapter)
+    model.update_copy("old", 0.0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
@@ -48,21 +48,21 @@ def gradients(model: Any, between: str, guidance: float = 1.0) -> list[torch.Ten
     at = inputs(model)
     v = model.velocity(*at, guidance=guidance)
     with torch.no_grad():
-        target = model.velocity(*at, by=between) if between else torch.zeros_like(v)
+        target = model.velocity(*at, weights=between) if between else torch.zeros_like(v)
     return list(torch.autograd.grad((v - target).square().mean(), model.parameters()))
 
 
 @every
-def test_checkpointing_changes_no_gradient(card: Card) -> None:
+def test_checkpointing_changes_no_gradient(model_spec: ModelSpec) -> None:
     """Above all where other weights are on when the blocks run for the second time."""
-    plain, saving = opened(card), opened(card, checkpointing=True)
+    plain, saving = opened(model_spec), opened(model_spec, checkpointing=True)
     for between, guidance in (("", 1.0), ("ref", 1.0), ("old", 2.5)):
         a, b = (gradients(model, between, guidance) for model in (plain, saving))
         assert sum(float(g.abs().sum()) for g in a) > 0
         for g, h in zip(a, b, strict=True):
             assert torch.allclose(g, h, rtol=1e-4, atol=1e-6 * float(max(x.abs().max() for x in a))), between
         for model in (plain, saving):  # and the weights that were on stay on
-            assert model.weights._current == (between or "live")
+            assert model.lora._current == (between or "policy")
 
 
 def kept(model: Any) -> int:
@@ -74,13 +74,13 @@ def kept(model: Any) -> int:
 
 
 @every
-def test_checkpointing_keeps_less(card: Card) -> None:
-    assert kept(opened(card, checkpointing=True)) < 0.5 * kept(opened(card))
+def test_checkpointing_keeps_less(model_spec: ModelSpec) -> None:
+    assert kept(opened(model_spec, checkpointing=True)) < 0.5 * kept(opened(model_spec))
 
 
 @every
-def test_a_copy_of_a_checkpointing_model_is_on_its_own(card: Card) -> None:
-    model = opened(card, checkpointing=True)
+def test_a_copy_of_a_checkpointing_model_is_on_its_own(model_spec: ModelSpec) -> None:
+    model = opened(model_spec, checkpointing=True)
     other = copy.deepcopy(model)
     before = gradients(other, "ref")
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_a_copy_of_a_checkpointing_model_is_on_its_own(card: Card) -> None:
 
 
 @every
-def test_attention_runs_through_torchs_own_kernel(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_runs_through_torchs_own_kernel(model_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     kernel = functional.scaled_dot_product_attention
 
@@ -98,7 +98,7 @@ def test_attention_runs_through_torchs_own_kernel(card: Card, monkeypatch: pytes
         calls.append(1)
         return kernel(*args, **more)
 
-    model = open_model(card, device="cpu")
+    model = open_model(model_spec, device="cpu")
     at = inputs(model)
     monkeypatch.setattr(functional, "scaled_dot_product_attention", counting)
     with torch.no_grad():
@@ -107,33 +107,35 @@ def test_attention_runs_through_torchs_own_kernel(card: Card, monkeypatch: pytes
 
 
 @every
-def test_encoders_come_for_a_prompt_and_leave_before_the_network(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoders_come_for_a_prompt_and_leave_before_the_network(
+    model_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a machine without GPU the moves are watched, not made."""
-    model = open_model(replace(card, guidance=2.0), device="cpu")
-    moves: list[torch.device] = []
+    model = open_model(replace(model_spec, guidance=2.0), device="cpu")
+    transitions: list[torch.device] = []
     encoders = model.encoders
     encoders.offload, encoders.device = True, torch.device("cuda")
     assert encoders.parts and all(part in model.pipe.components.values() for part in encoders.parts)
     for part in encoders.parts:
-        monkeypatch.setattr(part, "to", lambda where: moves.append(torch.device(where)))
+        monkeypatch.setattr(part, "to", lambda where: transitions.append(torch.device(where)))
     here, home = torch.device("cuda"), encoders.home
     x = torch.zeros(1, *model.shape)
     with torch.no_grad():
         first, _ = model.encode([PROMPTS[0]]), model.encode([PROMPTS[1]])
-        assert moves == [here] * len(encoders.parts)  # two prompts, one move
+        assert transitions == [here] * len(encoders.parts)  # two prompts, one move
         model.velocity(x, torch.tensor([0.5]), first)
-        assert moves[len(encoders.parts) :] == [home] * len(encoders.parts)
+        assert transitions[len(encoders.parts) :] == [home] * len(encoders.parts)
         model.velocity(x, torch.tensor([0.4]), first)
         model.decode(x)
-        assert len(moves) == 2 * len(encoders.parts)  # once gone they stay away
+        assert len(transitions) == 2 * len(encoders.parts)  # once gone they stay away
         model.encode([PROMPTS[0]])
         model.decode(x)
-        assert moves[2 * len(encoders.parts) :] == [here] * len(encoders.parts) + [home] * len(encoders.parts)
+        assert transitions[2 * len(encoders.parts) :] == [here] * len(encoders.parts) + [home] * len(encoders.parts)
 
 
 @every
-def test_offload_on_a_cpu_is_nothing(card: Card) -> None:
-    a, b = open_model(card, device="cpu"), open_model(replace(card, offload=True), device="cpu")
+def test_offload_on_a_cpu_is_nothing(model_spec: ModelSpec) -> None:
+    a, b = open_model(model_spec, device="cpu"), open_model(replace(model_spec, offload=True), device="cpu")
     assert not b.encoders.offload
     with torch.no_grad():
         assert torch.equal(a.velocity(*inputs(a), guidance=2.0), b.velocity(*inputs(b), guidance=2.0))
@@ -141,14 +143,14 @@ def test_offload_on_a_cpu_is_nothing(card: Card) -> None:
 
 @pytest.mark.parametrize("family", ["tiny_pipe", "tiny_unet"])
 @pytest.mark.parametrize("negative", ["", "a blue circle"])
-def test_the_negative_prompt_is_the_pipelines(card: Card, negative: str) -> None:
+def test_the_negative_prompt_is_the_pipelines(model_spec: ModelSpec, negative: str) -> None:
     """SD3 and SD1.5: no negative prompt is an empty one; SDXL has its own test."""
-    told, none = (open_model(replace(card, negative_prompt=n), device="cpu") for n in (negative, None))
+    told, none = (open_model(replace(model_spec, negative_prompt=n), device="cpu") for n in (negative, None))
     with torch.no_grad():
         a, b = (m.velocity(*inputs(m), guidance=4.0) for m in (told, none))
     assert torch.equal(a, b) == (negative == "")
     kind = type(told.pipe)
-    more = {"max_sequence_length": 1} if card.pipeline == "StableDiffusion3Pipeline" else {}
+    more = {"max_sequence_length": 1} if model_spec.pipeline == "StableDiffusion3Pipeline" else {}
     here = {"device": torch.device("cpu"), "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
     asked = {"prompt_2": None, "prompt_3": None} if more else {}
     said = kind.encode_prompt(told.pipe, PROMPTS[:1], negative_prompt=[negative], **here, **asked, **more)
@@ -172,7 +174,7 @@ def test_a_precision_that_cannot_be_is_one_line(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=said) as caught:
-        open_model(find(str(tiny_pipe)), device=device, precision=precision)
+        open_model(find_model_spec(str(tiny_pipe)), device=device, precision=precision)
     assert "\n" not in str(caught.value)
 
 
@@ -181,15 +183,17 @@ def test_a_gpu_without_bf16_is_named(tiny_pipe: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     with pytest.raises(UserError, match="Tesla T4 cannot compute in bf16: take fp16 or fp32"):
-        open_model(find(str(tiny_pipe)), device="cuda", precision="bf16")
+        open_model(find_model_spec(str(tiny_pipe)), device="cuda", precision="bf16")
 
 
 @every
-def test_the_autoencoder_is_float32_beside_fp16(card: Card, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_autoencoder_is_float32_beside_fp16(
+    model_spec: ModelSpec, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And beside bf16 in SDXL. On a CPU: loaded, not run."""
     monkeypatch.setattr(common, "dtype_of", lambda precision, device: common.PRECISIONS[precision])
     for precision, then in (("fp16", torch.float32), ("bf16", torch.float32 if "sdxl" in family else torch.bfloat16)):
-        model = open_model(card, device="cpu", precision=precision)
+        model = open_model(model_spec, device="cpu", precision=precision)
         network = model.pipe.components.get("unet") or model.pipe.components["transformer"]
         assert (model.vae.dtype, network.dtype) == (then, common.PRECISIONS[precision])
         assert model.pipe.text_encoder.dtype == common.PRECISIONS[precision]
@@ -216,12 +220,12 @@ class Vae:
 )
 def test_a_large_picture_is_decoded_in_parts(size: int, asked: list[str]) -> None:
     vae = Vae()
-    common.prepare(None, vae, Card(name="x", source="y", height=size, width=size, checkpointing=False))
+    common.prepare(None, vae, ModelSpec(name="x", source="y", height=size, width=size, checkpointing=False))
     assert vae.asked == asked
 
 
 def test_slices_are_the_whole(tiny_pipe: Path) -> None:
-    model = open_model(find(str(tiny_pipe)), device="cpu")
+    model = open_model(find_model_spec(str(tiny_pipe)), device="cpu")
     x = torch.randn(3, *model.shape, generator=torch.Generator().manual_seed(0))
     whole = model.decode(x)
     model.vae.enable_slicing()
@@ -234,10 +238,10 @@ def test_slices_are_the_whole(tiny_pipe: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("family", ["tiny_flux"])
-def test_a_compiled_network_says_the_same(card: Card) -> None:
-    plain, fast = opened(card), opened(card, compile=True)
-    for by in ("ref", "old"):
-        a, b = (gradients(model, by) for model in (plain, fast))
+def test_a_compiled_network_says_the_same(model_spec: ModelSpec) -> None:
+    plain, fast = opened(model_spec), opened(model_spec, compile=True)
+    for weights in ("ref", "old"):
+        a, b = (gradients(model, weights) for model in (plain, fast))
         for g, h in zip(a, b, strict=True):
             assert torch.allclose(g, h, rtol=1e-3, atol=1e-4 * float(max(x.abs().max() for x in a)))
     assert fast.flops_a_forward() == plain.flops_a_forward()
@@ -245,14 +249,16 @@ def test_a_compiled_network_says_the_same(card: Card) -> None:
 
 def test_compiling_and_checkpointing_do_not_go_together(tiny_pipe: Path) -> None:
     with pytest.raises(UserError, match="compile needs checkpointing off"):
-        open_model(replace(find(str(tiny_pipe)), compile=True, checkpointing=True), device="cpu")
+        open_model(replace(find_model_spec(str(tiny_pipe)), compile=True, checkpointing=True), device="cpu")
 
 
 @every
-def test_the_lines_for_plain_diffusers_are_python(card: Card) -> None:
-    for line in usage(replace(card, negative_prompt=None if "flux" in card.name else "grey")):
+def test_the_lines_for_plain_diffusers_are_python(model_spec: ModelSpec) -> None:
+    for line in usage(replace(model_spec, negative_prompt=None if "flux" in model_spec.name else "grey")):
         compile(line, "usage", "exec")
-    text = "\n".join(usage(card))
+    text = "\n".join(usage(model_spec))
     assert (
-        ("DDIMScheduler" in text) == ("max_sequence_length" not in text) == ("unet" in card.name or "sdxl" in card.name)
+        ("DDIMScheduler" in text)
+        == ("max_sequence_length" not in text)
+        == ("unet" in model_spec.name or "sdxl" in model_spec.name)
     )

@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import Missing, UserError
-from gpobench.bench.evaluation.evaluator import noise, protocol
-from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.evaluation.evaluator import noise, sample_protocol
+from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.common import LORA_FILE
 from gpobench.bench.models.flux import pack, places, unpack
 from gpobench.bench.models.mini import write_flux
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt
-from gpobench.bench.training.rig import Rig, pixels
+from gpobench.bench.training.rig import Rig, to_uint8
 
 PROMPTS = ["a red circle", "two blue squares", "a photo of five green triangles"]
 
@@ -55,7 +55,7 @@ def starts(shape: tuple[int, ...]) -> torch.Tensor:
 def walk(model: Any, start: torch.Tensor, guidance: float, steps: int = 4) -> torch.Tensor:
     """What the judge draws."""
     model.guidance, model.steps = guidance, steps
-    return protocol(model, start, [Prompt(p) for p in PROMPTS])
+    return sample_protocol(model, start, [Prompt(p) for p in PROMPTS])
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +65,20 @@ def theirs(tiny_flux: Path) -> Any:
 
 @pytest.fixture
 def trained(tiny_flux: Path) -> Any:
-    model = open_model(find(str(tiny_flux)), device="cpu", adapter=Adapter(rank=4, alpha=16), seed=0)
-    model.blend("ema", 0.9)
+    model = open_model(find_model_spec(str(tiny_flux)), device="cpu", adapter=Adapter(rank=4, alpha=16), seed=0)
+    model.update_copy("ema", 0.9)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=generator))
-    model.blend("ema", 0.5)
+    model.update_copy("ema", 0.5)
     return model
 
 
 @pytest.mark.parametrize("steps", [1, 4, 7])
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 def test_sampling_is_the_pipelines_own(tiny_flux: Path, theirs: Any, guidance: float, steps: int) -> None:
-    model = open_model(find(str(tiny_flux)), device="cpu", adapter=Adapter(rank=4))
+    model = open_model(find_model_spec(str(tiny_flux)), device="cpu", adapter=Adapter(rank=4))
     start = starts(model.shape)
     expected = ask(theirs, start, guidance, "latent", steps)
     got = walk(model, start, guidance, steps)
@@ -88,7 +88,7 @@ def test_sampling_is_the_pipelines_own(tiny_flux: Path, theirs: Any, guidance: f
 
 
 def test_a_picture_that_is_not_square_is_the_pipelines_own(tiny_flux: Path, theirs: Any) -> None:
-    model = open_model(replace(find(str(tiny_flux)), height=24, width=16), device="cpu")
+    model = open_model(replace(find_model_spec(str(tiny_flux)), height=24, width=16), device="cpu")
     assert model.shape == (4, 12, 8)
     start = starts(model.shape)
     assert (walk(model, start, 3.5) - ask(theirs, start, 3.5, "latent")).abs().max() < 1e-4
@@ -96,9 +96,9 @@ def test_a_picture_that_is_not_square_is_the_pipelines_own(tiny_flux: Path, thei
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 def test_the_pictures_are_the_pipelines_own(tiny_flux: Path, theirs: Any, guidance: float) -> None:
-    model = open_model(find(str(tiny_flux)), device="cpu")
+    model = open_model(find_model_spec(str(tiny_flux)), device="cpu")
     start = starts(model.shape)
-    mine = pixels(model.decode(walk(model, start, guidance)))
+    mine = to_uint8(model.decode(walk(model, start, guidance)))
     expected = np.stack([np.asarray(image) for image in ask(theirs, start, guidance, "pil")])
     assert expected.std() > 1
     # the sums run in another order: a value that lies on the edge between two bytes may fall to either side
@@ -109,18 +109,18 @@ def test_the_pictures_are_the_pipelines_own(tiny_flux: Path, theirs: Any, guidan
 @pytest.mark.parametrize("size", [16, 32])
 @pytest.mark.parametrize("steps", [1, 6, 28])
 def test_the_times_are_shifted_by_the_number_of_tokens(tiny_flux: Path, theirs: Any, size: int, steps: int) -> None:
-    model = open_model(replace(find(str(tiny_flux)), height=size, width=size), device="cpu")
+    model = open_model(replace(find_model_spec(str(tiny_flux)), height=size, width=size), device="cpu")
     ask(theirs, starts(model.shape), 1.0, "latent", steps)  # sets the scheduler
     times = model.times(steps)
     assert torch.allclose(times, theirs.scheduler.sigmas, atol=1e-7) and len(times) == steps + 1
     assert times[0] == 1 and times[-1] == 0 and bool((times.diff() < 0).all())
     if steps > 1:
-        small = open_model(find(str(tiny_flux)), device="cpu").times(steps)
+        small = open_model(find_model_spec(str(tiny_flux)), device="cpu").times(steps)
         assert bool((small[1:-1] < times[1:-1]).all()) == (size > 16)  # more tokens, more time at the noisy end
 
 
 def test_guidance_is_one_evaluation_and_the_same_in_every_batch(tiny_flux: Path) -> None:
-    model = open_model(find(str(tiny_flux)), device="cpu")
+    model = open_model(find_model_spec(str(tiny_flux)), device="cpu")
     assert model.guided_cost == 1
     calls: list[int] = []
     model.transformer.register_forward_pre_hook(
@@ -137,7 +137,7 @@ def test_guidance_is_one_evaluation_and_the_same_in_every_batch(tiny_flux: Path)
 
 def test_a_rig_charges_a_guided_velocity_as_the_model_says(tiny_flux: Path, redness: str) -> None:
     meter = Meter(Budget(nfe=1e9))
-    model = open_model(find(str(tiny_flux)), device="cpu")
+    model = open_model(find_model_spec(str(tiny_flux)), device="cpu")
     rig = Rig(model, [Prompt(p) for p in PROMPTS], scorer(f"{redness}:Redness"), meter, rows=3)
     seen: list[int] = []
     model.transformer.register_forward_pre_hook(lambda *a: seen.append(1))
@@ -148,7 +148,7 @@ def test_a_rig_charges_a_guided_velocity_as_the_model_says(tiny_flux: Path, redn
 
 def test_a_model_without_distilled_guidance_runs(tmp_path: Path) -> None:
     folder = write_flux(tmp_path / "schnell", distilled=False)
-    model = open_model(find(str(folder)), device="cpu")
+    model = open_model(find_model_spec(str(folder)), device="cpu")
     start = starts(model.shape)
     assert (walk(model, start, 3.5) - ask(plain_pipe(folder), start, 0.0, "latent")).abs().max() < 1e-4
 
@@ -162,39 +162,39 @@ def test_pack_is_the_pipelines_and_unpack_undoes_it() -> None:
     assert torch.equal(places(3, 5), FluxPipeline._prepare_latent_image_ids(2, 3, 5, "cpu", torch.float32))
 
 
-@pytest.mark.parametrize("by", ["live", "ema"])
+@pytest.mark.parametrize("weights", ["policy", "ema"])
 def test_a_saved_adapter_is_the_same_lora_for_plain_diffusers(
-    tiny_flux: Path, tmp_path: Path, trained: Any, by: str
+    tiny_flux: Path, tmp_path: Path, trained: Any, weights: str
 ) -> None:
-    trained.save_adapter(tmp_path / "adapter", by)
+    trained.save_adapter(tmp_path / "adapter", weights)
     assert [p.name for p in (tmp_path / "adapter").iterdir()] == [LORA_FILE]
     start = starts(trained.shape)
     book = [Prompt(p) for p in PROMPTS]
 
-    def draw(model: Any, by: str) -> np.ndarray[Any, Any]:
+    def draw(model: Any, weights: str) -> np.ndarray[Any, Any]:
         """One image at a time: in other company the last bits of a float may differ."""
-        ends = [protocol(model, start[i : i + 1], book[i : i + 1], by) for i in range(3)]
-        return pixels(trained.decode(torch.cat(ends)))
+        ends = [sample_protocol(model, start[i : i + 1], book[i : i + 1], weights) for i in range(3)]
+        return to_uint8(trained.decode(torch.cat(ends)))
 
-    mine, base = draw(trained, by), draw(trained, "ref")
+    mine, base = draw(trained, weights), draw(trained, "ref")
     pipe = plain_pipe(tiny_flux)
     pipe.load_lora_weights(str(tmp_path / "adapter"), weight_name=LORA_FILE)
     latents = torch.cat([ask(pipe, start[i : i + 1], 1.0, "latent", prompts=[PROMPTS[i]]) for i in range(3)])
     assert np.abs(mine.astype(int) - base.astype(int)).max() > 1
-    gap = np.abs(mine.astype(int) - pixels(trained.decode(latents)).astype(int))
+    gap = np.abs(mine.astype(int) - to_uint8(trained.decode(latents)).astype(int))
     assert gap.max() <= 1 and (gap > 0).mean() < 0.01
 
-    again = open_model(find(str(tiny_flux)), device="cpu")  # and for `gpobench eval`
+    again = open_model(find_model_spec(str(tiny_flux)), device="cpu")  # and for `gpobench eval`
     again.load_adapter(tmp_path / "adapter")
-    assert np.array_equal(draw(again, "live"), mine)
+    assert np.array_equal(draw(again, "policy"), mine)
 
 
 def test_an_adapter_of_another_depth_is_refused(tiny_flux: Path, tmp_path: Path, trained: Any) -> None:
-    trained.save_adapter(tmp_path, "live")
+    trained.save_adapter(tmp_path, "policy")
     file = tmp_path / LORA_FILE
     save_file({k.replace("_blocks.0", "_blocks.7"): v for k, v in load_file(file).items()}, file)
     with pytest.raises(UserError, match="does not fit"):
-        open_model(find(str(tiny_flux)), device="cpu").load_adapter(tmp_path)
+        open_model(find_model_spec(str(tiny_flux)), device="cpu").load_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2"])
@@ -206,16 +206,19 @@ def test_a_missing_tensor_is_not_filled_with_noise(tiny_flux: Path, tmp_path: Pa
     del tensors[sorted(tensors)[3]]
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(Missing, match=f"cannot be loaded: {part} lacks 1 tensors") as caught:
-        open_model(find(str(folder)), device="cpu")
+        open_model(find_model_spec(str(folder)), device="cpu")
     assert "\n" not in str(caught.value)
 
 
 def test_what_it_cannot_do_is_one_line(tiny_flux: Path, tiny_pipe: Path) -> None:
-    card = find(str(tiny_flux))
+    model_spec = find_model_spec(str(tiny_flux))
     for bad, said in (
-        (replace(card, negative_prompt=""), "takes no negative prompt"),
-        (replace(card, height=18), "multiples of 4 pixels"),
-        (replace(find(str(tiny_pipe)), pipeline="FluxPipeline"), "holds a StableDiffusion3Pipeline, not the Flux"),
+        (replace(model_spec, negative_prompt=""), "takes no negative prompt"),
+        (replace(model_spec, height=18), "multiples of 4 pixels"),
+        (
+            replace(find_model_spec(str(tiny_pipe)), pipeline="FluxPipeline"),
+            "holds a StableDiffusion3Pipeline, not the Flux",
+        ),
     ):
         with pytest.raises(UserError, match=said) as caught:
             open_model(bad, device="cpu")
@@ -223,7 +226,7 @@ def test_what_it_cannot_do_is_one_line(tiny_flux: Path, tiny_pipe: Path) -> None
 
 
 def test_decode_undoes_latents_as_the_autoencoder_can(tiny_flux: Path) -> None:
-    model = open_model(find(str(tiny_flux)), device="cpu")
+    model = open_model(find_model_spec(str(tiny_flux)), device="cpu")
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     mode = model.vae.encode(images * 2 - 1).latent_dist.mode()
     z = model.latents(images)
@@ -232,8 +235,8 @@ def test_decode_undoes_latents_as_the_autoencoder_can(tiny_flux: Path) -> None:
 
 
 def test_half_precision_speaks_float32(tiny_flux: Path) -> None:
-    half = open_model(find(str(tiny_flux)), device="cpu", precision="bf16", adapter=Adapter(rank=4))
-    full = open_model(find(str(tiny_flux)), device="cpu", adapter=Adapter(rank=4))
+    half = open_model(find_model_spec(str(tiny_flux)), device="cpu", precision="bf16", adapter=Adapter(rank=4))
+    full = open_model(find_model_spec(str(tiny_flux)), device="cpu", adapter=Adapter(rank=4))
     x, t = starts(half.shape), torch.full((3,), 0.8)
     a, b = (m.velocity(x, t, m.encode(PROMPTS), guidance=2.0) for m in (half, full))
     assert a.dtype == torch.float32 and all(p.dtype == torch.float32 for p in half.parameters())

@@ -8,39 +8,39 @@ from typing import Any
 import pytest
 import torch
 
-from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 
 
-def draw(model: Any, by: str) -> torch.Tensor:
+def draw(model: Any, weights: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, *model.shape, generator=generator)
     with torch.no_grad():
-        return model.velocity(x, torch.tensor([0.9, 0.5, 0.1]), model.encode(["a", "b", "c"]), by=by)
+        return model.velocity(x, torch.tensor([0.9, 0.5, 0.1]), model.encode(["a", "b", "c"]), weights=weights)
 
 
-def push(model: Any, by: float = 0.02) -> None:
+def push(model: Any, weights: float = 0.02) -> None:
     """As an optimiser would: change the live weights."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(by * torch.randn(p.shape, generator=generator))
+            p.add_(weights * torch.randn(p.shape, generator=generator))
 
 
 @pytest.fixture
 def model(tiny_pipe: Path) -> Any:
-    return open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
+    return open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
 
 
 def test_ref_is_the_model_without_adapter_to_the_last_bit(tiny_pipe: Path, model: Any) -> None:
-    plain = open_model(find(str(tiny_pipe)), device="cpu")
-    base = draw(plain, "live")
+    plain = open_model(find_model_spec(str(tiny_pipe)), device="cpu")
+    base = draw(plain, "policy")
     assert torch.equal(draw(model, "ref"), base)
-    assert torch.equal(draw(model, "live"), base)  # the second factor starts at zero
-    model.blend("old", 0.0)
+    assert torch.equal(draw(model, "policy"), base)  # the second factor starts at zero
+    model.update_copy("old", 0.0)
     push(model)
     assert torch.equal(draw(model, "ref"), base)
-    assert not torch.allclose(draw(model, "live"), base, atol=1e-4)
+    assert not torch.allclose(draw(model, "policy"), base, atol=1e-4)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-2)
     x, t = torch.randn(2, *model.shape), torch.tensor([0.3, 0.6])
     model.velocity(x, t, model.encode(["a", "b"])).square().mean().backward()
@@ -50,7 +50,7 @@ def test_ref_is_the_model_without_adapter_to_the_last_bit(tiny_pipe: Path, model
 
 def test_the_random_start_is_the_seeds(tiny_pipe: Path) -> None:
     first, same, other = (
-        open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=seed).parameters()
+        open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=seed).parameters()
         for seed in (0, 0, 1)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
@@ -59,31 +59,31 @@ def test_the_random_start_is_the_seeds(tiny_pipe: Path) -> None:
 
 def test_copies_blend_and_stay_behind(model: Any) -> None:
     push(model)
-    model.blend("ema", 0.9)  # the first call makes it equal
-    start = {k.removeprefix("ema/"): v for k, v in model.weights.state().items() if k.startswith("ema/")}
-    assert torch.equal(draw(model, "ema"), draw(model, "live"))
+    model.update_copy("ema", 0.9)  # the first call makes it equal
+    start = {k.removeprefix("ema/"): v for k, v in model.lora.state().items() if k.startswith("ema/")}
+    assert torch.equal(draw(model, "ema"), draw(model, "policy"))
     push(model, 0.1)
-    assert not torch.allclose(draw(model, "ema"), draw(model, "live"), atol=1e-5)
-    model.blend("ema", 0.9)
-    state = model.weights.state()
+    assert not torch.allclose(draw(model, "ema"), draw(model, "policy"), atol=1e-5)
+    model.update_copy("ema", 0.9)
+    state = model.lora.state()
     for key, was in start.items():
         assert torch.allclose(state[f"ema/{key}"], 0.9 * was + 0.1 * state[f"live/{key}"], atol=1e-7)
-    model.blend("old", 0.5)
-    model.blend("old", 0.0)
-    assert torch.equal(draw(model, "old"), draw(model, "live"))
+    model.update_copy("old", 0.5)
+    model.update_copy("old", 0.0)
+    assert torch.equal(draw(model, "old"), draw(model, "policy"))
 
 
 def test_switching_leaves_no_trace(model: Any) -> None:
-    model.blend("old", 0.0)
+    model.update_copy("old", 0.0)
     push(model)
     named = dict(model.transformer.named_parameters())
     before = {n: (p.requires_grad, p.detach().clone()) for n, p in named.items()}
     assert sum(r for r, _ in before.values()) == len(model.parameters())
-    live = draw(model, "live")
-    for by in ("ref", "old", "live", "old", "ref"):
-        draw(model, by)
-    model.blend("ema", 0.5)
-    assert torch.equal(draw(model, "live"), live)
+    live = draw(model, "policy")
+    for weights in ("ref", "old", "policy", "old", "ref"):
+        draw(model, weights)
+    model.update_copy("ema", 0.5)
+    assert torch.equal(draw(model, "policy"), live)
     for name, (grad, value) in before.items():
         assert named[name].requires_grad == grad and torch.equal(named[name], value)
     assert sum(p.requires_grad for p in model.transformer.parameters()) == len(model.parameters())
@@ -97,7 +97,7 @@ def test_a_switch_between_forward_and_backward_cuts_no_graph(model: Any) -> None
         live = model.velocity(x, t, cond)
         if look_away:
             draw(model, "ref")
-            model.blend("old", 0.0)
+            model.update_copy("old", 0.0)
             draw(model, "old")
         return list(torch.autograd.grad(live.square().mean(), model.parameters()))
 
@@ -109,22 +109,22 @@ def test_a_copy_takes_nothing_from_the_random_numbers(model: Any) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    model.blend("old", 0.0)
+    model.update_copy("old", 0.0)
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_name_that_was_never_blended_is_unknown(model: Any) -> None:
     with pytest.raises(KeyError, match="no weights named 'emma'"):
-        model.weights.switch("emma")
+        model.lora.switch("emma")
 
 
 def test_state_goes_over_to_a_fresh_module(tiny_pipe: Path, model: Any) -> None:
     push(model)
-    model.blend("ema", 0.9)
+    model.update_copy("ema", 0.9)
     push(model)
-    fresh = open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=9)
-    fresh.weights.restore(model.weights.state())
-    for by in ("live", "ema", "ref"):
-        assert torch.equal(draw(fresh, by), draw(model, by))
+    fresh = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=9)
+    fresh.weights.restore(model.lora.state())
+    for weights in ("policy", "ema", "ref"):
+        assert torch.equal(draw(fresh, weights), draw(model, weights))
     assert fresh.weights.copies == ["ema"]
     assert sum(p.requires_grad for p in fresh.transformer.parameters()) == len(fresh.parameters())

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpobench.bench.errors import Missing, UserError
-from gpobench.bench.model_spec import Adapter, Card, find
+from gpobench.bench.model_spec import Adapter, ModelSpec, find_model_spec
 from gpobench.bench.models import architectures, catalogue, memory
 from gpobench.bench.models.memory import GB, blueprint, estimate, hours
 from gpobench.bench.models.mini import write_flux, write_sd3, write_sd15, write_sdxl
@@ -29,13 +29,13 @@ SIZES = {
     "sdxl": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840, "vae": 83_653_863},
     "sd15": {"unet": 859_520_964, "text_encoder": 123_060_480, "vae": 83_653_863},
 }
-NAMED = {card.name: card for card in vars(catalogue).values() if isinstance(card, Card)}
+NAMED = {model_spec.name: model_spec for model_spec in vars(catalogue).values() if isinstance(model_spec, ModelSpec)}
 
 
 @pytest.fixture(scope="module", params=list(WRITE))
-def card(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Card:
+def model_spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     """A miniature, 32x32 pixels."""
-    found = find(str(WRITE[request.param](tmp_path_factory.mktemp("models") / request.param)))
+    found = find_model_spec(str(WRITE[request.param](tmp_path_factory.mktemp("models") / request.param)))
     return replace(found, height=32, width=32, adapter=Adapter(rank=4, targets=found.adapter.targets))
 
 
@@ -43,9 +43,9 @@ def network_of(model: Any) -> Any:
     return model.pipe.components.get("unet") or model.pipe.components["transformer"]
 
 
-def test_a_folder_is_counted_exactly(card: Card) -> None:
-    told = estimate(card, precision="fp32")
-    model = open_model(card, device="cpu", precision="fp32", adapter=card.adapter)
+def test_a_folder_is_counted_exactly(model_spec: ModelSpec) -> None:
+    told = estimate(model_spec, precision="fp32")
+    model = open_model(model_spec, device="cpu", precision="fp32", adapter=model_spec.adapter)
     assert told.source == "config files" and told.trained == sum(p.numel() for p in model.parameters())
     for name, n in told.parameters.items():
         real = sum(p.numel() for key, p in model.pipe.components[name].named_parameters() if "lora" not in key)
@@ -78,12 +78,12 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def test_what_a_forward_keeps_is_what_is_told(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_forward_keeps_is_what_is_told(model_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every storage that autograd holds after a real forward, in float32: within a tenth."""
-    model = open_model(card, device="cpu", precision="fp32", adapter=card.adapter)
+    model = open_model(model_spec, device="cpu", precision="fp32", adapter=model_spec.adapter)
     cond = model.encode(["a red circle"])
     tokens = cond["text"].shape[1]
-    monkeypatch.setattr(memory, "_asked", lambda card, parts: (*model.shape[1:], tokens))
+    monkeypatch.setattr(memory, "_asked", lambda model_spec, parts: (*model.shape[1:], tokens))
     own = {p.untyped_storage()._cdata for p in network_of(model).parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -94,36 +94,37 @@ def test_what_a_forward_keeps_is_what_is_told(card: Card, monkeypatch: pytest.Mo
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = model.velocity(torch.randn(1, *model.shape), torch.tensor([0.5]), cond)
     real = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
-    told = estimate(card, precision="fp32", checkpointing=False)
+    told = estimate(model_spec, precision="fp32", checkpointing=False)
     assert out.requires_grad and told.row == pytest.approx(real, rel=0.1)
     assert told.flops == model.flops_a_forward()
 
 
-def test_checkpointing_keeps_less_and_so_does_half_precision(card: Card) -> None:
+def test_checkpointing_keeps_less_and_so_does_half_precision(model_spec: ModelSpec) -> None:
     whole, less, half = (
-        estimate(card, precision=p, checkpointing=c).row for p, c in (("fp32", False), ("fp32", True), ("bf16", False))
+        estimate(model_spec, precision=p, checkpointing=c).row
+        for p, c in (("fp32", False), ("fp32", True), ("bf16", False))
     )
     assert less <= whole and 0.4 * whole < half < whole  # with two blocks there is nothing to save
 
 
-def test_torch_is_left_as_it_was(card: Card) -> None:
+def test_torch_is_left_as_it_was(model_spec: ModelSpec) -> None:
     before = [functional.linear, functional.layer_norm, functional.scaled_dot_product_attention, functional.conv2d]
     memory._forward.cache_clear()
-    estimate(card)
+    estimate(model_spec)
     after = [functional.linear, functional.layer_norm, functional.scaled_dot_product_attention, functional.conv2d]
     assert all(a is b for a, b in zip(before, after, strict=True))
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_the_sums_are_linear(card: Card) -> None:
-    one, many = (estimate(card, micro=n, copies=1) for n in (1, 9))
+def test_the_sums_are_linear(model_spec: ModelSpec) -> None:
+    one, many = (estimate(model_spec, micro=n, copies=1) for n in (1, 9))
     assert many.training - one.training == pytest.approx(8 * one.row)
-    none, two = (estimate(card, copies=n) for n in (0, 2))
+    none, two = (estimate(model_spec, copies=n) for n in (0, 2))
     assert two.states - none.states == 2 * 4 * none.trained == two.training - none.training
-    here, away = (estimate(card, offload=off) for off in (False, True))
+    here, away = (estimate(model_spec, offload=off) for off in (False, True))
     assert here.weights - away.weights == pytest.approx(here.encoders) and here.encoders > 0
     assert away.encoding == here.encoding  # off-loaded encoders still come to encode
-    whole, slices = (estimate(card, rows=8, sliced=s).sampling for s in (False, True))
+    whole, slices = (estimate(model_spec, rows=8, sliced=s).sampling for s in (False, True))
     assert whole >= slices
     assert one.peak == max(one.training, one.sampling, one.encoding)
     assert one.fits((one.peak + memory.MARGIN) / GB + 1e-6) and not one.fits(one.peak / GB)
@@ -165,9 +166,9 @@ def test_the_estimate_is_what_an_h200_took(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.slow
 def test_sd35m_trains_on_a_card_of_24_gb_and_not_without_saving() -> None:
-    card = NAMED["sd35m"]
-    assert estimate(card, micro=9).fits(24)
-    assert not estimate(card, micro=9, checkpointing=False).fits(24)
+    model_spec = NAMED["sd35m"]
+    assert estimate(model_spec, micro=9).fits(24)
+    assert not estimate(model_spec, micro=9, checkpointing=False).fits(24)
 
 
 def test_hours() -> None:
@@ -179,36 +180,38 @@ def test_hours() -> None:
         hours(1, 1, "abacus")
 
 
-def test_what_cannot_be_told_is_one_line(card: Card, tmp_path: Path) -> None:
+def test_what_cannot_be_told_is_one_line(model_spec: ModelSpec, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="precision 'fp8' is unknown"):
-        estimate(card, precision="fp8")
+        estimate(model_spec, precision="fp8")
     with pytest.raises(Missing, match="the sizes of nobody are not known: nobody/nothing is not here"):
-        blueprint(Card(name="nobody", source="nobody/nothing"))
+        blueprint(ModelSpec(name="nobody", source="nobody/nothing"))
     with pytest.raises(Missing, match="no transformer or U-Net"):
         (tmp_path / "model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}')
         (tmp_path / "vae").mkdir()
         (tmp_path / "vae" / "config.json").write_text('{"block_out_channels": [32]}')
-        estimate(Card(name="x", source=str(tmp_path)))
+        estimate(ModelSpec(name="x", source=str(tmp_path)))
     (tmp_path / "model_index.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        blueprint(Card(name="x", source=str(tmp_path)))
+        blueprint(ModelSpec(name="x", source=str(tmp_path)))
 
 
 def test_a_checkpointed_backward_pass_peaks_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight blocks, 64x64 pixels, every live tensor watched: above the estimate by no more than what is on its way."""
-    found = find(str(write_sd3(tmp_path / "deep", layers=8)))
-    card = replace(found, height=64, width=64, adapter=Adapter(rank=4, targets=found.adapter.targets))
+    found = find_model_spec(str(write_sd3(tmp_path / "deep", layers=8)))
+    model_spec = replace(found, height=64, width=64, adapter=Adapter(rank=4, targets=found.adapter.targets))
     peaks: dict[bool, tuple[float, float]] = {}
     for on in (False, True):
-        model = open_model(replace(card, checkpointing=on), device="cpu", precision="fp32", adapter=card.adapter)
+        model = open_model(
+            replace(model_spec, checkpointing=on), device="cpu", precision="fp32", adapter=model_spec.adapter
+        )
         cond = model.encode(["a red circle"])
         tokens = cond["text"].shape[1]
-        monkeypatch.setattr(memory, "_asked", lambda card, parts, m=model, n=tokens: (*m.shape[1:], n))
+        monkeypatch.setattr(memory, "_asked", lambda model_spec, parts, m=model, n=tokens: (*m.shape[1:], n))
         x = torch.randn(4, *model.shape)
         many = {key: value.expand(4, *value.shape[1:]).contiguous() for key, value in cond.items()}
         with Live() as live:
             model.velocity(x, torch.full((4,), 0.5), many).square().mean().backward()
-        told = estimate(card, precision="fp32", checkpointing=on)
+        told = estimate(model_spec, precision="fp32", checkpointing=on)
         peaks[on] = live.peak, 4 * told.row + 4 * told.trained
     for on, (real, told) in peaks.items():
         assert 0.6 * real < told < 1.1 * real, (on, peaks)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.model_spec import find
+from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models.mini import write_sd3, write_sd15
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
@@ -50,7 +50,7 @@ def test_plain_diffusers_opens_it(family: str, request: pytest.FixtureRequest) -
     folder = request.getfixturevalue(family)
     pipe = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
-    assert type(pipe).__name__ == find(str(folder)).pipeline
+    assert type(pipe).__name__ == find_model_spec(str(folder)).pipeline
     (image,) = pipe("a red circle", height=16, width=16, num_inference_steps=4, guidance_scale=1.0).images
     assert image.size == (16, 16)
 
@@ -59,14 +59,14 @@ def test_plain_diffusers_opens_it(family: str, request: pytest.FixtureRequest) -
 def test_its_pictures_heed_noise_and_words_and_earn_different_rewards(
     family: str, request: pytest.FixtureRequest, redness: str
 ) -> None:
-    model = open_model(find(str(request.getfixturevalue(family))), device="cpu")
+    model = open_model(find_model_spec(str(request.getfixturevalue(family))), device="cpu")
     rig = Rig(model, [Prompt(p) for p in BOOK], scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e9)), rows=64)
-    noise, who = rig.noise(12), torch.arange(6)
-    latents = rig.sample(noise, who.repeat(2))
-    reward = rig.score(latents, who.repeat(2))
+    noise, prompt_ids = rig.noise(12), torch.arange(6)
+    latents = rig.sample(noise, prompt_ids.repeat(2))
+    reward = rig.score(latents, prompt_ids.repeat(2))
     assert float(reward.std()) > 0.02  # several grey levels apart
     assert 0.2 < float(model.decode(latents).mean()) < 0.8 and float(model.decode(latents).std()) > 0.1
-    one = model.decode(rig.sample(noise[:1].expand(6, -1, -1, -1), who))
+    one = model.decode(rig.sample(noise[:1].expand(6, -1, -1, -1), prompt_ids))
     assert float(one.std(0).mean()) * 255 > 1  # the words alone make a visible difference
     rig.close()
 
@@ -74,7 +74,9 @@ def test_its_pictures_heed_noise_and_words_and_earn_different_rewards(
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("scheduler", ["DDIM", "PNDM"])
 def test_a_unet_comes_in_the_kinds_there_are(tmp_path: Path, prediction: Any, scheduler: str) -> None:
-    model = open_model(find(str(write_sd15(tmp_path / "u", prediction=prediction, scheduler=scheduler))), device="cpu")
+    model = open_model(
+        find_model_spec(str(write_sd15(tmp_path / "u", prediction=prediction, scheduler=scheduler))), device="cpu"
+    )
     assert model.prediction == prediction and type(model.pipe.scheduler).__name__ == f"{scheduler}Scheduler"
     assert model.shape == (4, 8, 8) and sum(p.numel() for p in model.unet.parameters()) < 100_000
 
@@ -82,5 +84,5 @@ def test_a_unet_comes_in_the_kinds_there_are(tmp_path: Path, prediction: Any, sc
 @pytest.mark.parametrize("part", ["unet", "transformer", "text_encoder"])
 def test_nothing_starts_at_zero(part: str, tiny_pipe: Path, tiny_unet: Path) -> None:
     """A network that begins as nothing would hide a wrong gradient."""
-    model = open_model(find(str(tiny_pipe if part == "transformer" else tiny_unet)), device="cpu")
+    model = open_model(find_model_spec(str(tiny_pipe if part == "transformer" else tiny_unet)), device="cpu")
     assert all(bool(p.any()) for p in getattr(model.pipe, part).parameters())

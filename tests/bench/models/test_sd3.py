@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.evaluator import judge, noise
-from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.common import LORA_FILE
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt
-from gpobench.bench.training.rig import Rig, pixels
+from gpobench.bench.training.rig import Rig, to_uint8
 
 PROMPTS = ["a red circle", "two blue squares", "a photo of five green triangles"]
 
@@ -56,20 +56,20 @@ def rig_of(model: Any, redness: str, prompts: list[str] = PROMPTS) -> Rig:
 
 @pytest.fixture
 def trained(tiny_pipe: Path) -> Any:
-    model = open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4, alpha=16), seed=0)
-    model.blend("ema", 0.9)
+    model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4, alpha=16), seed=0)
+    model.update_copy("ema", 0.9)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=generator))
-    model.blend("ema", 0.5)
+    model.update_copy("ema", 0.5)
     return model
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 def test_sampling_is_the_pipelines_own(tiny_pipe: Path, theirs: Any, redness: str, guidance: float) -> None:
-    card = replace(find(str(tiny_pipe)), guidance=guidance)
-    model = open_model(card, device="cpu", adapter=Adapter(rank=4))
+    model_spec = replace(find_model_spec(str(tiny_pipe)), guidance=guidance)
+    model = open_model(model_spec, device="cpu", adapter=Adapter(rank=4))
     start = torch.stack([noise(p, 0, 7, model.shape) for p in PROMPTS])
     expected = ask(theirs, start, guidance, "latent")
     rig = rig_of(model, redness)
@@ -83,7 +83,7 @@ def test_sampling_is_the_pipelines_own(tiny_pipe: Path, theirs: Any, redness: st
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 def test_the_judge_sees_the_pipelines_own_pictures(tiny_pipe: Path, theirs: Any, redness: str, guidance: float) -> None:
-    model = open_model(replace(find(str(tiny_pipe)), guidance=guidance), device="cpu")
+    model = open_model(replace(find_model_spec(str(tiny_pipe)), guidance=guidance), device="cpu")
     seen = judge(model, [Prompt(p) for p in PROMPTS], [scorer(f"{redness}:Redness")], images=1, seed=7, rows=2)
     start = torch.stack([noise(p, 0, 7, model.shape) for p in PROMPTS])
     expected = np.stack([np.asarray(image) for image in ask(theirs, start, guidance, "pil")])
@@ -93,36 +93,36 @@ def test_the_judge_sees_the_pipelines_own_pictures(tiny_pipe: Path, theirs: Any,
     assert gap.max() <= 1 and (gap > 0).mean() < 0.01
 
 
-@pytest.mark.parametrize("by", ["live", "ema"])
+@pytest.mark.parametrize("weights", ["policy", "ema"])
 def test_a_saved_adapter_is_the_same_lora_for_plain_diffusers(
-    tiny_pipe: Path, tmp_path: Path, trained: Any, redness: str, by: str
+    tiny_pipe: Path, tmp_path: Path, trained: Any, redness: str, weights: str
 ) -> None:
-    trained.save_adapter(tmp_path / "adapter", by)
+    trained.save_adapter(tmp_path / "adapter", weights)
     assert [p.name for p in (tmp_path / "adapter").iterdir()] == [LORA_FILE]
     start = torch.stack([noise(p, 0, 7, trained.shape) for p in PROMPTS])
 
-    def draw(model: Any, by: str) -> np.ndarray:
+    def draw(model: Any, weights: str) -> np.ndarray:
         """One image at a time, as the pipeline below: in other company the last bits of a float may differ."""
         rig = rig_of(model, redness)
-        drawn = [rig.sample(start[i : i + 1], torch.tensor([i]), by=by) for i in range(3)]
+        drawn = [rig.sample(start[i : i + 1], torch.tensor([i]), weights=weights) for i in range(3)]
         rig.close()
-        return pixels(trained.decode(torch.cat(drawn)))
+        return to_uint8(trained.decode(torch.cat(drawn)))
 
-    mine, base = draw(trained, by), draw(trained, "ref")
+    mine, base = draw(trained, weights), draw(trained, "ref")
     pipe = plain_pipe(tiny_pipe)
     pipe.load_lora_weights(str(tmp_path / "adapter"), weight_name=LORA_FILE)
     latents = torch.cat([ask(pipe, start[i : i + 1], 1.0, "latent", [PROMPTS[i]]) for i in range(3)])
     assert np.abs(mine.astype(int) - base.astype(int)).max() > 1
-    assert np.array_equal(mine, pixels(trained.decode(latents)))
+    assert np.array_equal(mine, to_uint8(trained.decode(latents)))
 
-    again = open_model(find(str(tiny_pipe)), device="cpu")  # and for `gpobench eval`
+    again = open_model(find_model_spec(str(tiny_pipe)), device="cpu")  # and for `gpobench eval`
     again.load_adapter(tmp_path / "adapter")
-    assert np.array_equal(draw(again, "live"), mine)
+    assert np.array_equal(draw(again, "policy"), mine)
 
 
 def test_a_wrong_alpha_would_be_another_adapter(tiny_pipe: Path, tmp_path: Path, trained: Any) -> None:
     """The file carries rank and alpha: without them diffusers takes alpha = rank, here a quarter of the effect."""
-    trained.save_adapter(tmp_path, "live")
+    trained.save_adapter(tmp_path, "policy")
     tensors = load_file(tmp_path / LORA_FILE)
     save_file(tensors, tmp_path / LORA_FILE)
     start = torch.stack([noise(p, 0, 7, trained.shape) for p in PROMPTS])
@@ -154,9 +154,9 @@ def break_adapter(file: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["text", "cut", "width", "depth", "other", "empty"])
 def test_an_adapter_that_does_not_fit_is_refused(tiny_pipe: Path, tmp_path: Path, trained: Any, how: str) -> None:
-    trained.save_adapter(tmp_path, "live")
+    trained.save_adapter(tmp_path, "policy")
     break_adapter(tmp_path / LORA_FILE, how)
-    model = open_model(find(str(tiny_pipe)), device="cpu")
+    model = open_model(find_model_spec(str(tiny_pipe)), device="cpu")
     with pytest.raises(UserError, match="does not fit|no adapter") as caught:
         model.load_adapter(tmp_path)
     assert "\n" not in str(caught.value)
@@ -164,7 +164,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_pipe: Path, tmp_path: Path
 
 def test_an_adapter_that_is_not_there_is_refused(tiny_pipe: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no adapter at"):
-        open_model(find(str(tiny_pipe)), device="cpu").load_adapter(tmp_path / "gone")
+        open_model(find_model_spec(str(tiny_pipe)), device="cpu").load_adapter(tmp_path / "gone")
 
 
 def test_decode_undoes_latents_as_the_autoencoder_can(tiny_pipe: Path, tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_decode_undoes_latents_as_the_autoencoder_can(tiny_pipe: Path, tmp_path:
     shutil.copytree(tiny_pipe, folder)
     config = folder / "vae" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 1.7, "shift_factor": 0.3}))
-    model = open_model(find(str(folder)), device="cpu")
+    model = open_model(find_model_spec(str(folder)), device="cpu")
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     z = model.latents(images)
     assert z.shape == (2, *model.shape) and z.dtype == torch.float32
@@ -187,7 +187,7 @@ def test_decode_undoes_latents_as_the_autoencoder_can(tiny_pipe: Path, tmp_path:
 def test_the_empty_prompt_is_encoded_once_and_a_training_prompt_once(
     tiny_pipe: Path, redness: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = open_model(replace(find(str(tiny_pipe)), guidance=4.5), device="cpu")
+    model = open_model(replace(find_model_spec(str(tiny_pipe)), guidance=4.5), device="cpu")
     asked: list[str] = []
     encode = model.encode
 
@@ -211,13 +211,13 @@ def test_no_part_of_the_base_learns_or_drops_out(trained: Any) -> None:
 
 
 def test_a_forward_costs_what_its_multiplications_cost(tiny_pipe: Path) -> None:
-    model = open_model(find(str(tiny_pipe)), device="cpu")
-    with_lora = open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4))
+    model = open_model(find_model_spec(str(tiny_pipe)), device="cpu")
+    with_lora = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4))
     assert model.flops_a_forward() == with_lora.flops_a_forward() > 1e5
 
 
 def test_the_times_are_the_schedulers(theirs: Any, tiny_pipe: Path) -> None:
-    model = open_model(find(str(tiny_pipe)), device="cpu")
+    model = open_model(find_model_spec(str(tiny_pipe)), device="cpu")
     theirs.scheduler.set_timesteps(6)
     times = model.times(6)
     assert torch.equal(times, theirs.scheduler.sigmas) and len(times) == 7

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from gpobench.bench.assets import glyphs
 from gpobench.bench.models import tiny_recipe
-from gpobench.bench.models.tiny_recipe import Tiny, build_tokenizer, word_splits
+from gpobench.bench.models.tiny_recipe import TinyRecipe, build_tokenizer, word_splits
 
-SHORT = Tiny(
+SHORT = TinyRecipe(
     layers=1,
     heads=2,
     head_width=16,
@@ -165,7 +165,7 @@ def test_it_was_made_by_these_settings(shipped: Path):
     from dataclasses import asdict
 
     record = json.loads((shipped / "recipe.json").read_text())
-    assert record["fields"] == json.loads(json.dumps(asdict(Tiny())))
+    assert record["fields"] == json.loads(json.dumps(asdict(TinyRecipe())))
     assert (record["width"], record["height"], record["steps"], record["guidance"]) == (64, 32, 10, 1.0)
 
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from gpobench.bench.evaluation import record
-from gpobench.bench.evaluation.evaluator import noise, protocol
+from gpobench.bench.evaluation.evaluator import noise, sample_protocol
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import resolve
-from gpobench.bench.model_spec import find
+from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models.open import open_model
-from gpobench.bench.progress import Silent
+from gpobench.bench.progress import NullProgress
 from gpobench.bench.spec import Prompt
-from gpobench.bench.training.rig import pixels
+from gpobench.bench.training.rig import to_uint8
 
 FAMILIES = ("tiny_pipe", "tiny_flux", "tiny_sdxl", "tiny_unet")
 SETS = ["prompts=2", "group=4", "optim.lr=3e-3", "optim.micro=0", "optim.ema=0"]
@@ -44,7 +44,7 @@ def test_a_run_is_killed_goes_on_and_its_adapter_loads(
 ) -> None:
     folder: Path = request.getfixturevalue(family)
     plan = resolve(method, f"{redness}:Paint", str(folder), budget="nfe=1200", sets=SETS)
-    whole = running.run(plan, runs=tmp_path / "whole", view=Silent())
+    whole = running.run(plan, runs=tmp_path / "whole", progress=NullProgress())
     assert whole.spent["updates"] >= 2 and whole.stop == "budget: nfe"
     argv = ["run", "--method", method, "--task", f"{redness}:Paint", "--model", folder, "--budget", "nfe=1200"]
     argv += [word for text in SETS for word in ("--set", text)] + ["--out", tmp_path / "cut"]
@@ -59,12 +59,12 @@ def test_a_run_is_killed_goes_on_and_its_adapter_loads(
 
 def assert_same_pictures(folder: Path, adapter: Path) -> None:
     """Our class with the adapter, and a pipeline of diffusers that loaded it in its own way, draw the same from one noise."""
-    card, prompt = find(str(folder)), Prompt("a red circle")
+    model_spec, prompt = find_model_spec(str(folder)), Prompt("a red circle")
     with torch.no_grad():
-        bare, ours, theirs = (open_model(card, device="cpu") for _ in range(3))
+        bare, ours, theirs = (open_model(model_spec, device="cpu") for _ in range(3))
         ours.load_adapter(adapter)
         theirs.pipe.load_lora_weights(str(adapter), weight_name="pytorch_lora_weights.safetensors")
         x = noise(prompt.text, 0, 7, ours.shape)[None]
-        drawn: list[Any] = [pixels(m.decode(protocol(m, x, [prompt]))) for m in (bare, ours, theirs)]
+        drawn: list[Any] = [to_uint8(m.decode(sample_protocol(m, x, [prompt]))) for m in (bare, ours, theirs)]
     assert np.array_equal(drawn[1], drawn[2])
     assert not np.array_equal(drawn[0], drawn[1])  # the adapter does something

@@ -92,9 +92,9 @@ def test_pictures_and_prompts_arrive_as_they_are_in_requests_within_the_limits(l
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 9))
 def test_a_png_is_read_by_others_as_it_was_written(height: int, width: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
-    for view in (image, image[::-1, ::-1], np.asfortranarray(image)):
-        with Image.open(io.BytesIO(remote.png(view)), formats=["PNG"]) as opened:
-            assert opened.mode == "RGB" and np.array_equal(np.asarray(opened), view)
+    for progress in (image, image[::-1, ::-1], np.asfortranarray(image)):
+        with Image.open(io.BytesIO(remote.png(progress)), formats=["PNG"]) as opened:
+            assert opened.mode == "RGB" and np.array_equal(np.asarray(opened), progress)
 
 
 def test_requests_fill_the_limit_of_bytes() -> None:

@@ -19,7 +19,16 @@ from hypothesis import strategies as st
 from gpobench.bench import registry
 from gpobench.bench.errors import UserError
 from gpobench.bench.scoring.remote import TOKEN, Remote
-from gpobench.bench.scoring.scorers import Blend, Place, ask, close_scorers, expression, open_scorer, parts, places
+from gpobench.bench.scoring.scorers import (
+    Blend,
+    ScorerLocation,
+    ask,
+    close_scorers,
+    expression,
+    open_scorer,
+    parts,
+    scorer_locations,
+)
 from gpobench.bench.spec import Images, Prompt, Scores
 
 FAULTY = str(Path(__file__).parents[2] / "faulty.py")
@@ -309,17 +318,20 @@ def test_what_is_said_beside_numbers_ends_no_run() -> None:
 def test_places_from_options_and_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TOKEN, raising=False)
     tables = {"ocr": {"url": "http://a:1", "token": "t", "timeout": 5}, "geneval": {"python": "/envs/mm/bin/python"}}
-    found = places(["ocr=http://127.0.0.1:8100", "my file.py:Mine = https://b/x?=y"], tables)
+    found = scorer_locations(["ocr=http://127.0.0.1:8100", "my file.py:Mine = https://b/x?=y"], tables)
     assert found == {
-        "ocr": Place(url="http://127.0.0.1:8100"),  # an option wins
-        "geneval": Place(python="/envs/mm/bin/python"),
-        "my file.py:Mine": Place(url="https://b/x?=y"),
+        "ocr": ScorerLocation(url="http://127.0.0.1:8100"),  # an option wins
+        "geneval": ScorerLocation(python="/envs/mm/bin/python"),
+        "my file.py:Mine": ScorerLocation(url="https://b/x?=y"),
     }
-    assert places([], tables)["ocr"] == Place("http://a:1", "", "t", 5) and places([], {}) == {}
+    assert (
+        scorer_locations([], tables)["ocr"] == ScorerLocation("http://a:1", "", "t", 5)
+        and scorer_locations([], {}) == {}
+    )
     monkeypatch.setenv(TOKEN, "from the environment")
-    assert places(["x=http://a"], {})["x"].token == "from the environment"
-    assert places([], {"x": {"url": "http://a", "token": "own"}})["x"].token == "own"
-    assert places([], {"x": {"python": "p"}})["x"].token == ""
+    assert scorer_locations(["x=http://a"], {})["x"].token == "from the environment"
+    assert scorer_locations([], {"x": {"url": "http://a", "token": "own"}})["x"].token == "own"
+    assert scorer_locations([], {"x": {"python": "p"}})["x"].token == ""
 
 
 @pytest.mark.parametrize(
@@ -327,7 +339,7 @@ def test_places_from_options_and_tables(monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_an_option_that_is_no_place(option: str) -> None:
     with pytest.raises(UserError, match="e.g. --scorer geneval=http://127.0.0.1:8100") as caught:
-        places([option], {})
+        scorer_locations([option], {})
     assert "\n" not in str(caught.value)
 
 
@@ -340,13 +352,13 @@ def test_an_option_that_is_no_place(option: str) -> None:
 )  # fmt: skip
 def test_a_table_that_is_no_place(table: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
-        places([], {"ocr": table})
+        scorer_locations([], {"ocr": table})
     assert "[scorer.ocr]" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_scorer_has_one_place() -> None:
     with pytest.raises(UserError, match="has a place already; name it once"):
-        places(["a=http://b", "a=http://c"], {})
+        scorer_locations(["a=http://b", "a=http://c"], {})
 
 
 EYES = "from importlib import import_module\ndef make(variant=None):\n    raise AssertionError('made here')\n"
@@ -359,25 +371,25 @@ def test_aliases_share_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: eyes\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[gpobench.rewards]\neyes = eyes:make\nlook = eyes:make\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert places(["look=http://a"], {}) == {"eyes": Place(url="http://a")}
+    assert scorer_locations(["look=http://a"], {}) == {"eyes": ScorerLocation(url="http://a")}
     with pytest.raises(UserError, match="'eyes' has a place already"):
-        places([], {"eyes": {"url": "http://a"}, "look": {"url": "http://b"}})
+        scorer_locations([], {"eyes": {"url": "http://a"}, "look": {"url": "http://b"}})
     with pytest.raises(UserError, match="names 'eyes' twice"):
         parts("eyes+look")
     with faulty.served(faulty.Sound(), reference="look") as url:
         for name in ("eyes", "look"):
             for asked in ("eyes", "look"):
-                assert open_scorer(asked, {name: Place(url=url)}).id == "sound-v1"
+                assert open_scorer(asked, {name: ScorerLocation(url=url)}).id == "sound-v1"
         with pytest.raises(UserError, match="serves 'eyes', not 'eyes:closely'"):
-            open_scorer("look:closely", {"eyes": Place(url=url)})
+            open_scorer("look:closely", {"eyes": ScorerLocation(url=url)})
 
 
 def test_a_scorer_is_found_at_its_place() -> None:
     with faulty.served(faulty.Sound(), reference="rapidocr:page") as page, faulty.served(faulty.Sound()) as any_program:
         known = {
-            "rapidocr": Place(url="http://127.0.0.1:1"),
-            "rapidocr:page": Place(url=page),
-            "nickname": Place(url=any_program),
+            "rapidocr": ScorerLocation(url="http://127.0.0.1:1"),
+            "rapidocr:page": ScorerLocation(url=page),
+            "nickname": ScorerLocation(url=any_program),
         }
         assert isinstance(open_scorer("rapidocr:page", known), Remote)  # the whole reference before the name
         assert open_scorer(" nickname ", known).id == open_scorer("nickname:fine", known).id == "sound-v1"
@@ -385,7 +397,7 @@ def test_a_scorer_is_found_at_its_place() -> None:
         with pytest.raises(UserError, match="http://127.0.0.1:1: .*refused"):
             open_scorer("rapidocr", known)
         with pytest.raises(UserError, match="serves 'rapidocr:page', not 'rapidocr'"):
-            open_scorer("rapidocr", {"rapidocr": Place(url=page)})
+            open_scorer("rapidocr", {"rapidocr": ScorerLocation(url=page)})
         blend = open_scorer("nickname*3+reader", known)
         assert blend.name == "reader+sound*3"
 
@@ -393,7 +405,7 @@ def test_a_scorer_is_found_at_its_place() -> None:
 def test_what_was_started_is_ended(images: Images) -> None:
     """One in another process, in a blend in another blend."""
     mine = f"{FAULTY}:Sound"
-    blend = open_scorer(f"{mine}*0.5+reader", {mine: Place(python=sys.executable)})
+    blend = open_scorer(f"{mine}*0.5+reader", {mine: ScorerLocation(python=sys.executable)})
     assert isinstance(blend, Blend)
     (child,) = (part for part, _ in blend.parts if isinstance(part, Remote))
     os.kill(child.pid, 0)

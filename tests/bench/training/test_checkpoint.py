@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Optim, Prompt
@@ -52,7 +52,7 @@ def make(tiny_pipe: Path, redness: str) -> Iterator[Callable[[], tuple[Rig, Any]
     made: list[Rig] = []
 
     def build() -> tuple[Rig, Any]:
-        model = open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=len(made))
+        model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=len(made))
         made.append(
             Rig(model, [Prompt("a red circle"), Prompt("a sign")], scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e6)))
         )
@@ -69,7 +69,7 @@ def work(rig: Rig, adam: torch.optim.Optimizer) -> None:
     rig.velocity(rig.noise(2), rig.uniform(2), rig.prompts(2)).square().mean().backward()
     adam.step()
     adam.zero_grad()
-    rig.model.blend("ema", 0.5)
+    rig.model.update_copy("ema", 0.5)
     rig.meter.charge(updates=1)
     rig.state["baseline"] = rig.state.get("baseline", torch.zeros(3)) + rig.normal(3)
     rig.state["count"] = rig.state.get("count", 0) + 1
@@ -86,7 +86,7 @@ def test_everything_comes_back(make: Any, tmp_path: Path) -> None:
     assert checkpoint.restore(tmp_path, other, other_adam, print) == {"mark": 1, "curve": [{"x": 0.1}]}
     for left, right in ((rig, adam), (other, other_adam)):  # and both go on alike
         work(left, right)
-    assert all(torch.equal(v, other.model.weights.state()[k]) for k, v in rig.model.weights.state().items())
+    assert all(torch.equal(v, other.model.lora.state()[k]) for k, v in rig.model.lora.state().items())
     assert torch.equal(rig.rng.get_state(), other.rng.get_state())
     assert torch.equal(rig.state["baseline"], other.state["baseline"])
     assert rig.state["count"] == other.state["count"] == 4
@@ -184,13 +184,15 @@ def command(tiny_pipe: Path, redness: str, out: Path, seed: int = 0, task: str =
 
 
 def home_of(out: Path) -> Path:
-    (home,) = (path for path in out.iterdir() if not path.name.startswith("."))
-    return home
+    (run_dir,) = (path for path in out.iterdir() if not path.name.startswith("."))
+    return run_dir
 
 
 def result(out: Path) -> tuple[bytes, dict[str, torch.Tensor]]:
-    home = home_of(out)
-    return (home / "scores.parquet").read_bytes(), load_file(home / "adapter" / "pytorch_lora_weights.safetensors")
+    run_dir = home_of(out)
+    return (run_dir / "scores.parquet").read_bytes(), load_file(
+        run_dir / "adapter" / "pytorch_lora_weights.safetensors"
+    )
 
 
 def same(a: tuple[bytes, dict[str, torch.Tensor]], b: tuple[bytes, dict[str, torch.Tensor]]) -> bool:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from gpobench.bench.budget import Budget, Meter, Spent
 from gpobench.bench.errors import UserError
-from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt
@@ -261,7 +261,7 @@ def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
     made: list[Rig] = []
 
     def build(**bounds: float) -> Rig:
-        model = open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
+        model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
         meter = Meter(Budget(**bounds or {"nfe": 1e9}))
         made.append(Rig(model, [Prompt(p) for p in BOOK], scorer(f"{redness}:Redness"), meter, seed=1, rows=4))
         return made[-1]
@@ -283,17 +283,20 @@ def test_drawn_pairs_are_latents_with_handles_of_their_captions(make: Any, tmp_p
     wanted = {
         k: (latent(rig, 20 * k), latent(rig, 20 * k + 1), f"picture {k // 2}") for k in range(6)
     }  # every pair once
-    for win, lose, who in zip(batch.win, batch.lose, batch.who, strict=True):
+    for win, lose, prompt_ids in zip(batch.win, batch.lose, batch.prompt_ids, strict=True):
         k = next(k for k, (w, _, _) in wanted.items() if torch.allclose(w, win, atol=1e-5))
-        assert torch.allclose(wanted.pop(k)[1], lose, atol=1e-5) and rig.texts(who[None])[0].text == f"picture {k // 2}"
+        assert (
+            torch.allclose(wanted.pop(k)[1], lose, atol=1e-5)
+            and rig.texts(prompt_ids[None])[0].text == f"picture {k // 2}"
+        )
     assert not wanted
-    v = rig.velocity(batch.win, torch.full((6,), 0.5), batch.who)
+    v = rig.velocity(batch.win, torch.full((6,), 0.5), batch.prompt_ids)
     assert bool(v.isfinite().all())
     drawn = torch.cat([rig.prompts(2) for _ in range(20)])
     assert set(drawn.tolist()) == {0, 1}  # the captions are never prompts to sample
     more = rig.pairs(place, 14)
-    assert len(more.who) == 14 and set(Counter(more.who.tolist()).values()) <= {4, 5, 6}
-    assert sorted(set(more.who.tolist())) == [2, 3, 4] and rig.mean("pairs/skipped") == 0 and rig.failures == []
+    assert len(more.prompt_ids) == 14 and set(Counter(more.prompt_ids.tolist()).values()) <= {4, 5, 6}
+    assert sorted(set(more.prompt_ids.tolist())) == [2, 3, 4] and rig.mean("pairs/skipped") == 0 and rig.failures == []
 
 
 def test_two_sets_do_not_share_handles(make: Any, tmp_path: Path) -> None:
@@ -301,21 +304,21 @@ def test_two_sets_do_not_share_handles(make: Any, tmp_path: Path) -> None:
     other = [{**row, "caption": "of the other set"} for row in rows(2)]
     first, second = write(tmp_path / "a.parquet", rows(2)), write(tmp_path / "b.parquet", other)
     for place, text in ((first, "picture 0"), (second, "of the other set"), (first, "picture 0")):
-        assert {p.text for p in rig.texts(rig.pairs(place, 2).who)} == {text}
+        assert {p.text for p in rig.texts(rig.pairs(place, 2).prompt_ids)} == {text}
 
 
 def test_embeddings_of_captions_do_not_pile_up(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpobench.bench.training.rig as home
+    import gpobench.bench.training.rig as run_dir
 
-    monkeypatch.setattr(home, "CAPTIONS", 0)
+    monkeypatch.setattr(run_dir, "CAPTIONS", 0)
     rig = make()
     many = [{**row, "caption": f"caption {i}"} for i, row in enumerate(rows(6))]
     place = write(tmp_path / "a.parquet", many)
     for _ in range(3):
         batch = rig.pairs(place, 2)
-        rig.velocity(batch.win, torch.full((2,), 0.5), batch.who)
+        rig.velocity(batch.win, torch.full((2,), 0.5), batch.prompt_ids)
         rig.velocity(batch.win, torch.full((2,), 0.5), torch.tensor([0, 1]))
-        assert set(rig._cache) == {0, 1, *batch.who.tolist()}  # pyright: ignore[reportPrivateUsage]
+        assert set(rig._cache) == {0, 1, *batch.prompt_ids.tolist()}  # pyright: ignore[reportPrivateUsage]
 
 
 def test_a_bad_image_is_counted_once_and_another_pair_drawn(make: Any, tmp_path: Path) -> None:
@@ -325,7 +328,7 @@ def test_a_bad_image_is_counted_once_and_another_pair_drawn(make: Any, tmp_path:
     rig, place = make(), write(tmp_path / "a.parquet", bad)
     for _ in range(4):
         batch = rig.pairs(place, 3)
-        assert sorted(batch.who.tolist()) == [2, 3, 4]  # the three that can be used, one of each caption
+        assert sorted(batch.prompt_ids.tolist()) == [2, 3, 4]  # the three that can be used, one of each caption
     assert rig.failures == [f"pairs {place}: skipped 3 of 6: 1 tie, 2 unreadable image"]
     rig.notes()
     rig.pairs(place, 1)
@@ -352,7 +355,7 @@ def test_what_the_making_cost_is_charged_once(make: Any, tmp_path: Path) -> None
     checkpoint.restore(folder, other, optimiser(method, other), print)
     again, there = other.pairs(place, 2), rig.pairs(place, 2)
     assert other.meter.nfe == 120 and other.meter.images == 30
-    assert torch.equal(again.win, there.win) and torch.equal(again.who, there.who)
+    assert torch.equal(again.win, there.win) and torch.equal(again.prompt_ids, there.prompt_ids)
 
 
 def test_a_set_that_costs_more_than_the_budget_is_refused_before_the_first_pair(make: Any, tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ import torch
 from gpobench.bench.budget import Budget, Meter, Spent
 from gpobench.bench.errors import UserError
 from gpobench.bench.flow import cps, dpm2, ode, sde
-from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.spec import Prompt, take
-from gpobench.bench.training.rig import Rig, judged, pixels, stochastic
+from gpobench.bench.spec import Prompt, select_rows
+from gpobench.bench.training.rig import Rig, stochastic, timed_scores, to_uint8
 
 BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle"]
 Make = Callable[..., Rig]
@@ -26,7 +26,7 @@ Make = Callable[..., Rig]
 
 @pytest.fixture(scope="module")
 def model(tiny_pipe: Path) -> Any:
-    return open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
+    return open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
 
 
 @pytest.fixture
@@ -146,10 +146,10 @@ def test_one_evaluation_is_unguided_or_what_the_network_was_taught(
         return velocity(self, *args, guidance=1.0, **more)
 
     monkeypatch.setattr(type(model), "velocity", watched)
-    x, t, who = rig.noise(2), torch.full((2,), 0.5), rig.prompts(2)
-    rig.velocity(x, t, who)
-    rig.step(ode, x, t, t / 2, who)
-    rig.sample(x, who, steps=2)
+    x, t, prompt_ids = rig.noise(2), torch.full((2,), 0.5), rig.prompts(2)
+    rig.velocity(x, t, prompt_ids)
+    rig.step(ode, x, t, t / 2, prompt_ids)
+    rig.sample(x, prompt_ids, steps=2)
     assert seen == [asked, asked, 3.5, 3.5]
 
 
@@ -158,15 +158,15 @@ def test_every_evaluation_is_charged_to_its_role(
     make: Make, model: Any, monkeypatch: pytest.MonkeyPatch, guidance: float
 ) -> None:
     rig, counted = make(), count_rows(monkeypatch, model)
-    x, t, who, each = rig.noise(3), torch.full((3,), 0.5), rig.prompts(3), 1 if guidance == 1 else 2
-    rig.velocity(x, t, who, guidance=guidance)
+    x, t, prompt_ids, each = rig.noise(3), torch.full((3,), 0.5), rig.prompts(3), 1 if guidance == 1 else 2
+    rig.velocity(x, t, prompt_ids, guidance=guidance)
     assert dict(rig.meter.roles) == {"policy": 9 * each}
-    rig.velocity(x, t, who, by="ref", guidance=guidance)
+    rig.velocity(x, t, prompt_ids, weights="ref", guidance=guidance)
     with torch.no_grad():
-        rig.velocity(x, t, who, guidance=guidance, role="probe")
-    for _ in rig.walk(x, who, [ode, sde(0.7)], of=4, guidance=guidance):
+        rig.velocity(x, t, prompt_ids, guidance=guidance, role="probe")
+    for _ in rig.walk(x, prompt_ids, [ode, sde(0.7)], of=4, guidance=guidance):
         pass
-    rig.sample(x, who, steps=5, start=2, guidance=guidance)
+    rig.sample(x, prompt_ids, steps=5, start=2, guidance=guidance)
     assert dict(rig.meter.roles) == {
         "policy": 9 * each, "ref": 3 * each, "probe": 3 * each, "rollout": (2 + 3) * 3 * each
     }  # fmt: skip
@@ -176,9 +176,13 @@ def test_every_evaluation_is_charged_to_its_role(
 def test_groups_charge_every_image_and_every_reward_call(make: Make) -> None:
     rig = make(rows=5)
     groups = rig.groups(3, 4, steps=2)
-    assert groups.x0.shape == (3, 4, *rig.model.shape) and groups.who.shape == (3,) and groups.reward.shape == (3, 4)
+    assert (
+        groups.x0.shape == (3, 4, *rig.model.shape)
+        and groups.prompt_ids.shape == (3,)
+        and groups.reward.shape == (3, 4)
+    )
     assert (rig.meter.nfe, rig.meter.images, rig.meter.reward_calls) == (24, 12, 12)
-    rewards = rig.score(groups.x0.flatten(0, 1), groups.who.repeat_interleave(4))
+    rewards = rig.score(groups.x0.flatten(0, 1), groups.prompt_ids.repeat_interleave(4))
     assert torch.allclose(rewards.view(3, 4), groups.reward, atol=1e-3)  # the parts met each in its place
     assert rig.meter.images == 24
 
@@ -196,18 +200,18 @@ def test_what_was_refused_was_not_done(make: Make, model: Any, monkeypatch: pyte
 
 def test_only_the_live_weights_carry_a_gradient(make: Make, model: Any) -> None:
     rig = make()
-    model.blend("old", 0.0)
-    x, t, who = rig.noise(2), torch.full((2,), 0.5), rig.prompts(2)
-    assert rig.velocity(x, t, who).requires_grad
-    assert not rig.velocity(x, t, who, by="ref").requires_grad
-    assert not rig.velocity(x, t, who, by="old").requires_grad
+    model.update_copy("old", 0.0)
+    x, t, prompt_ids = rig.noise(2), torch.full((2,), 0.5), rig.prompts(2)
+    assert rig.velocity(x, t, prompt_ids).requires_grad
+    assert not rig.velocity(x, t, prompt_ids, weights="ref").requires_grad
+    assert not rig.velocity(x, t, prompt_ids, weights="old").requires_grad
     assert dict(rig.meter.roles) == {"policy": 6, "ref": 2, "old": 2}
 
 
 def test_a_walk_is_the_kernels_in_order(make: Make) -> None:
     rig = make()
-    x, who = rig.noise(2), rig.prompts(2)
-    walked = list(rig.walk(x, who, [ode, sde(0.7), ode], start=1, of=4))
+    x, prompt_ids = rig.noise(2), rig.prompts(2)
+    walked = list(rig.walk(x, prompt_ids, [ode, sde(0.7), ode], start=1, of=4))
     times = rig.model.times(4)
     assert [i for i, *_ in walked] == [1, 2, 3]
     assert [float(t[0]) for _, _, t, *_ in walked] == times[1:4].tolist()
@@ -225,51 +229,51 @@ def test_a_walk_is_the_kernels_in_order(make: Make) -> None:
 def test_moves_are_the_transitions_of_what_was_scored(make: Make, rows: int, drop: bool) -> None:
     rig = make(rows=rows)
     kernels = [sde(0.7), ode, cps(0.8), sde(0.5), ode]
-    moves, reward = rig.moves(2, 3, kernels, drop=drop)
+    transitions, reward = rig.transitions(2, 3, kernels, drop=drop)
     grid = rig.model.times(5)
-    assert reward.shape == (2, 3) and len(moves.t) == 3 * 6 and not moves.adv.any()
+    assert reward.shape == (2, 3) and len(transitions.t) == 3 * 6 and not transitions.adv.any()
     assert rig.meter.roles == {"rollout": 30} and rig.meter.images == rig.meter.reward_calls == 6
     for k, kernel in enumerate(kernels):
-        at = moves.t == grid[k]
+        at = transitions.t == grid[k]
         if kernel == ode:
             assert not at.any()
             continue
-        part = take(moves, at)
+        part = select_rows(transitions, at)
         assert sorted(part.image.tolist()) == list(range(6)) and torch.equal(part.s, grid[k + 1].expand(6))
-        step = rig.step(kernel, part.x, part.t, part.s, part.who)
+        step = rig.step(kernel, part.x, part.t, part.s, part.prompt_ids)
         assert torch.allclose(step.mean, part.mean, atol=1e-5) and not torch.isclose(part.to, part.mean).all()
         assert torch.allclose(step.logp(part.to, drop), part.logp, atol=1e-4)
     for i in range(6):  # each image's steps follow one another, and the last one's end is what was scored
-        own = take(moves, moves.image == i)
-        first, third, fourth = (take(own, own.t == grid[k]) for k in (0, 2, 3))
-        who = own.who[:1]
-        assert len(own.who.unique()) == 1 and torch.equal(third.to, fourth.x)
-        ends = [list(rig.walk(a, who, [ode], start=k, of=5))[-1][-1] for a, k in ((first.to, 1), (fourth.to, 4))]
+        own = select_rows(transitions, transitions.image == i)
+        first, third, fourth = (select_rows(own, own.t == grid[k]) for k in (0, 2, 3))
+        prompt_ids = own.prompt_ids[:1]
+        assert len(own.prompt_ids.unique()) == 1 and torch.equal(third.to, fourth.x)
+        ends = [list(rig.walk(a, prompt_ids, [ode], start=k, of=5))[-1][-1] for a, k in ((first.to, 1), (fourth.to, 4))]
         assert torch.allclose(ends[0], third.x, atol=1e-5)
-        assert torch.allclose(rig.score(ends[1], who), reward.flatten()[i], atol=5e-3)
-        assert int(who) == int(moves.who[moves.image == i - i % 3][0])
-    assert int(moves.who.unique().numel()) == 2
+        assert torch.allclose(rig.score(ends[1], prompt_ids), reward.flatten()[i], atol=5e-3)
+        assert int(prompt_ids) == int(transitions.prompt_ids[transitions.image == i - i % 3][0])
+    assert int(transitions.prompt_ids.unique().numel()) == 2
 
 
 def test_moves_keep_what_they_are_told_and_nothing_without_noise(make: Make) -> None:
     rig = make()
     kernels = [sde(0.7)] * 4
-    moves, _ = rig.moves(1, 2, kernels, keep=range(2))
-    assert sorted(set(moves.t.tolist())) == sorted(rig.model.times(4)[:2].tolist())
+    transitions, _ = rig.transitions(1, 2, kernels, keep=range(2))
+    assert sorted(set(transitions.t.tolist())) == sorted(rig.model.times(4)[:2].tolist())
     spent = rig.meter.nfe
     wrong: list[tuple[list[Any], Any]] = [
         ([ode] * 3, None), ([sde(0.7), ode], [1]), ([sde(0.7), dpm2], [0, 1]), (kernels, [4]), (kernels, [-1]), (kernels, []),
     ]  # fmt: skip
     for kinds, keep in wrong:
         with pytest.raises(ValueError, match="cannot be kept"):
-            rig.moves(1, 2, kinds, keep=keep)
+            rig.transitions(1, 2, kinds, keep=keep)
     assert rig.meter.nfe == spent
 
 
 def test_a_group_may_share_its_first_noise(make: Make) -> None:
     for shared in (True, False):
-        moves, _ = make().moves(2, 3, [sde(0.7)] * 2, shared=shared)
-        start = take(moves, moves.t == 1)
+        transitions, _ = make().transitions(2, 3, [sde(0.7)] * 2, shared=shared)
+        start = select_rows(transitions, transitions.t == 1)
         x = start.x[start.image.argsort()].unflatten(0, (2, 3))
         assert torch.equal(x[:, 0], x[:, 1]) == torch.equal(x[:, 0], x[:, 2]) == shared
         assert not torch.equal(x[0], x[1]) and not torch.equal(start.to[0], start.to[1])
@@ -277,20 +281,20 @@ def test_a_group_may_share_its_first_noise(make: Make) -> None:
 
 def test_moves_follow_a_grid_of_ones_own(make: Make) -> None:
     rig, times = make(), torch.tensor([1.0, 0.75, 0.3, 0.0])
-    moves, _ = rig.moves(1, 2, [sde(0.7), sde(0.7), dpm2], times=times)
-    assert sorted({*moves.t.tolist(), *moves.s.tolist()}) == pytest.approx([0.3, 0.75, 1.0])
-    guided, _ = rig.moves(1, 2, [sde(0.7), ode], guidance=3.0)
+    transitions, _ = rig.transitions(1, 2, [sde(0.7), sde(0.7), dpm2], times=times)
+    assert sorted({*transitions.t.tolist(), *transitions.s.tolist()}) == pytest.approx([0.3, 0.75, 1.0])
+    guided, _ = rig.transitions(1, 2, [sde(0.7), ode], guidance=3.0)
     assert rig.meter.roles == {"rollout": 6 + 8} and len(guided.t) == 2
 
 
 def test_the_two_step_solver_remembers_one_step(make: Make) -> None:
     """A walk of dpm2 begins and ends with the ODE's step and differs from it between; another kernel makes it forget."""
     rig = make()
-    x, who = rig.noise(2), rig.prompts(2)
-    walked = list(rig.walk(x, who, [dpm2, dpm2, ode, dpm2, dpm2, dpm2], start=1, of=7))
+    x, prompt_ids = rig.noise(2), rig.prompts(2)
+    walked = list(rig.walk(x, prompt_ids, [dpm2, dpm2, ode, dpm2, dpm2, dpm2], start=1, of=7))
     same: list[bool] = []
     for _, at, t, s, step, _ in walked:
-        same.append(torch.allclose(step.mean, rig.step(ode, at, t, s, who, by="ref").mean, atol=1e-5))
+        same.append(torch.allclose(step.mean, rig.step(ode, at, t, s, prompt_ids, weights="ref").mean, atol=1e-5))
     assert same == [True, False, True, True, False, True]
 
 
@@ -302,7 +306,7 @@ def test_what_the_budget_still_affords(make: Make) -> None:
     rig = make(nfe=100, images=7)
     assert rig.affords(nfe=8) == 12 and rig.affords(nfe=8, images=1) == 7 and rig.affords(images=8) == 0
     rig.noise(1)
-    rig.velocity(rig.noise(2), torch.ones(2), rig.prompts(2), by="ref")
+    rig.velocity(rig.noise(2), torch.ones(2), rig.prompts(2), weights="ref")
     assert rig.affords(nfe=49) == 2 and rig.affords(nfe=50) == 1
     with pytest.raises(UserError, match="updates"):
         rig.affords(updates=1)
@@ -359,7 +363,7 @@ def test_a_scorer_cannot_rewrite_its_answer(redness: str) -> None:
             return scores
 
     images = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8)
-    scores, seconds = judged(Sly(), images, [Prompt("x")] * 3)
+    scores, seconds = timed_scores(Sly(), images, [Prompt("x")] * 3)
     before = scores.value["mean"].copy()
     kept[0][:] = 9
     assert np.array_equal(scores.value["mean"], before) and seconds >= 0
@@ -379,12 +383,12 @@ def test_notes_are_averaged_and_taken_once(make: Make) -> None:
 
 def test_pixels_are_rounded_not_cut() -> None:
     values = torch.tensor([0.0, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.0])
-    assert pixels(values.expand(1, 3, 1, 5)).tolist() == [[[[v] * 3 for v in (0, 0, 1, 255, 255)]]]
+    assert to_uint8(values.expand(1, 3, 1, 5)).tolist() == [[[[v] * 3 for v in (0, 0, 1, 255, 255)]]]
 
 
 def test_rewards_do_not_depend_on_how_many_images_are_sampled_at_once(make: Make) -> None:
     a, b = make(rows=2).groups(2, 3), make(rows=64).groups(2, 3)
-    assert torch.equal(a.who, b.who) and torch.allclose(a.x0, b.x0, atol=1e-5)
+    assert torch.equal(a.prompt_ids, b.prompt_ids) and torch.allclose(a.x0, b.x0, atol=1e-5)
     assert torch.allclose(a.reward, b.reward, atol=2e-3)
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.model_spec import Adapter, find
+from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
-from gpobench.bench.spec import Optim, Prompt, Starts
+from gpobench.bench.spec import InitialNoise, Optim, Prompt
 from gpobench.bench.training.rig import Rig
 from gpobench.bench.training.train import PATIENCE, _fit, optimiser, train  # pyright: ignore[reportPrivateUsage]
 from gpobench.methods.gpo import GPO
@@ -32,12 +32,12 @@ class Shrink:
     scale: float = 1.0
     ratio: float = 1.0
 
-    def collect(self, rig: Rig) -> Starts:
-        return Starts(rig.noise(max(1, self.rows))[: self.rows], rig.prompts(5).repeat(9)[: self.rows])
+    def collect(self, rig: Rig) -> InitialNoise:
+        return InitialNoise(rig.noise(max(1, self.rows))[: self.rows], rig.prompts(5).repeat(9)[: self.rows])
 
-    def loss(self, rig: Rig, batch: Starts) -> Tensor:
+    def loss(self, rig: Rig, batch: InitialNoise) -> Tensor:
         rig.note("policy/ratio", self.ratio)
-        v = rig.velocity(batch.noise, rig.uniform(len(batch.who)), batch.who)
+        v = rig.velocity(batch.noise, rig.uniform(len(batch.prompt_ids)), batch.prompt_ids)
         return self.scale * v.square().mean()
 
 
@@ -46,7 +46,7 @@ def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
     made: list[Rig] = []
 
     def build(**bounds: float) -> Rig:
-        model = open_model(find(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
+        model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
         book = [Prompt(p) for p in ("a red circle", "two blue squares", "a sign", "a card", "a photo")]
         made.append(Rig(model, book, scorer(f"{redness}:Redness"), Meter(Budget(**bounds)), rows=8))
         return made[-1]
@@ -166,9 +166,11 @@ def test_a_gradient_that_is_never_finite_ends_a_scaled_run(make: Make) -> None:
 def test_a_few_barren_iterations_are_forgiven(make: Make) -> None:
     @dataclass(frozen=True)
     class Moody(Shrink):
-        def collect(self, rig: Rig) -> Starts:
+        def collect(self, rig: Rig) -> InitialNoise:
             barren = rig.iteration % PATIENCE != 0
-            return super().collect(rig) if not barren else Starts(rig.noise(1)[:0], torch.zeros(0, dtype=torch.long))
+            return (
+                super().collect(rig) if not barren else InitialNoise(rig.noise(1)[:0], torch.zeros(0, dtype=torch.long))
+            )
 
     rig = make(updates=6)
     assert go(Moody(), rig)[0] == "budget: updates" and rig.iteration == 3 * PATIENCE
@@ -193,7 +195,9 @@ def test_splitting_a_minibatch_changes_neither_loss_nor_gradient(make: Make, lin
         before = [p.detach().clone() for p in rig.model.parameters()]
         batch = method.collect(rig)
         steepest = torch.optim.SGD(rig.model.parameters(), lr=1.0)  # one step is minus the gradient
-        _fit(method, rig, steepest, batch, len(batch.who), lambda loss: loss.backward(), GradScaler(enabled=False))
+        _fit(
+            method, rig, steepest, batch, len(batch.prompt_ids), lambda loss: loss.backward(), GradScaler(enabled=False)
+        )
         moved = [a - b.detach() for a, b in zip(before, rig.model.parameters(), strict=True)]
         return moved, rig.meter.updates, rig.meter.nfe
 
@@ -229,8 +233,8 @@ def test_the_rate_warms_up(make: Make) -> None:
 def test_the_average_follows_the_updates(make: Make) -> None:
     rig = make(updates=2)
     go(replace(Shrink(), optim=Optim(ema=0.75, minibatches=2, lr=1e-2)), rig)
-    assert rig.model.weights.copies == ["ema"]
-    state = rig.model.weights.state()
+    assert rig.model.lora.copies == ["ema"]
+    state = rig.model.lora.state()
     gaps = [float((state[f"live/{k[4:]}"] - v).abs().max()) for k, v in state.items() if k.startswith("ema/")]
     assert 0 < max(gaps) < 0.01
 
