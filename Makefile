@@ -4,6 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 JOBS ?= 2
+PARTS := $(BIN)/python .ci/parts.py
 QUIET := OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 HF_HUB_OFFLINE=1
 
 # What leaderboards/tiny.toml and leaderboards/short.toml report, and how far from a number is still the same.
@@ -12,6 +13,7 @@ FULL := --methods gpo,diffusion-nft,awm,diffusion-dpo,dgpo,flow-grpo,grpo-guard,
 SHORT := --methods gpo,diffusion-dpo --no-baselines --task ocr --model tiny --seeds 2 --budget nfe=8000 \
     --set optim.lr=3e-4 --set optim.warmup=0 --set optim.ema=0 \
     --set judging.split=validation --set judging.validation_images=2 --set judging.marks=1
+REGRESS := $(QUIET) $(BIN)/gpobench regress --run short --fresh --jobs $(JOBS) --allow-unsure --out runs/short
 MARGINS := --margin .08 --margin rapidocr/soft=.04 --margin reader/soft=.04
 
 .PHONY: run test regress slow bench board clean help
@@ -19,16 +21,17 @@ MARGINS := --margin .08 --margin rapidocr/soft=.04 --margin reader/soft=.04
 run: .venv/core.stamp  ## train GPO on OCR with the embedded model under a budget, and judge it (more flags: ARGS="--seed 1")
 	$(BIN)/gpobench run --method gpo --task ocr --model tiny $(ARGS)
 
-test: .venv/dev.stamp  ## the test suite, the linters and the type checks
-	$(QUIET) $(BIN)/pytest -n 2
-	$(MAKE) --no-print-directory regress
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
-	$(BIN)/lint-imports
+test: .venv/dev.stamp  ## the test suite, the regression gate, the linters and the type checks: all run, then which failed
+	@$(PARTS) \
+	    "pytest: $(QUIET) $(BIN)/pytest -n 2 -rs" \
+	    "regress: $(REGRESS)" \
+	    "ruff check: $(BIN)/ruff check ." \
+	    "ruff format: $(BIN)/ruff format --check ." \
+	    "pyright: $(BIN)/pyright" \
+	    "lint-imports: $(BIN)/lint-imports"
 
 regress: .venv/core.stamp  ## train again what leaderboards/short.toml reports, and judge it: minutes
-	$(QUIET) $(BIN)/gpobench regress --run short --fresh --jobs $(JOBS) --allow-unsure --out runs/short
+	$(REGRESS)
 
 slow: .venv/dev.stamp  ## the tests that take minutes
 	$(QUIET) $(BIN)/pytest -m slow --timeout 3600
