@@ -16,7 +16,14 @@ SHORT := --methods gpo,diffusion-dpo --no-baselines --task ocr --model tiny --se
 REGRESS := $(QUIET) $(BIN)/gpobench regress --run short --fresh --jobs $(JOBS) --allow-unsure --out runs/short
 MARGINS := --margin .08 --margin rapidocr/soft=.04 --margin reader/soft=.04
 
-.PHONY: run test regress slow bench board clean help
+# Tests that compare numbers which torch computed, and of them about a minute on two cores. --perturb: tests/perturbed.
+NUMERIC := tests/methods tests/rewards tests/bench/models $(patsubst %,tests/bench/test_%.py,checkpoint crew distances evaluate \
+    flow losses make_pairs pairs rig search train weights)
+SAMPLE := $(patsubst %,tests/bench/models/test_%.py,common flux sdxl) $(patsubst %,tests/methods/test_%.py,flow_grpo forward gpo) \
+    $(patsubst %,tests/bench/test_%.py,distances evaluate flow losses make_pairs rig)
+TWO_THREADS := OMP_NUM_THREADS=2 OMP_THREAD_LIMIT=2 HF_HUB_OFFLINE=1
+
+.PHONY: run test regress portable slow bench board clean help
 
 run: .venv/core.stamp  ## train GPO on OCR with the embedded model under a budget, and judge it (more flags: ARGS="--seed 1")
 	$(BIN)/gpobench run --method gpo --task ocr --model tiny $(ARGS)
@@ -24,7 +31,8 @@ run: .venv/core.stamp  ## train GPO on OCR with the embedded model under a budge
 test: .venv/dev.stamp  ## the test suite, the regression gate, the linters and the type checks: all run, then which failed
 	@$(PARTS) \
 	    "pytest: $(QUIET) $(BIN)/pytest -n 2 -rs" \
-	    "regress: $(REGRESS)" \
+	    "perturbed sample: $(QUIET) $(BIN)/pytest -n 2 -q --perturb $(SAMPLE)" \
+    "regress: $(REGRESS)" \
 	    "ruff check: $(BIN)/ruff check ." \
 	    "ruff format: $(BIN)/ruff format --check ." \
 	    "pyright: $(BIN)/pyright" \
@@ -32,6 +40,13 @@ test: .venv/dev.stamp  ## the test suite, the regression gate, the linters and t
 
 regress: .venv/core.stamp  ## train again what leaderboards/short.toml reports, and judge it: minutes
 	$(REGRESS)
+
+portable: .venv/dev.stamp  ## the numeric tests as other processors compute them: half an hour
+	@$(PARTS) \
+	    "perturbed: $(QUIET) $(BIN)/pytest -n 2 -q --perturb $(NUMERIC)" \
+	    "baseline instructions: ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(QUIET) $(BIN)/pytest -n 2 -q $(NUMERIC)" \
+	    "AVX2: ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(QUIET) $(BIN)/pytest -n 2 -q $(NUMERIC)" \
+	    "two threads: $(TWO_THREADS) $(BIN)/pytest -q $(NUMERIC)"
 
 slow: .venv/dev.stamp  ## the tests that take minutes
 	$(QUIET) $(BIN)/pytest -m slow --timeout 3600
