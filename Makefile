@@ -41,7 +41,7 @@ test: .venv/dev.stamp  ## the test suite, the regression gate, the linters and t
 regress: .venv/core.stamp  ## train again what leaderboards/short.toml reports, and judge it: minutes
 	$(REGRESS)
 
-portable: .venv/dev.stamp  ## the numeric tests as other processors compute them: half an hour
+portable: .venv/dev.stamp  ## the numeric tests as other processors compute them: tens of minutes
 	@$(PARTS) \
 	    "perturbed: $(QUIET) $(BIN)/pytest -n 2 -q --perturb $(NUMERIC)" \
 	    "baseline instructions: ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(QUIET) $(BIN)/pytest -n 2 -q $(NUMERIC)" \
