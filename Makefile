@@ -16,11 +16,8 @@ SHORT := --methods gpo,diffusion-dpo --no-baselines --task ocr --model tiny --se
 REGRESS := $(QUIET) $(BIN)/gpobench regress --run short --fresh --jobs $(JOBS) --allow-unsure --out runs/short
 MARGINS := --margin .08 --margin rapidocr/soft=.04 --margin reader/soft=.04
 
-# Tests that compare numbers which torch computed, and of them about a minute on two cores. --perturb: tests/perturbed.
-NUMERIC := tests/methods tests/rewards tests/bench/models $(patsubst %,tests/bench/test_%.py,checkpoint crew distances evaluate \
-    flow losses make_pairs pairs rig search train weights)
-SAMPLE := $(patsubst %,tests/bench/models/test_%.py,common flux sdxl) $(patsubst %,tests/methods/test_%.py,flow_grpo forward gpo) \
-    $(patsubst %,tests/bench/test_%.py,distances evaluate flow losses make_pairs rig)
+# Tests whose numbers depend on how the processor rounds; tests/conftest.py marks them, and of them a sample of a minute.
+NUMERIC := $(BIN)/pytest -q -m 'numeric and not slow'
 TWO_THREADS := OMP_NUM_THREADS=2 OMP_THREAD_LIMIT=2 HF_HUB_OFFLINE=1
 
 .PHONY: run test regress portable slow bench board clean help
@@ -31,7 +28,7 @@ run: .venv/core.stamp  ## train GPO on OCR with the embedded model under a budge
 test: .venv/dev.stamp  ## the test suite, the regression gate, the linters and the type checks: all run, then which failed
 	@$(PARTS) \
 	    "pytest: $(QUIET) $(BIN)/pytest -n 2 -rs" \
-	    "perturbed sample: $(QUIET) $(BIN)/pytest -n 2 -q --perturb $(SAMPLE)" \
+	    "perturbed sample: $(QUIET) $(BIN)/pytest -q -n 2 -m portable_sample --perturb" \
     "regress: $(REGRESS)" \
 	    "ruff check: $(BIN)/ruff check ." \
 	    "ruff format: $(BIN)/ruff format --check ." \
@@ -43,10 +40,10 @@ regress: .venv/core.stamp  ## train again what leaderboards/short.toml reports, 
 
 portable: .venv/dev.stamp  ## the numeric tests as other processors compute them: tens of minutes
 	@$(PARTS) \
-	    "perturbed: $(QUIET) $(BIN)/pytest -n 2 -q --perturb $(NUMERIC)" \
-	    "baseline instructions: ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(QUIET) $(BIN)/pytest -n 2 -q $(NUMERIC)" \
-	    "AVX2: ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(QUIET) $(BIN)/pytest -n 2 -q $(NUMERIC)" \
-	    "two threads: $(TWO_THREADS) $(BIN)/pytest -q $(NUMERIC)"
+	    "perturbed: $(QUIET) $(NUMERIC) -n 2 --perturb" \
+	    "baseline instructions: ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(QUIET) $(NUMERIC) -n 2" \
+	    "AVX2: ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(QUIET) $(NUMERIC) -n 2" \
+	    "two threads: $(TWO_THREADS) $(NUMERIC)"
 
 slow: .venv/dev.stamp  ## the tests that take minutes
 	$(QUIET) $(BIN)/pytest -m slow --timeout 3600
