@@ -277,7 +277,7 @@ def _measure(guarded: Guarded, mine: Sequence[LoadedRun], left: Sequence[str]) -
     return _Measured(guarded, found, changes, tuple(missing), tuple(notes))
 
 
-def processors(runs: Sequence[Run]) -> str:
+def processors(runs: Sequence[LoadedRun]) -> str:
     """The kinds of processor that made these runs; "" where one of the records is older than the note of it."""
     kinds = {str(r.record.provenance.get("processor", "")) for r in runs}
     return "" if "" in kinds else " and ".join(sorted(kinds))

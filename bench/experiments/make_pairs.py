@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -25,7 +26,7 @@ from ..models.open import open_model
 from ..progress import Progress
 from ..scoring.scorers import close_scorers, open_scorer
 from ..training.pairs import STATEMENT, Choose, compare
-from ..training.rig import Rig, to_uint8
+from ..training.rig import Rig
 
 FILE = "pairs.parquet"
 CHUNK = 32  # rows that are read at once: whoever draws one pair reads so many
@@ -88,8 +89,9 @@ def make_pairs(
             for prompt_ids in rig.prompts(prompts).split(max(1, model_spec.rows // group)):
                 each = prompt_ids.repeat_interleave(group)
                 x0 = torch.cat([rig.sample(rig.noise(len(some)), some) for some in each.split(model_spec.rows)])
-                scored = zip(x0.split(model_spec.rows), each.split(model_spec.rows), strict=True)
-                reward = torch.cat([rig.score(x, some) for x, some in scored]).cpu().view(len(prompt_ids), group)
+                parts = zip(x0.split(model_spec.rows), each.split(model_spec.rows), strict=True)
+                rewards, scored = zip(*(rig.score_images(x, some) for x, some in parts), strict=True)
+                reward, images = torch.cat(rewards).cpu().view(len(prompt_ids), group), np.concatenate(scored)
                 flat += int((~informative(reward)).sum())
                 which, win, lose = compare(reward, choose, gap, rig.uniform(len(prompt_ids)))
                 swap = rig.uniform(len(which)).cpu() < 0.5 if len(which) else torch.zeros(0, dtype=torch.bool)
@@ -101,7 +103,7 @@ def make_pairs(
                     for side, member in enumerate(sides):
                         at = p * group + member
                         if at not in png:
-                            png[at] = _png(to_uint8(model.decode(x0[at : at + 1]))[0])
+                            png[at] = _png(images[at])
                         columns[f"jpg_{side}"].append(png[at])
                         columns[f"label_{side}"].append(float(member == i))
                         columns[f"reward_{side}"].append(float(reward[p, member]))

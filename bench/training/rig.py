@@ -256,9 +256,14 @@ class Rig:
 
     def score(self, x0: Tensor, prompt_ids: Tensor) -> Tensor:
         """(B,) rewards of the images that x0 decodes to; NaN where an image could not be scored, counted."""
-        asked = self._ask(x0, prompt_ids)
-        assert asked is not None, "nobody stands by where a method asks for itself"
-        return self._take(asked.result())
+        return self.score_images(x0, prompt_ids)[0]
+
+    def score_images(self, x0: Tensor, prompt_ids: Tensor) -> tuple[Tensor, Images]:
+        """The same rewards and the (B, H, W, 3) pixels that were scored: decoded again in another batch, they would differ."""
+        assert not self._stands_by, "nobody stands by where a method asks for itself"
+        self._charge_scoring(len(x0))
+        images = to_uint8(self.model.decode(x0))
+        return self._take(self._submit(images, prompt_ids).result()), images
 
     @torch.no_grad()
     def groups(
@@ -426,11 +431,15 @@ class Rig:
 
     def _ask(self, x0: Tensor, prompt_ids: Tensor) -> Future[Answer] | None:
         """None where another process asks."""
-        self.meter.charge(images=len(x0))
-        self.meter.charge_scorer(self.scorer.name, len(x0))
-        if self._stands_by:
-            return None
-        return self._asking.submit(timed_scores, self.scorer, to_uint8(self.model.decode(x0)), self.texts(prompt_ids))
+        self._charge_scoring(len(x0))
+        return None if self._stands_by else self._submit(to_uint8(self.model.decode(x0)), prompt_ids)
+
+    def _charge_scoring(self, images: int) -> None:
+        self.meter.charge(images=images)
+        self.meter.charge_scorer(self.scorer.name, images)
+
+    def _submit(self, images: Images, prompt_ids: Tensor) -> Future[Answer]:
+        return self._asking.submit(timed_scores, self.scorer, images, self.texts(prompt_ids))
 
     def _take(self, answer: Answer) -> Tensor:
         scores, seconds = answer

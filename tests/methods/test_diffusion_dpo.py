@@ -234,7 +234,9 @@ def test_after_a_refresh_the_policy_is_the_reference(make: Any, collector: Any) 
     numbers = go(method, rig, adam, 4)
     still = [abs(n["policy/loss"] - at) < 1e-9 for n in numbers]
     assert still == [True, False, True, False]  # the first update of each refresh begins at its reference
-    assert [n["policy/kl"] == 0 for n in numbers] == still
+    # The squared difference of two velocities of size 1: with a gradient torch may choose another kernel, whose rounding is below
+    # 1e-6 of them; an update of this learning rate moves them by 1e-3.
+    assert [n["policy/kl"] < 1e-12 for n in numbers] == still
     assert set(rig.meter.roles) == {"rollout", "policy", "old"}
 
 
