@@ -85,7 +85,7 @@ def test_neither_batch_size_nor_weights_change_the_noise(
 ) -> None:
     whole = starts(model, monkeypatch, scorers, rows=64)
     assert len(whole) == 10
-    for more in ({"rows": 1}, {"rows": 3}, {"rows": 64, "by": "ref"}):
+    for more in ({"rows": 1}, {"rows": 3}, {"rows": 64, "weights": "ref"}):
         assert torch.equal(starts(model, monkeypatch, scorers, **more), whole)
     alone = starts(model, monkeypatch, scorers, rows=64, prompts=[PROMPTS[3]])
     assert torch.equal(alone, whole[6:8])  # the company a prompt keeps does not matter

@@ -65,18 +65,18 @@ def test_copies_blend_and_stay_behind(model: Any) -> None:
     push(model)
     model.update_copy("ema", 0.9)  # the first call makes it equal
     start = {k.removeprefix("ema/"): v for k, v in model.lora.state().items() if k.startswith("ema/")}
-    assert all(torch.equal(value, model.lora.state()[f"live/{key}"]) for key, value in start.items())
+    assert all(torch.equal(value, model.lora.state()[f"policy/{key}"]) for key, value in start.items())
     assert torch.allclose(draw(model, "ema"), draw(model, "policy"), atol=ROUNDING)
     push(model, 0.1)
     assert not torch.allclose(draw(model, "ema"), draw(model, "policy"), atol=1e-5)
     model.update_copy("ema", 0.9)
     state = model.lora.state()
     for key, was in start.items():
-        assert torch.allclose(state[f"ema/{key}"], 0.9 * was + 0.1 * state[f"live/{key}"], atol=1e-7)
+        assert torch.allclose(state[f"ema/{key}"], 0.9 * was + 0.1 * state[f"policy/{key}"], atol=1e-7)
     model.update_copy("old", 0.5)
     model.update_copy("old", 0.0)
     state = model.lora.state()
-    assert all(torch.equal(state[f"old/{key}"], state[f"live/{key}"]) for key in start)
+    assert all(torch.equal(state[f"old/{key}"], state[f"policy/{key}"]) for key in start)
     assert torch.allclose(draw(model, "old"), draw(model, "policy"), atol=ROUNDING)
 
 
