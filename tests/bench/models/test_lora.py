@@ -130,8 +130,8 @@ def test_state_goes_over_to_a_fresh_module(tiny_pipe: Path, model: Any) -> None:
     model.update_copy("ema", 0.9)
     push(model)
     fresh = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=9)
-    fresh.weights.restore(model.lora.state())
+    fresh.lora.restore(model.lora.state())
     for weights in ("policy", "ema", "ref"):
         assert torch.equal(draw(fresh, weights), draw(model, weights))
-    assert fresh.weights.copies == ["ema"]
+    assert fresh.lora.copies == ["ema"]
     assert sum(p.requires_grad for p in fresh.transformer.parameters()) == len(fresh.parameters())
