@@ -289,7 +289,7 @@ def _settle(tuning: Tuning, trials: Sequence[Trial], run_dir: Path) -> dict[str,
         "best": None if chosen is None else chosen.number,
         "spent": total,
         "command": tuning.command(),
-        "home": str(run_dir),
+        "folder": str(run_dir),
         "provenance": record.provenance(),
     }
     write_atomically(

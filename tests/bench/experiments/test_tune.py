@@ -131,7 +131,7 @@ def test_a_tuning_from_the_draws_to_a_run_that_knows_its_price(
     ended = gpobench(*argv("--json"))
     assert ended.code == 0, ended.err
     found = json.loads(ended.out, parse_constant=pytest.fail)
-    run_dir = Path(found["home"])
+    run_dir = Path(found["folder"])
     assert run_dir.parent == tmp_path / "tune" and json.loads((run_dir / "tuning.json").read_text()) == found
     assert [t["settings"] for t in found["trials"]] == [t["settings"] for t in drawn]
     for t in found["trials"]:
@@ -210,7 +210,7 @@ def test_a_trial_that_fails_stops_no_other(gpobench: Any, argv: Any, tmp_path: P
     assert "no room for this" in crashed["loses"] and "not in the mood" in refused["loses"]
     assert 0 < crashed["spent"]["nfe"] < good["spent"]["nfe"]  # what it had spent is on the bill
     assert found["spent"]["nfe"] == crashed["spent"]["nfe"] + good["spent"]["nfe"] and "spent" not in refused
-    assert "no room for this" in (Path(found["home"]) / "logs" / "trial-1.log").read_text()
+    assert "no room for this" in (Path(found["folder"]) / "logs" / "trial-1.log").read_text()
 
 
 def test_without_a_trial_to_choose_there_is_no_best(gpobench: Any, argv: Any, tmp_path: Path) -> None:

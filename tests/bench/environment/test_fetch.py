@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gpobench.bench.assets import downloads, weight_store
-from gpobench.bench.commands import fetch
+from gpobench.bench.environment import fetch
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.progress import NullProgress
@@ -426,7 +426,7 @@ def serve(module: Any, name: str, file: Path, server: Any, monkeypatch: pytest.M
 def test_the_weights_of_other_engines_travel(
     world: str, publishers: None, hub_server: Any, empty_machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpobench.bench.commands import doctor
+    from gpobench.bench.environment import doctor
 
     toy = Path(world)
     columns = 'Columns(diversity=["lpips"])'
