@@ -12,10 +12,10 @@ import typer
 from .. import registry
 from ..errors import Interrupted, UserError
 from ..signals import AtOnce
-from .console import discard_stderr
 
 # Nothing heavy is imported here or at the top of a command's file: `gpobench --help` and `gpobench list` answer without torch.
 from . import check, compare, describe, doctor, eval, fetch, new, pairs, pretrain, run, score, serve_scorer, tune
+from .console import discard_stderr
 
 app = typer.Typer(
     add_completion=False,

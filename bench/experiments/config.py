@@ -146,7 +146,7 @@ def resolve(
         settings=build(kind, table, extra=("adapter", "evaluation", "precision", *EXECUTION)),
         adapter=build(Adapter, {**asdict(model_spec.adapter), **_table("adapter", own["adapter"])}, prefix="adapter."),
         evaluation=build(
-            EvaluationSettings, {**asdict(evaluation), **_table("evaluation", own["evaluation"])}, prefix="judging."
+            EvaluationSettings, {**asdict(evaluation), **_table("evaluation", own["evaluation"])}, prefix="evaluation."
         ),
         precision=precision,
         reward=reward or exam.reward(model_spec.domain),

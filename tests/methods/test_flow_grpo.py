@@ -243,7 +243,7 @@ def test_an_image_without_a_score_teaches_nothing(make: Any, method: Any, monkey
             lost = torch.isin(transitions.image, torch.tensor([0, 7])).view(-1, 1, 1, 1)
             return replace(transitions, x=transitions.x + change * lost, to=transitions.to - change * lost), reward
 
-        monkeypatch.setattr(rig, "moves", changed)
+        monkeypatch.setattr(rig, "transitions", changed)
         batch = method.collect(rig)
         return batch, gradient(keyed_loss(method, rig, batch), rig)
 

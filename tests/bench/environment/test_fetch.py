@@ -24,13 +24,13 @@ TOY = '''
 import numpy as np
 from dataclasses import dataclass
 from gpobench.bench.assets import weight_store as hub
-from gpobench.bench.model_spec import Card
+from gpobench.bench.model_spec import ModelSpec
 from gpobench.bench.errors import Missing
 from gpobench.bench.assets.downloads import Published
-from gpobench.bench.spec import Columns, Judging, Prompt, Scores
+from gpobench.bench.spec import Columns, EvaluationSettings, Prompt, Scores
 
 LISTS = Published("toy/prompts.txt", "{address}/prompts.txt")
-mini = Card(name="mini", source="acme/mini", revision="main", pipeline="StableDiffusion3Pipeline")
+mini = ModelSpec(name="mini", source="acme/mini", revision="main", pipeline="StableDiffusion3Pipeline")
 
 
 class Love:
@@ -97,8 +97,8 @@ class Toy:
     def columns(self, domain):
         return Columns(diversity=[f"{{__file__}}:Eye"], drift=[f"{{__file__}}:Eye"])
 
-    def judging(self, domain):
-        return Judging()
+    def evaluation(self, domain):
+        return EvaluationSettings()
 
 
 def Needy():
