@@ -36,11 +36,11 @@ def check(
     if model not in valid:
         raise registry.unknown("family", model, valid)
     with clean_stdout() as answer, terminal_progress() as progress:
-        from ..conformance.check import ALL, FAMILIES
+        from ..conformance.check import ALL_FAMILIES, DEFAULT_FAMILIES
         from ..conformance.check import check as laws
 
         progress.phase(f"the laws on {method}", 0)
-        families = {"both": FAMILIES, "all": ALL}.get(model, (model,))
+        families = {"both": DEFAULT_FAMILIES, "all": ALL_FAMILIES}.get(model, (model,))
         verdicts = laws(method, sets=sets or (), families=families, say=progress.about)
         plain = [{**vars(verdict), "broken": verdict.broken} for verdict in verdicts]
         answer(json.dumps({"method": method, "laws": plain}, indent=1) if as_json else lambda: _verdicts(plain))
