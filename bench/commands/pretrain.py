@@ -31,8 +31,8 @@ def pretrain(
     if ".py:" not in recipe and recipe not in registry.entries("recipe"):
         raise registry.unknown("recipe", recipe, registry.entries("recipe"))
     with clean_stdout() as answer, terminal_progress() as progress:
-        from ..experiments.config import build, pairs
+        from ..experiments.config import build, parse_settings
 
-        made = build(registry.load("recipe", recipe), pairs(sets or ()))
+        made = build(registry.load("recipe", recipe), parse_settings(sets or ()))
         facts = made(out, seed=seed, log=log_lines(progress))
         answer(json.dumps(finite_or_null(facts), indent=1, default=str))

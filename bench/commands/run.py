@@ -64,12 +64,12 @@ def run(
     """
     check_names(method=method, task=task, model=model, **named_scorer(reward))
     with clean_stdout() as answer, terminal_progress() as progress, asked_to_stop() as stopped:
-        from ..experiments.config import resolve
+        from ..experiments.config import RunRequest, resolve
 
-        plan = resolve(
+        plan = resolve(RunRequest(
             method, task, model, seed=seed, budget=budget, reward=reward, config=config, sets=sets or (),
-            scorers=scorers or (), prompts=prompts or (),
-        )  # fmt: skip
+            scorer_locations=scorers or (), prompts=prompts or (),
+        ))  # fmt: skip
         if dry_run:
             from ..experiments.cost_estimate import estimate_cost
 

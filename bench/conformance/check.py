@@ -83,7 +83,7 @@ def check(
     for family in families:
         if family not in ALL_FAMILIES:
             raise registry.unknown("family", family, ALL_FAMILIES)
-    own_settings = config.pairs(sets)
+    own_settings = config.parse_settings(sets)
     make = partial(_build_method, reference, kind, own_settings)
     results: list[LawResult] = []
 

@@ -28,7 +28,7 @@ from ..files import write_atomically
 from ..progress import NullProgress, Progress
 from ..scoring.scorers import parts
 from ..spec import Search
-from .config import EXECUTION, Config, resolve
+from .config import EXECUTION, Config, RunRequest, resolve
 from .in_process import run_in_process
 from .jobs import Job, make_folder, run_jobs, spent_so_far
 from .run_dir import is_locked
@@ -186,15 +186,17 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
 
 def _resolved(grid: Grid, method: str, task: str, seed: int, sets: Sequence[str], config: str | None) -> Config:
     return resolve(
-        method,
-        task,
-        grid.model,
-        seed=seed,
-        budget=grid.budget,
-        reward=grid.reward,
-        config=Path(config) if config else None,
-        sets=sets,
-        scorers=grid.scorers,
+        RunRequest(
+            method,
+            task,
+            grid.model,
+            seed=seed,
+            budget=grid.budget,
+            reward=grid.reward,
+            config=Path(config) if config else None,
+            sets=sets,
+            scorer_locations=grid.scorers,
+        )
     )
 
 

@@ -21,7 +21,7 @@ from ..files import write_atomically
 from ..progress import Progress
 from ..scoring.scorers import close_scorers, open_scorer
 from ..spec import Choice, LogUniform, Range
-from .config import Config, resolve
+from .config import Config, RunRequest, resolve
 from .in_process import run_in_process
 from .jobs import Job, make_folder, run_jobs, spent_so_far
 from .run_dir import is_locked
@@ -69,13 +69,15 @@ class Tuning:
         """The run of one trial: an ordinary one, judged on the validation prompts."""
         drawn = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
         return resolve(
-            self.method,
-            self.task,
-            self.model,
-            seed=self.seed,
-            budget=self.budget,
-            reward=self.reward,
-            sets=[*self.sets, *drawn, "evaluation.split=validation"],
+            RunRequest(
+                self.method,
+                self.task,
+                self.model,
+                seed=self.seed,
+                budget=self.budget,
+                reward=self.reward,
+                sets=[*self.sets, *drawn, "evaluation.split=validation"],
+            )
         )
 
 

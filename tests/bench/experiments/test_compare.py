@@ -138,7 +138,7 @@ def test_what_is_wrong_anywhere_is_refused_before_anything_runs(
         (dict(methods=("gpo", "best-of-n"), sets=["group=3"]), r"best-of-n: .*--set METHOD/group=3"),
         (dict(sets=["gpo/group=many"]), "gpo: setting group"),
         (dict(sets=["dpo/beta=3"]), "unknown method of this comparison 'dpo'"),
-        (dict(sets=["gpo/beta"]), "--set wants key=value"),
+        (dict(sets=["gpo/beta"]), "--set needs key=value"),
         (dict(configs=["a.toml", "b.toml"]), "one file for all"),
         (dict(configs=["nothing.toml"]), "cannot read config nothing.toml"),
         (dict(reward="pickscor"), "did you mean 'pickscore'"),

@@ -18,7 +18,7 @@ from scipy import stats
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.record import Difference, Flags, Number, Record, ScorerUse
 from gpobench.bench.experiments import tune as tuning
-from gpobench.bench.experiments.config import resolve
+from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.bench.experiments.tune import Trial, Tuning, best, draw, draws, loses
 from gpobench.bench.progress import NullProgress
 from gpobench.bench.spec import Choice, LogUniform, Uniform
@@ -58,7 +58,7 @@ def test_the_dice_are_the_same_for_everyone_and_for_any_company() -> None:
 
 def test_trial_zero_is_the_preset_and_the_others_differ_in_what_is_drawn() -> None:
     trials = tuning.plan(Tuning("gpo", "ocr", "tiny", 4, budget="nfe=100"))
-    preset = resolve("gpo", "ocr", "tiny", budget="nfe=100", sets=["evaluation.split=validation"])
+    preset = resolve(RunRequest("gpo", "ocr", "tiny", budget="nfe=100", sets=["evaluation.split=validation"]))
     assert trials[0].settings == {} and trials[0].plan is not None and trials[0].plan.digest() == preset.digest()
     for trial in trials[1:]:
         assert trial.plan is not None and set(trial.settings) == {"optim.lr", "beta", "noisy"}
@@ -155,12 +155,14 @@ def test_a_tuning_from_the_draws_to_a_run_that_knows_its_price(
     chosen = tomllib.loads((run_dir / "best.toml").read_text())
     assert chosen["prompts"] == 2 and chosen["tuned"]["trials"] == 2
     assert chosen["tuned"]["nfe"] == found["spent"]["nfe"] and chosen["tuned"]["command"] == found["command"]
-    config = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=200", config=run_dir / "best.toml")
+    config = resolve(
+        RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=200", config=run_dir / "best.toml")
+    )
     assert config.tuned["trials"] == 2 and config.tuned["spent"]["images"] == found["spent"]["images"]
-    best = resolve(
+    best = resolve(RunRequest(
         "gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=200", config=run_dir / "best.toml",
         sets=["evaluation.split=validation"],
-    )  # fmt: skip
+    ))  # fmt: skip
     assert best.slug() == found["trials"][found["best"]]["run"]  # the file says the chosen trial's settings
 
 
