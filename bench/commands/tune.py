@@ -50,7 +50,7 @@ def tune(
 
         what = tuning.Tuning(method, task, model, trials, seed, budget, reward, sets or ())
         if dry_run:
-            drawn = [{"trial": t.number, "settings": t.settings, "loses": t.failed} for t in tuning.plan(what)]
+            drawn = [{"trial": t.number, "settings": t.settings, "rejected": t.failure} for t in tuning.plan(what)]
             answer(json.dumps(drawn, indent=1) if as_json else lambda: _trials(drawn, None))
             return
         done = tuning.tune(what, out=out, progress=progress, jobs=jobs, interrupted=stopped)
@@ -75,7 +75,7 @@ def _trials(trials: Sequence[Mapping[str, Any]], best: int | None) -> None:
         elif judged:
             values += ["", "", ""]
         mark = ">" if t["trial"] == best else ""
-        table.add_row(mark, str(t["trial"]), *values, t["loses"], style="bold" if mark else None)
+        table.add_row(mark, str(t["trial"]), *values, t["rejected"], style="bold" if mark else None)
     open_console().print(table, markup=False)
 
 
