@@ -608,10 +608,10 @@ def _claim(row: BoardRow, numbers: tuple[BaselineNumber, ...], table: Board) -> 
 
 def _sets(method: str, table: Board, settings: Mapping[str, Any]) -> tuple[str, ...]:
     """What `gpobench run --set` needs to get from the method's preset, as it is now, to these settings."""
-    from ..bench.experiments.config import resolve
+    from ..bench.experiments.config import RunRequest, resolve
 
     bounds = ",".join(f"{k}={v!r}" for k, v in table.budget.items())
-    now = resolve(method, table.task, table.model, budget=bounds).mapping()
+    now = resolve(RunRequest(method, table.task, table.model, budget=bounds)).mapping()
     there = {key.removeprefix("settings."): value for key, value in flat(now).items()}
     own = {
         key.removeprefix("settings."): value
@@ -682,16 +682,18 @@ def train(
 
 def _slug(known: Baseline, claim: Claim, seed: int) -> str:
     """The name of a run's directory: that of its settings as they are resolved today."""
-    from ..bench.experiments.config import resolve
+    from ..bench.experiments.config import RunRequest, resolve
 
     return resolve(
-        claim.method,
-        known.task,
-        known.model,
-        seed=seed,
-        budget=_bounds(known),
-        reward=claim.reward or None,
-        sets=claim.sets,
+        RunRequest(
+            claim.method,
+            known.task,
+            known.model,
+            seed=seed,
+            budget=_bounds(known),
+            reward=claim.reward or None,
+            sets=claim.sets,
+        )
     ).slug()
 
 

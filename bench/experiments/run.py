@@ -165,7 +165,7 @@ def run(
     if not processes.is_main:
         return _follow(config, run_dir, runs / BASES, processes, interrupted)
     with report_disk_errors(run_dir), advise_on_oom(config):
-        config.unchanged()
+        config.refuse_changed_files()
         run_dir.mkdir(parents=True, exist_ok=True)
         with lock_run_dir(run_dir):
             for left in run_dir.rglob(".*.tmp"):  # of a start that was killed

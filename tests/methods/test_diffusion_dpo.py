@@ -14,7 +14,7 @@ import torch
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
-from gpobench.bench.experiments.config import resolve, variants
+from gpobench.bench.experiments.config import RunRequest, resolve, variants
 from gpobench.bench.experiments.make_pairs import make_pairs
 from gpobench.bench.flow import mix
 from gpobench.bench.losses import apart, dpo
@@ -377,19 +377,19 @@ def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
 @pytest.mark.parametrize("bad", ["choose=best", "collector=old", "times=log"])
 def test_a_word_that_is_no_choice_is_refused(bad: str, redness: str) -> None:
     with pytest.raises(UserError, match=f"setting {bad.partition('=')[0]}"):
-        resolve("dpo", f"{redness}:Paint", "tiny", sets=[bad])
+        resolve(RunRequest("dpo", f"{redness}:Paint", "tiny", sets=[bad]))
 
 
 def test_its_presets_and_variants_resolve() -> None:
     assert load("method", "dpo") is load("method", "diffusion-dpo") is DiffusionDPO
     assert variants("diffusion-dpo") == ["random", "gap", "offline"]
     for model in ("tiny", "sd35m"):
-        plain = resolve("dpo", "ocr", model).settings
-        assert resolve("dpo:random", "ocr", model).settings == replace(plain, choose="random")
-        assert resolve("dpo:offline", "ocr", model).settings == replace(
+        plain = resolve(RunRequest("dpo", "ocr", model)).settings
+        assert resolve(RunRequest("dpo:random", "ocr", model)).settings == replace(plain, choose="random")
+        assert resolve(RunRequest("dpo:offline", "ocr", model)).settings == replace(
             plain, pairs="pairs", prompts=32, collector="policy", refresh=0
         )  # the reference of a fixed data set never moves
-        gap = resolve("dpo:gap", "ocr", model).settings
+        gap = resolve(RunRequest("dpo:gap", "ocr", model)).settings
         assert (gap.choose, gap.gap) == ("all", 0.25)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
-from gpobench.bench.experiments.config import resolve
+from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.bench.flow import ode, rectified
 from gpobench.bench.losses import guarded, standardise
 from gpobench.bench.model_spec import SMALL, Adapter, find_model_spec
@@ -243,7 +243,7 @@ def test_an_image_without_a_score_teaches_nothing(make: Any, method: Any, monkey
             lost = torch.isin(transitions.image, torch.tensor([0, 7])).view(-1, 1, 1, 1)
             return replace(transitions, x=transitions.x + change * lost, to=transitions.to - change * lost), reward
 
-        monkeypatch.setattr(rig, "moves", changed)
+        monkeypatch.setattr(rig, "transitions", changed)
         batch = method.collect(rig)
         return batch, gradient(keyed_loss(method, rig, batch), rig)
 
@@ -327,7 +327,7 @@ def test_they_make_the_model_better(make: Any) -> None:
 )
 @pytest.mark.parametrize("model", ["tiny", "sd35m"])
 def test_presets_and_search_spaces_are_settings(name: str, model: str) -> None:
-    method = resolve(name, "ocr", model).settings
+    method = resolve(RunRequest(name, "ocr", model)).settings
     known = {f.name for f in fields(method)} | {f"optim.{f.name}" for f in fields(Optim)}
     assert set(type(method).space) <= known
     assert method.cost(10, 1.0)["rollout"] > 0

@@ -17,7 +17,7 @@ from gpobench.bench import registry
 from gpobench.bench.evaluation import evaluation_cache, record
 from gpobench.bench.evaluation.evaluator import Evaluation
 from gpobench.bench.experiments import run as running
-from gpobench.bench.experiments.config import Config, resolve
+from gpobench.bench.experiments.config import Config, RunRequest, resolve
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.process_group import ProcessGroup
 from gpobench.bench.progress import NullProgress
@@ -197,7 +197,7 @@ def test_runs_of_one_folder_share_the_base_and_differ_in_nothing_else(
     tiny_pipe: Path, redness: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def plan(seed: int) -> Config:
-        return resolve("gpo", f"{redness}:Paint", str(tiny_pipe), seed=seed, budget="nfe=400", sets=SETS)
+        return resolve(RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe), seed=seed, budget="nfe=400", sets=SETS))
 
     seen = list[str]()
     judge = running.evaluate.judge

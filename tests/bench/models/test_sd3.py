@@ -234,9 +234,9 @@ def fresh_noise() -> Iterator[None]:
 def test_a_saved_adapter_is_the_same_bytes_in_every_process(tiny_pipe: Path, tmp_path: Path) -> None:
     """Python orders a set anew in each process, and peft keeps the targets in one."""
     code = (
-        "import sys; from pathlib import Path; from gpobench.bench.model_spec import find; "
-        "from gpobench.bench.models.open import open_model; card = find(sys.argv[1]); "
-        "open_model(card, device='cpu', adapter=card.adapter).save_adapter(Path(sys.argv[2]))"
+        "import sys; from pathlib import Path; from gpobench.bench.model_spec import find_model_spec; "
+        "from gpobench.bench.models.open import open_model; spec = find_model_spec(sys.argv[1]); "
+        "open_model(spec, device='cpu', adapter=card.adapter).save_adapter(Path(sys.argv[2]))"
     )
     for seed in ("1", "2"):
         command = [sys.executable, "-c", code, str(tiny_pipe), str(tmp_path / seed)]

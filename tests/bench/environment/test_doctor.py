@@ -14,9 +14,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from gpobench.bench.assets import weight_store
-from gpobench.bench.commands import doctor
-from gpobench.bench.commands.doctor import Check
-from gpobench.bench.commands.fetch import Need
+from gpobench.bench.environment import doctor
+from gpobench.bench.environment.doctor import Check
+from gpobench.bench.environment.fetch import Need
 from gpobench.bench.errors import UserError
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models import catalogue

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gpobench.bench.assets import downloads, weight_store
-from gpobench.bench.commands import fetch
+from gpobench.bench.environment import fetch
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.progress import NullProgress
@@ -24,13 +24,13 @@ TOY = '''
 import numpy as np
 from dataclasses import dataclass
 from gpobench.bench.assets import weight_store as hub
-from gpobench.bench.model_spec import Card
+from gpobench.bench.model_spec import ModelSpec
 from gpobench.bench.errors import Missing
 from gpobench.bench.assets.downloads import Published
-from gpobench.bench.spec import Columns, Judging, Prompt, Scores
+from gpobench.bench.spec import Columns, EvaluationSettings, Prompt, Scores
 
 LISTS = Published("toy/prompts.txt", "{address}/prompts.txt")
-mini = Card(name="mini", source="acme/mini", revision="main", pipeline="StableDiffusion3Pipeline")
+mini = ModelSpec(name="mini", source="acme/mini", revision="main", pipeline="StableDiffusion3Pipeline")
 
 
 class Love:
@@ -97,8 +97,8 @@ class Toy:
     def columns(self, domain):
         return Columns(diversity=[f"{{__file__}}:Eye"], drift=[f"{{__file__}}:Eye"])
 
-    def judging(self, domain):
-        return Judging()
+    def evaluation(self, domain):
+        return EvaluationSettings()
 
 
 def Needy():
@@ -426,7 +426,7 @@ def serve(module: Any, name: str, file: Path, server: Any, monkeypatch: pytest.M
 def test_the_weights_of_other_engines_travel(
     world: str, publishers: None, hub_server: Any, empty_machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpobench.bench.commands import doctor
+    from gpobench.bench.environment import doctor
 
     toy = Path(world)
     columns = 'Columns(diversity=["lpips"])'
