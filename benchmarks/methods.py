@@ -62,11 +62,11 @@ METHODS = [
 ]
 # The claim of GPO's abstract: near-tie pairs hurt DPO; standardised groups need no selection of data. One learning rate, one
 # noise range, one beta, one number of images for all of them.
-SAME = ("optim.lr=3e-4", "noisy=0.6", "beta=100")
+SAME = ("optim.lr=3e-4", "t_min=0.6", "beta=100")
 SHORT = "nfe=40000"
 CLAIM = [
     Row("DPO, a random pair of the group", "diffusion-dpo", (*SAME, "choose=random"), SHORT),
-    Row("DPO, a random pair above a gap", "diffusion-dpo", (*SAME, "choose=random", "gap=0.25"), SHORT),
+    Row("DPO, a random pair above a margin", "diffusion-dpo", (*SAME, "choose=random", "margin=0.25"), SHORT),
     Row("GPO without standardisation", "gpo", (*SAME, "std=none"), SHORT),
     Row("GPO", "gpo", SAME, SHORT),
 ]

@@ -44,24 +44,24 @@ class AWM:
 
     space: ClassVar[Mapping[str, Range]] = {
         "optim.lr": LogUniform(1e-4, 1e-3),
-        "beta": LogUniform(1e-4, 1e-1),
-        "ema_beta": LogUniform(1e-2, 10),
-        "until": Uniform(0.6, 0.9),
+        "kl": LogUniform(1e-4, 1e-1),
+        "ema_kl": LogUniform(1e-2, 10),
+        "timestep_fraction": Uniform(0.6, 0.9),
         "timesteps": Choice((1, 2, 4)),
-        "form": Choice(("uniform", "ghuber")),
+        "weighting": Choice(("uniform", "ghuber")),
     }
     optim: Optim = field(default_factory=lambda: Optim(lr=3e-4, minibatches=1))
     prompts: int = 8  # groups an iteration
     group: int = 24  # images a prompt
     timesteps: int = 2  # at which an image is learnt from, Kt; as many strata
-    until: float = 0.9  # the part of the sampler's grid that is learnt at, from the noisy end
-    init: bool = False  # also at pure noise, the grid's first time
-    form: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber"  # of the log-likelihood: losses.fits
-    clip: float = 1.0  # of the ratio
-    bound: float = 5.0  # advantages are clamped to [-bound, bound], then divided by it
+    timestep_fraction: float = 0.9  # the part of the sampler's grid that is learnt at, from the noisy end
+    with_init: bool = False  # also at pure noise, the grid's first time
+    weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber"  # of the log-likelihood: losses.fits
+    clip_range: float = 1.0  # of the ratio
+    adv_clip_max: float = 5.0  # advantages are clamped to [-bound, bound], then divided by it
     std: Literal["group", "global", "none"] = "global"  # what rewards are divided by
-    beta: float = 0.001  # weight of mean (v_live - v_ref)^2
-    ema_beta: float = 1.0  # weight of mean (v_live - v_old)^2: a trust region around the recent past
+    kl: float = 0.001  # weight of mean (v_live - v_ref)^2
+    ema_kl: float = 1.0  # weight of mean (v_live - v_old)^2: a trust region around the recent past
     off_policy: bool = False  # ell_old is the old copy's
     solver: Literal["dpm2", "ode"] = "dpm2"
     steps: int = 0  # of the rollout; 0 is the protocol's number
@@ -72,13 +72,15 @@ class AWM:
             raise UserError(f"awm: a group needs at least two images to compare, got group={self.group}")
         if self.prompts < 1 or self.timesteps < 1:
             raise UserError(f"awm: prompts and timesteps must be at least 1, got {self.prompts} and {self.timesteps}")
-        if not (self.clip > 0 and self.bound > 0):
-            raise UserError(f"awm: clip and bound must be above 0, got {self.clip} and {self.bound}")
-        for name in ("beta", "ema_beta", "steps", "guidance"):
+        if not (self.clip_range > 0 and self.adv_clip_max > 0):
+            raise UserError(
+                f"awm: clip_range and adv_clip_max must be above 0, got {self.clip_range} and {self.adv_clip_max}"
+            )
+        for name in ("kl", "ema_kl", "steps", "guidance"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"awm: {name} must not be negative, got {getattr(self, name)}")
-        if not 0 < self.until <= 1:
-            raise UserError(f"awm: until is a part of the grid in (0, 1], got {self.until}")
+        if not 0 < self.timestep_fraction <= 1:
+            raise UserError(f"awm: timestep_fraction is a part of the grid in (0, 1], got {self.timestep_fraction}")
         if self.steps:
             self.strata(self.steps)
 
@@ -87,7 +89,7 @@ class AWM:
 
         Raises UserError when there are more strata than indices.
         """
-        first, end = 0 if self.init else 1, int(steps * self.until)
+        first, end = 0 if self.with_init else 1, int(steps * self.timestep_fraction)
         if end - first < self.timesteps:
             raise UserError(
                 f"awm: {self.timesteps} timesteps, but a sampler of {steps} steps has {max(0, end - first)}"
@@ -97,7 +99,7 @@ class AWM:
     @property
     def trails(self) -> bool:
         """Is the old copy needed?"""
-        return self.ema_beta > 0 or self.off_policy
+        return self.ema_kl > 0 or self.off_policy
 
     @property
     def latents(self) -> int:
@@ -105,7 +107,7 @@ class AWM:
 
     def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
         passes, times = 1 if (self.guidance or guidance) == 1 else 2, self.timesteps * self.optim.epochs
-        others = {"ref": times} if self.beta else {}
+        others = {"ref": times} if self.kl else {}
         others |= {"old": times} if self.trails else {}
         return {"rollout": (self.steps or steps) * passes, "policy": 3 * times, **others}
 
@@ -118,7 +120,7 @@ class AWM:
             self.prompts, self.group, steps=self.steps, guidance=self.guidance or None,
             kernel=dpm2 if self.solver == "dpm2" else ode,
         )  # fmt: skip
-        adv = standardise(groups.reward, self.std).clamp(-self.bound, self.bound) / self.bound
+        adv = standardise(groups.reward, self.std).clamp(-self.adv_clip_max, self.adv_clip_max) / self.adv_clip_max
         batch = Praised(groups.x0.flatten(0, 1), groups.prompt_ids.repeat_interleave(self.group), adv.flatten())
         return select_rows(batch, (informative(groups.reward)[:, None] & groups.reward.isfinite()).flatten())
 
@@ -130,19 +132,19 @@ class AWM:
         )
         x, target = mix(rig.path, x0, rig.noise(len(x0)), t)
         v = rig.velocity(x, t, prompt_ids)
-        ell = old = fits(rig.error(v, target, t), t, self.form)
+        ell = old = fits(rig.error(v, target, t), t, self.weighting)
         penalty = torch.zeros_like(ell)
-        if self.beta:
+        if self.kl:
             drift = rig.error(v, rig.velocity(x, t, prompt_ids, weights="ref"), t)
             rig.note("policy/kl", drift.mean())
-            penalty = penalty + self.beta * drift
+            penalty = penalty + self.kl * drift
         if self.trails:
             v_old = rig.velocity(x, t, prompt_ids, weights="old")
-            penalty = penalty + self.ema_beta * rig.error(v, v_old, t)
-            old = fits(rig.error(v_old, target, t), t, self.form) if self.off_policy else ell
+            penalty = penalty + self.ema_kl * rig.error(v, v_old, t)
+            old = fits(rig.error(v_old, target, t), t, self.weighting) if self.off_policy else ell
         ratio = (ell - old.detach()).exp()
         rig.note("policy/ratio", ratio.mean())
-        return (clipped(ratio, adv, self.clip) + penalty).mean()
+        return (clipped(ratio, adv, self.clip_range) + penalty).mean()
 
     def times(self, rig: Rig, rows: int) -> Tensor:
         """(rows, timesteps): for each row one time of the sampler's grid from each stratum."""

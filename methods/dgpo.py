@@ -47,20 +47,20 @@ class DGPO:
         "optim.lr": LogUniform(1e-4, 1e-3),
         "beta": LogUniform(10, 1000),
         "kl": LogUniform(1e-4, 1e-1),
-        "clip": LogUniform(1e-3, 1e-1),
+        "clip_range": LogUniform(1e-3, 1e-1),
         "timesteps": Choice((1, 2, 4)),
     }
     optim: Optim = field(default_factory=lambda: Optim(lr=3e-4, minibatches=1))
     prompts: int = 8  # groups an iteration
     group: int = 24  # images a prompt
     timesteps: int = 4  # at which a group is learnt from, M
-    trunc: int = 6  # the times are among the first trunc + 1 of the sampler: late ones would teach few-step blur
+    trunc_steps: int = 6  # the times are among the first trunc + 1 of the sampler: late ones would teach few-step blur
     beta: float = 100.0  # how soon the sigmoid saturates: the strength of the trust region
-    clip: float = 1e-2  # of the ratio exp(e_old - e_live); 0 is none, and saves the old copy's evaluations
-    bound: float = 5.0  # advantages are clamped to [-bound, bound]
+    clip_range: float = 1e-2  # of the ratio exp(e_old - e_live); 0 is none, and saves the old copy's evaluations
+    adv_clip_max: float = 5.0  # advantages are clamped to [-bound, bound]
     std: Literal["group", "global", "none"] = "global"  # what rewards are divided by
     kl: float = 0.02  # weight of mean (v_live - v_ref)^2
-    switch: int = 200  # updates after which the old copy samples
+    switch_ema_ref: int = 200  # updates after which the old copy samples
     solver: Literal["dpm2", "ode"] = "dpm2"
     steps: int = 0  # of the rollout; 0 is the protocol's number
     guidance: float = 0.0  # of the rollout; 0 is the protocol's
@@ -70,13 +70,15 @@ class DGPO:
             raise UserError(f"dgpo: a group needs at least two images to compare, got group={self.group}")
         if self.prompts < 1 or self.timesteps < 1:
             raise UserError(f"dgpo: prompts and timesteps must be at least 1, got {self.prompts} and {self.timesteps}")
-        if not (self.beta > 0 and self.bound > 0):
-            raise UserError(f"dgpo: beta and bound must be above 0, got {self.beta} and {self.bound}")
-        for name in ("clip", "kl", "switch", "steps", "guidance"):
+        if not (self.beta > 0 and self.adv_clip_max > 0):
+            raise UserError(f"dgpo: beta and adv_clip_max must be above 0, got {self.beta} and {self.adv_clip_max}")
+        for name in ("clip_range", "kl", "switch_ema_ref", "steps", "guidance"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"dgpo: {name} must not be negative, got {getattr(self, name)}")
-        if self.trunc + 1 < self.timesteps:
-            raise UserError(f"dgpo: {self.timesteps} timesteps cannot be drawn from trunc + 1 = {self.trunc + 1}")
+        if self.trunc_steps + 1 < self.timesteps:
+            raise UserError(
+                f"dgpo: {self.timesteps} timesteps cannot be drawn from trunc_steps + 1 = {self.trunc_steps + 1}"
+            )
 
     @property
     def latents(self) -> int:
@@ -84,23 +86,23 @@ class DGPO:
 
     def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
         passes, times = 1 if (self.guidance or guidance) == 1 else 2, self.timesteps * self.optim.epochs
-        old = {"old": times} if self.clip else {}
+        old = {"old": times} if self.clip_range else {}
         return {"rollout": (self.steps or steps) * passes, "policy": 3 * times, "ref": times, **old}
 
     def collect(self, rig: Rig) -> Timed:
         """Sample and score P groups; the rows are every group whose rewards differ, at every time drawn."""
-        grid = rig.model.times(self.steps or rig.model.steps)[:-1][: self.trunc + 1]
+        grid = rig.model.times(self.steps or rig.model.steps)[:-1][: self.trunc_steps + 1]
         if len(grid) < self.timesteps:
             raise UserError(f"dgpo: {self.timesteps} timesteps cannot be drawn from a sampler of {len(grid)} steps")
         updates = rig.iteration * self.optim.epochs * self.optim.minibatches
         rig.model.update_copy("old", min(0.3, 0.001 * updates))  # 0 at the start: equal to the live weights
         groups = rig.groups(
             self.prompts, self.group, steps=self.steps, guidance=self.guidance or None,
-            weights="policy" if updates < self.switch else "old", kernel=dpm2 if self.solver == "dpm2" else ode,
+            weights="policy" if updates < self.switch_ema_ref else "old", kernel=dpm2 if self.solver == "dpm2" else ode,
         )  # fmt: skip
         chance = rig.uniform(len(grid))
         t = grid.to(chance)[chance.argsort()[: self.timesteps]]
-        adv = standardise(groups.reward, self.std).clamp(-self.bound, self.bound)
+        adv = standardise(groups.reward, self.std).clamp(-self.adv_clip_max, self.adv_clip_max)
         rows = informative(groups.reward).nonzero().flatten().repeat_interleave(self.timesteps)
         kept = select_rows(groups, rows)
         return Timed(kept.x0, kept.prompt_ids, t.repeat(len(rows) // self.timesteps), kept.reward, adv[rows])
@@ -116,10 +118,10 @@ class DGPO:
             rig.error(u, to, t).view_as(batch.adv) for u, to in ((v, target), (v_ref, target), (v, v_ref))
         )
         old = None
-        if self.clip:
+        if self.clip_range:
             old = rig.error(rig.velocity(x, t, prompt_ids, weights="old"), target, t).view_as(batch.adv)
             rig.note("policy/ratio", (old - live).detach().exp().mean())
         kl = among(batch.reward.isfinite(), drift).mean()
         rig.note("policy/accuracy", implicit_accuracy(batch.reward, live, ref))
         rig.note("policy/kl", kl)
-        return dgpo(batch.adv, live, ref, self.beta, old=old, clip=self.clip).mean() + self.kl * kl
+        return dgpo(batch.adv, live, ref, self.beta, old=old, clip=self.clip_range).mean() + self.kl * kl

@@ -40,19 +40,21 @@ class DiffusionDPO:
     space: ClassVar[Mapping[str, Range]] = {
         "optim.lr": LogUniform(1e-4, 1e-3),
         "beta": LogUniform(10, 5000),
-        "noisy": Uniform(0, 0.8),
+        "t_min": Uniform(0, 0.8),
     }
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-5, minibatches=1))  # epochs: timesteps a pair is seen at
     prompts: int = 8  # groups an iteration; with `pairs`, pairs an iteration
     group: int = 24  # images a prompt
     beta: float = 100.0  # how soon the sigmoid saturates, mean-and-half; the raw loss is divided by it
     choose: Literal["extremes", "random", "all"] = "extremes"  # of a group: best and worst, any one, or all
-    gap: float = 0.0  # rewards of a pair differ by more than this; closer ones are dropped
+    margin: float = 0.0  # rewards of a pair differ by more than this; closer ones are dropped
     collector: Literal["policy", "reference"] = "policy"  # who draws the images: the policy, or what anchors the loss
-    refresh: int = 0  # iterations after which the policy becomes the reference; 0 keeps the base
+    ref_update_step: int = 0  # iterations after which the policy becomes the reference; 0 keeps the base
     pairs: str = ""  # a data set of pairs (bench/training/pairs.py) to learn from; none are sampled then
-    times: Literal["logit-normal", "uniform"] = "logit-normal"  # of t: Flow-GRPO's; DiffusionDPO's, for epsilon models
-    noisy: float = 0.0  # t is drawn from [noisy, 1]: few-step images are a little blurred, low noise would teach that
+    timestep_sampling: Literal["logit-normal", "uniform"] = (
+        "logit-normal"  # of t: Flow-GRPO's; DiffusionDPO's, for epsilon models
+    )
+    t_min: float = 0.0  # t is drawn from [noisy, 1]: few-step images are a little blurred, low noise would teach that
     steps: int = 0  # of the rollout; 0 is the protocol's number
     guidance: float = 0.0  # of the rollout; 0 is the protocol's
 
@@ -62,15 +64,15 @@ class DiffusionDPO:
         if self.prompts < 1 or self.beta <= 0:
             got = f"{self.prompts} and {self.beta}"
             raise UserError(f"diffusion-dpo: prompts must be at least 1 and beta above 0, got {got}")
-        if self.gap < 0 or self.refresh < 0 or self.steps < 0 or self.guidance < 0:
-            raise UserError("diffusion-dpo: gap, refresh, steps and guidance must not be negative")
-        if not 0 <= self.noisy < 1:
-            raise UserError(f"diffusion-dpo: noisy is a time in [0, 1), got {self.noisy}")
+        if self.margin < 0 or self.ref_update_step < 0 or self.steps < 0 or self.guidance < 0:
+            raise UserError("diffusion-dpo: margin, ref_update_step, steps and guidance must not be negative")
+        if not 0 <= self.t_min < 1:
+            raise UserError(f"diffusion-dpo: t_min is a time in [0, 1), got {self.t_min}")
 
     @property
     def anchor(self) -> str:
         """The weights of the reference: the base, or the copy that `refresh` makes."""
-        return "old" if self.refresh else "ref"
+        return "old" if self.ref_update_step else "ref"
 
     @property
     def latents(self) -> int:
@@ -87,22 +89,22 @@ class DiffusionDPO:
     def collect(self, rig: Rig) -> Pairs:
         """Draw pairs from the data set; or sample and score P groups and pair their images."""
         if (
-            self.refresh and rig.iteration % self.refresh == 0
+            self.ref_update_step and rig.iteration % self.ref_update_step == 0
         ):  # the first one, at iteration 0, copies the untrained policy
             rig.model.update_copy("old", 0.0)
         if self.pairs:
             return rig.pairs(self.pairs, self.prompts)
         weights = "policy" if self.collector == "policy" else self.anchor
         groups = rig.groups(self.prompts, self.group, steps=self.steps, weights=weights, guidance=self.guidance or None)
-        which, win, lose = compare(groups.reward, self.choose, self.gap, rig.uniform(self.prompts))
+        which, win, lose = compare(groups.reward, self.choose, self.margin, rig.uniform(self.prompts))
         rig.note("pairs/kept", len(which))
         return Pairs(groups.x0[which, win], groups.x0[which, lose], groups.prompt_ids[which])
 
     def loss(self, rig: Rig, batch: Pairs) -> Tensor:
         """-log sigmoid(-(beta / 2) (s_win - s_lose)) / beta, averaged over pairs; one (t, eps) a pair."""
         n = len(batch.prompt_ids)
-        u = rig.normal(n).sigmoid() if self.times == "logit-normal" else rig.uniform(n)
-        t = (self.noisy + (1 - self.noisy) * u).repeat(2)
+        u = rig.normal(n).sigmoid() if self.timestep_sampling == "logit-normal" else rig.uniform(n)
+        t = (self.t_min + (1 - self.t_min) * u).repeat(2)
         eps, prompt_ids = rig.noise(n).repeat(2, 1, 1, 1), batch.prompt_ids.repeat(2)
         x, target = mix(rig.path, torch.cat([batch.win, batch.lose]), eps, t)
         v, v_ref = (rig.velocity(x, t, prompt_ids, weights=weights) for weights in ("policy", self.anchor))

@@ -46,22 +46,24 @@ class DiffusionNFT:
 
     space: ClassVar[Mapping[str, Range]] = {
         "optim.lr": LogUniform(1e-4, 1e-3),
-        "mix": Choice((0.1, 0.3, 1.0)),
+        "nft_beta": Choice((0.1, 0.3, 1.0)),
         "kl": LogUniform(1e-5, 1e-2),
-        "noisy": Uniform(0, 0.6),
+        "t_min": Uniform(0, 0.6),
         "timesteps": Choice((1, 2, 4)),
-        "decay": Choice((0, 1, 2)),
+        "decay_type": Choice((0, 1, 2)),
     }
     optim: Optim = field(default_factory=lambda: Optim(lr=3e-4, minibatches=1))
     prompts: int = 8  # groups an iteration
     group: int = 24  # images a prompt
     timesteps: int = 0  # at which an image is learnt from; 0 is 99 % of the sampler's, rounded down
-    noisy: float = 0.0  # only the sampler's times from here to 1
-    mix: float = 1.0  # b, how far the two policies lie from the old one; `config.beta` in the code
-    bound: float = 5.0  # an advantage of this is surely good; `adv_clip_max` in the code
+    t_min: float = 0.0  # only the sampler's times from here to 1
+    nft_beta: float = 1.0  # b, how far the two policies lie from the old one; `config.beta` in the code
+    adv_clip_max: float = 5.0  # an advantage of this is surely good; `adv_clip_max` in the code
     std: Literal["group", "global", "none"] = "global"  # what rewards are divided by
     kl: float = 1e-4  # weight of mean (v_live - v_ref)^2; `train.beta` in the code; 0 saves the evaluations
-    decay: Literal[0, 1, 2] = 1  # of the old copy: none, slow to 0.5, or none until update 75 and then fast to 0.999
+    decay_type: Literal[0, 1, 2] = (
+        1  # of the old copy: none, slow to 0.5, or none until update 75 and then fast to 0.999
+    )
     steps: int = 0  # of the rollout; 0 is the protocol's number
     guidance: float = 1.0  # of the rollout, as published; 0 is the protocol's
 
@@ -70,15 +72,17 @@ class DiffusionNFT:
             raise UserError(f"diffusion-nft: a group needs at least two images to compare, got group={self.group}")
         if self.prompts < 1:
             raise UserError(f"diffusion-nft: prompts must be at least 1, got {self.prompts}")
-        if not (self.mix > 0 and self.bound > 0):
-            raise UserError(f"diffusion-nft: mix and bound must be above 0, got {self.mix} and {self.bound}")
+        if not (self.nft_beta > 0 and self.adv_clip_max > 0):
+            raise UserError(
+                f"diffusion-nft: nft_beta and adv_clip_max must be above 0, got {self.nft_beta} and {self.adv_clip_max}"
+            )
         for name in ("timesteps", "kl", "steps", "guidance"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"diffusion-nft: {name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.noisy < 1:
-            raise UserError(f"diffusion-nft: noisy is a time in [0, 1), got {self.noisy}")
-        if self.decay not in RISES:
-            raise UserError(f"diffusion-nft: decay must be 0, 1 or 2, got {self.decay}")
+        if not 0 <= self.t_min < 1:
+            raise UserError(f"diffusion-nft: t_min is a time in [0, 1), got {self.t_min}")
+        if self.decay_type not in RISES:
+            raise UserError(f"diffusion-nft: decay_type must be 0, 1 or 2, got {self.decay_type}")
         if self.steps and self.timesteps > self.steps:
             raise UserError(f"diffusion-nft: {self.timesteps} timesteps, but a sampler of {self.steps} steps")
 
@@ -88,7 +92,7 @@ class DiffusionNFT:
 
     def lag(self, updates: int) -> float:
         """The decay of the old copy after so many updates."""
-        flat, rise, top = RISES[self.decay]
+        flat, rise, top = RISES[self.decay_type]
         return min(rise * max(0, updates - flat), top)
 
     @property
@@ -107,7 +111,7 @@ class DiffusionNFT:
         groups = rig.groups(
             self.prompts, self.group, steps=self.steps, guidance=self.guidance or None, weights="old", kernel=dpm2
         )
-        good = goodness(standardise(groups.reward, self.std), self.bound)
+        good = goodness(standardise(groups.reward, self.std), self.adv_clip_max)
         batch = ScoredImages(groups.x0.flatten(0, 1), groups.prompt_ids.repeat_interleave(self.group), good.flatten())
         return select_rows(batch, (informative(groups.reward)[:, None] & groups.reward.isfinite()).flatten())
 
@@ -118,8 +122,8 @@ class DiffusionNFT:
         x0, prompt_ids, good = (part.repeat_interleave(k, 0) for part in (batch.x0, batch.prompt_ids, batch.good))
         x, _ = mix(rig.path, x0, rig.noise(len(x0)), t)
         v, v_old = (rig.velocity(x, t, prompt_ids, weights=weights) for weights in ("policy", "old"))
-        plus, minus = (split(rig.path, x, v_old + b * (v - v_old), t)[0] for b in (self.mix, -self.mix))
-        loss = reflected(plus, minus, x0, good).mean() * self.bound / self.mix
+        plus, minus = (split(rig.path, x, v_old + b * (v - v_old), t)[0] for b in (self.nft_beta, -self.nft_beta))
+        loss = reflected(plus, minus, x0, good).mean() * self.adv_clip_max / self.nft_beta
         if self.kl:
             drift = rig.error(v, rig.velocity(x, t, prompt_ids, weights="ref"), t).mean()
             rig.note("policy/kl", drift)
@@ -129,10 +133,10 @@ class DiffusionNFT:
     def grid(self, rig: Rig) -> Tensor:
         """The sampler's times at which images may be learnt; raises UserError when they are too few."""
         grid = rig.model.times(self.steps or rig.model.steps)[:-1]
-        grid, wanted = grid[grid >= self.noisy], self.timesteps or 1
+        grid, wanted = grid[grid >= self.t_min], self.timesteps or 1
         if len(grid) < wanted:
             raise UserError(
-                f"diffusion-nft: {wanted} timesteps, but noisy={self.noisy} leaves {len(grid)} of the sampler's"
+                f"diffusion-nft: {wanted} timesteps, but t_min={self.t_min} leaves {len(grid)} of the sampler's"
             )
         return grid
 

@@ -42,18 +42,18 @@ class GPO:
     space: ClassVar[Mapping[str, Range]] = {
         "optim.lr": LogUniform(1e-4, 1e-3),
         "beta": LogUniform(10, 1000),
-        "noisy": Uniform(0, 0.8),
+        "t_min": Uniform(0, 0.8),
     }
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-5))
     prompts: int = 8  # groups an iteration
     group: int = 24  # images a prompt
     beta: float = 100.0  # how soon the sigmoid saturates: the strength of the trust region
-    link: Literal["logsigmoid", "pairwise", "linear"] = "logsigmoid"
+    loss_type: Literal["logsigmoid", "pairwise", "linear"] = "logsigmoid"
     std: Literal["group", "global", "none"] = "group"  # what rewards are divided by
-    gap_weight: bool = True  # link "pairwise": weigh a pair by its gap; False is plain all-pairs DPO
-    gap: float = 0.0  # link "pairwise": only pairs whose rewards differ by more than this
+    margin_weight: bool = True  # link "pairwise": weigh a pair by its gap; False is plain all-pairs DPO
+    margin: float = 0.0  # link "pairwise": only pairs whose rewards differ by more than this
     kl: float = 0.0  # weight of mean (v_live - v_ref)^2, over images that could be scored
-    noisy: float = 0.0  # t is drawn from [noisy, 1]: few-step images are a little blurred, low noise would teach that
+    t_min: float = 0.0  # t is drawn from [noisy, 1]: few-step images are a little blurred, low noise would teach that
     steps: int = 0  # of the rollout; 0 is the protocol's number
     guidance: float = 0.0  # of the rollout; 0 is the protocol's
 
@@ -62,10 +62,10 @@ class GPO:
             raise UserError(f"gpo: a group needs at least two images to compare, got group={self.group}")
         if self.prompts < 1 or self.beta <= 0:
             raise UserError(f"gpo: prompts must be at least 1 and beta above 0, got {self.prompts} and {self.beta}")
-        if self.steps < 0 or self.guidance < 0 or self.kl < 0 or self.gap < 0:
-            raise UserError("gpo: steps, guidance, kl and gap must not be negative")
-        if not 0 <= self.noisy < 1:
-            raise UserError(f"gpo: noisy is a time in [0, 1), got {self.noisy}")
+        if self.steps < 0 or self.guidance < 0 or self.kl < 0 or self.margin < 0:
+            raise UserError("gpo: steps, guidance, kl and margin must not be negative")
+        if not 0 <= self.t_min < 1:
+            raise UserError(f"gpo: t_min is a time in [0, 1), got {self.t_min}")
 
     @property
     def latents(self) -> int:
@@ -83,7 +83,7 @@ class GPO:
 
     def loss(self, rig: Rig, batch: WeightedGroups) -> Tensor:
         """-log sigmoid(-(beta / G) sum_i A_i s_i) / beta, averaged over groups; s_i from one (t, eps) a group."""
-        t = self.noisy + (1 - self.noisy) * rig.normal(len(batch.prompt_ids)).sigmoid()
+        t = self.t_min + (1 - self.t_min) * rig.normal(len(batch.prompt_ids)).sigmoid()
         t = t.repeat_interleave(self.group)
         eps = rig.noise(len(batch.prompt_ids)).repeat_interleave(self.group, 0)
         prompt_ids = batch.prompt_ids.repeat_interleave(self.group)
@@ -95,7 +95,7 @@ class GPO:
         drift = among(known, rig.error(v, v_ref, t).view_as(batch.reward)).mean()
         rig.note("policy/kl", drift)
         each = gpo(
-            batch.adv, live, ref, self.beta, self.link,
-            gap_weight=self.gap_weight, known=known, apart=apart(batch.reward, self.gap),
+            batch.adv, live, ref, self.beta, self.loss_type,
+            gap_weight=self.margin_weight, known=known, apart=apart(batch.reward, self.margin),
         )  # fmt: skip
         return each.mean() + self.kl * drift

@@ -31,7 +31,7 @@ class GRPOGuard:
 
     space: ClassVar[Mapping[str, Range]] = {
         "optim.lr": LogUniform(1e-4, 2e-3),
-        "clip": LogUniform(1e-6, 1e-3),
+        "clip_range": LogUniform(1e-6, 1e-3),
         "noise_level": Uniform(0.4, 1.0),
         "std": Choice(("group", "global")),
     }
@@ -39,10 +39,10 @@ class GRPOGuard:
     prompts: int = 48  # groups an iteration
     group: int = 24  # images a prompt
     std: Literal["group", "global", "none"] = "group"  # what rewards are divided by
-    adv_clip: float = 5.0  # advantages are held within this
-    clip: float = 2e-6  # of the guarded ratio
+    adv_clip_max: float = 5.0  # advantages are held within this
+    clip_range: float = 2e-6  # of the guarded ratio
     noise_level: float = 0.7  # of the walk
-    fraction: float = 0.99  # of the steps that are learnt from, the first int(steps * fraction)
+    timestep_fraction: float = 0.99  # of the steps that are learnt from, the first int(steps * fraction)
     detach_uncond: bool = False  # no gradient through the unconditional branch of guidance
     steps: int = 0  # of the rollout; 0 is the protocol's number
     guidance: float = 0.0  # of rollout and training; 0 is the protocol's
@@ -51,10 +51,14 @@ class GRPOGuard:
         for name, fine, rule in (
             ("prompts", self.prompts >= 1, "at least 1"),
             ("group", self.group >= 2, "at least 2: one image has nothing to be compared with"),
-            ("adv_clip", self.adv_clip > 0, "above 0"),
-            ("clip", self.clip > 0, "above 0"),
+            ("adv_clip_max", self.adv_clip_max > 0, "above 0"),
+            ("clip_range", self.clip_range > 0, "above 0"),
             ("noise_level", self.noise_level > 0, "above 0"),
-            ("fraction", 0 < self.fraction < 1, "between 0 and 1: the last step is never learnt from"),
+            (
+                "timestep_fraction",
+                0 < self.timestep_fraction < 1,
+                "between 0 and 1: the last step is never learnt from",
+            ),
             ("steps", self.steps == 0 or self.steps >= 2, "at least 2, or 0 for the protocol's number"),
             ("guidance", self.guidance >= 0, "at least 0"),
         ):
@@ -63,9 +67,11 @@ class GRPOGuard:
 
     def learnt(self, steps: int) -> int:
         """How many steps of a rollout of so many are learnt from."""
-        if int(steps * self.fraction) < 1:
-            raise UserError(f"grpo-guard: fraction {self.fraction} of steps {steps} leaves none to learn from")
-        return int(steps * self.fraction)
+        if int(steps * self.timestep_fraction) < 1:
+            raise UserError(
+                f"grpo-guard: timestep_fraction {self.timestep_fraction} of steps {steps} leaves none to learn from"
+            )
+        return int(steps * self.timestep_fraction)
 
     def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
         steps, passes = self.steps or steps, 1 if (self.guidance or guidance) == 1 else 2
@@ -78,7 +84,9 @@ class GRPOGuard:
         transitions, reward = rig.transitions(
             self.prompts, self.group, kernels, keep=kept, guidance=self.guidance or None
         )
-        return assign_advantages(transitions, standardise(reward, self.std).clamp(-self.adv_clip, self.adv_clip))
+        return assign_advantages(
+            transitions, standardise(reward, self.std).clamp(-self.adv_clip_max, self.adv_clip_max)
+        )
 
     def loss(self, rig: Rig, batch: Transitions) -> Tensor:
         """mean max(-A rho, -A clip(rho, 1 - c, 1 + c)) / dt over transitions, rho = exp(-mean (mu_then - mu) eps)."""
@@ -88,5 +96,5 @@ class GRPOGuard:
         )  # fmt: skip
         ratio = guarded(step.mean, batch.mean, batch.to, step.std).exp()
         rig.note("policy/ratio", ratio.mean())
-        rig.note("policy/clipped", ((ratio - 1).abs() > self.clip).float().mean())
-        return (clipped(ratio, batch.adv, self.clip) / (batch.t - batch.s)).mean()
+        rig.note("policy/clipped", ((ratio - 1).abs() > self.clip_range).float().mean())
+        return (clipped(ratio, batch.adv, self.clip_range) / (batch.t - batch.s)).mean()

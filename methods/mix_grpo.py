@@ -36,23 +36,23 @@ class MixGRPO:
 
     space: ClassVar[Mapping[str, Range]] = {
         "optim.lr": LogUniform(1e-4, 2e-3),
-        "clip": LogUniform(1e-5, 1e-2),
+        "clip_range": LogUniform(1e-5, 1e-2),
         "noise_level": Uniform(0.4, 1.0),
-        "window": Choice((2, 3, 4)),
-        "every": Choice((6, 12, 25)),
+        "window_size": Choice((2, 3, 4)),
+        "shift_interval": Choice((6, 12, 25)),
     }
     optim: Optim = field(default_factory=lambda: Optim(lr=1e-5, minibatches=4))
     prompts: int = 32  # groups an iteration
     group: int = 12  # images a prompt, all from one noise
     std: Literal["group", "global", "none"] = "group"  # what rewards are divided by
-    adv_clip: float = 5.0  # advantages are held within this
-    clip: float = 1e-4  # of the ratio
-    sampler: Literal["sde", "cps"] = "sde"  # the noisy step; cps: its log p is -mean (x - mean)^2
+    adv_clip_max: float = 5.0  # advantages are held within this
+    clip_range: float = 1e-4  # of the ratio
+    sde_type: Literal["sde", "cps"] = "sde"  # the noisy step; cps: its log p is -mean (x - mean)^2
     noise_level: float = 0.7  # of the noisy step; cps: its eta
-    window: int = 2  # noisy steps in a row; the paper has 4 of 10 or of 25
-    stride: int = 1  # steps the window moves at a time; 0: it never moves
-    every: int = 25  # iterations between two moves
-    tail: float = 0.0  # steps of the two-step solver for each step after the window; 0: the ODE
+    window_size: int = 2  # noisy steps in a row; the paper has 4 of 10 or of 25
+    window_stride: int = 1  # steps the window moves at a time; 0: it never moves
+    shift_interval: int = 25  # iterations between two moves
+    compress_ratio: float = 0.0  # steps of the two-step solver for each step after the window; 0: the ODE
     detach_uncond: bool = False  # no gradient through the unconditional branch of guidance
     steps: int = 0  # of the rollout before any compression; 0 is the protocol's number
     guidance: float = 0.0  # of rollout and training; 0 is the protocol's
@@ -61,13 +61,13 @@ class MixGRPO:
         for name, fine, rule in (
             ("prompts", self.prompts >= 1, "at least 1"),
             ("group", self.group >= 2, "at least 2: one image has nothing to be compared with"),
-            ("adv_clip", self.adv_clip > 0, "above 0"),
-            ("clip", self.clip > 0, "above 0"),
-            ("noise_level", self.noise_level > 0 and (self.sampler == "sde" or self.noise_level <= 1), "above 0, for cps at most 1"),
-            ("window", self.window >= 1, "at least 1"),
-            ("stride", self.stride >= 0, "at least 0"),
-            ("every", self.every >= 1, "at least 1"),
-            ("tail", 0 <= self.tail <= 1, "between 0 and 1"),
+            ("adv_clip_max", self.adv_clip_max > 0, "above 0"),
+            ("clip_range", self.clip_range > 0, "above 0"),
+            ("noise_level", self.noise_level > 0 and (self.sde_type == "sde" or self.noise_level <= 1), "above 0, for cps at most 1"),
+            ("window_size", self.window_size >= 1, "at least 1"),
+            ("window_stride", self.window_stride >= 0, "at least 0"),
+            ("shift_interval", self.shift_interval >= 1, "at least 1"),
+            ("compress_ratio", 0 <= self.compress_ratio <= 1, "between 0 and 1"),
             ("steps", self.steps == 0 or self.steps >= 2, "at least 2, or 0 for the protocol's number"),
             ("guidance", self.guidance >= 0, "at least 0"),
         ):  # fmt: skip
@@ -76,21 +76,21 @@ class MixGRPO:
 
     @property
     def kernel(self) -> Kernel:
-        return sde(self.noise_level) if self.sampler == "sde" else cps(self.noise_level)
+        return sde(self.noise_level) if self.sde_type == "sde" else cps(self.noise_level)
 
     def plan(self, iteration: int, steps: int) -> list[Kernel]:
         """A kernel for each step that is walked in this iteration."""
-        if self.window >= steps:
-            raise UserError(f"mix-grpo: window must be shorter than the {steps} steps, got {self.window}")
-        start = min(iteration // self.every * self.stride, steps - 1 - self.window)
-        left = steps - start - self.window
-        tail = [dpm2] * max(1, round(self.tail * left)) if self.tail else [ode] * left
-        return [*[ode] * start, *[self.kernel] * self.window, *tail]
+        if self.window_size >= steps:
+            raise UserError(f"mix-grpo: window_size must be shorter than the {steps} steps, got {self.window_size}")
+        start = min(iteration // self.shift_interval * self.window_stride, steps - 1 - self.window_size)
+        left = steps - start - self.window_size
+        tail = [dpm2] * max(1, round(self.compress_ratio * left)) if self.compress_ratio else [ode] * left
+        return [*[ode] * start, *[self.kernel] * self.window_size, *tail]
 
     def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
         """With the window at its first place; under a tail the rollout grows as the window moves on."""
         steps, passes = self.steps or steps, 1 if (self.guidance or guidance) == 1 else 2
-        rollout, learnt = len(self.plan(0, steps)), self.window * self.optim.epochs
+        rollout, learnt = len(self.plan(0, steps)), self.window_size * self.optim.epochs
         return {"rollout": rollout * passes, "policy": 3 * learnt * passes}
 
     def collect(self, rig: Rig) -> Transitions:
@@ -98,13 +98,15 @@ class MixGRPO:
         steps = self.steps or rig.model.steps
         kernels = self.plan(rig.iteration, steps)
         start = kernels.index(self.kernel)
-        after = start + self.window
+        after = start + self.window_size
         rig.note("rollout/window", start)
         transitions, reward = rig.transitions(
             self.prompts, self.group, kernels, times=coarser(rig.model.times(steps), after, len(kernels) - after),
-            drop=self.sampler == "cps", shared=True, guidance=self.guidance or None,
+            drop=self.sde_type == "cps", shared=True, guidance=self.guidance or None,
         )  # fmt: skip
-        return assign_advantages(transitions, standardise(reward, self.std).clamp(-self.adv_clip, self.adv_clip))
+        return assign_advantages(
+            transitions, standardise(reward, self.std).clamp(-self.adv_clip_max, self.adv_clip_max)
+        )
 
     def loss(self, rig: Rig, batch: Transitions) -> Tensor:
         """mean max(-A rho, -A clip(rho, 1 - c, 1 + c)), over transitions."""
@@ -112,10 +114,10 @@ class MixGRPO:
             self.kernel, batch.x, batch.t, batch.s, batch.prompt_ids,
             guidance=self.guidance or rig.model.guidance, detach=self.detach_uncond,
         )  # fmt: skip
-        ratio = (step.logp(batch.to, drop=self.sampler == "cps") - batch.logp).exp()
+        ratio = (step.logp(batch.to, drop=self.sde_type == "cps") - batch.logp).exp()
         rig.note("policy/ratio", ratio.mean())
-        rig.note("policy/clipped", ((ratio - 1).abs() > self.clip).float().mean())
-        return clipped(ratio, batch.adv, self.clip).mean()
+        rig.note("policy/clipped", ((ratio - 1).abs() > self.clip_range).float().mean())
+        return clipped(ratio, batch.adv, self.clip_range).mean()
 
 
 def coarser(times: Tensor, start: int, tail: int) -> Tensor:

@@ -40,16 +40,16 @@ class RWR:
         "optim.lr": LogUniform(3e-5, 3e-4),
         "kl": Choice((0.0, 1.0, 4.0)),
         "temperature": LogUniform(0.02, 1),
-        "noisy": Uniform(0, 0.8),
+        "t_min": Uniform(0, 0.8),
         "timesteps": Choice((1, 2, 4)),
     }
     optim: Optim = field(default_factory=lambda: Optim(lr=3e-4, minibatches=1))
     prompts: int = 8  # groups an iteration
     group: int = 24  # images a prompt
-    weights: Literal["softmax", "raw"] = "softmax"
+    image_weights: Literal["softmax", "raw"] = "softmax"
     temperature: float = 1.0  # of the softmax, in units of reward: low learns the best only, high learns all alike
     timesteps: int = 1  # at which an image is learnt in a pass
-    noisy: float = 0.0  # t is drawn from [noisy, 1]: few-step images are a little blurred, low noise would teach that
+    t_min: float = 0.0  # t is drawn from [noisy, 1]: few-step images are a little blurred, low noise would teach that
     kl: float = 0.0  # weight of mean (v_live - v_ref)^2; 0 saves the evaluations
     steps: int = 0  # of the rollout; 0 is the protocol's number
     guidance: float = 0.0  # of the rollout; 0 is the protocol's
@@ -64,8 +64,8 @@ class RWR:
         for name in ("kl", "steps", "guidance"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"rwr: {name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.noisy < 1:
-            raise UserError(f"rwr: noisy is a time in [0, 1), got {self.noisy}")
+        if not 0 <= self.t_min < 1:
+            raise UserError(f"rwr: t_min is a time in [0, 1), got {self.t_min}")
 
     def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
         passes, times = 1 if (self.guidance or guidance) == 1 else 2, self.timesteps * self.optim.epochs
@@ -75,14 +75,14 @@ class RWR:
         """Sample and score P groups; weigh the scored images of those whose rewards differ."""
         groups = rig.groups(self.prompts, self.group, steps=self.steps, guidance=self.guidance or None)
         reward = groups.reward
-        weight = likelihood_weights(reward, self.temperature) if self.weights == "softmax" else reward
+        weight = likelihood_weights(reward, self.temperature) if self.image_weights == "softmax" else reward
         batch = Weighted(groups.x0.flatten(0, 1), groups.prompt_ids.repeat_interleave(self.group), weight.flatten())
         kept = (informative(reward)[:, None] & reward.isfinite()).flatten()
         return select_rows(batch, kept.nonzero().flatten().repeat_interleave(self.timesteps))
 
     def loss(self, rig: Rig, batch: Weighted) -> Tensor:
         """mean w (v - v*)^2 + kl mean (v - v_ref)^2, averaged over images and their times."""
-        t = self.noisy + (1 - self.noisy) * rig.normal(len(batch.prompt_ids)).sigmoid()
+        t = self.t_min + (1 - self.t_min) * rig.normal(len(batch.prompt_ids)).sigmoid()
         x, target = mix(rig.path, batch.x0, rig.noise(len(batch.prompt_ids)), t)
         v = rig.velocity(x, t, batch.prompt_ids)
         loss = weighted_error(rig.error(v, target, t), batch.weight).mean()

@@ -38,7 +38,7 @@ class SFT:
     space: ClassVar[Mapping[str, Range]] = {
         "optim.lr": LogUniform(3e-5, 3e-4),
         "kl": Choice((0.0, 1.0, 4.0)),
-        "noisy": Uniform(0, 0.8),
+        "t_min": Uniform(0, 0.8),
         "timesteps": Choice((1, 2, 4, 8)),
         "group": Choice((4, 8, 16)),
     }
@@ -46,7 +46,7 @@ class SFT:
     prompts: int = 8  # groups an iteration
     group: int = 24  # images a prompt
     timesteps: int = 1  # at which a kept image is learnt in a pass
-    noisy: float = 0.0  # t is drawn from [noisy, 1]: few-step images are a little blurred, low noise would teach that
+    t_min: float = 0.0  # t is drawn from [noisy, 1]: few-step images are a little blurred, low noise would teach that
     kl: float = 0.0  # weight of mean (v_live - v_ref)^2; 0 saves the evaluations
     steps: int = 0  # of the rollout; 0 is the protocol's number
     guidance: float = 0.0  # of the rollout; 0 is the protocol's
@@ -59,8 +59,8 @@ class SFT:
         for name in ("kl", "steps", "guidance"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"sft: {name} must not be negative, got {getattr(self, name)}")
-        if not 0 <= self.noisy < 1:
-            raise UserError(f"sft: noisy is a time in [0, 1), got {self.noisy}")
+        if not 0 <= self.t_min < 1:
+            raise UserError(f"sft: t_min is a time in [0, 1), got {self.t_min}")
 
     def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
         passes = 1 if (self.guidance or guidance) == 1 else 2
@@ -76,7 +76,7 @@ class SFT:
 
     def loss(self, rig: Rig, batch: Chosen) -> Tensor:
         """mean (v - v*)^2 + kl mean (v - v_ref)^2, averaged over the kept images and their times."""
-        t = self.noisy + (1 - self.noisy) * rig.normal(len(batch.prompt_ids)).sigmoid()
+        t = self.t_min + (1 - self.t_min) * rig.normal(len(batch.prompt_ids)).sigmoid()
         x, target = mix(rig.path, batch.x0, rig.noise(len(batch.prompt_ids)), t)
         v = rig.velocity(x, t, batch.prompt_ids)
         loss = rig.error(v, target, t).mean()

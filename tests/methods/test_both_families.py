@@ -166,7 +166,7 @@ def test_a_run_on_a_unet_from_the_command_line(gpobench: Any, tiny_unet: Path, r
         "optim.minibatches=1",
         "optim.warmup=0",
         "optim.ema=0.5",
-        "noisy=0",
+        "t_min=0",
     )
     chosen = [word for key in sets for word in ("--set", key)]
     ended = gpobench(

@@ -54,7 +54,7 @@ def moved(lab: Any) -> Any:
 @pytest.mark.parametrize("clip", [0.0, 1e-3, 1e9])
 @pytest.mark.parametrize("beta", [1.0, 300.0])
 def test_the_loss_and_its_gradient_are_the_equation(lab: Any, moved: Any, clip: float, beta: float) -> None:
-    batch, method = timed(moved), DGPO(group=4, beta=beta, clip=clip, kl=0.3)
+    batch, method = timed(moved), DGPO(group=4, beta=beta, clip_range=clip, kl=0.3)
     e = slow_errors(lab, moved, batch)
     a, known = batch.adv.double(), batch.reward.isfinite()
     weight = 1 / (1 + (-(beta / 4) * (a * (e["policy"] - e["ref"])).sum(1, keepdim=True)).exp())
@@ -72,13 +72,13 @@ def test_the_loss_and_its_gradient_are_the_equation(lab: Any, moved: Any, clip: 
 def test_where_nothing_is_clipped_the_gradient_is_that_of_gpo(lab: Any, moved: Any, clip: float) -> None:
     batch = timed(moved)
     e = slow_errors(lab, moved, batch)
-    one = lab.gradient(moved, lab.loss(DGPO(group=4, beta=40.0, clip=clip, kl=0), moved, batch))
+    one = lab.gradient(moved, lab.loss(DGPO(group=4, beta=40.0, clip_range=clip, kl=0), moved, batch))
     two = lab.gradient(moved, gpo(batch.adv.double(), e["policy"], e["ref"], 40.0).mean())
     assert float((one - two).norm()) < 2e-4 * float(two.norm())
 
 
 def test_the_times_are_the_samplers_own_early_ones_and_all_groups_share_them(lab: Any) -> None:
-    rig, method = lab.rig(), DGPO(prompts=3, group=4, steps=10, timesteps=4, trunc=5)
+    rig, method = lab.rig(), DGPO(prompts=3, group=4, steps=10, timesteps=4, trunc_steps=5)
     seen: set[float] = set()
     for _ in range(6):
         batch = method.collect(rig)
@@ -101,7 +101,7 @@ def test_advantages_are_clamped(lab: Any, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_old_copy_follows_and_then_samples(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, decays, weights = lab.rig(), list[float](), list[Any]()
     drawn, blend = rig.groups, rig.model.update_copy
-    monkeypatch.setattr(rig.model, "blend", lambda name, decay: (decays.append(decay), blend(name, decay)))
+    monkeypatch.setattr(rig.model, "update_copy", lambda name, decay: (decays.append(decay), blend(name, decay)))
 
     def groups(*args: Any, **kwargs: Any) -> Any:
         weights.append((kwargs["by"], kwargs["kernel"]))
@@ -110,9 +110,9 @@ def test_the_old_copy_follows_and_then_samples(lab: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(rig, "groups", groups)
     optim = Optim(epochs=2, minibatches=3)
     for rig.iteration in (0, 1, 33, 34, 49, 50, 1000):
-        DGPO(prompts=1, group=2, switch=200, optim=optim).collect(rig)
+        DGPO(prompts=1, group=2, switch_ema_ref=200, optim=optim).collect(rig)
     # updates / 1000 up to 0.3; six updates an iteration
     assert decays == pytest.approx([0.0, 0.006, 0.198, 0.204, 0.294, 0.3, 0.3])
     assert weights == [("policy", dpm2)] * 3 + [("old", dpm2)] * 4
-    DGPO(prompts=1, group=2, switch=0, solver="ode").collect(rig)
+    DGPO(prompts=1, group=2, switch_ema_ref=0, solver="ode").collect(rig)
     assert weights[-1] == ("old", ode)

@@ -20,7 +20,7 @@ def judged(rig: Any) -> ScoredImages:
 
 def slow_loss(lab: Any, rig: Any, method: DiffusionNFT, batch: ScoredImages) -> torch.Tensor:
     """In float64, from three forwards and the formulas of the rectified path."""
-    k, b = method.count(rig.model.steps), method.mix
+    k, b = method.count(rig.model.steps), method.nft_beta
     with rig.keyed(lab.keys(batch)):
         t = method.times(rig, len(batch.prompt_ids)).flatten()
         eps = rig.noise(len(t)).double()
@@ -34,13 +34,13 @@ def slow_loss(lab: Any, rig: Any, method: DiffusionNFT, batch: ScoredImages) -> 
     for side, share in (((1 - b) * old + b * v, r), ((1 + b) * old - b * v, 1 - r)):
         gap = (x - s * side) - x0
         total = total + share * (gap**2).mean((1, 2, 3)) / gap.detach().abs().mean((1, 2, 3))
-    return (total * method.bound / b + method.kl * ((v - ref) ** 2).mean((1, 2, 3))).mean()
+    return (total * method.adv_clip_max / b + method.kl * ((v - ref) ** 2).mean((1, 2, 3))).mean()
 
 
 @pytest.mark.parametrize("mix", [1.0, 0.1])
 @pytest.mark.parametrize("kl", [0.0, 0.5])
 def test_the_loss_and_its_gradient_are_the_equation(lab: Any, mix: float, kl: float) -> None:
-    rig, method = lab.rig(push=0.05), DiffusionNFT(mix=mix, kl=kl, timesteps=2, bound=4.0)
+    rig, method = lab.rig(push=0.05), DiffusionNFT(nft_beta=mix, kl=kl, timesteps=2, adv_clip_max=4.0)
     rig.model.update_copy("old", 0.0)
     lab.push(rig, 0.05, seed=2)
     batch = judged(rig)
@@ -79,7 +79,7 @@ def test_times_are_distinct_ones_of_the_samplers_own(lab: Any) -> None:
     assert t.shape == (50, 9) and all(len(set(row)) == 9 for row in index.tolist())
     assert set(index.flatten().tolist()) == set(range(10)) and len({tuple(row) for row in index.tolist()}) == 50
     with rig.keyed(torch.arange(50)):
-        t = DiffusionNFT(steps=10, timesteps=2, noisy=0.6).times(rig, 50)
+        t = DiffusionNFT(steps=10, timesteps=2, t_min=0.6).times(rig, 50)
     assert t.shape == (50, 2) and set(t.flatten().tolist()) == set(grid[:7].tolist())
     assert (t[:, 0] != t[:, 1]).all() and DiffusionNFT().count(1) == 1 and DiffusionNFT().count(40) == 39
 
@@ -102,11 +102,11 @@ def test_goodness_is_a_clamped_advantage(lab: Any, monkeypatch: pytest.MonkeyPat
 def test_the_old_copy_lags_by_schedule_and_samples(
     lab: Any, monkeypatch: pytest.MonkeyPatch, decay: Any, lags: dict[int, float]
 ) -> None:
-    method = DiffusionNFT(prompts=1, group=2, decay=decay)
+    method = DiffusionNFT(prompts=1, group=2, decay_type=decay)
     assert {updates: method.lag(updates) for updates in lags} == pytest.approx(lags)
     rig, asked, decays = lab.rig(), list[Any](), list[float]()
     drawn, blend = rig.groups, rig.model.update_copy
-    monkeypatch.setattr(rig.model, "blend", lambda name, weights: (decays.append(weights), blend(name, weights)))
+    monkeypatch.setattr(rig.model, "update_copy", lambda name, weights: (decays.append(weights), blend(name, weights)))
     monkeypatch.setattr(rig, "groups", lambda *a, **k: (asked.append(k), drawn(*a, **k))[1])
     rig.iteration = 40
     replace(method, optim=Optim(minibatches=2)).collect(rig)

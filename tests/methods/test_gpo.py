@@ -39,7 +39,7 @@ def test_at_the_reference_the_loss_is_log_two_over_beta(make: Any, beta: float) 
 def test_a_group_of_two_is_diffusion_dpo_over_beta(make: Any, link: Any) -> None:
     """With two images the standardised rewards are +1 and -1, up to the guard in the deviation."""
     rig = make(push=0.05)
-    method = GPO(prompts=4, group=2, beta=50.0, link=link, gap_weight=False)
+    method = GPO(prompts=4, group=2, beta=50.0, loss_type=link, margin_weight=False)
     drawn = method.collect(rig)
     sign = drawn.adv.sign()
     batch = WeightedGroups(drawn.x0, drawn.prompt_ids, sign, sign)
@@ -96,7 +96,7 @@ def test_a_group_is_informative_when_two_of_its_scored_images_differ(
 def test_an_image_without_a_score_teaches_nothing(make: Any, link: Any) -> None:
     """Changing the picture that could not be scored changes no gradient."""
     rig = make(push=0.05)
-    method = GPO(prompts=1, group=3, beta=20.0, link=link)
+    method = GPO(prompts=1, group=3, beta=20.0, loss_type=link)
     x0 = rig.noise(3)[None]
     other = x0.clone()
     other[0, 0] += 1
@@ -115,7 +115,7 @@ def test_an_image_without_a_score_teaches_nothing(make: Any, link: Any) -> None:
 
 @pytest.mark.parametrize("link", ["logsigmoid", "pairwise", "linear"])
 def test_one_step_makes_the_better_image_likelier(make: Any, link: Any) -> None:
-    rig, method = make(), GPO(prompts=4, group=4, beta=100.0, link=link)
+    rig, method = make(), GPO(prompts=4, group=4, beta=100.0, loss_type=link)
     batch = method.collect(rig)
     steepest = torch.optim.SGD(rig.model.parameters(), lr=1e-2)
     keyed_loss(method, rig, batch).backward()
@@ -128,7 +128,10 @@ def test_one_step_makes_the_better_image_likelier(make: Any, link: Any) -> None:
 
 def test_pairs_closer_than_the_gap_are_left_out(make: Any) -> None:
     """Of the rewards 0, 0.1 and 1 a gap of 0.2 leaves the two pairs with the last one."""
-    rig, method = make(push=0.05), GPO(prompts=1, group=3, beta=20.0, link="pairwise", gap_weight=False, gap=0.2)
+    rig, method = (
+        make(push=0.05),
+        GPO(prompts=1, group=3, beta=20.0, loss_type="pairwise", margin_weight=False, margin=0.2),
+    )
     reward = torch.tensor([[0.0, 0.1, 1.0]])
     batch = WeightedGroups(rig.noise(3)[None], torch.tensor([2]), reward, standardise(reward))
     loss = keyed_loss(method, rig, batch)
@@ -138,7 +141,7 @@ def test_pairs_closer_than_the_gap_are_left_out(make: Any) -> None:
     live, ref = rig.errors(batch.x0[0], torch.tensor([2, 2, 2]), t, eps, "policy", "ref")
     pairs = [dpo(live[2:], ref[2:], live[i : i + 1], ref[i : i + 1], 20.0) / 20.0 for i in (0, 1)]
     assert float(loss.detach()) == pytest.approx(float(sum(pairs).detach() / 3), rel=1e-4)  # type: ignore[union-attr]
-    wide = GPO(prompts=1, group=3, beta=20.0, link="pairwise", gap_weight=False, gap=2.0)
+    wide = GPO(prompts=1, group=3, beta=20.0, loss_type="pairwise", margin_weight=False, margin=2.0)
     assert float(keyed_loss(wide, rig, batch).detach()) == 0
 
 
@@ -185,7 +188,7 @@ def test_it_makes_the_model_better(make: Any) -> None:
         {"beta": -1},
         {"steps": -1},
         {"guidance": -1},
-        {"noisy": 1.0},
+        {"t_min": 1.0},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ nan = float("nan")
 def test_the_weights_are_by_hand(lab: Any, monkeypatch: pytest.MonkeyPatch, weights: Any, temperature: float) -> None:
     rig, reward = lab.rig(), [[0.1, 0.7, 0.3], [0.4, 0.4, 0.4], [nan, 0.2, 0.1]]
     drawn = lab.groups(rig, reward, monkeypatch)
-    batch = RWR(prompts=3, group=3, weights=weights, temperature=temperature, timesteps=2).collect(rig)
+    batch = RWR(prompts=3, group=3, image_weights=weights, temperature=temperature, timesteps=2).collect(rig)
     assert batch.prompt_ids.tolist() == [0] * 6 + [2] * 4
     expected: list[float] = []
     for p, members in ((0, [0, 1, 2]), (2, [1, 2])):
@@ -44,5 +44,5 @@ def test_the_loss_and_its_gradient_are_the_equation(lab: Any, kl: float, noisy: 
     square = ((v - (eps - x0)) ** 2).mean((1, 2, 3))
     expected = sum(w * e for w, e in zip(batch.weight.double(), square)) / 4 + kl * ((v - ref) ** 2).mean()
     before = rig.meter.roles["ref"]
-    lab.agree(rig, lab.loss(RWR(kl=kl, noisy=noisy), rig, batch), expected)
+    lab.agree(rig, lab.loss(RWR(kl=kl, t_min=noisy), rig, batch), expected)
     assert (rig.meter.roles["ref"] > before) == (kl > 0)

@@ -36,5 +36,5 @@ def test_the_loss_and_its_gradient_are_the_equation(lab: Any, kl: float, noisy: 
     expected = ((v - (eps - x0)) ** 2).mean() + kl * ((v - ref) ** 2).mean()
     assert float(t.min()) > noisy
     before = rig.meter.roles["ref"]
-    lab.agree(rig, lab.loss(SFT(kl=kl, noisy=noisy), rig, batch), expected)
+    lab.agree(rig, lab.loss(SFT(kl=kl, t_min=noisy), rig, batch), expected)
     assert (rig.meter.roles["ref"] > before) == (kl > 0)  # no reference where it is not asked for
