@@ -10,14 +10,14 @@ import torch
 
 from gpobench.bench.flow import dpm2
 from gpobench.bench.spec import Optim
-from gpobench.methods.awm import AWM, Praised
+from gpobench.methods.awm import AWM, AdvantageBatch
 
 FREE = {"kl": 0.0, "ema_kl": 0.0}
 
 
-def praised(rig: Any) -> Praised:
+def praised(rig: Any) -> AdvantageBatch:
     x0 = torch.randn(5, *rig.model.shape, generator=torch.Generator().manual_seed(3))
-    return Praised(x0, torch.tensor([1, 1, 4, 0, 2]), torch.tensor([0.9, -0.4, 0.0, 0.3, -1.0]))
+    return AdvantageBatch(x0, torch.tensor([1, 1, 4, 0, 2]), torch.tensor([0.9, -0.4, 0.0, 0.3, -1.0]))
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def moved(lab: Any) -> Any:
     return rig
 
 
-def slow(lab: Any, rig: Any, method: AWM, batch: Praised) -> dict[str, torch.Tensor]:
+def slow(lab: Any, rig: Any, method: AWM, batch: AdvantageBatch) -> dict[str, torch.Tensor]:
     """(N Kt,) float64: the times t, the advantages, the errors by weights, the distances "kl" and "lag"."""
     k = method.timesteps
     with rig.keyed(lab.keys(batch)):
@@ -43,7 +43,7 @@ def slow(lab: Any, rig: Any, method: AWM, batch: Praised) -> dict[str, torch.Ten
     }
     square = {weights: ((v[weights] - (eps - x0)) ** 2).mean((1, 2, 3)) for weights in v}
     kl, lag = (((v["policy"] - v[weights]) ** 2).mean((1, 2, 3)) for weights in ("ref", "old"))
-    return {"t": t.double(), "adv": batch.adv.double().repeat_interleave(k), **square, "kl": kl, "lag": lag}
+    return {"t": t.double(), "adv": batch.advantage.double().repeat_interleave(k), **square, "kl": kl, "lag": lag}
 
 
 def slow_fit(form: str, d: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ def test_the_loss_and_its_gradient_are_the_equation(
 
 
 def test_without_advantages_the_policy_has_no_gradient(lab: Any, moved: Any) -> None:
-    batch = replace(praised(moved), adv=torch.zeros(5))
+    batch = replace(praised(moved), advantage=torch.zeros(5))
     for off_policy in (False, True):
         loss = lab.loss(AWM(off_policy=off_policy, **FREE), moved, batch)
         assert float(loss.detach()) == 0 and float(lab.gradient(moved, loss).abs().max()) == 0
@@ -83,7 +83,7 @@ def test_on_policy_it_is_flow_matching_weighted_by_advantages(lab: Any, moved: A
     """The ratio is 1 and the gradient that of mean A e: the advantage-weighted flow matching of the paper's title."""
     method, batch = AWM(weighting="uniform", **FREE), praised(moved)
     loss = lab.loss(method, moved, batch)
-    assert float(loss.detach()) == pytest.approx(-float(batch.adv.mean()), abs=1e-6)
+    assert float(loss.detach()) == pytest.approx(-float(batch.advantage.mean()), abs=1e-6)
     assert moved.mean("policy/ratio") == 1
     e = slow(lab, moved, method, batch)
     one, two = lab.gradient(moved, loss), lab.gradient(moved, (e["adv"] * e["policy"]).mean())
@@ -93,7 +93,7 @@ def test_on_policy_it_is_flow_matching_weighted_by_advantages(lab: Any, moved: A
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_an_image_beyond_the_clip_teaches_nothing(lab: Any, moved: Any, sign: float) -> None:
     method = AWM(weighting="uniform", off_policy=True, clip_range=1e-6, timesteps=1, **FREE)
-    batch = replace(praised(moved), adv=torch.full((5,), sign))
+    batch = replace(praised(moved), advantage=torch.full((5,), sign))
     e = slow(lab, moved, method, batch)
     ratio = (e["old"] - e["policy"]).exp()
     beyond = (ratio > 1) if sign > 0 else (ratio < 1)  # it has moved its own way already
@@ -130,7 +130,7 @@ def test_every_image_has_one_time_from_every_stratum(lab: Any) -> None:
 def test_advantages_lie_between_minus_one_and_one(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, method = lab.rig(), AWM(prompts=1, group=64, std="group")
     lab.groups(rig, [[1.0] + [0.0] * 63], monkeypatch)
-    adv = method.collect(rig).adv
+    adv = method.collect(rig).advantage
     assert float(adv[0]) == 1.0 and float(adv[1]) == pytest.approx(-(63**-0.5) / 5, rel=1e-3)
 
 

@@ -244,7 +244,7 @@ def test_who_collects(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     rig = make()
     real = rig.groups
-    monkeypatch.setattr(rig, "groups", lambda *a, **k: asked.append(k["by"]) or real(*a, **k))
+    monkeypatch.setattr(rig, "groups", lambda *a, **k: asked.append(k["weights"]) or real(*a, **k))
     for collector, refresh in (("policy", 0), ("policy", 3), ("reference", 0), ("reference", 3)):
         DiffusionDPO(prompts=1, group=2, collector=collector, ref_update_step=refresh).collect(rig)  # type: ignore[arg-type]
     assert asked == ["policy", "policy", "ref", "old"]

@@ -59,12 +59,12 @@ def shared(tiny_pipe: Path) -> Any:
 def make(shared: Any, tiny_pipe: Path, redness: str) -> Iterator[Any]:
     """One model for all, at its first weights again each time; a test that needs two at once asks for its own."""
     made: list[Rig] = []
-    first = shared.weights.state()
+    first = shared.lora.state()
 
     def build(
         name: str = "Redness", push: float = 0.0, adapter: Adapter | None = None, rows: int = 64, **bounds: float
     ) -> Rig:
-        shared.weights.restore(first)
+        shared.lora.restore(first)
         own = adapter and open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=adapter, seed=0)
         meter = Meter(Budget(**bounds or {"nfe": 1e9}))
         made.append(Rig(own or shared, [Prompt(p) for p in BOOK], scorer(f"{redness}:{name}"), meter, rows=rows))
@@ -72,7 +72,7 @@ def make(shared: Any, tiny_pipe: Path, redness: str) -> Iterator[Any]:
         return made[-1]
 
     yield build
-    shared.weights.restore(first)
+    shared.lora.restore(first)
     for rig in made:
         rig.close()
 
@@ -138,7 +138,7 @@ def test_the_ratio_is_one_before_the_first_update(make: Any, method: Any, guidan
     """Whatever batch the log-probabilities come from: sampled 8 at once, asked again 5 at once."""
     rig, method = make(push=0.1, rows=8), replace(method, guidance=guidance)
     batch = method.collect(rig)
-    assert batch_size(batch) > 5 and bool(batch.adv.abs().min() > 0)
+    assert batch_size(batch) > 5 and bool(batch.advantage.abs().min() > 0)
     for rows in torch.arange(batch_size(batch)).split(5):
         part = select_rows(batch, rows)
         guided = {"guidance": guidance_of(method, rig)}
@@ -172,7 +172,7 @@ def test_the_first_gradient_is_the_plain_policy_gradient(make: Any, method: Any,
     assert torch.allclose(logp.float(), batch.logp, atol=1e-5) or isinstance(method, GRPOGuard)
     if isinstance(method, GRPOGuard):
         logp = logp * std.flatten() / (batch.t - batch.s).double()
-    expected = gradient(-(batch.adv.double() * logp).mean(), rig)
+    expected = gradient(-(batch.advantage.double() * logp).mean(), rig)
     assert float((got - expected).norm() / expected.norm()) < 2e-4 and float(expected.norm()) > 1e-5
 
 
@@ -200,7 +200,7 @@ def test_every_step_weighs_what_its_formula_says(make: Any, name: str, monkeypat
     for k, weight in enumerate(WEIGHTS[name]):
         rows = batch.t == grid[k]
         assert int(rows.sum()) == batch_size(batch) / 9
-        scale = batch.adv[rows].view(-1, 1, 1, 1) * eps[rows] / grad[0].numel() / batch_size(batch)
+        scale = batch.advantage[rows].view(-1, 1, 1, 1) * eps[rows] / grad[0].numel() / batch_size(batch)
         each = (grad[rows] * scale).sum((1, 2, 3)) / (scale**2).sum((1, 2, 3))
         assert each.tolist() == pytest.approx([weight] * len(each), rel=0.02, abs=6e-4), k
 
@@ -222,7 +222,7 @@ def test_a_move_outside_the_clip_teaches_nothing_more(make: Any, method: Any, mo
     else:
         log_ratio = ((batch.to - batch.mean) ** 2 - (batch.to - mean) ** 2).mean((1, 2, 3)) / (2 * std.flatten() ** 2)
     ratio = log_ratio.exp()
-    silent = torch.where(batch.adv > 0, ratio > 1 + method.clip_range, ratio < 1 - method.clip_range)
+    silent = torch.where(batch.advantage > 0, ratio > 1 + method.clip_range, ratio < 1 - method.clip_range)
     assert 0 < int(silent.sum()) < batch_size(batch)
     assert torch.equal(grad.flatten(1).abs().sum(1) == 0, silent)
     assert rig.mean("policy/clipped") == pytest.approx(float(((ratio - 1).abs() > method.clip_range).float().mean()))
@@ -257,14 +257,14 @@ def test_an_image_without_a_score_teaches_nothing(make: Any, method: Any, monkey
     assert set(batch.image.tolist()) == {1, 2, 3, 4, 5}  # image 6 earned exactly the mean of those known
     assert torch.equal(first, second) and float(first.abs().max()) > 0
     advantage = standardise(reward, method.std).flatten()
-    assert torch.allclose(batch.adv, advantage[batch.image])
+    assert torch.allclose(batch.advantage, advantage[batch.image])
 
 
 def test_advantages_are_held_within_their_bound(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, method = make(), FlowGRPO(prompts=1, group=40, steps=2, std="group")
     monkeypatch.setattr(rig, "_take", lambda answer: torch.tensor([100.0] + [0.0] * 39))
     batch = method.collect(rig)
-    assert float(batch.adv.max()) == 5 and float(standardise(torch.tensor([[100.0] + [0.0] * 39])).max()) > 6
+    assert float(batch.advantage.max()) == 5 and float(standardise(torch.tensor([[100.0] + [0.0] * 39])).max()) > 6
 
 
 @every_method

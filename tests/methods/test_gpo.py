@@ -19,10 +19,10 @@ from gpobench.bench.spec import Optim
 from gpobench.bench.training.rig import Rig
 from gpobench.bench.training.train import optimiser, train
 from gpobench.methods import gpo as module
-from gpobench.methods.gpo import GPO, WeightedGroups
+from gpobench.methods.gpo import GPO, AdvantageGroups
 
 
-def keyed_loss(method: GPO, rig: Rig, batch: WeightedGroups) -> torch.Tensor:
+def keyed_loss(method: GPO, rig: Rig, batch: AdvantageGroups) -> torch.Tensor:
     with rig.keyed(torch.arange(len(batch.prompt_ids)) + 5):
         return method.loss(rig, batch)
 
@@ -41,8 +41,8 @@ def test_a_group_of_two_is_diffusion_dpo_over_beta(make: Any, link: Any) -> None
     rig = make(push=0.05)
     method = GPO(prompts=4, group=2, beta=50.0, loss_type=link, margin_weight=False)
     drawn = method.collect(rig)
-    sign = drawn.adv.sign()
-    batch = WeightedGroups(drawn.x0, drawn.prompt_ids, sign, sign)
+    sign = drawn.advantage.sign()
+    batch = AdvantageGroups(drawn.x0, drawn.prompt_ids, sign, sign)
     assert sign.abs().min() == 1
     got = keyed_loss(method, rig, batch)
 
@@ -88,8 +88,8 @@ def test_a_group_is_informative_when_two_of_its_scored_images_differ(
     assert batch.prompt_ids.tolist() == [1, 3] and rig.mean("groups/informative") == pytest.approx(0.4)
     assert torch.equal(batch.reward.nan_to_num(-1), reward[[1, 3]].nan_to_num(-1))
     a = math.sqrt(1.5)
-    assert torch.allclose(batch.adv[0], torch.tensor([-a, 0, a]), atol=1e-3)
-    assert batch.reward[1].isnan().tolist() == [True, False, False] and batch.adv[1, 0] == 0
+    assert torch.allclose(batch.advantage[0], torch.tensor([-a, 0, a]), atol=1e-3)
+    assert batch.reward[1].isnan().tolist() == [True, False, False] and batch.advantage[1, 0] == 0
 
 
 @pytest.mark.parametrize("link", ["logsigmoid", "pairwise", "linear"])
@@ -103,7 +103,7 @@ def test_an_image_without_a_score_teaches_nothing(make: Any, link: Any) -> None:
 
     def gradient(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         reward = torch.tensor([[math.nan, -1.0, 1.0]])
-        batch = WeightedGroups(x, torch.tensor([2]), reward, standardise(reward))
+        batch = AdvantageGroups(x, torch.tensor([2]), reward, standardise(reward))
         loss = keyed_loss(method, rig, batch)
         assert bool(loss.isfinite())
         return torch.autograd.grad(loss, rig.model.parameters())
@@ -133,7 +133,7 @@ def test_pairs_closer_than_the_gap_are_left_out(make: Any) -> None:
         GPO(prompts=1, group=3, beta=20.0, loss_type="pairwise", margin_weight=False, margin=0.2),
     )
     reward = torch.tensor([[0.0, 0.1, 1.0]])
-    batch = WeightedGroups(rig.noise(3)[None], torch.tensor([2]), reward, standardise(reward))
+    batch = AdvantageGroups(rig.noise(3)[None], torch.tensor([2]), reward, standardise(reward))
     loss = keyed_loss(method, rig, batch)
     with rig.keyed(torch.arange(1) + 5):
         t = rig.normal(1).sigmoid().repeat(3)

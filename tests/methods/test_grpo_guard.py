@@ -57,7 +57,7 @@ def test_the_loss_is_the_codes_per_transition(rig: Rig) -> None:
         log_ratio = (((to - old) ** 2 - (to - mean) ** 2) / (2 * std**2)).mean()
         bias = ((mean - old) ** 2).mean() / (2 * std**2)
         ratio = ((log_ratio + bias) * std).exp()
-        adv = batch.adv[i].double()
+        adv = batch.advantage[i].double()
         each.append(float(torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - 1e-4, 1 + 1e-4)) / -dt))
         ratios.append(float(ratio))
     assert loss == pytest.approx(sum(each) / len(each), rel=1e-4)

@@ -20,7 +20,7 @@ from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt, batch_size
 from gpobench.bench.training.rig import Rig
-from gpobench.methods.mix_grpo import MixGRPO, coarser
+from gpobench.methods.mix_grpo import MixGRPO, compress_grid
 
 SDE = sde(0.7)
 
@@ -82,12 +82,12 @@ def test_flash_shortens_what_comes_after_the_window() -> None:
 
 def test_a_coarser_grid_keeps_what_lies_before_it() -> None:
     grid = shifted_grid(25, 3.0)
-    assert torch.equal(coarser(grid, 4, 21), grid)
+    assert torch.equal(compress_grid(grid, 4, 21), grid)
     for first, tail in ((4, 8), (14, 4), (24, 1), (0, 5)):
-        new = coarser(grid, first, tail)
+        new = compress_grid(grid, first, tail)
         assert torch.equal(new[: first + 1], grid[: first + 1]) and new[-1] == 0
         assert len(new) == first + tail + 1 and bool((new.diff() < 0).all())
-    assert coarser(grid, 5, 10)[6] == pytest.approx(float(grid[7]))  # every second step of an even rest
+    assert compress_grid(grid, 5, 10)[6] == pytest.approx(float(grid[7]))  # every second step of an even rest
 
 
 @pytest.mark.parametrize("first,tail", [(4, 8), (10, 6), (14, 4)])
@@ -95,7 +95,7 @@ def test_the_tails_grid_is_nearly_the_authors(first: int, tail: int) -> None:
     """shift(linspace(1 - first / T, 0)) in their code, where the schedule is shift(linspace(1, 0)) all along."""
     theirs = shift(torch.linspace(1, 0, 26, dtype=torch.float64), 3.0)
     expected = shift(torch.linspace(1 - first / 25, 0, tail + 1, dtype=torch.float64), 3.0)
-    assert torch.allclose(coarser(theirs, first, tail)[first:], expected, atol=4e-3)
+    assert torch.allclose(compress_grid(theirs, first, tail)[first:], expected, atol=4e-3)
 
 
 @pytest.mark.parametrize("tail", [0.0, 0.5])

@@ -233,7 +233,7 @@ def test_what_is_published_for_pickscore_is_used_for_it(task: str) -> None:
 @pytest.mark.parametrize("model", ["tiny", "sd35m", "sd35l", "flux1-dev", "sdxl", "sd15"])
 def test_the_reference_of_a_data_set_stays_the_base(model: str) -> None:
     own = resolve("dpo:offline", "ocr", model).settings
-    assert own.ref_update_step == 0 and own.collector == "policy" and own.anchor == "ref"
+    assert own.ref_update_step == 0 and own.collector == "policy" and own.reference == "ref"
 
 
 # They teach

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpobench.methods.rwr import RWR, Weighted
+from gpobench.methods.rwr import RWR, WeightedImages
 
 nan = float("nan")
 
@@ -32,7 +32,7 @@ def test_the_weights_are_by_hand(lab: Any, monkeypatch: pytest.MonkeyPatch, weig
 @pytest.mark.parametrize("kl, noisy", [(0.0, 0.0), (0.4, 0.6)])
 def test_the_loss_and_its_gradient_are_the_equation(lab: Any, kl: float, noisy: float) -> None:
     rig = lab.rig(push=0.05)
-    batch = Weighted(rig.noise(4), torch.tensor([1, 1, 4, 0]), torch.tensor([0.0, 1.7, 2.0, 0.3]))
+    batch = WeightedImages(rig.noise(4), torch.tensor([1, 1, 4, 0]), torch.tensor([0.0, 1.7, 2.0, 0.3]))
     with rig.keyed(lab.keys(batch)):
         t = noisy + (1 - noisy) * rig.normal(4).sigmoid()  # logit-normal
         eps = rig.noise(4).double()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpobench.methods.sft import SFT, Chosen
+from gpobench.methods.sft import SFT, BestImages
 
 nan = float("nan")
 
@@ -24,7 +24,7 @@ def test_the_best_are_kept_all_that_tie(lab: Any, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("kl, noisy", [(0.0, 0.0), (0.4, 0.6)])
 def test_the_loss_and_its_gradient_are_the_equation(lab: Any, kl: float, noisy: float) -> None:
     rig = lab.rig(push=0.05)
-    batch = Chosen(rig.noise(4), torch.tensor([1, 1, 4, 0]))
+    batch = BestImages(rig.noise(4), torch.tensor([1, 1, 4, 0]))
     with rig.keyed(lab.keys(batch)):
         t = noisy + (1 - noisy) * rig.normal(4).sigmoid()  # logit-normal
         eps = rig.noise(4).double()

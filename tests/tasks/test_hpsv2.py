@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
 from gpobench.bench.spec import Prompt, Split, SupportsColumns, SupportsOwnPrompts, SupportsSummary, fold_text
-from gpobench.tasks import hpsv2, ocr, pickscore, scenes
+from gpobench.tasks import hpsv2, pickscore, scenes
+from gpobench.tasks.base import SPLITS
 from gpobench.tasks.hpsv2 import PUBLISHED, HPSv2
 
 COMPOSED = {
@@ -29,7 +30,7 @@ COMPOSED = {
 def test_glyphs_are_the_prompts_of_pickscore_in_two_styles() -> None:
     task = HPSv2()
     refuse_overlap(task, "glyphs")
-    for split in ocr.SPLITS:
+    for split in SPLITS:
         prompts, others = task.prompts(split, "glyphs"), pickscore.PickScore().prompts(split, "glyphs")
         if split == "train":  # the styles in equal parts: a prompt of the shorter one comes again
             assert {p.text for p in prompts} == {p.text for p in others}
