@@ -303,8 +303,8 @@ def table(seeds: int, budget: str, out: Path, docs: Path, metric: str) -> None:
         "",
         f"Points are hundredths of `{metric}`, the share of images whose text is the word asked for, gained over the base on {prompts} "
         f"validation prompts x {IMAGES} images, paired on the same noise; 95 % intervals over seeds and prompts together (two-level "
-        f"bootstrap). `reward` is {reward}, what the methods train on, in hundredths too; {held_out} is of a held-out scorer that no method "
-        f"trains on. Base: {100 * first.before[reward].mean:.1f}, {100 * first.before[training].mean:.1f} and "
+        f"bootstrap). `reward` is {reward}, what the methods train on, in hundredths too; {held_out} is of a held-out scorer that no "
+        f"method trains on. Base: {100 * first.before[reward].mean:.1f}, {100 * first.before[training].mean:.1f} and "
         f"{100 * first.before[held_out].mean:.1f}.",
         "",
         "## At equal nfe",
