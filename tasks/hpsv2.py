@@ -1,8 +1,8 @@
 """The task hpsv2: the benchmark of Human Preference Score v2, 800 prompts in each of four styles.
 
 Wu et al., arXiv 2306.09341; tgxs002/HPSv2 at 866735e. `open`: the published benchmark prompts as the test set, one image a prompt, and the
-mean of each style over its 800 prompts. HPSv2's own list of prompts to train on (103,700) could not be had by a fixed address and hash,
-so train and validation prompts are scenes composed here in the same four styles; take your own with `--prompts FILE`. `glyphs`: the words
+mean of each style over its 800 prompts. HPSv2's own list of prompts to train on (103,700) is not available at a fixed address and hash,
+so train and validation prompts are scenes composed here in the same four styles; use your own with `--prompts FILE`. `glyphs`: words
 and counted shapes of the embedded 64x32 model as two styles. HPSv2 was trained on prompts of the same source as its benchmark's.
 """
 
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 WEIGHTS = ("v2.1", "v2")
-GROUPS = 10  # of consecutive prompts, whose means' deviation the publication prints
-# No hash of these files was available when this was written: the number of prompts is all that tells another file.
+GROUPS = 10  # groups of consecutive prompts; the publication reports the deviation of their means
+# No hash of these files was available when this was written: only the number of prompts identifies them.
 PUBLISHED = {
     style: PinnedFile(
         f"HPDv2/benchmark/{style}.json",
@@ -123,7 +123,7 @@ def _mean(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
 
 
 def _evenly(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The styles in equal parts, as they count in the benchmark's mean: the prompts of a shorter style come again."""
+    """The styles in equal parts, as they count in the benchmark's mean: the prompts of a shorter style are repeated."""
     styles = {style: [p for p in prompts if p.stratum == style] for style in dict.fromkeys(p.stratum for p in prompts)}
     most = max(map(len, styles.values()))
     return [some[i % len(some)] for some in styles.values() for i in range(most)]
@@ -137,7 +137,7 @@ def _splits(data: str) -> dict[Split, list[Prompt]]:
 
 
 def _texts(published: PinnedFile) -> list[str]:
-    """A JSON list of prompts, as published; UserError where it is no such list, or one of another length."""
+    """A JSON list of prompts, as published; UserError where it is not such a list, or has another length."""
     try:
         raw = published.read()
     except UserError as error:
@@ -147,7 +147,7 @@ def _texts(published: PinnedFile) -> list[str]:
     except ValueError as error:
         raise UserError(f"{published.path} is not the published list: {error}") from None
     if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise UserError(f"{published.path} is not the published list: it is no JSON list of prompts")
+        raise UserError(f"{published.path} is not the published list: it is not a JSON list of prompts")
     if len(texts) != published.records:
         raise UserError(
             f"{published.path} is not the published list: it has {len(texts):,} prompts, expected {published.records:,}"

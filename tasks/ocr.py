@@ -2,7 +2,7 @@
 
 The task of Flow-GRPO (arXiv 2505.05470, section "visual text rendering"), in two prompt domains. `glyphs`: short words from `ocr_words.txt`
 for the embedded 64x32 model; the spelling alone decides the split, so a test word can be in no other. `open`: scene descriptions for real
-models; the test set is the published one, from the folder GPOBENCH_DATA names or fetched once, the other two splits are composed here.
+models; the test split is the published one, from the folder in GPOBENCH_DATA or downloaded once, the other two splits are composed here.
 """
 
 import os
@@ -38,7 +38,7 @@ def _digest(word: str) -> int:
 
 
 def word_to_prompt(word: str) -> Prompt:
-    """The one prompt of a word: its spelling picks the surface and the ink, or no ink."""
+    """The prompt of a word: its spelling decides the surface and the ink, or no ink."""
     place = _digest(word) // 100  # the remainder decides the split
     place, surface = divmod(place, len(SURFACES))
     ink = (None, *INKS)[place % (1 + len(INKS))]
@@ -46,7 +46,9 @@ def word_to_prompt(word: str) -> Prompt:
 
 
 def read_words(path: Path) -> list[str]:
-    """The words of a file, one a line, by digest: any first part of the list is a fair sample. UserError on a line that is no word."""
+    """The words of a file, one per line, sorted by digest, so that a first part of them is a random sample.
+
+    Raises UserError on a line that is not a word."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

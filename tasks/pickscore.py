@@ -22,12 +22,12 @@ from .base import DomainSettings, DomainTask
 from .scenes import glyph_prompts
 
 PINNED = "https://raw.githubusercontent.com/yifan123/flow_grpo/ac4c86e8cae021841f1fde853d340e0db67690dd/dataset"
-# Not pinned: the list without sexual content was added upstream after ac4c86e, at a commit we could not find out.
+# Not pinned: the list without sexual content was added upstream after ac4c86e, at an unknown commit.
 NOT_PINNED = "https://raw.githubusercontent.com/yifan123/flow_grpo/main/dataset"
 
 
 def _list(folder: str, file: str, records: int, root: str) -> PinnedFile:
-    """No hash of these files was available when this was written: the number of lines is all that tells another file."""
+    """No hash of these files was available when this was written: only the number of lines identifies them."""
     return PinnedFile(f"flow_grpo/dataset/{folder}/{file}", f"{root}/{folder}/{file}", records=records)
 
 
@@ -48,7 +48,7 @@ class PickScore(DomainTask):
 
     name: str = "pickscore"
     version: str = "1"
-    safe: bool = True  # the lists without sexual content; false takes the first published ones, which hold some
+    safe: bool = True  # the lists without sexual content; false takes the first published ones, which have some
     validation_prompts: int = 128  # taken from the published train list (domain open)
     test_images: int = 4  # per prompt of the domain glyphs, in the final evaluation; 1 of the domain open, as published
 

@@ -1,4 +1,4 @@
-"""AWM on a real small model: its own equation in float64, flow matching weighted by advantages, its strata, its copy."""
+"""AWM on a small random model: its equation in float64, flow matching weighted by advantages, its strata, its old copy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def praised(rig: Any) -> AdvantageBatch:
 
 @pytest.fixture
 def moved(lab: Any) -> Any:
-    """A rig whose live weights, old copy and reference all differ."""
+    """A rig whose policy, old copy and reference all differ."""
     rig = lab.rig(push=0.05)
     rig.model.update_copy("old", 0.0)
     lab.push(rig, 0.05, seed=2)

@@ -1,4 +1,4 @@
-"""Two families under one contract: what trains a velocity model trains a U-Net that predicts noise, without a change."""
+"""Two model families under one contract: methods for a velocity model train a noise-predicting U-Net without a change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""DGPO on a real small model: its own equation in float64, GPO's gradient without the clip, its times, its copy."""
+"""DGPO on a small random model: its equation in float64, GPO's gradient without the clip, its times, its old copy."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def slow_errors(lab: Any, rig: Any, batch: TimedGroups) -> dict[str, torch.Tenso
 
 @pytest.fixture
 def moved(lab: Any) -> Any:
-    """A rig whose live weights, old copy and reference all differ."""
+    """A rig whose policy, old copy and reference all differ."""
     rig = lab.rig(push=0.05)
     rig.model.update_copy("old", 0.0)
     lab.push(rig, 0.05, seed=2)

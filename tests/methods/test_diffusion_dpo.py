@@ -1,4 +1,4 @@
-"""Diffusion-DPO on a real small model: what its loss equals, which pairs it makes, and that it works on its own and on given ones."""
+"""Diffusion-DPO on a small random model: its equation, its pairs, and that it works on its own and on given pairs."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def test_loss_and_gradient_are_the_closed_form_in_float64(make: Any, times: Any)
         ref = (
             (rig.velocity(x, t, batch.prompt_ids, weights="ref").double() - target.double()).square().flatten(1).mean(1)
         )
-        live = gap[-1].square().flatten(1).mean(1)
-        errors += [live, ref]
-        s.append(live - ref)
+        error = gap[-1].square().flatten(1).mean(1)
+        errors += [error, ref]
+        s.append(error - ref)
     z = beta / 2 * (s[0] - s[1])
     expected = torch.log1p(z.exp()).mean() / beta
     assert float(got.detach()) == pytest.approx(float(expected), rel=1e-5)

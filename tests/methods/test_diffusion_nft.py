@@ -1,4 +1,4 @@
-"""DiffusionNFT on a real small model: its own equation in float64, what good and bad images do, its times, its copy."""
+"""DiffusionNFT on a small random model: its equation in float64, the effect of good and bad images, its times, its old copy."""
 
 from __future__ import annotations
 

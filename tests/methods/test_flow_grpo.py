@@ -1,4 +1,4 @@
-"""What Flow-GRPO, MixGRPO and GRPO-Guard have in common, on a real small model; then what is Flow-GRPO's own."""
+"""Laws that Flow-GRPO, MixGRPO and GRPO-Guard share, on a small random model; then Flow-GRPO's own."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def shared(tiny_pipe: Path) -> Any:
 
 @pytest.fixture
 def make(shared: Any, tiny_pipe: Path, redness: str) -> Iterator[Any]:
-    """One model for all, at its first weights again each time; a test that needs two at once asks for its own."""
+    """One model for all tests, reset to its first weights each time; a test that needs two at once opens its own."""
     made: list[Rig] = []
     first = shared.lora.state()
 
@@ -237,7 +237,7 @@ def test_groups_without_spread_leave_no_rows(make: Any, method: Any) -> None:
 
 @every_method
 def test_an_image_without_a_score_teaches_nothing(make: Any, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Changing the picture that could not be scored changes no gradient, and the others are judged among themselves."""
+    """Changing the image that could not be scored changes no gradient; the others are standardised without it."""
     reward = torch.tensor([[math.nan, 0.0, 1.0, 5.0], [0.0, 2.0, 1.0, math.inf]])
 
     def learn(change: float) -> tuple[Any, Tensor]:
@@ -309,7 +309,7 @@ def test_a_resumed_run_goes_on_to_the_same_bytes(make: Any, method: Any, tmp_pat
 
 
 def test_they_make_the_model_better(make: Any) -> None:
-    """Each from the same start, for the same spend, judged on noise that none of them saw."""
+    """Each from the same start, for the same spend, evaluated on noise that none was trained on."""
     optim = Optim(lr=3e-3, weight_decay=0, minibatches=2)
     few: dict[str, Any] = {"prompts": 4, "group": 8, "steps": 4, "optim": optim}
     for method in (
@@ -354,19 +354,19 @@ def test_the_kl_is_its_formula(make: Any, form: Any, sampler: Any, guidance: flo
     got = keyed_loss(method, rig, batch)
 
     w = guidance_of(method, rig)
-    live, ref = (
+    policy, ref = (
         rig.velocity(batch.x, batch.t, batch.prompt_ids, weights=weights, guidance=w).double()
         for weights in ("policy", "ref")
     )
     dt = (batch.t - batch.s).double()
-    (mean, std, scale), (mean_ref, _, _) = step_of(method, live, batch), step_of(method, ref, batch)
+    (mean, std, scale), (mean_ref, _, _) = step_of(method, policy, batch), step_of(method, ref, batch)
     if sampler == "cps":
         kl = ((mean - mean_ref) ** 2 / (2 * std**2)).mean((1, 2, 3))
     elif form == "code":
         kl = ((mean - mean_ref) ** 2 / (2 * scale**2)).mean((1, 2, 3))
     else:  # the paper's closed form; at t = 1 its first factor is the clamp's, so the means are used there
         t, s = batch.t.double(), scale.flatten()
-        kl = dt / 2 * (s * (1 - t) / (2 * t) + 1 / s) ** 2 * ((live - ref) ** 2).mean((1, 2, 3))
+        kl = dt / 2 * (s * (1 - t) / (2 * t) + 1 / s) ** 2 * ((policy - ref) ** 2).mean((1, 2, 3))
     assert rig.mean("policy/kl") == pytest.approx(float(kl.mean().detach()), rel=1e-3)
     assert float((got - without).detach()) == pytest.approx(0.5 * float(kl.mean().detach()), rel=1e-3)
     difference = gradient(got, rig) - gradient(without, rig)

@@ -1,4 +1,4 @@
-"""The laws of the methods that learn from finished images alone: costs, groups, missing scores, seeds, resumes and splits."""
+"""Laws of the methods that train on finished images only: costs, groups, missing scores, seeds, resumes and splits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def small(name: str, **fields: Any) -> Any:
     return KINDS[name](prompts=3, group=4, **fields)
 
 
-# What it costs
+# Costs
 
 
 @every
@@ -63,7 +63,7 @@ def test_the_static_cost_is_what_the_meter_shows(lab: Any, name: str, guidance: 
     ],
 )
 def test_the_published_settings_cost_what_was_published(name: str, cost: dict[str, float]) -> None:
-    """One image, in forwards, a backward counting two; the judge's protocol is 40 steps at guidance 4.5."""
+    """One image, in forwards, a backward counting two; the evaluation's protocol is 40 steps at guidance 4.5."""
     assert resolve(name, "ocr", "sd35m").settings.cost(40, 4.5) == cost
 
 
@@ -81,7 +81,7 @@ def test_presets_resolve_and_the_search_space_fits(name: str) -> None:
             replace(method, **changed).cost(10, 1.0)
 
 
-# What teaches
+# Groups and missing scores
 
 
 @every
@@ -94,7 +94,7 @@ def test_groups_without_spread_are_dropped_and_counted(lab: Any, name: str) -> N
 
 @every
 def test_an_image_without_a_score_leaves_no_trace(lab: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither its picture nor its group's other rewards can be told from the gradient, the distances included."""
+    """Neither its image nor its group's other rewards change the gradient, penalties included."""
     rig = lab.rig(push=0.05)
     method = small(name, timesteps=2, kl=0.1)
     found: list[torch.Tensor] = []
@@ -111,7 +111,7 @@ def test_an_image_without_a_score_leaves_no_trace(lab: Any, name: str, monkeypat
     assert torch.allclose(found[0], found[1], atol=1e-7)
 
 
-# The same wherever and whenever
+# Splits, seeds and resumes
 
 
 @every
@@ -176,7 +176,7 @@ def test_it_makes_the_model_better(lab: Any, name: str) -> None:
     assert float(gain.mean()) > 4 * float(gain.std()) / math.sqrt(60)
 
 
-# What it may be told, and what it may touch
+# Settings, and what a method may use
 
 
 @every

@@ -1,4 +1,4 @@
-"""Group preference optimisation on a real small model: what it equals, what it drops, and that it works."""
+"""GPO on a small random model: its equation, the groups it drops, and that it works."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def test_at_the_reference_the_loss_is_log_two_over_beta(make: Any, beta: float) 
     assert rig.mean("policy/kl") == 0 and rig.mean("policy/accuracy") == 0.5
 
 
-@pytest.mark.parametrize("link", ["logsigmoid", "pairwise"])
-def test_a_group_of_two_is_diffusion_dpo_over_beta(make: Any, link: Any) -> None:
+@pytest.mark.parametrize("loss_type", ["logsigmoid", "pairwise"])
+def test_a_group_of_two_is_diffusion_dpo_over_beta(make: Any, loss_type: Any) -> None:
     """With two images the standardised rewards are +1 and -1, up to the guard in the deviation."""
     rig = make(push=0.05)
-    method = GPO(prompts=4, group=2, beta=50.0, loss_type=link, margin_weight=False)
+    method = GPO(prompts=4, group=2, beta=50.0, loss_type=loss_type, margin_weight=False)
     drawn = method.collect(rig)
     sign = drawn.advantage.sign()
     batch = AdvantageGroups(drawn.x0, drawn.prompt_ids, sign, sign)
@@ -92,11 +92,11 @@ def test_a_group_is_informative_when_two_of_its_scored_images_differ(
     assert batch.reward[1].isnan().tolist() == [True, False, False] and batch.advantage[1, 0] == 0
 
 
-@pytest.mark.parametrize("link", ["logsigmoid", "pairwise", "linear"])
-def test_an_image_without_a_score_teaches_nothing(make: Any, link: Any) -> None:
+@pytest.mark.parametrize("loss_type", ["logsigmoid", "pairwise", "linear"])
+def test_an_image_without_a_score_teaches_nothing(make: Any, loss_type: Any) -> None:
     """Changing the picture that could not be scored changes no gradient."""
     rig = make(push=0.05)
-    method = GPO(prompts=1, group=3, beta=20.0, loss_type=link)
+    method = GPO(prompts=1, group=3, beta=20.0, loss_type=loss_type)
     x0 = rig.noise(3)[None]
     other = x0.clone()
     other[0, 0] += 1
@@ -113,9 +113,9 @@ def test_an_image_without_a_score_teaches_nothing(make: Any, link: Any) -> None:
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("link", ["logsigmoid", "pairwise", "linear"])
-def test_one_step_makes_the_better_image_likelier(make: Any, link: Any) -> None:
-    rig, method = make(), GPO(prompts=4, group=4, beta=100.0, loss_type=link)
+@pytest.mark.parametrize("loss_type", ["logsigmoid", "pairwise", "linear"])
+def test_one_step_makes_the_better_image_likelier(make: Any, loss_type: Any) -> None:
+    rig, method = make(), GPO(prompts=4, group=4, beta=100.0, loss_type=loss_type)
     batch = method.collect(rig)
     steepest = torch.optim.SGD(rig.model.parameters(), lr=1e-2)
     keyed_loss(method, rig, batch).backward()
@@ -126,8 +126,8 @@ def test_one_step_makes_the_better_image_likelier(make: Any, link: Any) -> None:
     assert bool(after.isfinite())
 
 
-def test_pairs_closer_than_the_gap_are_left_out(make: Any) -> None:
-    """Of the rewards 0, 0.1 and 1 a gap of 0.2 leaves the two pairs with the last one."""
+def test_pairs_closer_than_the_margin_are_left_out(make: Any) -> None:
+    """Of the rewards 0, 0.1 and 1 a margin of 0.2 leaves the two pairs with the last one."""
     rig, method = (
         make(push=0.05),
         GPO(prompts=1, group=3, beta=20.0, loss_type="pairwise", margin_weight=False, margin=0.2),
@@ -138,8 +138,8 @@ def test_pairs_closer_than_the_gap_are_left_out(make: Any) -> None:
     with rig.keyed(torch.arange(1) + 5):
         t = rig.normal(1).sigmoid().repeat(3)
         eps = rig.noise(1).repeat_interleave(3, 0)
-    live, ref = rig.errors(batch.x0[0], torch.tensor([2, 2, 2]), t, eps, "policy", "ref")
-    pairs = [dpo(live[2:], ref[2:], live[i : i + 1], ref[i : i + 1], 20.0) / 20.0 for i in (0, 1)]
+    error, ref = rig.errors(batch.x0[0], torch.tensor([2, 2, 2]), t, eps, "policy", "ref")
+    pairs = [dpo(error[2:], ref[2:], error[i : i + 1], ref[i : i + 1], 20.0) / 20.0 for i in (0, 1)]
     assert float(loss.detach()) == pytest.approx(float(sum(pairs).detach() / 3), rel=1e-4)  # type: ignore[union-attr]
     wide = GPO(prompts=1, group=3, beta=20.0, loss_type="pairwise", margin_weight=False, margin=2.0)
     assert float(keyed_loss(wide, rig, batch).detach()) == 0

@@ -1,4 +1,4 @@
-"""GRPO-Guard's own: the loss it prints, centred and of one scale, each transition for itself. The rest is in test_flow_grpo.py."""
+"""GRPO-Guard's own: the published loss, centred and of one scale, per transition. The rest is in test_flow_grpo.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MixGRPO's own: where the window stands, what the tail is, what a group shares. The rest is in test_flow_grpo.py."""
+"""MixGRPO's own: the window's place, the compressed steps, what a group shares. The rest is in test_flow_grpo.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every method has a preset for every model: it resolves, says where its numbers come from, fits its card, and its miniature learns."""
+"""Every method has a preset for every model: it resolves, states its sources, fits the GPU, and its miniature learns."""
 
 from __future__ import annotations
 

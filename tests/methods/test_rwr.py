@@ -1,4 +1,4 @@
-"""Reward-weighted regression: what each image weighs, and that learning is flow matching times that."""
+"""Reward-weighted regression: the weight of each image, and flow matching times that weight."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Filtered fine-tuning: which images are kept, and that learning them is plain flow matching."""
+"""Filtered fine-tuning: which images are kept, and plain flow matching on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The task `counting`: balanced splits that share nothing, and prompts that are read back."""
+"""The task counting: balanced splits without overlap, and prompts that parse back."""
 
 from __future__ import annotations
 

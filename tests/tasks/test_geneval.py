@@ -1,4 +1,4 @@
-"""The task `geneval`: the published prompts by its grammar and back, splits that ask for nothing twice, and its numbers."""
+"""The task geneval: the published prompts written and parsed, splits without overlap, and its numbers."""
 
 from __future__ import annotations
 

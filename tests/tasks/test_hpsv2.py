@@ -1,4 +1,4 @@
-"""The task `hpsv2`: four styles, splits that share nothing, and the publication's numbers against plain numpy."""
+"""The task hpsv2: four styles, splits without overlap, and the publication's numbers against plain numpy."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ def test_the_benchmark_is_read_and_counted(data: Path) -> None:
     ("content", "said"),
     [
         (["a"] * 799, "has 799 prompts, expected 800"),
-        ({"a": 1}, "no JSON list"),
-        (["a", 7], "no JSON list"),
-        ([""], "no JSON"),
+        ({"a": 1}, "not a JSON list"),
+        (["a", 7], "not a JSON list"),
+        ([""], "not a JSON"),
     ],
 )
 def test_another_list_is_refused(data: Path, content: object, said: str) -> None:

@@ -1,4 +1,4 @@
-"""The task `ocr`: splits that share nothing, prompts that never change unseen, lists that are what they claim to be."""
+"""The task ocr: splits without overlap, prompts with pinned hashes, and lists that are checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The task `pickscore`: what people typed, less what stands in two splits, and the words and shapes of the embedded model."""
+"""The task pickscore: published prompts without those in two splits, and words and shapes of the embedded model."""
 
 from __future__ import annotations
 
