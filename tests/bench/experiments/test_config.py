@@ -202,8 +202,8 @@ def test_a_variant_has_sections_of_its_own(tmp_path: Path, monkeypatch: pytest.M
 
     file = tmp_path / "gpo.toml"
     file.write_text(
-        "[tiny]\nbeta = 1\nkl = 1\ngroup = 4\n[tiny.ocr]\nkl = 2\nnoisy = 0.5\n"
-        "[fast]\nbeta = 3\ngroup = 6\nnoisy = 0.1\n[fast.tiny]\ngroup = 7\n[fast.tiny.ocr]\nnoisy = 0.2\n[fast.sd35m]\nbeta = 9\n"
+        "[tiny]\nbeta = 1\nkl = 1\ngroup = 4\n[tiny.ocr]\nkl = 2\nt_min = 0.5\n"
+        "[fast]\nbeta = 3\ngroup = 6\nt_min = 0.1\n[fast.tiny]\ngroup = 7\n[fast.tiny.ocr]\nt_min = 0.2\n[fast.sd35m]\nbeta = 9\n"
     )
     monkeypatch.setattr(config, "preset_path", lambda method: file)
     s = resolve("gpo:fast", "ocr", "tiny").settings
