@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 EPILOG = (
-    "Examples: `gpobench run --method gpo --task ocr --model tiny --seed 1` · `gpobench run ... --set link=pairwise "
+    "Examples: `gpobench run --method gpo --task ocr --model tiny --seed 1` · `gpobench run ... --set loss_type=pairwise "
     "--budget nfe=50000` · `gpobench run ... --dry-run`"
 )
 

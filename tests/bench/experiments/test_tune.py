@@ -63,9 +63,9 @@ def test_trial_zero_is_the_preset_and_the_others_differ_in_what_is_drawn() -> No
     preset = resolve(RunRequest("gpo", "ocr", "tiny", budget="nfe=100", sets=["evaluation.split=validation"]))
     assert trials[0].settings == {} and trials[0].config is not None and trials[0].config.digest() == preset.digest()
     for trial in trials[1:]:
-        assert trial.config is not None and set(trial.settings) == {"optim.lr", "beta", "noisy"}
+        assert trial.config is not None and set(trial.settings) == {"optim.lr", "beta", "t_min"}
         s = trial.config.settings
-        assert (s.optim.lr, s.beta, s.noisy) == tuple(trial.settings[key] for key in ("optim.lr", "beta", "noisy"))
+        assert (s.optim.lr, s.beta, s.t_min) == tuple(trial.settings[key] for key in ("optim.lr", "beta", "t_min"))
         assert s.group == preset.settings.group and trial.config.evaluation.split == "validation"
     fixed = tuning.plan(Tuning("gpo", "ocr", "tiny", 2, sets=["beta=7"]))
     assert fixed[1].config is not None and fixed[1].config.settings.beta == 7 and "beta" not in fixed[1].settings
