@@ -138,7 +138,7 @@ def fetch(
                     failed.append(f"{need.kind} {need.name}: {error}")
                 else:
                     left_out.append({"kind": need.kind, "name": need.name, "why": str(error)})
-                    progress.say(f"left out, runs do without it: {need.name}: {error}")
+                    progress.message(f"left out, runs do without it: {need.name}: {error}")
             except Exception as error:  # foreign code; its weights may be here all the same
                 why = f"{type(error).__name__}: {error}"
                 if need.needed:
@@ -196,7 +196,7 @@ def _pipeline(model_spec: ModelSpec, progress: Progress) -> None:
     except Missing as missing:
         if own is None:
             raise
-        progress.say(f"what was fetched before is checked, and no more: {missing}")
+        progress.message(f"what was fetched before is checked, and no more: {missing}")
         return
     index = weight_store.download(model_spec.source, "model_index.json", revision)
     names = wanted(json.loads(index.read_text("utf-8")), files)

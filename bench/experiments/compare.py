@@ -310,7 +310,7 @@ class _Work:
             commits = {str(run.done.provenance.get("revision", "")) for run in self._runs if run.done}
             other = commits - {str(self._from.get("revision", ""))}
             by = f", by other code than this ({', '.join(sorted(c[:12] for c in other))})" if any(other) else ""
-            self._view.say(f"{len(self._runs) - left} of {len(self._runs)} runs are already done{by}")
+            self._view.message(f"{len(self._runs) - left} of {len(self._runs)} runs are already done{by}")
         if left:
             total = sum(1 - self._at[run.number] for run in self._runs)
             self._view.phase(f"{left} run{'s' if left > 1 else ''}", max(total, 1e-9))
@@ -322,7 +322,7 @@ class _Work:
         if free := [run for run in todo if run not in others]:
             yield free
         for run in others:
-            self._view.say(f"run {run.number}: another process is at work on it; waiting for that to end")
+            self._view.message(f"run {run.number}: another process is at work on it; waiting for that to end")
             while is_locked(run.run_dir):
                 if self._interrupted():
                     raise self._stop()
@@ -349,7 +349,7 @@ class _Work:
         """So many at once in processes of their own, where nothing of an earlier failure is left."""
         if again:
             them = "one run failed and is" if len(left) == 1 else f"{len(left)} runs failed and are"
-            self._view.say(f"{them} tried once more")
+            self._view.message(f"{them} tried once more")
             for run in left:
                 run.failed = ""
 
@@ -379,7 +379,7 @@ class _Work:
         return {**found, "path": str(self._path)}
 
     def _begins(self, run: PlannedRun) -> None:
-        self._view.say(f"run {run.number} of {len(self._runs)}: {run}" + (", going on" if run.fraction else ""))
+        self._view.message(f"run {run.number} of {len(self._runs)}: {run}" + (", going on" if run.fraction else ""))
 
     def _ends(self, run: PlannedRun, done: Record | None, why: str, last: bool) -> None:
         run.done, run.failed = done, why
@@ -387,9 +387,9 @@ class _Work:
             key = _keys(done)[0]
             mean = done.delta[key].mean
             gain = "not scored" if mean is None or not math.isfinite(mean) else f"{mean:+.3f}"
-            self._view.say(f"run {run.number} done: {key} {gain}, ended by {done.stop}")
+            self._view.message(f"run {run.number} done: {key} {gain}, ended by {done.stop}")
         elif why:
-            self._view.say(f"run {run.number} failed: {why}")
+            self._view.message(f"run {run.number} failed: {why}")
         if done or last:
             self._reach(run, 1.0)
         self.keep()
@@ -416,10 +416,10 @@ class _Inside:
     reach: Callable[[float], None]
     said: set[str]  # by any run of the grid
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         # That a scorer is not installed holds for the whole grid.
         if text not in self.said or not text.startswith("not judged by "):
-            self.progress.say(text)
+            self.progress.message(text)
         self.said.add(text)
 
     def phase(self, name: str, total: float) -> None: ...

@@ -69,7 +69,7 @@ def make_pairs(
             "seed": seed,
         }  # fmt: skip
         if (done := _done(out / FILE, settings)) is not None:
-            progress.say(f"these pairs are already there: {out / FILE}")
+            progress.message(f"these pairs are already there: {out / FILE}")
             return done
         try:
             out.mkdir(parents=True, exist_ok=True)

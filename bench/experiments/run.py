@@ -183,7 +183,7 @@ def run(
                     if done.flags.invalid
                     else ""
                 )
-                progress.say(f"this run is already done: {run_dir} (--fresh does it again{again})")
+                progress.message(f"this run is already done: {run_dir} (--fresh does it again{again})")
                 if config.tuned and done.tuning != config.tuned:  # the price of settings found only now, or found anew
                     done = done.model_copy(update={"tuning": config.tuned})
                     record.write(run_dir / "record.json", done)
@@ -230,7 +230,7 @@ def _run(
     model_spec, task = config.model_spec(), task_of(config)
     with wall("load"):
         evaluator.refuse_overlap(task, model_spec.domain)
-        judges = open_scorer_set(task, model_spec.domain, progress.say, config.reward, config.scorer_locations)
+        judges = open_scorer_set(task, model_spec.domain, progress.message, config.reward, config.scorer_locations)
     try:
         with wall("load"):
             accelerator = _accelerator(config.precision, track, run_dir)
@@ -317,7 +317,7 @@ def _judged_run(
             ),
             judges.drift if columns else (),
             processes,
-            progress.say,
+            progress.message,
         )
 
     if processes.is_main:
@@ -328,7 +328,7 @@ def _judged_run(
             lambda: base(exam, each, judges.all, columns=True),
             judges.drift,
             processes,
-            progress.say,
+            progress.message,
         )
 
     meter = Meter(config.budget, flops_a_forward=model.flops_a_forward())
@@ -347,7 +347,7 @@ def _judged_run(
     )
     # A search moves no weight; its checkpoints hold its answers, and an optimiser that never stepped.
     adam = torch.optim.AdamW(model.parameters()) if searching else optimiser(method, rig)
-    found = checkpoint.restore(run_dir / "checkpoint", rig, adam, progress.say)
+    found = checkpoint.restore(run_dir / "checkpoint", rig, adam, progress.message)
     facts: dict[str, Any] = found or {"mark": -1, "curve": []}
     # The gradient of a mean over a latent's elements is below what fp16 can hold; bf16 has the range of float32.
     scaler = torch.amp.GradScaler(model.device.type, enabled=config.precision == "fp16")
@@ -355,7 +355,7 @@ def _judged_run(
         scaler.load_state_dict(facts["scaler"])
     if found:
         where = f"image {len(answers(rig))}" if searching else f"update {meter.updates}"
-        progress.say(f"going on from {where}, {100 * meter.fraction():.0f} % of the budget spent")
+        progress.message(f"going on from {where}, {100 * meter.fraction():.0f} % of the budget spent")
     _cut(run_dir / "metrics.jsonl", rig.iteration)
 
     def judged_by() -> str:
@@ -440,7 +440,7 @@ def _judged_run(
         where = f"image {len(answers(rig))}" if searching else f"update {meter.updates}"
         raise Interrupted(f"stopped after {where}; the same command goes on from there")
     if not searching and not meter.updates:
-        progress.say(
+        progress.message(
             "no update was made: what follows is the base against itself (--dry-run tells what a budget affords)"
         )
     with wall("judge"):
@@ -576,7 +576,7 @@ def evaluate_only(
     """
     model_spec, task = find_model_spec(model_name), registry.load("task", task_name)()
     task = with_own_prompts(task, {split: prompts_file}, model_spec.domain) if prompts_file else task
-    judges = open_scorer_set(task, model_spec.domain, progress.say, places=places)
+    judges = open_scorer_set(task, model_spec.domain, progress.message, places=places)
     try:
         model = open_model(model_spec, device=_accelerator(model_spec.precision).device)
         if adapter is not None:

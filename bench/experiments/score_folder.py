@@ -119,7 +119,7 @@ def score_folder(
     shutil.rmtree(partial, ignore_errors=True)
     told = _told(table, found, pictures, judge)
     for reason, times in told["reasons"].items():
-        progress.say(f"{times} not scored: {reason}")
+        progress.message(f"{times} not scored: {reason}")
     return {"folder": str(folder), **told, "scorers": {s.name: s.id for s in scorers}, "path": str(out)}
 
 

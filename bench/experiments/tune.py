@@ -196,10 +196,10 @@ def _slug(trial: Trial) -> str:
 def _here(trial: Trial, of: int, run_dir: Path, progress: Progress, interrupted: Callable[[], bool]) -> None:
     """Run a trial in this process, or read what an earlier start made of it."""
     assert trial.plan is not None
-    progress.say(f"trial {trial.number} (of 0 to {of - 1}): {_words(trial)}")
+    progress.message(f"trial {trial.number} (of 0 to {of - 1}): {_words(trial)}")
     place = run_dir / "runs" / _slug(trial)
     if is_locked(place):
-        progress.say(f"trial {trial.number}: another process is at work on it; waiting for that to end")
+        progress.message(f"trial {trial.number}: another process is at work on it; waiting for that to end")
     while is_locked(place):
         if interrupted():
             raise Interrupted(f"trial {trial.number}: stopped; the same command goes on from there")
@@ -211,7 +211,7 @@ def _here(trial: Trial, of: int, run_dir: Path, progress: Progress, interrupted:
     except Interrupted as stop:
         raise Interrupted(f"trial {trial.number}: {stop}") from None
     if trial.failed:
-        progress.say(f"trial {trial.number} failed: {trial.failed}")
+        progress.message(f"trial {trial.number} failed: {trial.failed}")
 
 
 def _apart(
@@ -226,10 +226,10 @@ def _apart(
 
     def ends(k: int, why: str) -> None:
         trials[k].failed = why
-        progress.say(f"trial {trials[k].number} " + (f"failed: {why}" if why else "ended"))
+        progress.message(f"trial {trials[k].number} " + (f"failed: {why}" if why else "ended"))
 
     work = [Job(_command(tuning, trial, run_dir), _log(trial, run_dir)) for trial in trials]
-    begins = lambda k: progress.say(f"trial {trials[k].number} begins: {_words(trials[k])}")
+    begins = lambda k: progress.message(f"trial {trials[k].number} begins: {_words(trials[k])}")
     if not run_jobs(work, at_once, begins=begins, ends=ends, interrupted=interrupted):
         raise Interrupted("stopped; the same command goes on with the trials that are left")
 

@@ -41,7 +41,7 @@ class Ears(NullProgress):
         self.fractions: list[float] = []
         self.done = 0.0
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self.said.append(text)
 
     def advance(self, by: float) -> None:
@@ -402,7 +402,7 @@ def test_a_budget_that_pays_for_no_update_is_said(plan: Any, tmp_path: Path) -> 
     said: list[str] = []
 
     class Heard(NullProgress):
-        def say(self, text: str) -> None:
+        def message(self, text: str) -> None:
             said.append(text)
 
     done = running.run(plan(budget="nfe=1"), runs=tmp_path, progress=Heard())

@@ -492,7 +492,7 @@ def test_progress_reaches_its_end(listed: Path, tmp_path: Path) -> None:
     class Bar:
         total = done = 0.0
 
-        def say(self, text: str) -> None: ...
+        def message(self, text: str) -> None: ...
         def phase(self, name: str, total: float) -> None:
             self.total = total
 
