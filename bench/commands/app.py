@@ -127,13 +127,12 @@ def eval(
     if split not in ("test", "validation", "train"):
         raise registry.unknown("split", split, ("test", "validation", "train"))
     with _clean_stdout() as answer, _view() as progress:
-        from ..experiments.run import evaluate_only
+        from ..experiments.evaluate_model import ModelEvaluation, evaluate_model
         from ..scoring.scorers import scorer_locations
 
-        done = evaluate_only(
-            task, model, adapter=adapter, images=images, split=split, progress=progress, out=out,
-            places=scorer_locations(scorers or (), {}), prompts_file=prompts,
-        )  # fmt: skip
+        locations = scorer_locations(scorers or (), {})
+        what = ModelEvaluation(task, model, adapter, split, images, prompts, locations)  # type: ignore[arg-type]
+        done = evaluate_model(what, progress, out)
         answer(json.dumps(_plain(done), indent=1) if as_json else lambda: _scores(done))
 
 
@@ -809,7 +808,7 @@ def _numbers(title: str = "") -> Any:
 def _mark(r: Record, key: str) -> str:
     """How a row of the table is marked: by the role of its scorer."""
     scorer = r.scorers.get(key.partition("/")[0])  # none: diversity and drift
-    return {"training": "", "held-out": " *", "further": " +", "quality": " '"}[scorer.role if scorer else "quality"]
+    return {"training": "", "held-out": " *", "auxiliary": " +", "quality": " '"}[scorer.role if scorer else "quality"]
 
 
 def _strata(r: Record) -> Any:

@@ -25,7 +25,7 @@ from .. import registry
 from ..assets import downloads, weight_store
 from ..assets.weight_store import StoredRepository
 from ..errors import Missing, UserError
-from ..files import write_atomically
+from ..files import MIN_FREE_DISK, write_atomically
 from ..model_spec import ModelSpec, find_model_spec
 from ..progress import Progress
 from ..scoring.scorers import close_scorers, open_scorer
@@ -34,7 +34,6 @@ from ..spec import Columns, Prompt, Split, SupportsColumns, Task
 MANIFEST = "manifest.json"
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 CHUNK = 8 * 2**20
-SPARE = 200 * 2**20  # bytes that a disk keeps free
 # Weights under their plain name: `model.fp16.safetensors` and `diffusion_pytorch_model.non_ema.safetensors` are variants.
 PLAIN = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that no adapter of bench/models loads
@@ -242,7 +241,7 @@ def _room(place: Path, need: float, what: str) -> None:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    if need and free < need + SPARE:
+    if need and free < need + MIN_FREE_DISK:
         raise UserError(f"{what} takes {_gb(need)}, and the disk at {place} has {_gb(free)} free")
 
 

@@ -384,7 +384,7 @@ def fit(
 ) -> str:
     """The loop until so many iterations are done; returns why it stopped. Raises Broken where it stopped before."""
     why = train(
-        method, rig, adam or optimiser(method, rig), backward=lambda loss: loss.backward(), after=after,
+        method, rig, adam or optimiser(method, rig), after=after,
         interrupted=lambda: rig.iteration >= iterations,
     )  # fmt: skip
     if why != "interrupted" and not why.startswith("budget"):
@@ -880,7 +880,14 @@ def _end(rig: Any, adam: torch.optim.Optimizer) -> dict[str, Any]:
         **{f"optimiser {i} {key}": value for i, own in moments.items() for key, value in own.items()},
         **{f"rig.state[{key!r}]": value for key, value in rig.state.items()},
         "random numbers": rig.rng.get_state(),
-        "counts": (rig.iteration, rig.barren, dict(meter.roles), meter.images, meter.reward_calls, meter.updates),
+        "counts": (
+            rig.iteration,
+            rig.iterations_without_signal,
+            dict(meter.roles),
+            meter.images,
+            meter.reward_calls,
+            meter.updates,
+        ),
     }
 
 

@@ -17,7 +17,7 @@ import torch
 from .. import registry
 from ..budget import Budget, Meter
 from ..errors import UserError
-from ..evaluation import evaluator
+from ..evaluation.splits import refuse_overlap
 from ..files import write_atomically
 from ..losses import informative
 from ..model_spec import find_model_spec
@@ -60,7 +60,7 @@ def make_pairs(
         got = f"prompts={prompts}, group={group}, gap={gap}, seed={seed}"
         raise UserError(f"pairs: prompts must be at least 1, group at least 2, gap and seed not negative, got {got}")
     model_spec, task = find_model_spec(model_name), registry.load("task", task_name)()
-    evaluator.refuse_overlap(task, model_spec.domain)
+    refuse_overlap(task, model_spec.domain)
     scorer = open_scorer(scorer_name or task.reward(model_spec.domain))
     try:
         settings: dict[str, Any] = {

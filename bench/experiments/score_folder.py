@@ -22,7 +22,7 @@ import numpy as np
 from .. import registry
 from ..assets.prompts import READERS, PromptRow, read_prompts, records, row_of, understood
 from ..errors import Interrupted, UserError
-from ..evaluation import evaluator
+from ..evaluation.estimates import invalid
 from ..files import write_atomically
 from ..progress import NullProgress, Progress
 from ..scoring.scorers import ask, close_scorers, open_scorer
@@ -564,6 +564,6 @@ def _told(table: pd.DataFrame, found: Found, pictures: Sequence[Picture], task: 
     return {
         "layout": found.layout, "images": len(pictures),
         "prompts": int(table.prompt.nunique()), "failed": int(len(failed.drop_duplicates(["file", "prompt"]))),
-        "scores": scores, "summary": dict(summary), "invalid": evaluator.invalid(table), "reasons": dict(why.most_common(5)),
+        "scores": scores, "summary": dict(summary), "invalid": invalid(table), "reasons": dict(why.most_common(5)),
         "notes": notes,
     }  # fmt: skip

@@ -49,7 +49,7 @@ def go(method: DiffusionDPO, rig: Rig, adam: torch.optim.Optimizer, iterations: 
     """So many iterations of the real loop; their numbers."""
     numbers: list[dict[str, float]] = []
     train(
-        method, rig, adam, backward=lambda loss: loss.backward(), after=numbers.append,
+        method, rig, adam, after=numbers.append,
         interrupted=lambda: len(numbers) == iterations,
     )  # fmt: skip
     return numbers
@@ -155,7 +155,7 @@ def test_pairs_are_those_of_a_search_by_hand(
 ) -> None:
     rig, nan = make(), math.nan
     reward = torch.tensor([[0, 0.25, 1, 1], [1, 1, 1, 1], [nan, nan, nan, 1], [nan, 0.5, 0, nan], [2, 1, 0, 3]])
-    monkeypatch.setattr(rig, "_take", lambda answer: reward.flatten())
+    monkeypatch.setattr(rig, "_reward", lambda answer: reward.flatten())
     monkeypatch.setattr(rig, "prompts", lambda n: torch.arange(n))
     kept: list[Any] = []
     real = rig.groups
@@ -343,7 +343,7 @@ def test_the_static_cost_is_what_the_meter_shows(make: Any, choose: Any, guidanc
 def test_it_makes_the_model_better(make: Any) -> None:
     rig = make(nfe=8_000, adapter=SMALL["adapter"])
     method = DiffusionDPO(prompts=6, group=8, beta=30.0, optim=Optim(lr=3e-3, weight_decay=0, minibatches=1))
-    why = train(method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(), after=lambda numbers: None)
+    why = train(method, rig, optimiser(method, rig), after=lambda numbers: None)
     assert why == "budget: nfe"
     rig.meter = Meter(Budget(nfe=1e9))
     x, prompt_ids = rig.noise(60), torch.arange(6).repeat(10)
