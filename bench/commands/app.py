@@ -161,14 +161,12 @@ def score(
         _names(task=task)
     with _clean_stdout() as answer, _view() as progress, asked_to_stop() as stopped:
         from ..experiments.config import scorer_tables
-        from ..experiments.score_folder import score_folder
+        from ..experiments.score_folder import FolderRequest, score_folder
         from ..scoring.scorers import scorer_locations
 
-        homes = scorer_locations([text for text in scorers if "=" in text], scorer_tables(config))
-        done = score_folder(
-            folder, names, places=homes, prompts=prompts, task=task, out=out, rows=rows, progress=progress, fresh=fresh,
-            interrupted=stopped,
-        )  # fmt: skip
+        locations = scorer_locations([text for text in scorers if "=" in text], scorer_tables(config))
+        request = FolderRequest(folder, names, locations, prompts, task, out=out, rows=rows)
+        done = score_folder(request, progress=progress, fresh=fresh, interrupted=stopped)
         answer(json.dumps(_plain(done), indent=1) if as_json else lambda: _scored(done))
 
 
@@ -259,12 +257,10 @@ def pairs(
     if choose not in ("extremes", "random", "all"):
         raise registry.unknown("choice", choose, ("extremes", "random", "all"))
     with _clean_stdout() as answer, _view() as progress:
-        from ..experiments.make_pairs import make_pairs
+        from ..experiments.make_pairs import PairsRequest, make_pairs
 
-        done = make_pairs(
-            model, task, out, progress=progress, scorer_name=scorer or "", prompts=prompts, group=group, choose=choose, gap=gap,
-            seed=seed, adapter=adapter,
-        )  # fmt: skip
+        request = PairsRequest(model, task, scorer or "", prompts, group, choose, gap, seed, adapter)
+        done = make_pairs(request, out, progress)
         answer(json.dumps(_plain(done), indent=1) if as_json else lambda: _pairs(done))
 
 

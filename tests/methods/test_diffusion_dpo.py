@@ -15,7 +15,7 @@ import torch
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments.config import resolve, variants
-from gpobench.bench.experiments.make_pairs import make_pairs
+from gpobench.bench.experiments.make_pairs import PairsRequest, make_pairs
 from gpobench.bench.flow import mix
 from gpobench.bench.losses import apart, dpo
 from gpobench.bench.model_spec import SMALL
@@ -36,7 +36,7 @@ BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squar
 def dataset(tiny_pipe: Path, redness: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Pairs that `gpobench pairs` makes of the base's own images."""
     out = tmp_path_factory.mktemp("pairs")
-    make_pairs(str(tiny_pipe), f"{redness}:Paint", out, progress=NullProgress(), prompts=24, group=6, seed=3)
+    make_pairs(PairsRequest(str(tiny_pipe), f"{redness}:Paint", prompts=24, group=6, seed=3), out, NullProgress())
     return str(out)
 
 
@@ -281,13 +281,9 @@ def test_learning_from_given_pairs_ranks_pairs_it_never_saw(
 ) -> None:
     for name, seed in (("seen", 3), ("unseen", 99)):
         make_pairs(
-            str(tiny_pipe),
-            f"{redness}:Paint",
+            PairsRequest(str(tiny_pipe), f"{redness}:Paint", prompts=100, group=8, seed=seed),
             tmp_path / name,
-            progress=NullProgress(),
-            prompts=100,
-            group=8,
-            seed=seed,
+            NullProgress(),
         )
     rig = make(adapter=SMALL["adapter"])
     optim = Optim(lr=3e-3, weight_decay=0, minibatches=1)
