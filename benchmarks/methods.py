@@ -149,7 +149,7 @@ def _between(folder: Path, r: record.Record, key: str, currency: str, spend: flo
     at = np.array([point.spent[currency] for point in r.curve])
     right = int(np.searchsorted(at, spend).clip(1, len(at) - 1))
     share = float(np.clip((spend - at[right - 1]) / max(at[right] - at[right - 1], 1e-9), 0, 1))
-    ends = [_gain(marks, key, "mark", k, 0) if k else 0.0 for k in (right - 1, right)]
+    ends = [_gain(marks, key, "eval_point", k, 0) if k else 0.0 for k in (right - 1, right)]
     return np.asarray((1 - share) * ends[0] + share * ends[1])
 
 

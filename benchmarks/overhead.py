@@ -74,7 +74,7 @@ def profile(name: str, iterations: int) -> tuple[Counter[str], float]:
     try:
         train.train(
             plan.settings, rig, train.optimiser(plan.settings, rig),
-            backward=clock.on("backward", lambda loss: loss.backward()), after=after,
+            gradients=train.Gradients(clock.on("backward", lambda loss: loss.backward())), after=after,
             interrupted=lambda: rig.iteration > iterations,
         )  # fmt: skip
     finally:

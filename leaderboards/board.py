@@ -25,8 +25,8 @@ from . import paper_numbers
 from .paper_numbers import Reported
 
 Array = NDArray[np.float64]
-Role = Literal["training", "held-out", "further", "quality", "diversity", "drift"]
-ROLES: tuple[Role, ...] = ("training", "held-out", "further", "quality", "diversity", "drift")
+Role = Literal["training", "held-out", "auxiliary", "quality", "diversity", "drift"]
+ROLES: tuple[Role, ...] = ("training", "held-out", "auxiliary", "quality", "diversity", "drift")
 AGREE = 0.05  # two machines' last bits may move the mean of the same base this far, in standard deviations between its prompts
 APART = "The base's scores are not the same"  # how the note on that begins
 SURE = 0.05  # the chance that a table of equal methods has a second rank
@@ -588,7 +588,7 @@ def _columns(runs: Sequence[LoadedRun]) -> list[Column]:
     for key in keys:
         scorer = key.partition("/")[0]
         kind = scorer.partition("-")[0]
-        other: Role = "diversity" if kind == "diversity" else "drift" if kind == "drift" else "further"
+        other: Role = "diversity" if kind == "diversity" else "drift" if kind == "drift" else "auxiliary"
         found.append(Column(key, roles.get(scorer, other)))
     if not found:
         raise UserError("these runs hold no scores of both the base and the result")

@@ -43,7 +43,7 @@ Array = NDArray[np.float64]
 LEVEL = 0.95
 FINEST = 1e-10  # of margins
 GUARDED = ("training", "held-out")  # the scorers whose numbers are guarded unless others are asked for
-JUDGED = ("training", "held-out", "further", "quality")  # more is better: distances have no better or worse
+JUDGED = ("training", "held-out", "auxiliary", "quality")  # more is better: distances have no better or worse
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def gather(board: Board, runs: Sequence[LoadedRun]) -> Evidence:
     clock = next(iter(board.budget), "nfe")
     drawn = {label: report_data.curve(label, group, clock) for label, group in measured.items()}
     texts = [plain(text) for text in report_data.texts(runs[0])]
-    scored = [c.key for c in board.columns if c.role in ("training", "held-out", "further")]
+    scored = [c.key for c in board.columns if c.role in ("training", "held-out", "auxiliary")]
     album = report_data.album(measured, scored)
     lacking = {
         "curve": [label for label, one in drawn.items() if one is None],
@@ -282,7 +282,7 @@ def first_measures(board: Board, measures: Sequence[Measure]) -> tuple[int, int]
     """Which two are shown first: the drift, or the training scorer where none was measured, and the key."""
     names = [m.name for m in measures]
     up = next(k for k, name in enumerate(names) if name.startswith(f"{board.key} ("))
-    wanted = [c for role in ("drift", "training", "further") for c in board.columns if c.role == role]
+    wanted = [c for role in ("drift", "training", "auxiliary") for c in board.columns if c.role == role]
     across = [names.index(f"{c.key} ({c.role})") for c in wanted if c.key != board.key]
     return next(iter(across), len(names) - 1), up
 

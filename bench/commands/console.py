@@ -51,7 +51,7 @@ class TerminalProgress:
         self._progress, self._task, self._said = progress, None, -1
         self._live = progress.console.is_terminal
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, markup=False)
 
     def phase(self, name: str, total: float) -> None:
@@ -59,7 +59,7 @@ class TerminalProgress:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(name, total=total, note="")
         if not self._live:
-            self.say(name)
+            self.message(name)
 
     def advance(self, by: float) -> None:
         if self._task is not None:
@@ -78,7 +78,7 @@ class TerminalProgress:
         self._progress.update(self._task, completed=fraction, note=note)
         if not self._live and int(fraction * 20) > self._said:
             self._said = int(fraction * 20)
-            self.say(f"  {100 * fraction:3.0f} %  {note} · {numbers['spent/seconds']:.0f} s")
+            self.message(f"  {100 * fraction:3.0f} %  {note} · {numbers['spent/seconds']:.0f} s")
 
 
 @contextlib.contextmanager
@@ -101,6 +101,6 @@ def terminal_progress() -> Generator[TerminalProgress]:
 
 def log_lines(progress: TerminalProgress) -> Callable[[Mapping[str, Any]], None]:
     def log(facts: Mapping[str, Any]) -> None:
-        progress.say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()))
+        progress.message("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()))
 
     return log

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -13,10 +13,6 @@ from .. import registry
 from .console import clean_stdout, open_console, terminal_progress
 from .options import AsJson, ModelName, Places, TaskName, check_names
 from .tables import finite_or_null, is_finite
-
-if TYPE_CHECKING:
-    pass
-
 
 EPILOG = "Example: `gpobench eval --task ocr --model tiny --adapter runs/NAME/adapter --split test`"
 
@@ -37,13 +33,12 @@ def eval(
     if split not in ("test", "validation", "train"):
         raise registry.unknown("split", split, ("test", "validation", "train"))
     with clean_stdout() as answer, terminal_progress() as progress:
-        from ..experiments.run import evaluate_only
+        from ..experiments.evaluate_model import ModelEvaluation, evaluate_model
         from ..scoring.scorers import scorer_locations
 
-        done = evaluate_only(
-            task, model, adapter=adapter, images=images, split=split, progress=progress, out=out,
-            places=scorer_locations(scorers or (), {}), prompts_file=prompts,
-        )  # fmt: skip
+        locations = scorer_locations(scorers or (), {})
+        request = ModelEvaluation(task, model, adapter, split, images, prompts, locations)  # type: ignore[arg-type]
+        done = evaluate_model(request, progress, out)
         answer(json.dumps(finite_or_null(done), indent=1) if as_json else lambda: _scores(done))
 
 

@@ -42,12 +42,10 @@ def pairs(
     if choose not in ("extremes", "random", "all"):
         raise registry.unknown("choice", choose, ("extremes", "random", "all"))
     with clean_stdout() as answer, terminal_progress() as progress:
-        from ..experiments.make_pairs import make_pairs
+        from ..experiments.make_pairs import PairsRequest, make_pairs
 
-        done = make_pairs(
-            model, task, out, progress=progress, scorer_name=scorer or "", prompts=prompts, group=group, choose=choose, margin=margin,
-            seed=seed, adapter=adapter,
-        )  # fmt: skip
+        request = PairsRequest(model, task, scorer or "", prompts, group, choose, margin, seed, adapter)
+        done = make_pairs(request, out, progress)
         answer(json.dumps(finite_or_null(done), indent=1) if as_json else lambda: _pairs(done))
 
 

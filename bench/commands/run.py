@@ -156,7 +156,7 @@ def _result(r: Record) -> None:
 def _mark(r: Record, key: str) -> str:
     """How a row of the table is marked: by the role of its scorer."""
     scorer = r.scorers.get(key.partition("/")[0])  # none: diversity and drift
-    return {"training": "", "held-out": " *", "further": " +", "quality": " '"}[scorer.role if scorer else "quality"]
+    return {"training": "", "held-out": " *", "auxiliary": " +", "quality": " '"}[scorer.role if scorer else "quality"]
 
 
 def _strata(r: Record) -> Any:

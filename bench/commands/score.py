@@ -45,14 +45,12 @@ def score(
         check_names(task=task)
     with clean_stdout() as answer, terminal_progress() as progress, asked_to_stop() as stopped:
         from ..experiments.config import scorer_tables
-        from ..experiments.score_folder import score_folder
+        from ..experiments.score_folder import FolderRequest, score_folder
         from ..scoring.scorers import scorer_locations
 
-        homes = scorer_locations([text for text in scorers if "=" in text], scorer_tables(config))
-        done = score_folder(
-            folder, names, places=homes, prompts=prompts, task=task, out=out, rows=rows, progress=progress, fresh=fresh,
-            interrupted=stopped,
-        )  # fmt: skip
+        locations = scorer_locations([text for text in scorers if "=" in text], scorer_tables(config))
+        request = FolderRequest(folder, names, locations, prompts, task, out=out, rows=rows)
+        done = score_folder(request, progress=progress, fresh=fresh, interrupted=stopped)
         answer(json.dumps(finite_or_null(done), indent=1) if as_json else lambda: _scored(done))
 
 

@@ -270,7 +270,7 @@ def train_iterations(
         LawBroken: where it stopped for another reason.
     """
     stop = train(
-        method, rig, adam or optimiser(method, rig), backward=lambda loss: loss.backward(), after=after,
+        method, rig, adam or optimiser(method, rig), after=after,
         interrupted=lambda: rig.iteration >= iterations,
     )  # fmt: skip
     if stop != "interrupted" and not stop.startswith("budget"):

@@ -71,7 +71,14 @@ def _end_state(rig: Any, adam: torch.optim.Optimizer) -> dict[str, Any]:
         **{f"optimiser {i} {key}": value for i, own in moments.items() for key, value in own.items()},
         **{f"rig.state[{key!r}]": value for key, value in rig.state.items()},
         "random numbers": rig.rng.get_state(),
-        "counts": (rig.iteration, rig.barren, dict(meter.roles), meter.images, meter.reward_calls, meter.updates),
+        "counts": (
+            rig.iteration,
+            rig.iterations_without_signal,
+            dict(meter.roles),
+            meter.images,
+            meter.reward_calls,
+            meter.updates,
+        ),
     }
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from .. import registry
 from ..assets import downloads, weight_store
 from ..errors import Missing, UserError
+from ..files import MIN_FREE_DISK
 from ..model_spec import ModelSpec, find_model_spec
 from ..progress import Progress
 from ..scoring.scorers import close_scorers, open_scorer
@@ -34,7 +35,6 @@ from . import fetch
 
 Verdict = Literal["ok", "warning", "broken", "missing"]
 HEAVY = 2**30  # bytes of weights above which a scorer is not made without `deep`
-ROOM = 200 * 2**20  # bytes of free disk below which a run does not begin
 SCARCE = 5 * 2**30  # bytes of free disk that a few runs' checkpoints and pictures may take
 BUILT_IN = ("rapidocr", "reader", "tesseract", "geneval:palette", "pickscore:tiny", "hpsv2:tiny")
 BINDING = ("gated", "non-commercial", "agpl")  # words of a licence that a person should hear
@@ -253,7 +253,7 @@ def surroundings(offline: bool) -> Iterator[Check]:
         while not place.exists():
             place = place.parent
         free = shutil.disk_usage(place).free
-        verdict: Verdict = "broken" if free < ROOM else "warning" if free < SCARCE else "ok"
+        verdict: Verdict = "broken" if free < MIN_FREE_DISK else "warning" if free < SCARCE else "ok"
         yield Check(name, verdict, f"{_gb(free)} free at {place}", "make room" if verdict != "ok" else "")
     for name in ("GPOBENCH_WEIGHTS", "GPOBENCH_DATA"):
         if said := os.environ.get(name):
@@ -440,7 +440,7 @@ def memory(model_spec: ModelSpec) -> Iterator[Check]:
 
 def prompts(task: Task, domain: str, offline: bool) -> Iterator[Check]:
     """The three splits, their hashes, and that no prompt stands in two."""
-    from ..evaluation.evaluator import prompts_hash, refuse_overlap
+    from ..evaluation.splits import prompts_hash, refuse_overlap
 
     told: list[str] = []
     for split in fetch.SPLITS:

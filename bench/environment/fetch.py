@@ -25,7 +25,7 @@ from .. import registry
 from ..assets import downloads, weight_store
 from ..assets.weight_store import StoredRepository
 from ..errors import Missing, UserError
-from ..files import write_atomically
+from ..files import MIN_FREE_DISK, write_atomically
 from ..model_spec import ModelSpec, find_model_spec
 from ..progress import Progress
 from ..scoring.scorers import close_scorers, open_scorer
@@ -34,7 +34,6 @@ from ..spec import Columns, Prompt, Split, SupportsColumns, Task
 MANIFEST = "manifest.json"
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 CHUNK = 8 * 2**20
-SPARE = 200 * 2**20  # bytes that a disk keeps free
 # Weights under their plain name: `model.fp16.safetensors` and `diffusion_pytorch_model.non_ema.safetensors` are variants.
 PLAIN = re.compile(r"(diffusion_pytorch_model|model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that no adapter of bench/models loads
@@ -138,7 +137,7 @@ def fetch(
                     failed.append(f"{need.kind} {need.name}: {error}")
                 else:
                     left_out.append({"kind": need.kind, "name": need.name, "why": str(error)})
-                    progress.say(f"left out, runs do without it: {need.name}: {error}")
+                    progress.message(f"left out, runs do without it: {need.name}: {error}")
             except Exception as error:  # foreign code; its weights may be here all the same
                 why = f"{type(error).__name__}: {error}"
                 if need.needed:
@@ -196,7 +195,7 @@ def _pipeline(model_spec: ModelSpec, progress: Progress) -> None:
     except Missing as missing:
         if own is None:
             raise
-        progress.say(f"what was fetched before is checked, and no more: {missing}")
+        progress.message(f"what was fetched before is checked, and no more: {missing}")
         return
     index = weight_store.download(model_spec.source, "model_index.json", revision)
     names = wanted(json.loads(index.read_text("utf-8")), files)
@@ -242,7 +241,7 @@ def _room(place: Path, need: float, what: str) -> None:
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    if need and free < need + SPARE:
+    if need and free < need + MIN_FREE_DISK:
         raise UserError(f"{what} takes {_gb(need)}, and the disk at {place} has {_gb(free)} free")
 
 

@@ -318,7 +318,7 @@ class _GridRunner:
             commits = {str(run.record.provenance.get("revision", "")) for run in self._runs if run.record}
             others = commits - {str(self._provenance.get("revision", ""))}
             by = f", by other code than this ({', '.join(sorted(c[:12] for c in others))})" if any(others) else ""
-            self._progress.say(f"{len(self._runs) - waiting} of {len(self._runs)} runs are already done{by}")
+            self._progress.message(f"{len(self._runs) - waiting} of {len(self._runs)} runs are already done{by}")
         if waiting:
             total = sum(1 - self._fractions_shown[run.number] for run in self._runs)
             self._progress.phase(f"{waiting} run{'s' if waiting > 1 else ''}", max(total, 1e-9))
@@ -330,7 +330,7 @@ class _GridRunner:
         if unlocked := [run for run in waiting if run not in locked]:
             yield unlocked
         for run in locked:
-            self._progress.say(f"run {run.number}: another process is making it; waiting for that to end")
+            self._progress.message(f"run {run.number}: another process is making it; waiting for that to end")
             while is_locked(run.run_dir):
                 if self._interrupted():
                     raise self._stopped()
@@ -359,7 +359,7 @@ class _GridRunner:
         """Make runs in processes of their own, `jobs` at once; a fresh process holds nothing of an earlier failure."""
         if second_attempt:
             which = "one run failed and is" if len(runs) == 1 else f"{len(runs)} runs failed and are"
-            self._progress.say(f"{which} tried once more")
+            self._progress.message(f"{which} tried once more")
             for run in runs:
                 run.failure = ""
 
@@ -390,7 +390,7 @@ class _GridRunner:
 
     def _show_start(self, run: PlannedRun) -> None:
         """Show that a run begins or goes on."""
-        self._progress.say(f"run {run.number} of {len(self._runs)}: {run}" + (", going on" if run.fraction else ""))
+        self._progress.message(f"run {run.number} of {len(self._runs)}: {run}" + (", going on" if run.fraction else ""))
 
     def _record_end(self, run: PlannedRun, run_record: Record | None, failure: str, final: bool) -> None:
         """Keep the result of a run, show it and write the manifest. final: it is not tried again."""
@@ -399,9 +399,9 @@ class _GridRunner:
             key = _shown_keys(run_record)[0]
             mean = run_record.delta[key].mean
             gain = "not scored" if mean is None or not math.isfinite(mean) else f"{mean:+.3f}"
-            self._progress.say(f"run {run.number} done: {key} {gain}, ended by {run_record.stop}")
+            self._progress.message(f"run {run.number} done: {key} {gain}, ended by {run_record.stop}")
         elif failure:
-            self._progress.say(f"run {run.number} failed: {failure}")
+            self._progress.message(f"run {run.number} failed: {failure}")
         if run_record or final:
             self._advance_to(run, 1.0)
         self.write_manifest()
@@ -430,10 +430,10 @@ class _RunProgress:
     advance_to: Callable[[float], None]
     lines_shown: set[str]  # by any run of the grid
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         """Show a line; that a scorer is not installed holds for the whole grid and is shown once."""
         if text not in self.lines_shown or not text.startswith("not judged by "):
-            self.progress.say(text)
+            self.progress.message(text)
         self.lines_shown.add(text)
 
     def phase(self, name: str, total: float) -> None:

@@ -213,10 +213,10 @@ def _slug(trial: Trial) -> str:
 def _run_here(trial: Trial, of: int, folder: Path, progress: Progress, interrupted: Callable[[], bool]) -> None:
     """Run a trial in this process, or read the record it has already. of: the number of trials."""
     assert trial.config is not None
-    progress.say(f"trial {trial.number} (of 0 to {of - 1}): {_settings_text(trial)}")
+    progress.message(f"trial {trial.number} (of 0 to {of - 1}): {_settings_text(trial)}")
     trial_dir = folder / "runs" / _slug(trial)
     if is_locked(trial_dir):
-        progress.say(f"trial {trial.number}: another process is making it; waiting for that to end")
+        progress.message(f"trial {trial.number}: another process is making it; waiting for that to end")
     while is_locked(trial_dir):
         if interrupted():
             raise Interrupted(f"trial {trial.number}: stopped; the same command goes on from there")
@@ -228,7 +228,7 @@ def _run_here(trial: Trial, of: int, folder: Path, progress: Progress, interrupt
     except Interrupted as stop:
         raise Interrupted(f"trial {trial.number}: {stop}") from None
     if trial.failure:
-        progress.say(f"trial {trial.number} failed: {trial.failure}")
+        progress.message(f"trial {trial.number} failed: {trial.failure}")
 
 
 def _run_in_processes(
@@ -243,10 +243,10 @@ def _run_in_processes(
 
     def end(k: int, failure: str) -> None:
         trials[k].failure = failure
-        progress.say(f"trial {trials[k].number} " + (f"failed: {failure}" if failure else "ended"))
+        progress.message(f"trial {trials[k].number} " + (f"failed: {failure}" if failure else "ended"))
 
     work = [Job(_command(tuning, trial, folder), _log(trial, folder)) for trial in trials]
-    begin = lambda k: progress.say(f"trial {trials[k].number} begins: {_settings_text(trials[k])}")
+    begin = lambda k: progress.message(f"trial {trials[k].number} begins: {_settings_text(trials[k])}")
     if not run_jobs(work, at_once, begins=begin, ends=end, interrupted=interrupted):
         raise Interrupted("stopped; the same command goes on with the trials that are left")
 

@@ -107,7 +107,7 @@ def make_full_run(
     base = np.random.default_rng(7).random(20)
     lines = [
         {"prompt": p, "ordinal": 0, "stratum": "", "scorer": key.partition("/")[0], "metric": "exact",
-         "value": base[p] + gain * k / (marks - 1), "mark": k}
+         "value": base[p] + gain * k / (marks - 1), "eval_point": k}
         for key in KEYS for k in range(marks) for p in range(20)
     ]  # fmt: skip
     pd.DataFrame(lines).to_parquet(run_dir / "curve.parquet", index=False)

@@ -284,7 +284,7 @@ def test_further_columns_stand_in_order(make: Make, look: Any) -> None:
     )
     uses = {
         name: ScorerUse(id=f"{name}-1", role=role, calls=0, seconds=0, errors=0)
-        for name, role in {"engine": "training", "other": "held-out", "looks": "quality", "more": "further"}.items()
+        for name, role in {"engine": "training", "other": "held-out", "looks": "quality", "more": "auxiliary"}.items()
     }
     b = table(make("one", looks={k: look(0.1, 5) for k in keys}, scorers=uses, embedders={"clip": "clip-1"}))
     assert [c.key for c in b.columns] == [

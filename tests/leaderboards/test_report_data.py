@@ -29,7 +29,7 @@ def test_one_seed_keeps_its_own_marks(make_full: Make) -> None:
     assert curve.spent["seconds"] == pytest.approx([0, 3, 6, 9, 12])
     table = pd.read_parquet(run.folder / "curve.parquet")
     for k, e in enumerate(curve.scores[KEY]):
-        values = table[(table.mark == k) & (table.scorer == "other")].value.to_numpy()
+        values = table[(table.eval_point == k) & (table.scorer == "other")].value.to_numpy()
         own = intervals.mean_ci(values, resamples=report_data.RESAMPLES)
         assert (e.mean, e.low, e.high) == pytest.approx((own.mean, own.low, own.high))
 

@@ -15,7 +15,7 @@ import torch
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments.config import RunRequest, resolve, variants
-from gpobench.bench.experiments.make_pairs import make_pairs
+from gpobench.bench.experiments.make_pairs import PairsRequest, make_pairs
 from gpobench.bench.flow import mix
 from gpobench.bench.losses import apart, dpo
 from gpobench.bench.model_spec import SMALL
@@ -36,7 +36,7 @@ BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squar
 def dataset(tiny_pipe: Path, redness: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Pairs that `gpobench pairs` makes of the base's own images."""
     out = tmp_path_factory.mktemp("pairs")
-    make_pairs(str(tiny_pipe), f"{redness}:Paint", out, progress=NullProgress(), prompts=24, group=6, seed=3)
+    make_pairs(PairsRequest(str(tiny_pipe), f"{redness}:Paint", prompts=24, group=6, seed=3), out, NullProgress())
     return str(out)
 
 
@@ -49,7 +49,7 @@ def go(method: DiffusionDPO, rig: Rig, adam: torch.optim.Optimizer, iterations: 
     """So many iterations of the real loop; their numbers."""
     numbers: list[dict[str, float]] = []
     train(
-        method, rig, adam, backward=lambda loss: loss.backward(), after=numbers.append,
+        method, rig, adam, after=numbers.append,
         interrupted=lambda: len(numbers) == iterations,
     )  # fmt: skip
     return numbers
@@ -155,7 +155,7 @@ def test_pairs_are_those_of_a_search_by_hand(
 ) -> None:
     rig, nan = make(), math.nan
     reward = torch.tensor([[0, 0.25, 1, 1], [1, 1, 1, 1], [nan, nan, nan, 1], [nan, 0.5, 0, nan], [2, 1, 0, 3]])
-    monkeypatch.setattr(rig, "_take", lambda answer: reward.flatten())
+    monkeypatch.setattr(rig, "_reward", lambda answer: reward.flatten())
     monkeypatch.setattr(rig, "prompts", lambda n: torch.arange(n))
     kept: list[Any] = []
     real = rig.groups
@@ -285,13 +285,9 @@ def test_learning_from_given_pairs_ranks_pairs_it_never_saw(
 ) -> None:
     for name, seed in (("seen", 3), ("unseen", 99)):
         make_pairs(
-            str(tiny_pipe),
-            f"{redness}:Paint",
+            PairsRequest(str(tiny_pipe), f"{redness}:Paint", prompts=100, group=8, seed=seed),
             tmp_path / name,
-            progress=NullProgress(),
-            prompts=100,
-            group=8,
-            seed=seed,
+            NullProgress(),
         )
     rig = make(adapter=SMALL["adapter"])
     optim = Optim(lr=3e-3, weight_decay=0, minibatches=1)
@@ -348,7 +344,7 @@ def test_the_static_cost_is_what_the_meter_shows(make: Any, choose: Any, guidanc
 def test_it_makes_the_model_better(make: Any) -> None:
     rig = make(nfe=8_000, adapter=SMALL["adapter"])
     method = DiffusionDPO(prompts=6, group=8, beta=30.0, optim=Optim(lr=3e-3, weight_decay=0, minibatches=1))
-    why = train(method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(), after=lambda numbers: None)
+    why = train(method, rig, optimiser(method, rig), after=lambda numbers: None)
     assert why == "budget: nfe"
     rig.meter = Meter(Budget(nfe=1e9))
     x, prompt_ids = rig.noise(60), torch.arange(6).repeat(10)

@@ -116,7 +116,7 @@ class Notes(NullProgress):
     phases: list[list[Any]] = field(default_factory=list[list[Any]])
     said: list[str] = field(default_factory=list[str])
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self.said.append(text)
 
     def phase(self, name: str, total: float) -> None:
@@ -263,7 +263,7 @@ def test_prompts_whose_hash_nobody_published_are_locked_too(world: str, hub_serv
 
 
 def test_no_room(world: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage("/")._replace(free=fetch.SPARE + 10)
+    usage = shutil.disk_usage("/")._replace(free=fetch.MIN_FREE_DISK + 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     with pytest.raises(UserError, match="acme/mini takes .* free"):
         fetch.fetch(None, f"{world}:mini", progress=NullProgress())

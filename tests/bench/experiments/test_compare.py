@@ -45,7 +45,7 @@ class Bar(NullProgress):
         self.said: list[str] = []
         self.total, self.steps = 0.0, list[float]()
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self.said.append(text)
 
     def phase(self, name: str, total: float) -> None:
@@ -256,7 +256,7 @@ def test_what_another_process_is_at_work_on_is_waited_for(grid: Any, tmp_path: P
             let_go.function = lock.close
             let_go.start()
 
-    bar.say = say
+    bar.message = say
     found = compare(g, out=out, progress=bar)
     assert found["done"] == 2 and not any("failed" in line for line in bar.said)
     order = [

@@ -167,7 +167,7 @@ def test_a_file_beside_a_method_that_is_no_preset_is_refused(
 
 
 def test_what_a_run_wrote_down_is_the_same_run(tiny_pipe: Path, redness: str, tmp_path: Path, mine: str) -> None:
-    from gpobench.bench.experiments.run import _toml  # pyright: ignore[reportPrivateUsage]
+    from gpobench.bench.experiments.artifacts import config_toml
 
     for method, sets in (
         (
@@ -178,7 +178,7 @@ def test_what_a_run_wrote_down_is_the_same_run(tiny_pipe: Path, redness: str, tm
     ):
         first = plan(method, f"{redness}:Paint", tiny_pipe, *sets, budget="nfe=1234567,seconds=0.1", seed=3)
         file = tmp_path / "config.toml"
-        file.write_text(_toml(first))
+        file.write_text(config_toml(first))
         words = file.read_text().splitlines()[0].split()
         budget = words[words.index("--budget") + 1]  # the command that stands in its first line
         again = plan(method, f"{redness}:Paint", tiny_pipe, config=file, budget=budget, seed=3)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
-from gpobench.bench.experiments.make_pairs import FILE, make_pairs
+from gpobench.bench.experiments.make_pairs import FILE, PairsRequest, make_pairs
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models import common
 from gpobench.bench.models.open import open_model
@@ -31,7 +31,8 @@ from gpobench.bench.training.rig import Rig
 def make(tiny_pipe: Path, redness: str, tmp_path: Path) -> Any:
     def build(name: str = "a", task: str = "Paint", **more: Any) -> dict[str, Any]:
         settings = {"prompts": 5, "group": 4, **more}
-        return make_pairs(str(tiny_pipe), f"{redness}:{task}", tmp_path / name, progress=NullProgress(), **settings)
+        request = PairsRequest(str(tiny_pipe), f"{redness}:{task}", **settings)
+        return make_pairs(request, tmp_path / name, NullProgress())
 
     return build
 
@@ -118,7 +119,7 @@ def test_images_without_a_score_are_in_no_pair(make: Any) -> None:
 @pytest.mark.parametrize(
     ("task", "said"),
     [
-        ("Flat", "5 of 5 groups had no spread, 0 images were not scored"),
+        ("Flat", "5 of 5 groups had equal rewards, 0 images were not scored"),
         ("Broken", "20 images .*the engine is on fire"),
     ],
 )

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluation.evaluator import judge, noise
+from gpobench.bench.evaluation.evaluator import evaluate, noise
+from gpobench.bench.evaluation.request import EvaluationRequest
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.common import LORA_FILE
 from gpobench.bench.models.open import open_model
@@ -84,7 +85,9 @@ def test_sampling_is_the_pipelines_own(tiny_pipe: Path, theirs: Any, redness: st
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 def test_the_judge_sees_the_pipelines_own_pictures(tiny_pipe: Path, theirs: Any, redness: str, guidance: float) -> None:
     model = open_model(replace(find_model_spec(str(tiny_pipe)), guidance=guidance), device="cpu")
-    seen = judge(model, [Prompt(p) for p in PROMPTS], [scorer(f"{redness}:Redness")], images=1, seed=7, rows=2)
+    seen = evaluate(
+        model, EvaluationRequest([Prompt(p) for p in PROMPTS], [scorer(f"{redness}:Redness")], images=1, seed=7, rows=2)
+    )
     start = torch.stack([noise(p, 0, 7, model.shape) for p in PROMPTS])
     expected = np.stack([np.asarray(image) for image in ask(theirs, start, guidance, "pil")])
     assert expected.std() > 1
