@@ -29,7 +29,7 @@ def doctor(
     with clean_stdout() as answer, terminal_progress() as progress:
         from dataclasses import asdict
 
-        from ..environment.doctor import broken
+        from ..environment.check_result import broken
         from ..environment.doctor import doctor as examine
 
         checks = examine(task, model, progress=progress, deep=deep)
@@ -44,7 +44,7 @@ def print_checks(checks: Sequence[Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..environment.doctor import remedies, rows
+    from ..environment.check_result import remedies, rows
 
     colours = {"ok": "green", "warning": "yellow", "missing": "yellow", "broken": "red"}
     table = Table("what", "verdict", "detail", box=None, pad_edge=False, header_style="bold")
