@@ -41,18 +41,18 @@ app.add_typer(new.new, name="new")
 
 
 @app.callback(invoke_without_command=True)
-def _root(
+def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version as of
+        from importlib.metadata import version as installed_version
 
-        print(f"gpobench {of('gpobench')}")
+        print(f"gpobench {installed_version('gpobench')}")
         raise typer.Exit
 
 
-def _further_commands() -> None:
-    """Commands of the petals and of other packages, by entry points; one that cannot be loaded is said and left out."""
+def _add_plugin_commands() -> None:
+    """Add the commands of the petals and of other packages from entry points; one that cannot be loaded is reported and left out."""
     for name in registry.entries("command"):
         try:
             app.command(name)(registry.load("command", name))
@@ -61,32 +61,32 @@ def _further_commands() -> None:
 
 
 def main() -> None:
-    """The console script: user errors are one line on stderr and exit code 2, a stop asked for is 130."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads slow a shared machine tenfold
+    """Run the console script; a user error is one line on stderr and exit code 2, an interrupt exit code 130."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads make a shared machine ten times slower
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes on optional parts would bury ours
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their notes on optional parts would hide ours
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(
-                errors="replace"
-            )  # an ASCII terminal shows ? for what it does not know, and the run is told of
+            # An ASCII terminal shows ? for other characters instead of ending the run.
+            stream.reconfigure(errors="replace")
     try:
-        _further_commands()
+        _add_plugin_commands()
         app(standalone_mode=True)
     except UserError as error:
-        _last_words(str(error))
+        _print_error(str(error))
         raise SystemExit(2) from None
     except (KeyboardInterrupt, AtOnce):
-        _last_words("stopped; the same command goes on from the last checkpoint")
+        _print_error("stopped; the same command goes on from the last checkpoint")
         raise SystemExit(130) from None
     except Interrupted as stop:
-        _last_words(str(stop))
+        _print_error(str(stop))
         raise SystemExit(130) from None
 
 
-def _last_words(text: str) -> None:
+def _print_error(text: str) -> None:
+    """Print one line on stderr, also where its reader is gone."""
     try:
         print(f"gpobench: {text}", file=sys.stderr, flush=True)
     except OSError:

@@ -1,4 +1,4 @@
-"""Console output: progress on stderr, the answer on stdout, and what happens when a stream closes."""
+"""Console output: progress on stderr, the answer on stdout, and closed streams that end no run."""
 
 from __future__ import annotations
 
@@ -6,55 +6,56 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Generator, Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 @contextlib.contextmanager
 def clean_stdout() -> Generator[Callable[[Any], None]]:
-    """stdout belongs to the answer: whatever a library prints meanwhile goes to stderr."""
+    """Within the context stdout is stderr, so that libraries print there; what is passed to the function it gives is printed last."""
     answers: list[Any] = []
     with contextlib.redirect_stdout(sys.stderr):
         yield (
+            # Of several processes only the first prints.
             answers.append if os.environ.get("RANK", "0") == "0" else lambda _: None
-        )  # of several processes one speaks
-    for given in answers:
-        if callable(given):
-            given()
+        )
+    for answer in answers:
+        if callable(answer):
+            answer()
         else:
-            print(given)
+            print(answer)
 
 
 def open_console(stderr: bool = False) -> Any:
+    """Return a rich console that a closed pipe does not end."""
     from rich.console import Console
 
-    class Steady(Console):
-        def on_broken_pipe(self) -> None:  # it would end the process
+    class PipeSafeConsole(Console):
+        def on_broken_pipe(self) -> None:  # rich ends the process here
             discard_stderr()
 
-    return Steady(stderr=True) if stderr else Console()
+    return PipeSafeConsole(stderr=True) if stderr else Console()
 
 
 def discard_stderr() -> None:
-    """What reads stderr is gone, as `| tee` at a Ctrl-C; work goes on and is saved."""
+    """Send stderr to /dev/null: its reader is gone, as `| tee` at a Ctrl-C, and the run goes on to save its work."""
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     os.close(nothing)
 
 
 class TerminalProgress:
-    """A view as one live line on stderr; plain lines where stderr is no terminal."""
+    """Progress as one live line on stderr; plain lines where stderr is no terminal."""
 
     def __init__(self, progress: Any):
-        self._progress, self._task, self._said = progress, None, -1
+        self._progress, self._task, self._steps_said = progress, None, -1
         self._live = progress.console.is_terminal
 
     def message(self, text: str) -> None:
+        """Print a line above the live one."""
         self._progress.console.print(text, highlight=False, markup=False)
 
     def phase(self, name: str, total: float) -> None:
+        """Begin a phase that is done when it has advanced by `total`."""
         if self._task is not None:
             self._progress.remove_task(self._task)
         self._task = self._progress.add_task(name, total=total, note="")
@@ -62,27 +63,30 @@ class TerminalProgress:
             self.message(name)
 
     def advance(self, by: float) -> None:
+        """Move the bar of the phase."""
         if self._task is not None:
             self._progress.advance(self._task, by)
 
     def about(self, text: str) -> None:
-        """What the phase is busy with, of which nobody knows how long it takes."""
+        """Show what the phase is doing, without a bar."""
         if self._task is not None:
             self._progress.update(self._task, total=None, note=text)
 
     def status(self, fraction: float, numbers: Mapping[str, float]) -> None:
+        """Show the fraction of the budget that is spent, and the latest metrics."""
         reward = numbers.get("reward/mean", float("nan"))
         note = f"reward {reward:.3f} · {numbers['spent/updates']:.0f} updates · {numbers['spent/images']:,.0f} images"
         if numbers.get("reward/errors"):
             note += f" · {numbers['reward/errors']:.0f} not scored"
         self._progress.update(self._task, completed=fraction, note=note)
-        if not self._live and int(fraction * 20) > self._said:
-            self._said = int(fraction * 20)
+        if not self._live and int(fraction * 20) > self._steps_said:
+            self._steps_said = int(fraction * 20)
             self.message(f"  {100 * fraction:3.0f} %  {note} · {numbers['spent/seconds']:.0f} s")
 
 
 @contextlib.contextmanager
 def terminal_progress() -> Generator[TerminalProgress]:
+    """Within the context: progress on stderr."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
@@ -100,7 +104,9 @@ def terminal_progress() -> Generator[TerminalProgress]:
 
 
 def log_lines(progress: TerminalProgress) -> Callable[[Mapping[str, Any]], None]:
-    def log(facts: Mapping[str, Any]) -> None:
-        progress.message("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()))
+    """Return a function that prints a mapping of numbers in one line."""
+
+    def log(numbers: Mapping[str, Any]) -> None:
+        progress.message("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in numbers.items()))
 
     return log

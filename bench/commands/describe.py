@@ -1,29 +1,26 @@
-"""`gpobench list` and `gpobench show`: what methods, tasks, models, scorers, embedders and recipes there are."""
+"""`gpobench list` and `gpobench show`: list all parts, and describe one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from .. import registry
 from .console import open_console
 
-if TYPE_CHECKING:
-    pass
-
 
 def list_() -> None:
-    """All methods, tasks, models, scorers, embedders and recipes, built-in and installed."""
+    """List all methods, tasks, models, scorers and recipes."""
     from rich.table import Table
 
     table = Table("kind", "name", "what it is", box=None, pad_edge=False, header_style="bold")
     for kind in ("method", "task", "model", "scorer", "embedder", "recipe"):
         for name in registry.entries(kind):
             if registry.canonical(kind, name) == name:
-                said = _model_line(name) if kind == "model" else registry.caption(kind, name)
-                table.add_row(kind, name, said + _also(kind, name))
+                line = _model_line(name) if kind == "model" else registry.caption(kind, name)
+                table.add_row(kind, name, line + _other_names(kind, name))
     open_console().print(table)
     open_console().print("\nFields, defaults and source of one: [bold]gpobench show NAME[/]", highlight=False)
 
@@ -34,16 +31,16 @@ SHOW_EPILOG = "Example: `gpobench show gpo`"
 def show(
     name: Annotated[str, typer.Argument(help="A name that `gpobench list` prints, or path/to/file.py:Name.")],
 ) -> None:
-    """What a part is: its description, fields, defaults, presets and source."""
+    """Show a part's description, fields, defaults and presets."""
     kinds = [kind for kind in registry.GROUPS if name in registry.entries(kind)]
     if ".py:" not in name and not kinds:
         raise registry.unknown("name", name, {n for kind in registry.GROUPS for n in registry.entries(kind)})
     for kind in kinds or [_kind(name)]:
-        _show(kind, name)
+        print_part(kind, name)
 
 
-def _also(kind: str, name: str) -> str:
-    """The other names of a part, and the variants of a method."""
+def _other_names(kind: str, name: str) -> str:
+    """Return the aliases of a part and the variants of a method, in brackets."""
     from ..experiments.config import variants
 
     parts = [f"alias {alias}" for alias in registry.aliases(kind, name)]
@@ -52,6 +49,7 @@ def _also(kind: str, name: str) -> str:
 
 
 def _model_line(name: str) -> str:
+    """Return a model's pipeline, size, domain and licence in one line."""
     from ..model_spec import find_model_spec
 
     model_spec = find_model_spec(name)
@@ -60,16 +58,22 @@ def _model_line(name: str) -> str:
 
 
 def _kind(reference: str) -> str:
-    """What `path/to/file.py:Name` is, by what only such a part has."""
+    """Return the kind of `path/to/file.py:Name`, by an attribute that only this kind has."""
     from ..model_spec import ModelSpec
 
-    made = registry.load("method", reference)
-    marks = {"method": ("collect", "answer"), "task": ("held_out",), "scorer": ("metrics",), "embedder": ("distance",)}
-    known = next((kind for kind, names in marks.items() if any(hasattr(made, name) for name in names)), "part")
-    return "model" if isinstance(made, ModelSpec) else known
+    part = registry.load("method", reference)
+    attributes = {
+        "method": ("collect", "answer"),
+        "task": ("held_out",),
+        "scorer": ("metrics",),
+        "embedder": ("distance",),
+    }
+    kind = next((kind for kind, names in attributes.items() if any(hasattr(part, name) for name in names)), "part")
+    return "model" if isinstance(part, ModelSpec) else kind
 
 
-def _show(kind: str, name: str) -> None:
+def print_part(kind: str, name: str) -> None:
+    """Print a part's module docstring, its fields, its preset file and the path of its source."""
     import dataclasses
     import inspect
 
@@ -78,15 +82,15 @@ def _show(kind: str, name: str) -> None:
     from ..experiments.config import preset_path
 
     console = open_console()
-    made = registry.load(kind, name)
-    source = made if inspect.isclass(made) or inspect.isfunction(made) else type(made)
+    part = registry.load(kind, name)
+    source = part if inspect.isclass(part) or inspect.isfunction(part) else type(part)
     module = inspect.getmodule(source)
     console.print(f"[bold]{name}[/] ({kind})", highlight=False)
     if kind != "model" and module:
         console.print(_reflow(inspect.cleandoc(module.__doc__ or "")), highlight=False, markup=False)
-    if dataclasses.is_dataclass(made):
+    if dataclasses.is_dataclass(part):
         table = Table("field", "default", "meaning", box=None, pad_edge=False, header_style="bold")
-        for row in _fields(made() if isinstance(made, type) else made):
+        for row in _fields(part() if isinstance(part, type) else part):
             table.add_row(*row)
         console.print()
         console.print(table, markup=False)
@@ -97,7 +101,7 @@ def _show(kind: str, name: str) -> None:
 
 
 def _reflow(text: str) -> str:
-    """Paragraphs as one line each, for the terminal to wrap at its own width; indented lines stay."""
+    """Join the lines of each paragraph, so that the terminal wraps them; indented lines stay as they are."""
     lines: list[str] = []
     for line in text.splitlines():
         if lines and line and lines[-1] and not line.startswith(" ") and not lines[-1].startswith(" "):
@@ -108,18 +112,18 @@ def _reflow(text: str) -> str:
 
 
 def _fields(value: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Name, default and the comment behind it, of a dataclass and those inside it."""
+    """Yield (name, default, the comment behind it) of each field of a dataclass and of those inside it."""
     import dataclasses
     import inspect
     import re
 
-    said = dict(re.findall(r"^    (\w+):[^#\n]*?  # (.*)$", inspect.getsource(type(value)), re.MULTILINE))
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*?  # (.*)$", inspect.getsource(type(value)), re.MULTILINE))
     for f in dataclasses.fields(value):
-        own = getattr(value, f.name)
-        if dataclasses.is_dataclass(own):
-            yield from _fields(own, f"{prefix}{f.name}.")
+        default = getattr(value, f.name)
+        if dataclasses.is_dataclass(default):
+            yield from _fields(default, f"{prefix}{f.name}.")
         else:
             literal = re.match(r"Literal\[(.*)\]", str(f.type))
             choices = literal[1].replace("'", "").replace('"', "").replace(", ", " | ") if literal else ""
-            meaning = ": ".join(part for part in (choices, said.get(f.name, "")) if part)
-            yield f"{prefix}{f.name}", str(own), meaning
+            meaning = ": ".join(part for part in (choices, comments.get(f.name, "")) if part)
+            yield f"{prefix}{f.name}", str(default), meaning

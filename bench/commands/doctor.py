@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from .console import clean_stdout, open_console, terminal_progress
 from .options import AsJson, check_names
-
-if TYPE_CHECKING:
-    pass
-
 
 EPILOG = "Examples: `gpobench doctor` · `gpobench doctor --task ocr --model sd35m --deep`"
 
@@ -24,29 +20,31 @@ def doctor(
     deep: Annotated[bool, typer.Option("--deep", help="Also load scorers of more than 1 GB and test them.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Examine packages, device, disk, weights, prompts and scorers before a run; exit code 1 where one would fail.
+    """Examine packages, device, disk, weights, prompts, scorers.
 
-    Nothing is fetched. Without a task or a model: the package, the embedded model and the built-in scorers.
+    Nothing is downloaded. Without a task or a model it examines the package, the embedded model and the built-in scorers.
+    Exit code 1: a run would fail.
     """
     check_names(**{kind: name for kind, name in (("task", task), ("model", model)) if name})
     with clean_stdout() as answer, terminal_progress() as progress:
         from dataclasses import asdict
 
-        from ..environment.doctor import broken
+        from ..environment.check_result import broken
         from ..environment.doctor import doctor as examine
 
         checks = examine(task, model, progress=progress, deep=deep)
-        told = {"broken": broken(checks), "checks": [asdict(check) for check in checks]}
-        answer(json.dumps(told, indent=1) if as_json else lambda: _examined(checks))
+        report = {"broken": broken(checks), "checks": [asdict(check) for check in checks]}
+        answer(json.dumps(report, indent=1) if as_json else lambda: print_checks(checks))
     if broken(checks):
         raise typer.Exit(1)
 
 
-def _examined(checks: Sequence[Any]) -> None:
+def print_checks(checks: Sequence[Any]) -> None:
+    """Print one line per check, then what to do about those that are not ok."""
     from rich.table import Table
     from rich.text import Text
 
-    from ..environment.doctor import remedies, rows
+    from ..environment.check_result import remedies, rows
 
     colours = {"ok": "green", "warning": "yellow", "missing": "yellow", "broken": "red"}
     table = Table("what", "verdict", "detail", box=None, pad_edge=False, header_style="bold")

@@ -20,15 +20,15 @@ EPILOG = "Example: `gpobench eval --task ocr --model tiny --adapter runs/NAME/ad
 def eval(
     task: TaskName,
     model: ModelName,
-    adapter: Annotated[Path | None, typer.Option(help="A LoRA folder; without it the base is judged.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="A LoRA folder; without it the base model is evaluated.")] = None,
     split: Annotated[str, typer.Option(help="test | validation | train")] = "test",
-    images: Annotated[int | None, typer.Option(min=1, help="Images a prompt; default: the task's.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Images per prompt; default: the task's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write scores.parquet and samples.png there.")] = None,
     scorers: Places = None,
     prompts: Annotated[Path | None, typer.Option(help="Your prompts (txt, jsonl, csv) instead of the split's.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Judge a base, or a base with an adapter, on a task."""
+    """Evaluate a base model, with or without an adapter, on a task."""
     check_names(task=task, model=model)
     if split not in ("test", "validation", "train"):
         raise registry.unknown("split", split, ("test", "validation", "train"))
@@ -38,17 +38,18 @@ def eval(
 
         locations = scorer_locations(scorers or (), {})
         request = ModelEvaluation(task, model, adapter, split, images, prompts, locations)  # type: ignore[arg-type]
-        done = evaluate_model(request, progress, out)
-        answer(json.dumps(finite_or_null(done), indent=1) if as_json else lambda: _scores(done))
+        result = evaluate_model(request, progress, out)
+        answer(json.dumps(finite_or_null(result), indent=1) if as_json else lambda: print_evaluation(result))
 
 
-def _scores(done: Mapping[str, Any]) -> None:
+def print_evaluation(result: Mapping[str, Any]) -> None:
+    """Print the mean of each scorer's metrics, with interval and role."""
     from rich.table import Table
 
     table = Table("scorer", "mean", "95 % interval", "prompts", "role", box=None, pad_edge=False, header_style="bold")
-    for key, number in done["scores"].items():
+    for key, number in result["scores"].items():
         scorer = key.partition("/")[0]  # or the embedder whose distances they are
-        role = done["scorers"].get(scorer, {"role": scorer.partition("-")[0]})["role"]
+        role = result["scorers"].get(scorer, {"role": scorer.partition("-")[0]})["role"]
         mean = f"{number['mean']:.3f}" if is_finite(number["mean"]) else "not scored"
         ends = ", ".join(f"{end:.3f}" for end in number["ci"] if is_finite(end))
         table.add_row(key, mean, f"[{ends}]" if ends else "", str(number["n"]), role)

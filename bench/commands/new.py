@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    pass
-
-
-new = typer.Typer(no_args_is_help=True, help="Begin a part of your own from a template that works.")
+new = typer.Typer(no_args_is_help=True, help="Write a new part from a template that works.")
 
 
 @new.command("method", epilog="Example: `gpobench new method my-method --out methods`")
 def new_method(
-    name: Annotated[str, typer.Argument(help="Lower-case words with dashes between: my-method.")],
+    name: Annotated[str, typer.Argument(help="Lower-case words joined by dashes: my-method.")],
     out: Annotated[Path, typer.Option(help="The folder to write in.")] = Path("."),
 ) -> None:
-    """Write a method that works, and its presets, to change from there."""
-    from .scaffold import new_method as write
+    """Write a working method and its presets, as a start for your own."""
+    from .scaffold import new_method as write_method
 
-    file, kind = write(name, out)
+    file, class_name = write_method(name, out)
     print(f"wrote {file} and {file.with_suffix('.toml')}; next:")
-    print(f"  gpobench check --method {file}:{kind}")
-    print(f"  gpobench run --method {file}:{kind} --task ocr --model tiny")
+    print(f"  gpobench check --method {file}:{class_name}")
+    print(f"  gpobench run --method {file}:{class_name} --task ocr --model tiny")

@@ -1,17 +1,13 @@
-"""Options that several commands share, and the check of names before anything heavy is imported."""
+"""Options that several commands share, and the check of names that runs before heavy imports."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .. import registry
-
-if TYPE_CHECKING:
-    pass
-
 
 MethodName = Annotated[str, typer.Option("--method", help="A method's name, or path/to/file.py:Name.")]
 
@@ -22,7 +18,7 @@ TaskName = Annotated[str, typer.Option("--task", help="A task's name, or path/to
 ModelName = Annotated[str, typer.Option("--model", help="A model's name, or a local folder in diffusers format.")]
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; all else goes to stderr.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and all else on stderr.")]
 
 
 Sets = Annotated[
@@ -37,14 +33,14 @@ Places = Annotated[
 
 
 def check_names(**names: str) -> None:
-    """Refuse a mistyped name before anything heavy is imported."""
+    """Raise UserError, with the nearest valid name, on an unknown name of a method, task, model or scorer."""
     for kind, name in names.items():
-        known = registry.entries(kind)
+        entries = registry.entries(kind)
         name = name.partition(":")[0] if kind in ("scorer", "method") and ".py:" not in name else name  # name:variant
-        if name not in known and ".py:" not in name and not (kind == "model" and Path(name).is_dir()):
-            raise registry.unknown(kind, name, known)
+        if name not in entries and ".py:" not in name and not (kind == "model" and Path(name).is_dir()):
+            raise registry.unknown(kind, name, entries)
 
 
 def named_scorer(scorer: str | None) -> dict[str, str]:
-    """What `check_names` is to check of a scorer; the parts of a blend are checked where it is opened."""
+    """Return the keyword argument that `check_names` takes for a scorer; blends are checked when they are opened."""
     return {"scorer": scorer} if scorer and not set("*+") & set(scorer) else {}

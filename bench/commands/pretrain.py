@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -13,26 +13,25 @@ from .console import clean_stdout, log_lines, terminal_progress
 from .options import AsJson, Sets
 from .tables import finite_or_null
 
-if TYPE_CHECKING:
-    pass
-
-
 EPILOG = "Example: `gpobench pretrain tiny --out my-tiny --seed 1`, then `gpobench run ... --model my-tiny`"
 
 
 def pretrain(
     recipe: Annotated[str, typer.Argument(help="tiny | reader | tiny-clip | shapes, or path/to/file.py:Name.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="The training seed.")] = 0,
     sets: Sets = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make an embedded model again from its recipe; the same command goes on where it was cut off."""
+    """Train an embedded model again from its recipe.
+
+    The same command goes on where it was cut off.
+    """
     if ".py:" not in recipe and recipe not in registry.entries("recipe"):
         raise registry.unknown("recipe", recipe, registry.entries("recipe"))
     with clean_stdout() as answer, terminal_progress() as progress:
         from ..experiments.config import build, parse_settings
 
-        made = build(registry.load("recipe", recipe), parse_settings(sets or ()))
-        facts = made(out, seed=seed, log=log_lines(progress))
-        answer(json.dumps(finite_or_null(facts), indent=1, default=str))
+        recipe_of_model = build(registry.load("recipe", recipe), parse_settings(sets or ()))
+        result = recipe_of_model(out, seed=seed, log=log_lines(progress))
+        answer(json.dumps(finite_or_null(result), indent=1, default=str))

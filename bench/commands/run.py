@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,77 +28,83 @@ def run(
     method: MethodName,
     task: TaskName,
     model: ModelName,
-    seed: Annotated[int, typer.Option(help="Of the training; the evaluation noise has its own.")] = 0,
+    seed: Annotated[int, typer.Option(help="The training seed; evaluations have a seed of their own.")] = 0,
     budget: Annotated[
         str | None, typer.Option(help="A budget's name, a TOML file, or nfe=200000,seconds=600; default: the model's.")
     ] = None,
     reward: Annotated[
         str | None,
         typer.Option(
-            help="The scorer to train on, or a blend: 'pickscore*0.5+rapidocr'; default: the task's, held out otherwise."
+            help="The scorer to train on, or a blend: 'pickscore*0.5+rapidocr'; default: the task's, which is held out otherwise."
         ),
     ] = None,
     sets: Sets = None,
-    config: Annotated[Path | None, typer.Option(help="A TOML file of settings; --set wins over it.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file of settings; --set overrides it.")] = None,
     scorers: Places = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option(help="Train on FILE's prompts (txt, jsonl, csv); SPLIT=FILE for another split; repeatable."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier start of this run left.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete what an earlier start of this run left, and start again.")
+    ] = False,
     track: Annotated[
         str | None, typer.Option(help="Also log to tensorboard, wandb ... (accelerate's trackers).")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved configuration and what it will take, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved settings, the memory and the time the run would take, and stop."
+        ),
     ] = False,
     device: Annotated[
-        str, typer.Option(help="Of --dry-run: the GPU whose hours are estimated (h200, a100, rtx4090 ...).")
+        str, typer.Option(help="With --dry-run: the GPU whose hours are estimated (h200, a100, rtx4090 ...).")
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Train one method under a budget and judge the model before and after.
+    """Train a method under a budget; evaluate before and after.
 
-    The same command goes on where it was cut off, and shows the result when it is done.
+    The same command resumes an interrupted run from its last checkpoint, and shows the result of a finished one.
     """
     check_names(method=method, task=task, model=model, **named_scorer(reward))
     with clean_stdout() as answer, terminal_progress() as progress, asked_to_stop() as stopped:
         from ..experiments.config import RunRequest, resolve
 
-        plan = resolve(RunRequest(
+        request = RunRequest(
             method, task, model, seed=seed, budget=budget, reward=reward, config=config, sets=sets or (),
             scorer_locations=scorers or (), prompts=prompts or (),
-        ))  # fmt: skip
+        )  # fmt: skip
+        config_of_run = resolve(request)
         if dry_run:
             from ..experiments.cost_estimate import estimate_cost
 
-            told = estimate_cost(plan, device)
-            whole = {**plan.mapping(), "forecast": {key: value for key, value in told.items() if key != "lines"}}
-            answer(
-                json.dumps(whole, indent=1) if as_json else _mapping(plan.mapping(), out / plan.slug(), told["lines"])
-            )
+            estimate = estimate_cost(config_of_run, device)
+            settings, lines = config_of_run.mapping(), estimate.pop("lines")
+            show = lambda: print_dry_run(settings, lines, out / config_of_run.slug())
+            answer(json.dumps({**settings, "cost_estimate": estimate}, indent=1) if as_json else show)
             return
-        from ..experiments.run import run as start
+        from ..experiments.run import run as train_and_evaluate
 
-        done = start(plan, runs=out, progress=progress, fresh=fresh, track=track, interrupted=stopped)
-        answer(done.model_dump_json(indent=1) if as_json else lambda: _result(done))
+        record = train_and_evaluate(
+            config_of_run, runs=out, progress=progress, fresh=fresh, track=track, interrupted=stopped
+        )
+        answer(record.model_dump_json(indent=1) if as_json else lambda: print_run_result(record))
 
 
-def _mapping(mapping: Mapping[str, Any], run_dir: Path, forecast: Sequence[str]) -> Callable[[], None]:
-    def show() -> None:
-        console = open_console()
-        for line in _flat(mapping):
-            console.print(line, highlight=False, markup=False)
-        console.print()
-        for line in forecast:
-            console.print(line, highlight=False, markup=False)
-        console.print(f"would run in {run_dir}", highlight=False, markup=False, soft_wrap=True)
-
-    return show
+def print_dry_run(settings: Mapping[str, Any], estimate: Sequence[str], run_dir: Path) -> None:
+    """Print the resolved settings, the lines of the cost estimate and the run directory."""
+    console = open_console()
+    for line in _flat(settings):
+        console.print(line, highlight=False, markup=False)
+    console.print()
+    for line in estimate:
+        console.print(line, highlight=False, markup=False)
+    console.print(f"would run in {run_dir}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield nested settings as lines `a.b = value`."""
     for key, value in mapping.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
@@ -106,18 +112,19 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key} = {json.dumps(value)}"
 
 
-def _result(r: Record) -> None:
+def print_run_result(r: Record) -> None:
+    """Print a run's numbers before and after, their differences, its flags and what it spent."""
     console = open_console()
     console.print(f"\n[bold]{r.method}[/] on {r.task}, {r.model}, seed {r.seed}: ended by {r.stop}", highlight=False)
-    roomy = max(len(key + _mark(r, key)) for key in r.delta) <= 17
+    roomy = max(len(key + _role_sign(r, key)) for key in r.delta) <= 17
     table, above = before_after_table("scorer"), ""
     for key, d in r.delta.items():
         scorer, _, metric = key.partition("/")
         if not roomy and scorer != above:  # a long name stands on a line of its own
             console.print(table)
-            console.print(scorer + _mark(r, key), style="bold", highlight=False)
+            console.print(scorer + _role_sign(r, key), style="bold", highlight=False)
             table, above = before_after_table(), scorer
-        name = key + _mark(r, key) if roomy else f"  {metric}"
+        name = key + _role_sign(r, key) if roomy else f"  {metric}"
         table.add_row(name, cell(r.before[key]), cell(r.after[key]), cell(d, sign=True), p_value(d.p))
     console.print(table)
     n, split = max(d.n for d in r.delta.values()), r.config["evaluation"].get("split", "test")
@@ -130,7 +137,7 @@ def _result(r: Record) -> None:
     )
     if r.strata:
         console.print()
-        console.print(_strata(r))
+        console.print(_strata_table(r))
     for name, number in r.cmmd.items():
         console.print(f"drift from the base by CMMD ({name}): {cell(number)}", highlight=False)
     if r.flags.hack:
@@ -153,14 +160,14 @@ def _result(r: Record) -> None:
     )
 
 
-def _mark(r: Record, key: str) -> str:
-    """How a row of the table is marked: by the role of its scorer."""
+def _role_sign(r: Record, key: str) -> str:
+    """Return the sign behind a row's name that tells the role of its scorer."""
     scorer = r.scorers.get(key.partition("/")[0])  # none: diversity and drift
     return {"training": "", "held-out": " *", "auxiliary": " +", "quality": " '"}[scorer.role if scorer else "quality"]
 
 
-def _strata(r: Record) -> Any:
-    """The training scorer's number by stratum."""
+def _strata_table(r: Record) -> Any:
+    """Return a table of the training scorer's number by stratum."""
     name = next(name for name, scorer in r.scorers.items() if scorer.role == "training")
     keys = [key for key in r.delta if key.startswith(f"{name}/")]
     key = next((key for key in keys if key.endswith(("/exact", "/correct"))), keys[0])

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 def before_after_table(title: str = "") -> Any:
-    """A table of name, before, after, difference and p that fits into 80 columns, with a head where it has a title."""
+    """Return a table of name, before, after, difference and p for 80 columns; with a title it has a header."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, collapse_padding=True, show_header=bool(title), header_style="bold")
@@ -22,30 +19,30 @@ def before_after_table(title: str = "") -> Any:
 
 
 def cell(n: Any, sign: bool = False) -> str:
-    """.450 [.41, .49] or 21.45 [21.4, 21.5]: five columns of these fit into 80 characters."""
+    """Return a number with its interval, .450 [.41, .49] or 21.45 [21.4, 21.5], short enough for 80 columns."""
     if not is_finite(n.mean):
         return "not scored"
     plus, digits = "+" if sign else "", 3 if abs(n.mean) < 1 else 2
-    mean = _short(f"{n.mean:{plus}.{digits}f}")
+    mean = _without_zero(f"{n.mean:{plus}.{digits}f}")
     if not all(is_finite(end) for end in n.ci):
         return f"{mean} [too few]"
-    low, high = (_short(f"{end:{plus}.{digits - 1}f}") for end in n.ci)
+    low, high = (_without_zero(f"{end:{plus}.{digits - 1}f}") for end in n.ci)
     return f"{mean} [{low}, {high}]"
 
 
-def _short(number: str) -> str:
-    """-.450 for -0.450; 20.5 stays."""
+def _without_zero(number: str) -> str:
+    """Return -.450 for -0.450; 20.5 stays."""
     sign, digits = (number[0], number[1:]) if number[:1] in "+-" else ("", number)
     return sign + (digits[1:] if digits.startswith("0.") else digits)
 
 
 def is_finite(x: float | None) -> bool:
-    """A number: null in a record that was read, NaN in one just made, stand for none."""
+    """Whether a value is a number; a missing one is null in a record that was read and NaN in one just made."""
     return x is not None and math.isfinite(x)
 
 
 def finite_or_null(value: Any) -> Any:
-    """NaN and infinity as null: JSON knows neither."""
+    """Return nested values with null for NaN and infinity, which JSON has not."""
     if isinstance(value, Mapping):
         return {key: finite_or_null(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -54,9 +51,10 @@ def finite_or_null(value: Any) -> Any:
 
 
 def p_value(p: float | None) -> str:
-    return "" if p is None or not is_finite(p) else "<.001" if p < 0.001 else _short(f"{p:.3f}")
+    """Return a p-value with three decimals, "<.001" below that, "" where there is none."""
+    return "" if p is None or not is_finite(p) else "<.001" if p < 0.001 else _without_zero(f"{p:.3f}")
 
 
 def short_name(reference: str) -> str:
-    """What a part behind path/to/file.py:Name is called in a table."""
+    """Return the name of a part in a table: file.py:Name without the folders."""
     return Path(reference).name if ".py:" in reference else reference

@@ -241,7 +241,7 @@ def test_a_new_method_works_from_its_first_minute(gpobench: Any, tmp_path: Path)
     dry = gpobench("run", "--method", f"{file}:MyMethod", "--task", "ocr", "--model", "tiny", "--dry-run")
     assert dry.code == 0 and "optim.lr = 0.001" in dry.out  # its preset is found
     again = gpobench("new", "method", "my-method", "--out", tmp_path / "mine")
-    assert again.code == 2 and "already there" in again.err and again.out == ""
+    assert again.code == 2 and "exists already" in again.err and again.out == ""
 
 
 @pytest.mark.parametrize("name", ["My-Method", "a b", "1st", "../x", "-x", "class", "x-"])

@@ -319,7 +319,7 @@ def test_a_second_attempt_is_a_process_of_its_own(grid: Any, tmp_path: Path, mon
     monkeypatch.setattr(
         jobs, "OURSELVES", "import sys; print('gpobench: ' + sys.argv[1], file=sys.stderr); sys.exit(2)"
     )
-    monkeypatch.setattr(comparing, "here", lambda *args, **more: (None, "no room"))
+    monkeypatch.setattr(comparing, "run_in_process", lambda *args, **more: (None, "no room"))
     bar = Bar()
     found = compare(grid("gpo", "rwr"), out=tmp_path, progress=bar)
     assert [line for line in bar.said if "failed" in line] == [
