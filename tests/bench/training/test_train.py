@@ -234,7 +234,7 @@ def test_the_average_follows_the_updates(make: Make) -> None:
     go(replace(Shrink(), optim=Optim(ema=0.75, minibatches=2, lr=1e-2)), rig)
     assert rig.model.lora.copies == ["ema"]
     state = rig.model.lora.state()
-    gaps = [float((state[f"live/{k[4:]}"] - v).abs().max()) for k, v in state.items() if k.startswith("ema/")]
+    gaps = [float((state[f"policy/{k[4:]}"] - v).abs().max()) for k, v in state.items() if k.startswith("ema/")]
     assert 0 < max(gaps) < 0.01
 
 
