@@ -24,8 +24,7 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import dpm2, mix, ode
 from ..bench.losses import among, dgpo, implicit_accuracy, informative, standardise
-from ..bench.spec import Choice, LogUniform, Optim, Range, select_rows
-from ..bench.training.rig import Rig
+from ..bench.spec import Choice, LogUniform, Optim, Range, Rig, select_rows
 
 
 @dataclass(frozen=True)

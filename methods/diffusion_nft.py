@@ -25,8 +25,7 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import dpm2, mix, split
 from ..bench.losses import goodness, informative, reflected, standardise
-from ..bench.spec import Choice, LogUniform, Optim, Range, Uniform, select_rows
-from ..bench.training.rig import Rig
+from ..bench.spec import Choice, LogUniform, Optim, Range, Rig, Uniform, select_rows
 
 RISES = {0: (0, 0.0, 0.0), 1: (0, 0.001, 0.5), 2: (75, 0.0075, 0.999)}  # decay: (updates at 0, rise an update, top)
 

@@ -21,8 +21,7 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import mix
 from ..bench.losses import among, apart, gpo, implicit_accuracy, informative, standardise
-from ..bench.spec import LogUniform, Optim, Range, Uniform, select_rows
-from ..bench.training.rig import Rig
+from ..bench.spec import LogUniform, Optim, Range, Rig, Uniform, select_rows
 
 
 @dataclass(frozen=True)

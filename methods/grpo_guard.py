@@ -21,8 +21,7 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import sde
 from ..bench.losses import clipped, guarded, standardise
-from ..bench.spec import Choice, LogUniform, Optim, Range, Transitions, Uniform, assign_advantages
-from ..bench.training.rig import Rig
+from ..bench.spec import Choice, LogUniform, Optim, Range, Rig, Transitions, Uniform, assign_advantages
 
 
 @dataclass(frozen=True)

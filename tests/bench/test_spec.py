@@ -59,13 +59,13 @@ def test_prompts_do_not_share_their_facts() -> None:
 
 def test_rows_are_taken_by_index_and_by_mask_from_any_device() -> None:
     batch = Groups(torch.arange(12.0).view(3, 4), torch.arange(3), torch.zeros(3, 4))
-    assert select_rows(batch, torch.tensor([2, 0])).who.tolist() == [2, 0]
-    assert select_rows(batch, torch.tensor([True, False, True])).who.tolist() == [0, 2] and batch_size(batch) == 3
+    assert select_rows(batch, torch.tensor([2, 0])).prompt_ids.tolist() == [2, 0]
+    assert select_rows(batch, torch.tensor([True, False, True])).prompt_ids.tolist() == [0, 2] and batch_size(batch) == 3
     far = Groups(
         torch.empty(3, 4, device="meta"), torch.arange(3), torch.zeros(3, 4)
     )  # latents elsewhere than the prompts
     part = select_rows(far, torch.tensor([1, 2]))
-    assert part.x0.device.type == "meta" and part.x0.shape == (2, 4) and part.who.tolist() == [1, 2]
+    assert part.x0.device.type == "meta" and part.x0.shape == (2, 4) and part.prompt_ids.tolist() == [1, 2]
 
 
 def test_credit_gives_each_transition_its_images_advantage() -> None:
