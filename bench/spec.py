@@ -78,10 +78,14 @@ class Model(PolicyModel, Protocol):
     """
 
     name: str
-    path: Path
     prediction: Prediction  # what the network predicts: errors are measured in these units
     shape: tuple[int, ...]  # of one latent, (C, h, w)
     device: torch.device
+
+    @property
+    def path(self) -> Path:
+        """The path between data and noise, see `flow`."""
+        ...
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         """The conditioning of B prompts."""

@@ -360,7 +360,7 @@ def _judged_run(
 
     def judged_by() -> str:
         """The averaged weights, once there are any."""
-        return "ema" if "ema" in model.lora.copies else "policy"
+        return "ema" if "ema" in model.copies else "policy"
 
     log, shown = _Log(run_dir / "metrics.jsonl"), [judges.training, *judges.held_out]
     saved = int(meter.fraction() * SAVES)

@@ -21,7 +21,7 @@ TENSORS, FACTS = "state.safetensors", "state.json"
 
 def save(folder: Path, number: int, rig: Rig, optimiser: torch.optim.Optimizer, facts: dict[str, Any]) -> None:
     """Write folder/NUMBER atomically: a temporary name, fsync, rename. facts: JSON values of the caller's own."""
-    tensors: dict[str, Tensor] = {f"weights/{k}": v for k, v in rig.model.lora.state().items()}  # type: ignore[attr-defined]
+    tensors: dict[str, Tensor] = {f"weights/{k}": v for k, v in rig.model.weight_state().items()}
     tensors["rng"] = rig.rng.get_state()
     for i, moments in optimiser.state_dict()["state"].items():
         tensors |= {f"optim/{i}/{key}": torch.as_tensor(value).cpu() for key, value in moments.items()}
@@ -80,7 +80,7 @@ def restore(
         except (OSError, ValueError, KeyError) as error:
             say(f"checkpoint {place} is damaged ({error}); the one before it is used")
             continue
-        rig.model.lora.restore(_under("weights/", tensors))  # type: ignore[attr-defined]
+        rig.model.restore_weights(_under("weights/", tensors))
         rig.rng.set_state(tensors["rng"])
         rig.iteration, rig.barren, rig.failures = payload["iteration"], payload["barren"], payload["failures"]
         rig.meter.restore(payload["meter"])

@@ -60,7 +60,9 @@ def test_prompts_do_not_share_their_facts() -> None:
 def test_rows_are_taken_by_index_and_by_mask_from_any_device() -> None:
     batch = Groups(torch.arange(12.0).view(3, 4), torch.arange(3), torch.zeros(3, 4))
     assert select_rows(batch, torch.tensor([2, 0])).prompt_ids.tolist() == [2, 0]
-    assert select_rows(batch, torch.tensor([True, False, True])).prompt_ids.tolist() == [0, 2] and batch_size(batch) == 3
+    assert (
+        select_rows(batch, torch.tensor([True, False, True])).prompt_ids.tolist() == [0, 2] and batch_size(batch) == 3
+    )
     far = Groups(
         torch.empty(3, 4, device="meta"), torch.arange(3), torch.zeros(3, 4)
     )  # latents elsewhere than the prompts

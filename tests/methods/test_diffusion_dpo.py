@@ -56,7 +56,7 @@ def go(method: DiffusionDPO, rig: Rig, adam: torch.optim.Optimizer, iterations: 
 
 
 def weights(rig: Rig) -> dict[str, torch.Tensor]:
-    return rig.model.lora.state()  # type: ignore[attr-defined]
+    return rig.model.weight_state()
 
 
 # The loss
