@@ -126,5 +126,5 @@ def test_state_goes_over_to_a_fresh_module(tiny_pipe: Path, model: Any) -> None:
     fresh.lora.restore(model.lora.state())
     for weights in ("policy", "ema", "ref"):
         assert torch.equal(draw(fresh, weights), draw(model, weights))
-    assert fresh.weights.copies == ["ema"]
+    assert fresh.lora.copies == ["ema"]
     assert sum(p.requires_grad for p in fresh.network.parameters()) == len(fresh.parameters())
