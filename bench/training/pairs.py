@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..losses import apart
+from ..losses import margin_mask
 from ..spec import Images
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
@@ -45,7 +45,7 @@ def compare(reward: Tensor, choose: Choose, margin: float, u: Tensor) -> tuple[T
     """
     r = reward.detach().cpu().double()
     ahead = r[:, :, None] - r[:, None, :]  # (P, G, G): how far i is ahead of j
-    told = apart(r, margin)
+    told = margin_mask(r, margin)
     if choose == "all":
         which, win, lose = told.nonzero().unbind(1)
         return which, win, lose

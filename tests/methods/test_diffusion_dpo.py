@@ -17,7 +17,7 @@ from gpobench.bench.errors import UserError
 from gpobench.bench.experiments.config import resolve, variants
 from gpobench.bench.experiments.make_pairs import make_pairs
 from gpobench.bench.flow import mix
-from gpobench.bench.losses import apart, dpo
+from gpobench.bench.losses import dpo, margin_mask
 from gpobench.bench.model_spec import SMALL
 from gpobench.bench.progress import NullProgress
 from gpobench.bench.registry import load
@@ -214,7 +214,7 @@ def test_a_gap_of_one_letter_means_the_same_for_good_and_for_bad_images(letters:
         assert set(zip(win.tolist(), lose.tolist(), strict=True)) == {
             (i, j) for i in range(letters + 1) for j in range(letters + 1) if j - i >= least
         }
-        told = apart(reward, gap)[0].nonzero()
+        told = margin_mask(reward, gap)[0].nonzero()
         assert {(int(i), int(j)) for i, j in told} == set(zip(win.tolist(), lose.tolist(), strict=True))
 
 
