@@ -62,11 +62,11 @@ METHODS = [
 ]
 # The claim of GPO's abstract: near-tie pairs hurt DPO; standardised groups need no selection of data. One learning rate, one
 # noise range, one beta, one number of images for all of them.
-SAME = ("optim.lr=3e-4", "noisy=0.6", "beta=100")
+SAME = ("optim.lr=3e-4", "t_min=0.6", "beta=100")
 SHORT = "nfe=40000"
 CLAIM = [
     Row("DPO, a random pair of the group", "diffusion-dpo", (*SAME, "choose=random"), SHORT),
-    Row("DPO, a random pair above a gap", "diffusion-dpo", (*SAME, "choose=random", "gap=0.25"), SHORT),
+    Row("DPO, a random pair above a margin", "diffusion-dpo", (*SAME, "choose=random", "margin=0.25"), SHORT),
     Row("GPO without standardisation", "gpo", (*SAME, "std=none"), SHORT),
     Row("GPO", "gpo", SAME, SHORT),
 ]
@@ -209,7 +209,7 @@ def passes(row: Row, seen: Seen) -> str:
 
 def training_table(rows: list[Seen], reward: str, training: str, held_out: str) -> list[str]:
     lines = [
-        "| method | paper | lines | passes an image: declared / spent | reward | training scorer | held-out scorer "
+        "| method | paper | lines | passes per image: declared / spent | reward | training scorer | held-out scorer "
         "| images | updates | seconds | stop |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -303,24 +303,24 @@ def table(seeds: int, budget: str, out: Path, docs: Path, metric: str) -> None:
         "",
         f"Points are hundredths of `{metric}`, the share of images whose text is the word asked for, gained over the base on {prompts} "
         f"validation prompts x {IMAGES} images, paired on the same noise; 95 % intervals over seeds and prompts together (two-level "
-        f"bootstrap). `reward` is {reward}, what the methods train on, in hundredths too; {held_out} is of an engine that no method "
-        f"ever saw. Base: {100 * first.before[reward].mean:.1f}, {100 * first.before[training].mean:.1f} and "
+        f"bootstrap). `reward` is {reward}, what the methods train on, in hundredths too; {held_out} is of a held-out scorer that no "
+        f"method trains on. Base: {100 * first.before[reward].mean:.1f}, {100 * first.before[training].mean:.1f} and "
         f"{100 * first.before[held_out].mean:.1f}.",
         "",
         "## At equal nfe",
         "",
         *training_table(methods, reward, training, held_out),
         "",
-        "Passes: F a forward, B a backward of one latent an image generated, as `cost()` declares them when every group teaches, and as "
-        "metered: groups whose images all score the same teach nothing and are not paid for twice. Seconds are of runs that shared the "
+        "Passes: forwards F and backwards B of one latent per generated image, as `cost()` declares them when every group is "
+        "informative, and as metered: groups of equal rewards are not trained on. Seconds are of runs that shared the "
         "machine with others. best-of-n is chosen by the training scorer itself, so only its held-out column tells what it gains.",
         "",
         "![gain against spend](methods.png)",
         "",
         "## At equal spend in every currency",
         "",
-        f"The gain of {training}, read between the validation marks, where each method had spent as much as the thriftiest of "
-        "them at its end.",
+        f"The gain of {training}, interpolated between eval points, where each method had spent as much as the method "
+        "with the lowest final spend.",
         "",
         *equal_table(methods, training),
         "",
@@ -329,7 +329,7 @@ def table(seeds: int, budget: str, out: Path, docs: Path, metric: str) -> None:
         parts += [
             "## Do near-tie pairs hurt?",
             "",
-            f"What GPO's abstract says (arXiv 2505.11070), with one learning rate, noise range and beta for all rows, and one spend: "
+            f"What GPO's abstract says (arXiv 2505.11070), with one learning rate, t_min and beta for all rows, and one spend: "
             f"{_words(claim[0].records[0].config['budget'])} each, {max(len(s.folders) for s in claim)} seeds, "
             f"{claim[0].records[0].provenance['machine']}.",
             "",

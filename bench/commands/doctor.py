@@ -227,7 +227,7 @@ def device(model_spec: ModelSpec | None) -> Iterator[Check]:
     crowd = threads > cores
     yield Check("threads", "warning" if crowd else "ok", said, f"export OMP_NUM_THREADS={cores}" if crowd else "")
     if model_spec is not None:
-        from ..models.common import dtype_of
+        from ..models.loading import dtype_of
 
         place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:

@@ -438,7 +438,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 def weights(rig: Any) -> dict[str, Tensor]:
     """Every copy of the trained weights."""
-    return rig.model.lora.state()
+    return rig.model.weight_state()
 
 
 # The laws

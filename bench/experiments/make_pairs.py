@@ -54,15 +54,15 @@ class PairsRequest:
     prompts: int = 64  # training prompts, a group of images for each
     group: int = 8  # images a prompt
     choose: Choose = "extremes"  # which pairs of a group
-    gap: float = 0.0  # rewards of a pair differ by more than this
+    margin: float = 0.0  # rewards of a pair differ by more than this
     seed: int = 0  # of prompts, noise, random pairs and the winner's side
     adapter: Path | None = None  # a LoRA folder; None samples the base
 
     def __post_init__(self) -> None:
-        if self.prompts < 1 or self.group < 2 or self.gap < 0 or self.seed < 0:
-            values = f"prompts={self.prompts}, group={self.group}, gap={self.gap}, seed={self.seed}"
+        if self.prompts < 1 or self.group < 2 or self.margin < 0 or self.seed < 0:
+            values = f"prompts={self.prompts}, group={self.group}, margin={self.margin}, seed={self.seed}"
             raise UserError(
-                f"pairs: prompts must be at least 1, group at least 2, gap and seed not negative, got {values}"
+                f"pairs: prompts must be at least 1, group at least 2, margin and seed not negative, got {values}"
             )
 
     def settings(self, model_spec: ModelSpec, task: Task, scorer: Scorer) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class PairsRequest:
             "prompts": self.prompts,
             "group": self.group,
             "choose": self.choose,
-            "gap": self.gap,
+            "margin": self.margin,
             "seed": self.seed,
         }
 
@@ -154,7 +154,7 @@ def _add_pairs(
     table: _PairTable, request: PairsRequest, rig: Rig, prompt_ids: Tensor, x0: Tensor, reward: Tensor
 ) -> None:
     """Pair the images x0 (P G, C, h, w) by their rewards (P, G); the winner's side is drawn."""
-    which, win, lose = compare(reward, request.choose, request.gap, rig.uniform(len(prompt_ids)))
+    which, win, lose = compare(reward, request.choose, request.margin, rig.uniform(len(prompt_ids)))
     swap = rig.uniform(len(which)).cpu() < 0.5 if len(which) else torch.zeros(0, dtype=torch.bool)
     columns = table.columns
     png: dict[int, bytes] = {}  # row of x0 -> its image, which can be in several pairs
@@ -176,7 +176,7 @@ def _counts(request: PairsRequest, rig: Rig, table: _PairTable) -> dict[str, Any
     if not len(table):
         reason = (
             f"{table.flat_groups} of {request.prompts} groups had equal rewards, {meter.errors} images were not scored, "
-            f"gap={request.gap}"
+            f"margin={request.margin}"
         )
         raise UserError("; ".join([f"pairs: not one pair was found: {reason}", *dict.fromkeys(rig.failures[-1:])]))
     return {
@@ -220,7 +220,7 @@ def _readme(statement: dict[str, Any]) -> str:
             "",
             f"Made by `gpobench pairs`: {statement['groups']:,} training prompts (task version {statement['task_version']}), a "
             f"group of {statement['group']} images each, scored by `{statement['scorer']}`, paired by "
-            f"`{statement['choose']}`, gap {statement['gap']:g}, seed {statement['seed']}, "
+            f"`{statement['choose']}`, margin {statement['margin']:g}, seed {statement['seed']}, "
             f"adapter {statement['adapter'] or 'none'}.",
             "",
             f"{statement['flat_groups']:,} groups had equal rewards; {statement['not_scored']:,} images were not scored. "

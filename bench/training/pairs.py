@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..losses import apart
+from ..losses import margin_mask
 from ..spec import Images
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
@@ -37,20 +37,20 @@ CACHED = 256 * 2**20  # bytes of encoded images kept in memory between draws
 Choose = Literal["extremes", "random", "all"]
 
 
-def compare(reward: Tensor, choose: Choose, gap: float, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose pairs whose rewards differ by more than gap; returns group, winner and loser, each (N,), on the CPU.
+def compare(reward: Tensor, choose: Choose, margin: float, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose pairs whose rewards differ by more than margin; returns group, winner and loser, each (N,), on the CPU.
 
     A NaN makes no pair. Of equal rewards the first counts.
 
     Args:
         reward: (P, G).
         choose: "extremes" takes the best and the worst of a group, "random" one pair of it, "all" every pair.
-        gap: the smallest difference, exclusive.
+        margin: the smallest difference, exclusive.
         u: (P,) uniform in [0, 1); draws the random pairs.
     """
     r = reward.detach().cpu().double()
     difference = r[:, :, None] - r[:, None, :]  # (P, G, G): r_i - r_j
-    valid = apart(r, gap)
+    valid = margin_mask(r, margin)
     if choose == "all":
         which, win, lose = valid.nonzero().unbind(1)
         return which, win, lose

@@ -67,7 +67,7 @@ def test_copies_blend_and_stay_behind(model: Any) -> None:
     model.update_copy("ema", 0.9)
     state = model.lora.state()
     for key, was in start.items():
-        assert torch.allclose(state[f"ema/{key}"], 0.9 * was + 0.1 * state[f"live/{key}"], atol=1e-7)
+        assert torch.allclose(state[f"ema/{key}"], 0.9 * was + 0.1 * state[f"policy/{key}"], atol=1e-7)
     model.update_copy("old", 0.5)
     model.update_copy("old", 0.0)
     assert torch.equal(draw(model, "old"), draw(model, "policy"))
@@ -76,7 +76,7 @@ def test_copies_blend_and_stay_behind(model: Any) -> None:
 def test_switching_leaves_no_trace(model: Any) -> None:
     model.update_copy("old", 0.0)
     push(model)
-    named = dict(model.transformer.named_parameters())
+    named = dict(model.network.named_parameters())
     before = {n: (p.requires_grad, p.detach().clone()) for n, p in named.items()}
     assert sum(r for r, _ in before.values()) == len(model.parameters())
     live = draw(model, "policy")
@@ -86,7 +86,7 @@ def test_switching_leaves_no_trace(model: Any) -> None:
     assert torch.equal(draw(model, "policy"), live)
     for name, (grad, value) in before.items():
         assert named[name].requires_grad == grad and torch.equal(named[name], value)
-    assert sum(p.requires_grad for p in model.transformer.parameters()) == len(model.parameters())
+    assert sum(p.requires_grad for p in model.network.parameters()) == len(model.parameters())
 
 
 def test_a_switch_between_forward_and_backward_cuts_no_graph(model: Any) -> None:
@@ -123,8 +123,8 @@ def test_state_goes_over_to_a_fresh_module(tiny_pipe: Path, model: Any) -> None:
     model.update_copy("ema", 0.9)
     push(model)
     fresh = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=9)
-    fresh.weights.restore(model.lora.state())
+    fresh.lora.restore(model.lora.state())
     for weights in ("policy", "ema", "ref"):
         assert torch.equal(draw(fresh, weights), draw(model, weights))
-    assert fresh.weights.copies == ["ema"]
-    assert sum(p.requires_grad for p in fresh.transformer.parameters()) == len(fresh.parameters())
+    assert fresh.lora.copies == ["ema"]
+    assert sum(p.requires_grad for p in fresh.network.parameters()) == len(fresh.parameters())

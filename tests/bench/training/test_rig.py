@@ -121,13 +121,13 @@ def test_a_loss_must_draw_for_each_of_its_rows(make: Make) -> None:
 
 def count_rows(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[int]:
     counted: list[int] = []
-    forward = model.transformer.forward
+    forward = model.network.forward
 
     def counting(*args: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         counted.append(len(hidden_states) * (3 if torch.is_grad_enabled() else 1))
         return forward(*args, hidden_states=hidden_states, **kwargs)
 
-    monkeypatch.setattr(model.transformer, "forward", counting)
+    monkeypatch.setattr(model.network, "forward", counting)
     return counted
 
 
@@ -231,7 +231,7 @@ def test_moves_are_the_transitions_of_what_was_scored(make: Make, rows: int, dro
     kernels = [sde(0.7), ode, cps(0.8), sde(0.5), ode]
     transitions, reward = rig.transitions(2, 3, kernels, drop=drop)
     grid = rig.model.times(5)
-    assert reward.shape == (2, 3) and len(transitions.t) == 3 * 6 and not transitions.adv.any()
+    assert reward.shape == (2, 3) and len(transitions.t) == 3 * 6 and not transitions.advantage.any()
     assert rig.meter.roles == {"rollout": 30} and rig.meter.images == rig.meter.reward_calls == 6
     for k, kernel in enumerate(kernels):
         at = transitions.t == grid[k]
