@@ -1,6 +1,6 @@
-"""The hub: contract, rig, budget, loop, models, evaluation, statistics, records and the command line.
+"""The hub of gpobench: contract, budget, training, models, evaluation, statistics, records and the command line.
 
-Public names are loaded on first use, so that `import gpobench.bench` costs nothing.
+The public names are imported on first use, so that `import gpobench.bench` imports nothing heavy.
 """
 
 from importlib import import_module
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         Optim,
         Pairs,
         Prompt,
+        Rig,
         Scorer,
         Scores,
         Search,
@@ -27,17 +28,15 @@ if TYPE_CHECKING:
         Transitions,
         Uniform,
     )
-    from .training.rig import Rig
 
-_HOME = {
+_MODULE_OF = {
     "Budget": "budget",
     "Meter": "budget",
     "Spent": "budget",
     "Missing": "errors",
     "UserError": "errors",
-    "Rig": "training.rig",
     **dict.fromkeys(
-        "Choice EvaluationSettings Groups InitialNoise LogUniform Method Model Optim Pairs Prompt Scorer Scores Search Task "
+        "Choice EvaluationSettings Groups InitialNoise LogUniform Method Model Optim Pairs Prompt Rig Scorer Scores Search Task "
         "Transitions Uniform".split(),
         "spec",
     ),
@@ -70,6 +69,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name in _MODULE_OF:
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

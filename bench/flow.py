@@ -24,15 +24,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 Coefs = tuple[Tensor, Tensor, Tensor, Tensor]  # alpha, sigma, alpha', sigma'
-Path = Callable[[Tensor], Coefs]
 FIRST = 1e-6  # alpha of the noisiest time: 0, but schedulers shift in float32 and may leave 1e-7; a second time is never so near
 Prediction = Literal["velocity", "epsilon", "v_prediction", "sample"]  # the words of diffusers' `prediction_type`
+
+
+class Path(Protocol):
+    """A path between data and noise: times (B,) -> (alpha, sigma, alpha', sigma'), each (B,)."""
+
+    def __call__(self, t: Tensor, /) -> Coefs: ...
 
 
 # Precision and shape
@@ -144,11 +149,11 @@ def to_velocity(path: Path, x: Tensor, t: Tensor, out: Tensor, prediction: Predi
 
     Divisors are held at 1e-6 or more, so the ends stay finite. Raises ValueError for another word.
     """
-    a, s, da, ds = path(precise(t))
-    d = a * ds - da * s
     if prediction == "velocity":
         return wide(out)
-    elif prediction == "epsilon":
+    a, s, da, ds = path(precise(t))
+    d = a * ds - da * s
+    if prediction == "epsilon":
         cx, co = da / a.clamp(min=1e-6), d / a.clamp(min=1e-6)
     elif prediction == "sample":
         cx, co = ds / s.clamp(min=1e-6), -d / s.clamp(min=1e-6)

@@ -1,7 +1,7 @@
 """The formulas that several methods share: advantages, PPO's clip, flow errors and the DPO family, as pure functions.
 
 Shapes: P prompts, G members of a group, N or B rows. Errors e are MEANS over the D elements of a latent (`flow_error`), and
-s = e_live - e_ref is minus an implicit reward: negative s = the live weights made the sample likelier. beta follows the
+s = e_policy - e_ref is minus an implicit reward: negative s = training made the sample likelier. beta follows the
 mean-and-half convention throughout: -(beta / 2)(s_w - s_l) for a pair, -(beta / G) sum A s for a group, one number for both.
 Everything is computed in float32 or better: s is a small difference of near-equal numbers that beta multiplies by 1e2 to 1e4.
 """
@@ -16,13 +16,13 @@ from torch.nn.functional import logsigmoid
 
 from .flow import precise, wide
 
-ROUNDING = 1e-6  # of differences of float32 rewards of size 1
+ROUNDING = 1e-6  # error of a difference of float32 rewards of size 1
 
 # Advantages
 
 
 def informative(reward: Tensor) -> Tensor:
-    """(P, G) -> (P,) bool: two finite members or more, not all equal. Other groups teach nothing."""
+    """(P, G) -> (P,) bool: groups with two finite rewards or more that are not all equal; others have no gradient."""
     finite = reward.isfinite()
     high = reward.masked_fill(~finite, -torch.inf).amax(1)
     low = reward.masked_fill(~finite, torch.inf).amin(1)
@@ -39,7 +39,7 @@ def standardise(reward: Tensor, std: Literal["group", "global", "none"] = "group
     if std not in ("group", "global", "none"):
         raise ValueError(f"unknown std {std!r}: group, global or none")
     r, finite = precise(reward), reward.isfinite()
-    centred = torch.where(finite, r - _mean(r, finite), 0.0)
+    centred = torch.where(finite, r - _finite_mean(r, finite), 0.0)
     if std == "group":
         spread = (centred**2).sum(1, keepdim=True).div(finite.sum(1, keepdim=True).clamp(min=1)).sqrt() + eps
     elif std == "global":
@@ -49,7 +49,7 @@ def standardise(reward: Tensor, std: Literal["group", "global", "none"] = "group
     return torch.where(informative(reward)[:, None], centred / spread, 0.0).to(wide(reward).dtype)
 
 
-def _mean(r: Tensor, finite: Tensor) -> Tensor:
+def _finite_mean(r: Tensor, finite: Tensor) -> Tensor:
     """(P, 1): the mean of each group's finite members; 0 where there is none."""
     return r.masked_fill(~finite, 0.0).sum(1, keepdim=True) / finite.sum(1, keepdim=True).clamp(min=1)
 
@@ -57,20 +57,20 @@ def _mean(r: Tensor, finite: Tensor) -> Tensor:
 # Policy gradient
 
 
-def guarded(live_mean: Tensor, old_mean: Tensor, to: Tensor, std: Tensor) -> Tensor:
-    """(N,): GRPO-Guard's log-ratio, -mean (mu_old - mu_live) eps with eps = (to - mu_old) / std, of one transition each.
+def guard_log_ratio(policy_mean: Tensor, old_mean: Tensor, to: Tensor, std: Tensor) -> Tensor:
+    """(N,): GRPO-Guard's log-ratio, -mean (mu_old - mu_policy) eps with eps = (to - mu_old) / std, of one transition each.
 
-    It is std (log rho + mean (mu_old - mu_live)^2 / (2 std^2)): centred, and of one scale on every step (arXiv 2510.22319).
+    It is std (log rho + mean (mu_old - mu_policy)^2 / (2 std^2)): centred, and of one scale on every step (arXiv 2510.22319).
     A mean over elements of each transition, as verl-omni implements it; the authors' code averages over the whole batch.
     to, old_mean and std (N, 1, ..., 1) are constants.
     """
-    live, old = wide(live_mean), wide(old_mean.detach())
-    return -((old - live) * (wide(to.detach()) - old) / std.detach()).flatten(1).mean(1)
+    policy, old = wide(policy_mean), wide(old_mean.detach())
+    return -((old - policy) * (wide(to.detach()) - old) / std.detach()).flatten(1).mean(1)
 
 
-def clipped(ratio: Tensor, adv: Tensor, eps: float) -> Tensor:
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, eps: float) -> Tensor:
     """(N,): PPO's pessimistic surrogate as a loss, max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) (arXiv 1707.06347, Eq. 7)."""
-    return torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - eps, 1 + eps))
+    return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - eps, 1 + eps))
 
 
 # Errors of a velocity
@@ -86,10 +86,10 @@ def weighted_error(error: Tensor, weight: Tensor) -> Tensor:
     return weight.detach() * error
 
 
-def fits(
+def log_likelihood_proxy(
     error: Tensor, t: Tensor, form: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber", p: float = 0.25
 ) -> Tensor:
-    """(N,): AWM's stand-in for a log-likelihood, from flow errors d (N,) at times t (N,) (arXiv 2509.25050 and its code):
+    """(N,): AWM's proxy for a log-likelihood, from flow errors d (N,) at times t (N,) (arXiv 2509.25050 and its code):
 
     uniform -d        t -t d        t2 -t^2 d        huber -t (sqrt(d + 1e-10) - 1e-5)        ghuber -(t / p) ((d + 1e-10)^p - 1e-10^p)
 
@@ -107,13 +107,13 @@ def fits(
     return -(t / p) * ((d + 1e-10) ** p - 1e-10**p)
 
 
-def reflected(plus: Tensor, minus: Tensor, x0: Tensor, good: Tensor) -> Tensor:
+def diffusion_nft(positive: Tensor, negative: Tensor, x0: Tensor, optimality: Tensor) -> Tensor:
     """(N,): DiffusionNFT's r l+ + (1 - r) l-, l = mean (x0_hat - x0)^2 / w with w = mean |x0_hat - x0| held constant.
 
-    plus, minus (N, ...): the estimates of x0 under v_old + b (v_live - v_old) and under its mirror image v_old - b (...);
-    good (N,): r, the probability that the image is a good one (arXiv 2509.16117, Eq. 5; the weight w is its code's).
+    positive, negative (N, ...): the estimates of x0 under v_old + b (v_policy - v_old) and under v_old - b (v_policy - v_old);
+    optimality (N,): r, the optimality probability of the image (arXiv 2509.16117, Eq. 5; the weight w is its code's).
     """
-    return good * _self_normalised(plus, x0) + (1 - good) * _self_normalised(minus, x0)
+    return optimality * _self_normalised(positive, x0) + (1 - optimality) * _self_normalised(negative, x0)
 
 
 def _self_normalised(estimate: Tensor, x0: Tensor) -> Tensor:
@@ -122,134 +122,143 @@ def _self_normalised(estimate: Tensor, x0: Tensor) -> Tensor:
     return gap.square().mean(1) / weight
 
 
-def goodness(advantage: Tensor, bound: float = 5.0) -> Tensor:
-    """Advantages of any shape -> r in [0, 1], 0 -> 1/2: clamp(A / (2 bound) + 1/2, 0, 1) (DiffusionNFT's code, bound 5)."""
+def optimality_probability(advantage: Tensor, bound: float = 5.0) -> Tensor:
+    """Advantages of any shape -> DiffusionNFT's r in [0, 1]: clamp(A / (2 bound) + 1/2, 0, 1) (its code, bound 5)."""
     return (wide(advantage).detach().clamp(-bound, bound) / (2 * bound) + 0.5).clamp(0, 1)
 
 
 def likelihood_weights(reward: Tensor, temperature: float) -> Tensor:
-    """(P, G): softmax of reward / temperature inside the group, times its number of known members: mean 1. NaN members get 0.
+    """(P, G): softmax of reward / temperature inside the group, times its number of scored members: mean 1. NaN members get 0.
 
     Reward-weighted regression as Flow-GRPO's paper defines its baseline (arXiv 2505.05470, App. C.1); its code weighs by the raw
     reward instead. Raises ValueError when temperature is not above 0.
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be positive, not {temperature}")
-    known = reward.isfinite()
-    logits = (wide(reward) / temperature).masked_fill(~known, -torch.inf)
+    scored = reward.isfinite()
+    logits = (wide(reward) / temperature).masked_fill(~scored, -torch.inf)
     weight = (logits - logits.amax(1, keepdim=True).clamp(min=torch.finfo(logits.dtype).min)).exp()
-    return weight * known.sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1e-30)
+    return weight * scored.sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1e-30)
 
 
-def best(reward: Tensor) -> Tensor:
+def best_of_group(reward: Tensor) -> Tensor:
     """(P, G) bool: the members at the group's maximum, all of them where several tie; NaN members never."""
-    known = reward.masked_fill(~reward.isfinite(), -torch.inf)
-    return reward.isfinite() & (known == known.amax(1, keepdim=True))
+    filled = reward.masked_fill(~reward.isfinite(), -torch.inf)
+    return reward.isfinite() & (filled == filled.amax(1, keepdim=True))
 
 
-def kl_velocity(live: Tensor, ref: Tensor) -> Tensor:
-    """(B,): mean over elements of (v_live - v_ref)^2, ref a constant: the penalty that stands for a KL in forward methods."""
-    return flow_error(live, ref.detach())
+def kl_velocity(policy: Tensor, ref: Tensor) -> Tensor:
+    """(B,): mean over elements of (v_policy - v_ref)^2, ref a constant: the penalty that stands for a KL in forward methods."""
+    return flow_error(policy, ref.detach())
 
 
 # Preferences
 
 
-def dpo(live_w: Tensor, ref_w: Tensor, live_l: Tensor, ref_l: Tensor, beta: float) -> Tensor:
+def dpo(policy_w: Tensor, ref_w: Tensor, policy_l: Tensor, ref_l: Tensor, beta: float) -> Tensor:
     """(P,): Diffusion-DPO, -log sigmoid(-(beta / 2) (s_w - s_l)) from the errors (P,) of winner and loser.
 
     arXiv 2311.12908, Eq. 14, in the mean-and-half convention of its code. Raw: its gradient grows with beta.
     """
-    s_w, s_l = wide(live_w) - wide(ref_w).detach(), wide(live_l) - wide(ref_l).detach()
+    s_w, s_l = wide(policy_w) - wide(ref_w).detach(), wide(policy_l) - wide(ref_l).detach()
     return -logsigmoid(-beta / 2 * (s_w - s_l))
 
 
 def gpo(
     advantage: Tensor,
-    live: Tensor,
+    policy: Tensor,
     ref: Tensor,
     beta: float,
-    link: Literal["logsigmoid", "pairwise", "linear"] = "logsigmoid",
+    loss_type: Literal["logsigmoid", "pairwise", "linear"] = "logsigmoid",
     *,
-    gap_weight: bool = True,
-    known: Tensor | None = None,
-    apart: Tensor | None = None,
+    margin_weight: bool = True,
+    scored: Tensor | None = None,
+    pair_mask: Tensor | None = None,
 ) -> Tensor:
-    """(P,): group preference optimisation from advantages and errors, all (P, G), all with the group's one (t, eps).
+    """(P,): group preference optimisation from the advantages and errors of a group whose members share one (t, eps).
 
         logsigmoid  -log sigmoid(-(beta / G) sum_i A_i s_i) / beta
         pairwise    2 / (G (G - 1)) sum_{A_i > A_j} W_ij (-log sigmoid(-(beta / 2) (s_i - s_j))) / beta
-                    W_ij = A_i - A_j (gap_weight) or 1 (all-pairs DPO)
+                    W_ij = A_i - A_j (margin_weight) or 1 (all-pairs DPO)
         linear      (1 / G) sum_i A_i s_i                                    no beta, no saturation: needs a KL penalty
 
     Source: after arXiv 2505.11070, whose printed loss is not known here; sum_{i<j} (A_i - A_j)(s_i - s_j) = G sum_i A_i s_i
     ties its words ("pairs", "gap", "group", "standardised") into the first form. The division by beta keeps the gradient at
     s = 0 independent of beta (half the mean of A_i grad e_i: linear is twice that), so beta only sets how soon the loss
     saturates. With G = 2 and A = +1, -1, logsigmoid and unweighted pairwise are dpo / beta. A group with A = 0 has gradient
-    0 exactly (and the constant loss log 2 / beta under logsigmoid). known (P, G) bool marks the members whose reward is a number:
-    pairwise leaves the others out of its pairs (their A = 0 is no rank); the other forms need no mask. apart (P, G, G) bool
-    marks the pairs that pairwise may use, say those whose rewards differ enough.
-    Raises ValueError for another link or beta <= 0.
+    0 exactly (and the constant loss log 2 / beta under logsigmoid).
+
+    Args:
+        advantage: A (P, G).
+        policy: errors (P, G) under the trained weights.
+        ref: errors (P, G) under the reference.
+        beta: how soon the sigmoid saturates, above 0.
+        loss_type: one of the three forms above.
+        margin_weight: weigh a pair by the difference of its advantages; pairwise only.
+        scored: (P, G) bool, the members whose reward is a number. pairwise leaves the others out of its pairs (their A = 0 is
+            no rank); the other forms need no mask.
+        pair_mask: (P, G, G) bool, the pairs that pairwise may use, such as those of `margin_mask`.
+    Raises ValueError for another loss_type or beta <= 0.
     """
     if beta <= 0:
         raise ValueError(f"beta must be positive, not {beta}")
-    a, s, g = wide(advantage).detach(), wide(live) - wide(ref).detach(), live.shape[1]
-    if link == "logsigmoid":
+    a, s, g = wide(advantage).detach(), wide(policy) - wide(ref).detach(), policy.shape[1]
+    if loss_type == "logsigmoid":
         return -logsigmoid(-beta / g * (a * s).sum(1)) / beta
-    if link == "linear":
+    if loss_type == "linear":
         return (a * s).sum(1) / g
-    if link != "pairwise":
-        raise ValueError(f"unknown link {link!r}: logsigmoid, pairwise or linear")
-    gap = (a[:, :, None] - a[:, None, :]).clamp(min=0)
-    pair = gap if gap_weight else (gap > 0).to(gap)
-    if known is not None:
-        pair = pair * (known[:, :, None] & known[:, None, :])
-    if apart is not None:
-        pair = pair * apart
-    each = -logsigmoid(-beta / 2 * (s[:, :, None] - s[:, None, :])) / beta
-    return 2 / (g * max(g - 1, 1)) * (pair * each).sum((1, 2))
+    if loss_type != "pairwise":
+        raise ValueError(f"unknown loss_type {loss_type!r}: logsigmoid, pairwise or linear")
+    margin = (a[:, :, None] - a[:, None, :]).clamp(min=0)
+    weight = margin if margin_weight else (margin > 0).to(margin)
+    if scored is not None:
+        weight = weight * (scored[:, :, None] & scored[:, None, :])
+    if pair_mask is not None:
+        weight = weight * pair_mask
+    pair_loss = -logsigmoid(-beta / 2 * (s[:, :, None] - s[:, None, :])) / beta
+    return 2 / (g * max(g - 1, 1)) * (weight * pair_loss).sum((1, 2))
 
 
 def dgpo(
-    advantage: Tensor, live: Tensor, ref: Tensor, beta: float, *, old: Tensor | None = None, clip: float = 0.0
+    advantage: Tensor, policy: Tensor, ref: Tensor, beta: float, *, old: Tensor | None = None, clip: float = 0.0
 ) -> Tensor:
     """(P,): DGPO, mean_i w A_i e_i with w = sigmoid((beta / G) sum_i A_i s_i) held constant (arXiv 2510.08425, its code).
 
-    All (P, G), one (t, eps) a group. Its gradient is that of `gpo(link="logsigmoid")`; the value is not. With old (P, G) and
-    clip > 0, a member whose ratio exp(e_old - e_live) has already moved its own way by more than clip is held constant.
+    All (P, G), one (t, eps) a group. Its gradient is that of `gpo(loss_type="logsigmoid")`; the value is not. With old (P, G) and
+    clip > 0, a member whose ratio exp(e_old - e_policy) has already moved its own way by more than clip is held constant.
     Raises ValueError when beta is not above 0.
     """
     if beta <= 0:
         raise ValueError(f"beta must be positive, not {beta}")
-    a, live, g = wide(advantage).detach(), wide(live), live.shape[1]
-    weight = torch.sigmoid(beta / g * (a * (live - wide(ref)).detach()).sum(1, keepdim=True))
+    a, policy, g = wide(advantage).detach(), wide(policy), policy.shape[1]
+    weight = torch.sigmoid(beta / g * (a * (policy - wide(ref)).detach()).sum(1, keepdim=True))
     if old is not None and clip > 0:
-        ratio = (wide(old) - live).detach().exp()
+        ratio = (wide(old) - policy).detach().exp()
         moved = ((a > 0) & (ratio > 1 + clip)) | ((a <= 0) & (ratio < 1 - clip))
-        live = torch.where(moved, live.detach(), live)
-    return (weight * a * live).mean(1)
+        policy = torch.where(moved, policy.detach(), policy)
+    return (weight * a * policy).mean(1)
 
 
-def apart(reward: Tensor, gap: float) -> Tensor:
-    """(P, G) -> (P, G, G) bool: is i ahead of j by more than gap? False where one of them is NaN.
+def margin_mask(reward: Tensor, margin: float) -> Tensor:
+    """(P, G) -> (P, G, G) bool: reward i exceeds reward j by more than the margin. False where one of them is NaN.
 
-    Rewards are float32 and often fractions such as 1 - 1/5: what rounding adds to a difference decides nothing.
+    Rewards are float32 and often fractions such as 1 - 1/5, so a difference must exceed the margin by more than rounding does.
     """
     r = reward.double()
-    return r[:, :, None] - r[:, None, :] > (gap + ROUNDING if gap else 0.0)
+    return r[:, :, None] - r[:, None, :] > (margin + ROUNDING if margin else 0.0)
 
 
-def among(known: Tensor, each: Tensor) -> Tensor:
-    """(P,): means over the members that are known, both (P, G); a group needs one. The others leave no trace, in gradients neither."""
-    return torch.where(known, each, 0.0).sum(1) / known.sum(1)
+def masked_mean(mask: Tensor, values: Tensor) -> Tensor:
+    """(P,): mean of the values (P, G) where the mask (P, G) is set, at least once a group. The others get no gradient."""
+    return torch.where(mask, values, 0.0).sum(1) / mask.sum(1)
 
 
-def implicit_accuracy(reward: Tensor, live: Tensor, ref: Tensor) -> Tensor:
+def implicit_accuracy(reward: Tensor, policy: Tensor, ref: Tensor) -> Tensor:
     """(): share of the ordered pairs (r_i > r_j, both finite) with s_i < s_j, a tie in s counting half; NaN without a pair.
 
-    All (P, G); a DPO pair is G = 2 with reward (1, 0). 0.5 = the live weights rank no better than the reference.
+    All (P, G); a DPO pair is G = 2 with reward (1, 0). 0.5 = the policy ranks no better than the reference.
     """
-    s = (wide(live) - wide(ref)).detach()
+    s = (wide(policy) - wide(ref)).detach()
     r, finite = reward, reward.isfinite()
     ordered = (r[:, :, None] > r[:, None, :]) & finite[:, :, None] & finite[:, None, :]
     margin = s[:, None, :] - s[:, :, None]

@@ -64,6 +64,7 @@ class ModelSpec:
 # states the whole of an evaluation. SDXL: 1024 px, and SD1.5: 512 px, as Diffusion-DPO (arXiv 2311.12908). The sampler of both
 # U-Nets is DDIM; their attention has no second stream to adapt.
 PROTOCOLS: dict[str, dict[str, Any]] = {
+    "StableDiffusion3Pipeline": {},
     "FluxPipeline": {"height": 720, "width": 720, "steps": 28, "guidance": 3.5, "max_sequence_length": 512},
     "StableDiffusionXLPipeline": {
         "height": 1024,
@@ -109,8 +110,18 @@ def find_model_spec(reference: str) -> ModelSpec:
         raise UserError(f"{folder} cannot be read: {error}") from None
 
 
+def _class_protocol(pipeline: str) -> dict[str, Any]:
+    """Fields of ModelSpec that the pipeline class sets; none where the class is not registered.
+
+    Those of the built-in classes are read from PROTOCOLS, because their modules import torch.
+    """
+    if pipeline in PROTOCOLS or pipeline not in registry.entries("pipeline"):
+        return PROTOCOLS.get(pipeline, {})
+    return dict(registry.load("pipeline", pipeline).protocol)
+
+
 def _protocol(pipeline: str, facts: dict[str, Any]) -> dict[str, Any]:
-    protocol = PROTOCOLS.get(pipeline, {})
+    protocol = _class_protocol(pipeline)
     if not facts:
         return protocol
     known = ("height", "width", "steps", "guidance", "max_sequence_length")

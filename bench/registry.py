@@ -20,12 +20,13 @@ GROUPS = {
     "task": "gpobench.tasks",
     "scorer": "gpobench.rewards",
     "model": "gpobench.models",
+    "pipeline": "gpobench.pipelines",
+    "embedder": "gpobench.embedders",
+    "recipe": "gpobench.recipes",
+    "command": "gpobench.commands",
 }
 PLUGIN = "gpobench_plugin_"  # how modules made of a person's own files begin
 DOMAINS = ("glyphs", "open")  # what a model understands: the embedded ones, and all others
-GROUPS["embedder"] = "gpobench.embedders"
-GROUPS["recipe"] = "gpobench.recipes"
-GROUPS["command"] = "gpobench.commands"
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> UserError:

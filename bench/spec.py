@@ -1,13 +1,15 @@
-"""The contract on one page: read this file and you can write a method, a task, a scorer or a model.
+"""The contract on one page: what a method, a task, a scorer or a model must implement, and what it may use.
 
-Letters in shapes: B rows, P prompts, G members of a group, N transitions, (C, h, w) one latent, (H, W, 3) one image.
-Time t runs from 1 (noise) to 0 (image); a step goes from t (time left of it) to s (time right of it).
+Shapes: B rows, P prompts, G images of a group, N transitions, (C, h, w) one latent, (H, W, 3) one image.
+Time t runs from 1 (noise) to 0 (image); a step goes from t (its start) to s (its end), t > s.
+nfe: evaluations of the network in forward-equivalents; a forward costs 1, a backward 2 more, guidance doubles both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
@@ -15,12 +17,10 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .flow import Path, Prediction
+from .flow import Kernel, Path, Prediction, Step, ode
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from .training.rig import Rig
 
 Split = Literal["train", "validation", "test"]
 Cond = Mapping[str, Tensor]  # what a model made of B prompts: every tensor leads with B; the model's own affair
@@ -44,49 +44,108 @@ def fold_text(text: str) -> str:
     return "".join(character for character in text.casefold() if character.isalnum()) or text.casefold()
 
 
-class Model(Protocol):
-    """A text-to-image model seen as a velocity field over latents."""
+class PolicyModel(Protocol):
+    """The part of a model that a method may use, as `rig.model`: the protocol's settings and the named weight copies."""
 
-    name: str
-    path: Path
-    prediction: Prediction  # what its network says: errors are measured in these units
-    shape: tuple[int, ...]  # of one latent, (C, h, w)
-    guidance: float  # of the protocol: what sampling uses unless told otherwise
-    steps: int  # of the protocol
-    guided_cost: int  # evaluations of a velocity under guidance: 2, or 1 where guidance is an input of the network
-    device: torch.device
-
-    def times(self, steps: int) -> Tensor:
-        """(steps + 1,): the time grid of the model's own schedule, from 1 down to 0."""
+    @property
+    def steps(self) -> int:
+        """Steps of the protocol's sampler."""
         ...
 
-    def encode(self, prompts: Sequence[str]) -> Cond: ...
+    @property
+    def guidance(self) -> float:
+        """Guidance scale of the protocol; 1 is no guidance."""
+        ...
+
+    @property
+    def guided_cost(self) -> int:
+        """Evaluations of the network for one velocity under guidance: 2, or 1 where guidance is an input of the network."""
+        ...
+
+    def times(self, steps: int) -> Tensor:
+        """(steps + 1,) float32: the time grid of the model's own schedule, falling from at most 1 to 0 or just above."""
+        ...
+
+    def update_copy(self, name: str, decay: float) -> None:
+        """Set the weight copy `name` to decay * copy + (1 - decay) * policy; the first call makes it equal to the policy."""
+        ...
+
+
+class Model(PolicyModel, Protocol):
+    """A text-to-image model as a velocity field over latents: everything that training and evaluation need of one.
+
+    Weights are called by name: "policy" is what is trained, "ref" the base model, others are copies that `update_copy` made.
+    """
+
+    name: str
+    prediction: Prediction  # what the network predicts: errors are measured in these units
+    shape: tuple[int, ...]  # of one latent, (C, h, w)
+    device: torch.device
+
+    @property
+    def path(self) -> Path:
+        """The path between data and noise, see `flow`."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """The conditioning of B prompts."""
+        ...
 
     def velocity(
         self, x: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy", detach: bool = False
     ) -> Tensor:
-        """(B, C, h, w), (B,) -> (B, C, h, w) float32; guidance other than 1 costs a second evaluation.
+        """The velocity (B, C, h, w) in float32 at latents x (B, C, h, w) and times t (B,).
 
-        detach: the unconditional branch of guidance is a constant.
+        Args:
+            x: latents (B, C, h, w).
+            t: times (B,) in [0, 1].
+            cond: the conditioning of B prompts, from `encode`.
+            guidance: scale of the guidance; other than 1 it costs `guided_cost` evaluations.
+            weights: the name of the weights to compute with.
+            detach: hold the unconditional branch of guidance constant.
+        Raises KeyError on weights that no call of `update_copy` made.
         """
         ...
 
     def decode(self, x0: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, 3, H, W) in [0, 1]."""
+        """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1]."""
         ...
 
     def latents(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, C, h, w): what decode undoes."""
+        """Images (B, 3, H, W) in [0, 1] -> latents (B, C, h, w): the inverse of `decode`, up to what the autoencoder loses."""
         ...
 
-    def parameters(self) -> list[torch.nn.Parameter]: ...
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trained parameters in a fixed order; empty where the model was opened without an adapter."""
+        ...
 
-    def update_copy(self, name: str, decay: float) -> None:
-        """Copy `name` <- decay * `name` + (1 - decay) * live; the copy is made on the first call."""
+    @property
+    def copies(self) -> Sequence[str]:
+        """Names of the weight copies that exist beside "policy" and "ref"."""
+        ...
+
+    def weight_state(self) -> dict[str, Tensor]:
+        """Trained weights and all copies, `copy/parameter` -> tensor on the CPU: what a checkpoint keeps."""
+        ...
+
+    def restore_weights(self, state: Mapping[str, Tensor]) -> None:
+        """Set trained weights and copies to a `weight_state`; copies that are missing are made."""
+        ...
+
+    def save_adapter(self, folder: FilePath, weights: str = "policy") -> None:
+        """Write the adapter with these weights in diffusers format, so that `pipe.load_lora_weights(folder)` takes it."""
+        ...
+
+    def load_adapter(self, folder: FilePath) -> None:
+        """Load an adapter in diffusers format; "policy" then computes with it. Raises UserError where it does not fit."""
+        ...
+
+    def flops_a_forward(self) -> float:
+        """Floating-point operations of one forward of one latent."""
         ...
 
 
-def counted_guidance(model: Model) -> float:
+def counted_guidance(model: PolicyModel) -> float:
     """The protocol's guidance as `Method.cost` counts it: 1, no second evaluation, where it is an input of the network."""
     return model.guidance if model.guided_cost > 1 else 1.0
 
@@ -251,49 +310,6 @@ class Choice:
 Range = LogUniform | Uniform | Choice
 
 
-class Method(Protocol):
-    """A frozen dataclass: its fields are its hyper-parameters; collect pays for experience, loss learns from it."""
-
-    space: ClassVar[Mapping[str, Range]]  # what `gpobench tune` may draw: the key of a --set -> its range
-
-    @property
-    def optim(self) -> Optim: ...
-
-    def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
-        """Static nfe an image by role, every group teaching: what the meter must show. steps, guidance: the protocol's."""
-        ...
-
-    def collect(self, rig: Rig) -> Any:
-        """A batch: a dataclass of tensors that share their first dimension, the rows."""
-        ...
-
-    def loss(self, rig: Rig, batch: Any) -> Tensor:
-        """A MEAN OVER ROWS, so that the loop may split rows for accumulation and data parallelism."""
-        ...
-
-
-@runtime_checkable
-class SupportsLatentCount(Protocol):
-    """A method whose rows need several latents in the network at once; a quote of the memory must know it."""
-
-    @property
-    def latents(self) -> int:
-        """Of one row of its batch: the group's size, the times of an image, two of a pair."""
-        ...
-
-
-@runtime_checkable
-class Search(Protocol):
-    """A method without training: it spends the budget on drawing better images at inference."""
-
-    def answer(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
-        """(B, C, h, w): latents for prompts who (B,), from this noise (B, C, h, w) and any more it draws.
-
-        images: how many will be asked for in all, so that the budget can be shared out.
-        """
-        ...
-
-
 # The kinds of experience that methods share.
 
 
@@ -349,6 +365,268 @@ class InitialNoise:
 
     noise: Tensor  # (N, C, h, w)
     prompt_ids: Tensor  # (N,)
+
+
+class Rig(Protocol):
+    """What a method may use: the model, prompts, randomness and rewards, each charged to the budget before it is spent.
+
+    Every call that costs raises `budget.Spent`, before anything is computed, where the budget does not afford it.
+    prompt_ids (B,) are integers that stand for prompts; a method never sees a prompt's text.
+    """
+
+    @property
+    def model(self) -> PolicyModel:
+        """The protocol's settings, the time grid and the weight copies of the model."""
+        ...
+
+    @property
+    def path(self) -> Path:
+        """The model's path between data and noise."""
+        ...
+
+    @property
+    def iteration(self) -> int:
+        """Iterations of the training loop that are complete; 0 in the first."""
+        ...
+
+    @property
+    def state(self) -> MutableMapping[str, Any]:
+        """The method's memory between iterations: tensors and JSON values, saved with every checkpoint."""
+        ...
+
+    # Randomness. In `loss` every row of the batch has a key of its own, so that splitting a batch changes no draw: there the number
+    # of draws must be a multiple of the rows.
+
+    def prompts(self, n: int) -> Tensor:
+        """Draw prompt_ids (n,) of training prompts, without repeats while there are enough."""
+        ...
+
+    def noise(self, n: int) -> Tensor:
+        """(n, C, h, w) standard normal, on the model's device."""
+        ...
+
+    def normal(self, n: int) -> Tensor:
+        """(n,) standard normal, on the model's device."""
+        ...
+
+    def uniform(self, n: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """(n,) uniform in [low, high), on the model's device."""
+        ...
+
+    # The model
+
+    def velocity(
+        self,
+        x: Tensor,
+        t: Tensor,
+        prompt_ids: Tensor,
+        *,
+        weights: str = "policy",
+        guidance: float | None = None,
+        detach: bool = False,
+        role: str = "",
+    ) -> Tensor:
+        """The velocity (B, C, h, w) at latents x and times t. Gradients flow for weights "policy" only.
+
+        Costs 1 nfe a row, 3 where a gradient is needed, times `model.guided_cost` under guidance.
+
+        Args:
+            x: latents (B, C, h, w).
+            t: times (B,).
+            prompt_ids: prompts (B,).
+            weights: "policy", "ref", or a copy that `model.update_copy` made.
+            guidance: None is what one evaluation gives: no guidance, or the protocol's where it is an input of the network.
+            detach: hold the unconditional branch of guidance constant.
+            role: the name under which the budget counts the cost; by default "policy" or the name of the weights.
+        """
+        ...
+
+    def step(
+        self,
+        kernel: Kernel,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        prompt_ids: Tensor,
+        *,
+        weights: str = "policy",
+        guidance: float | None = None,
+        detach: bool = False,
+        role: str = "",
+    ) -> Step:
+        """The Gaussian transition of a kernel from x at t (B,) to s (B,). Costs one `velocity`; other arguments as there."""
+        ...
+
+    def walk(
+        self,
+        x: Tensor,
+        prompt_ids: Tensor,
+        kernels: Sequence[Kernel],
+        *,
+        start: int = 0,
+        of: int = 0,
+        times: Tensor | None = None,
+        weights: str = "policy",
+        guidance: float | None = None,
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Step, Tensor]]:
+        """Sample along the kernels, without gradients; yields (i, x, t, s, step, x_next) for each. Costs one `velocity` a step.
+
+        Args:
+            x: latents (B, C, h, w) at the walk's first time.
+            prompt_ids: prompts (B,).
+            kernels: one for each step.
+            start: index of the first step in the grid.
+            of: number of steps of the whole grid; 0 lets the walk end at the grid's last time.
+            times: a grid (start + len(kernels) + 1,) in place of the model's own.
+            weights: the name of the weights to sample with.
+            guidance: None is the protocol's.
+        """
+        ...
+
+    def sample(
+        self,
+        x: Tensor,
+        prompt_ids: Tensor,
+        *,
+        steps: int = 0,
+        start: int = 0,
+        weights: str = "policy",
+        guidance: float | None = None,
+        kernel: Kernel = ode,
+    ) -> Tensor:
+        """The clean latents (B, C, h, w) that the kernel reaches from x, without gradients. Costs one `velocity` a step.
+
+        Args:
+            x: latents (B, C, h, w) at the grid's time `start`.
+            prompt_ids: prompts (B,).
+            steps: steps of the whole grid; 0 is the protocol's number.
+            start: index of the first step in the grid.
+            weights: the name of the weights to sample with.
+            guidance: None is the protocol's.
+            kernel: the sampler's step, the ODE by default.
+        """
+        ...
+
+    def error(self, v: Tensor, target: Tensor, t: Tensor) -> Tensor:
+        """(B,): mean squared difference of two velocities (B, C, h, w) at t (B,), in the units of what the model predicts."""
+        ...
+
+    def errors(self, x0: Tensor, prompt_ids: Tensor, t: Tensor, eps: Tensor, *weights: str) -> list[Tensor]:
+        """Denoising errors (B,) of x0 (B, C, h, w) noised to t (B,) by eps, one for each of the named weights.
+
+        Costs one `velocity` for each.
+        """
+        ...
+
+    # Rewards
+
+    def score(self, x0: Tensor, prompt_ids: Tensor) -> Tensor:
+        """Rewards (B,) of the images that latents x0 decode to; NaN where an image could not be scored. Costs B images and calls."""
+        ...
+
+    def groups(
+        self,
+        prompts: int,
+        group: int,
+        *,
+        steps: int = 0,
+        weights: str = "policy",
+        guidance: float | None = None,
+        kernel: Kernel = ode,
+    ) -> Groups:
+        """Draw prompts, sample a group of images for each and score them: P = prompts, G = group. Other arguments as in `sample`."""
+        ...
+
+    def transitions(
+        self,
+        prompts: int,
+        group: int,
+        kernels: Sequence[Kernel],
+        *,
+        keep: Sequence[int] | None = None,
+        times: Tensor | None = None,
+        drop: bool = False,
+        shared: bool = False,
+        weights: str = "policy",
+        guidance: float | None = None,
+    ) -> tuple[Transitions, Tensor]:
+        """Draw prompts, sample a group along the kernels for each and score the ends; (transitions, rewards (P, G)).
+
+        The transitions' advantages are 0 until `assign_advantages` sets them.
+
+        Args:
+            prompts: number of prompts, P.
+            group: images a prompt, G.
+            kernels: one for each step.
+            keep: indices of the steps whose transitions are kept; by default all with noise.
+            times: a grid (len(kernels) + 1,) in place of the model's own.
+            drop: log-probabilities in Flow-CPS's form, see `flow.Step.logp`.
+            shared: one initial noise for all images of a group.
+            weights: the name of the weights to sample with.
+            guidance: None is the protocol's.
+        Raises ValueError where a step without noise is to be kept: it has no log-probability.
+        """
+        ...
+
+    def pairs(self, reference: str, n: int) -> Pairs:
+        """Draw n pairs of a preference data set. Its own cost, if it states one, is charged before the first draw.
+
+        Raises UserError on a data set that cannot be used, or that changed since the run began.
+        """
+        ...
+
+    def affords(self, **each: int) -> int:
+        """How many times this cost (nfe=, images=, reward_calls= ...) still fits into the budget."""
+        ...
+
+    # Metrics
+
+    def note(self, name: str, value: Tensor | float) -> None:
+        """Record a metric under a path such as `policy/ratio`; values of one iteration are averaged."""
+        ...
+
+
+class Method(Protocol):
+    """A frozen dataclass: its fields are its hyper-parameters; collect pays for experience, loss learns from it."""
+
+    space: ClassVar[Mapping[str, Range]]  # what `gpobench tune` may draw: the key of a --set -> its range
+
+    @property
+    def optim(self) -> Optim: ...
+
+    def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
+        """Static nfe an image by role, every group teaching: what the meter must show. steps, guidance: the protocol's."""
+        ...
+
+    def collect(self, rig: Rig) -> Any:
+        """A batch: a dataclass of tensors that share their first dimension, the rows."""
+        ...
+
+    def loss(self, rig: Rig, batch: Any) -> Tensor:
+        """A MEAN OVER ROWS, so that the loop may split rows for accumulation and data parallelism."""
+        ...
+
+
+@runtime_checkable
+class SupportsLatentCount(Protocol):
+    """A method whose rows need several latents in the network at once; a quote of the memory must know it."""
+
+    @property
+    def latents(self) -> int:
+        """Of one row of its batch: the group's size, the times of an image, two of a pair."""
+        ...
+
+
+@runtime_checkable
+class Search(Protocol):
+    """A method without training: it spends the budget on drawing better images at inference."""
+
+    def answer(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
+        """(B, C, h, w): latents for prompts who (B,), from this noise (B, C, h, w) and any more it draws.
+
+        images: how many will be asked for in all, so that the budget can be shared out.
+        """
+        ...
 
 
 B = TypeVar("B")

@@ -19,7 +19,7 @@ from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.experiments import config
 from gpobench.bench.model_spec import find_model_spec
-from gpobench.bench.models import common, sd3
+from gpobench.bench.models import loading, sd3
 from gpobench.bench.models.tiny_recipe import build_silent_tokenizer, build_tokenizer
 from gpobench.bench.spec import Prompt, Scores, Search
 from gpobench.bench.training import train
@@ -105,10 +105,10 @@ def main(names: list[str]) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("this needs a GPU")
     model_spec = find_model_spec("sd35m")
-    common.pipeline = lambda kind, model_spec, dtype: pipeline(dtype)
+    loading.load_pipeline = lambda pipeline_class, model_spec, dtype, **options: pipeline(dtype)
     began = time.perf_counter()
     model = sd3.SD3(model_spec, device="cuda", precision="bf16", adapter=model_spec.adapter)
-    count = sum(p.numel() for p in model.transformer.parameters()) / 1e9
+    count = sum(p.numel() for p in model.network.parameters()) / 1e9
     trained = sum(p.numel() for p in model.parameters()) / 1e6
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}: transformer {count:.2f} billion parameters, "

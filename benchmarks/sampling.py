@@ -29,14 +29,14 @@ def measure(precision: str, adapted: bool, rounds: int) -> None:
     rig = Rig(model, book, registry.scorer("rapidocr"), Meter(Budget(nfe=1e12)), rows=BATCH)
     prompt_ids, times = rig.prompts(BATCH), model.times(STEPS)
     noise, cond = rig.noise(BATCH), model.encode([p.text for p in rig.texts(prompt_ids)])
-    dtype = next(model.transformer.parameters()).dtype
+    dtype = next(model.network.parameters()).dtype
 
     @torch.no_grad()
     def bare() -> torch.Tensor:
         x = noise
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
             for t, s in zip(times[:-1], times[1:], strict=True):
-                v = model.transformer(
+                v = model.network(
                     hidden_states=x.to(dtype),
                     timestep=(t * 1000).expand(BATCH),
                     encoder_hidden_states=cond["text"],

@@ -27,9 +27,8 @@ from torch import Tensor
 
 from ..bench.errors import UserError
 from ..bench.flow import dpm2, mix, ode
-from ..bench.losses import clipped, fits, informative, standardise
-from ..bench.spec import Choice, LogUniform, Optim, Range, Uniform, select_rows
-from ..bench.training.rig import Rig
+from ..bench.losses import clipped_surrogate, informative, log_likelihood_proxy, standardise
+from ..bench.spec import Choice, LogUniform, Optim, Range, Rig, Uniform, select_rows
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class AWM:
     timesteps: int = 2  # timesteps per image, Kt: one from each of as many strata
     timestep_fraction: float = 0.9  # trained timesteps: the first int(steps * timestep_fraction) of the sampler's
     with_init: bool = False  # also pure noise, the sampler's first time
-    weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber"  # of the error (losses.fits)
+    weighting: Literal["uniform", "t", "t2", "huber", "ghuber"] = "ghuber"  # of the error (losses.log_likelihood_proxy)
     clip_range: float = 1.0  # PPO's clip of the ratio
     adv_clip_max: float = 5.0  # advantages are clamped to [-adv_clip_max, adv_clip_max], then divided by it
     std: Literal["group", "global", "none"] = "global"  # standard deviation that divides the rewards
@@ -137,7 +136,7 @@ class AWM:
         )
         x, target = mix(rig.path, x0, rig.noise(len(x0)), t)
         v = rig.velocity(x, t, prompt_ids)
-        ell = ell_old = fits(rig.error(v, target, t), t, self.weighting)
+        ell = ell_old = log_likelihood_proxy(rig.error(v, target, t), t, self.weighting)
         penalty = torch.zeros_like(ell)
         if self.kl:
             drift = rig.error(v, rig.velocity(x, t, prompt_ids, weights="ref"), t)
@@ -146,10 +145,10 @@ class AWM:
         if self.needs_old:
             v_old = rig.velocity(x, t, prompt_ids, weights="old")
             penalty = penalty + self.ema_kl * rig.error(v, v_old, t)
-            ell_old = fits(rig.error(v_old, target, t), t, self.weighting) if self.off_policy else ell
+            ell_old = log_likelihood_proxy(rig.error(v_old, target, t), t, self.weighting) if self.off_policy else ell
         ratio = (ell - ell_old.detach()).exp()
         rig.note("policy/ratio", ratio.mean())
-        return (clipped(ratio, advantage, self.clip_range) + penalty).mean()
+        return (clipped_surrogate(ratio, advantage, self.clip_range) + penalty).mean()
 
     def times(self, rig: Rig, rows: int) -> Tensor:
         """(rows, timesteps): for each row one time of the sampler's grid from each stratum."""

@@ -22,8 +22,7 @@ from torch import Tensor
 from ..bench.budget import Spent
 from ..bench.errors import UserError
 from ..bench.flow import ode
-from ..bench.spec import Range, counted_guidance
-from ..bench.training.rig import Rig
+from ..bench.spec import Range, Rig, counted_guidance
 
 CANDIDATES = "candidates"  # key of rig.state; set once, before anything is spent, so that every image gets the same n
 

@@ -25,9 +25,8 @@ from torch import Tensor
 
 from ..bench.errors import UserError
 from ..bench.flow import dpm2, mix, ode
-from ..bench.losses import among, dgpo, implicit_accuracy, informative, standardise
-from ..bench.spec import Choice, LogUniform, Optim, Range, select_rows
-from ..bench.training.rig import Rig
+from ..bench.losses import dgpo, implicit_accuracy, informative, masked_mean, standardise
+from ..bench.spec import Choice, LogUniform, Optim, Range, Rig, select_rows
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ class DGPO:
         if self.clip_range:
             error_old = rig.error(rig.velocity(x, t, prompt_ids, weights="old"), target, t).view_as(shape)
             rig.note("policy/ratio", (error_old - error).detach().exp().mean())
-        kl = among(batch.reward.isfinite(), drift).mean()
+        kl = masked_mean(batch.reward.isfinite(), drift).mean()
         rig.note("policy/accuracy", implicit_accuracy(batch.reward, error, error_ref))
         rig.note("policy/kl", kl)
         preference = dgpo(batch.advantage, error, error_ref, self.beta, old=error_old, clip=self.clip_range)

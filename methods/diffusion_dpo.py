@@ -29,9 +29,8 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import mix
 from ..bench.losses import dpo, implicit_accuracy
-from ..bench.spec import LogUniform, Optim, Pairs, Range, Uniform
+from ..bench.spec import LogUniform, Optim, Pairs, Range, Rig, Uniform
 from ..bench.training.pairs import compare
-from ..bench.training.rig import Rig
 
 
 @dataclass(frozen=True)

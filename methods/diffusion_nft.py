@@ -27,9 +27,8 @@ from torch import Tensor
 
 from ..bench.errors import UserError
 from ..bench.flow import dpm2, mix, split
-from ..bench.losses import goodness, informative, reflected, standardise
-from ..bench.spec import Choice, LogUniform, Optim, Range, Uniform, select_rows
-from ..bench.training.rig import Rig
+from ..bench.losses import diffusion_nft, informative, optimality_probability, standardise
+from ..bench.spec import Choice, LogUniform, Optim, Range, Rig, Uniform, select_rows
 
 # Decay of the copy "old" by decay_type: (updates at 0, rise per update, highest value).
 DECAY_SCHEDULES = {0: (0, 0.0, 0.0), 1: (0, 0.001, 0.5), 2: (75, 0.0075, 0.999)}
@@ -114,7 +113,7 @@ class DiffusionNFT:
         groups = rig.groups(
             self.prompts, self.group, steps=self.steps, guidance=self.guidance or None, weights="old", kernel=dpm2
         )
-        optimality = goodness(standardise(groups.reward, self.std), self.adv_clip_max)
+        optimality = optimality_probability(standardise(groups.reward, self.std), self.adv_clip_max)
         images, prompt_ids = groups.x0.flatten(0, 1), groups.prompt_ids.repeat_interleave(self.group)
         usable = (informative(groups.reward)[:, None] & groups.reward.isfinite()).flatten()
         return select_rows(OptimalityBatch(images, prompt_ids, optimality.flatten()), usable)
@@ -127,7 +126,7 @@ class DiffusionNFT:
         x, _ = mix(rig.path, x0, rig.noise(len(x0)), t)
         v, v_old = (rig.velocity(x, t, prompt_ids, weights=weights) for weights in ("policy", "old"))
         plus, minus = (split(rig.path, x, v_old + b * (v - v_old), t)[0] for b in (self.nft_beta, -self.nft_beta))
-        loss = reflected(plus, minus, x0, r).mean() * self.adv_clip_max / self.nft_beta
+        loss = diffusion_nft(plus, minus, x0, r).mean() * self.adv_clip_max / self.nft_beta
         if self.kl:
             kl = rig.error(v, rig.velocity(x, t, prompt_ids, weights="ref"), t).mean()
             rig.note("policy/kl", kl)

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from ..bench.errors import UserError
 from ..bench.flow import Kernel, cps, ode, sde
-from ..bench.losses import clipped, standardise
-from ..bench.spec import Choice, LogUniform, Optim, Range, Transitions, Uniform, assign_advantages
-from ..bench.training.rig import Rig
+from ..bench.losses import clipped_surrogate, standardise
+from ..bench.spec import Choice, LogUniform, Optim, Range, Rig, Transitions, Uniform, assign_advantages
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class FlowGRPO:
         ratio = (step.logp(batch.to, drop=self.sde_type == "cps") - batch.logp).exp()
         rig.note("policy/ratio", ratio.mean())
         rig.note("policy/clipped", ((ratio - 1).abs() > self.clip_range).float().mean())
-        loss = clipped(ratio, batch.advantage, self.clip_range).mean()
+        loss = clipped_surrogate(ratio, batch.advantage, self.clip_range).mean()
         if self.kl:
             ref = rig.step(self.kernel, *at, weights="ref", guidance=guidance)
             # The authors' code leaves dt out of its SDE's KL, and keeps the whole variance in that of cps.

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from ..bench.errors import UserError
 from ..bench.flow import mix
-from ..bench.losses import among, apart, gpo, implicit_accuracy, informative, standardise
-from ..bench.spec import LogUniform, Optim, Range, Uniform, select_rows
-from ..bench.training.rig import Rig
+from ..bench.losses import gpo, implicit_accuracy, informative, margin_mask, masked_mean, standardise
+from ..bench.spec import LogUniform, Optim, Range, Rig, Uniform, select_rows
 
 
 @dataclass(frozen=True)
@@ -95,10 +94,10 @@ class GPO:
         error, error_ref = (rig.error(u, target, t).view_as(batch.reward) for u in (v, v_ref))
         rig.note("policy/accuracy", implicit_accuracy(batch.reward, error, error_ref))
         scored = batch.reward.isfinite()
-        kl = among(scored, rig.error(v, v_ref, t).view_as(batch.reward)).mean()
+        kl = masked_mean(scored, rig.error(v, v_ref, t).view_as(batch.reward)).mean()
         rig.note("policy/kl", kl)
         preference = gpo(
             batch.advantage, error, error_ref, self.beta, self.loss_type,
-            gap_weight=self.margin_weight, known=scored, apart=apart(batch.reward, self.margin),
+            margin_weight=self.margin_weight, scored=scored, pair_mask=margin_mask(batch.reward, self.margin),
         )  # fmt: skip
         return preference.mean() + self.kl * kl

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from ..bench.errors import UserError
 from ..bench.flow import sde
-from ..bench.losses import clipped, guarded, standardise
-from ..bench.spec import Choice, LogUniform, Optim, Range, Transitions, Uniform, assign_advantages
-from ..bench.training.rig import Rig
+from ..bench.losses import clipped_surrogate, guard_log_ratio, standardise
+from ..bench.spec import Choice, LogUniform, Optim, Range, Rig, Transitions, Uniform, assign_advantages
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class GRPOGuard:
             sde(self.noise_level), batch.x, batch.t, batch.s, batch.prompt_ids,
             guidance=self.guidance or rig.model.guidance, detach=self.detach_uncond,
         )  # fmt: skip
-        ratio = guarded(step.mean, batch.mean, batch.to, step.std).exp()
+        ratio = guard_log_ratio(step.mean, batch.mean, batch.to, step.std).exp()
         rig.note("policy/ratio", ratio.mean())
         rig.note("policy/clipped", ((ratio - 1).abs() > self.clip_range).float().mean())
-        return (clipped(ratio, batch.advantage, self.clip_range) / (batch.t - batch.s)).mean()
+        return (clipped_surrogate(ratio, batch.advantage, self.clip_range) / (batch.t - batch.s)).mean()

@@ -27,9 +27,8 @@ from torch import Tensor
 
 from ..bench.errors import UserError
 from ..bench.flow import Kernel, cps, dpm2, ode, sde
-from ..bench.losses import clipped, standardise
-from ..bench.spec import Choice, LogUniform, Optim, Range, Transitions, Uniform, assign_advantages
-from ..bench.training.rig import Rig
+from ..bench.losses import clipped_surrogate, standardise
+from ..bench.spec import Choice, LogUniform, Optim, Range, Rig, Transitions, Uniform, assign_advantages
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class MixGRPO:
         ratio = (step.logp(batch.to, drop=self.sde_type == "cps") - batch.logp).exp()
         rig.note("policy/ratio", ratio.mean())
         rig.note("policy/clipped", ((ratio - 1).abs() > self.clip_range).float().mean())
-        return clipped(ratio, batch.advantage, self.clip_range).mean()
+        return clipped_surrogate(ratio, batch.advantage, self.clip_range).mean()
 
 
 def compress_grid(times: Tensor, start: int, steps: int) -> Tensor:

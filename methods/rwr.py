@@ -20,8 +20,7 @@ from torch import Tensor
 from ..bench.errors import UserError
 from ..bench.flow import mix
 from ..bench.losses import informative, likelihood_weights, weighted_error
-from ..bench.spec import Choice, LogUniform, Optim, Range, Uniform, select_rows
-from ..bench.training.rig import Rig
+from ..bench.spec import Choice, LogUniform, Optim, Range, Rig, Uniform, select_rows
 
 
 @dataclass(frozen=True)

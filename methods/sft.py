@@ -18,9 +18,8 @@ from torch import Tensor
 
 from ..bench.errors import UserError
 from ..bench.flow import mix
-from ..bench.losses import best, informative
-from ..bench.spec import Choice, LogUniform, Optim, Range, Uniform, select_rows
-from ..bench.training.rig import Rig
+from ..bench.losses import best_of_group, informative
+from ..bench.spec import Choice, LogUniform, Optim, Range, Rig, Uniform, select_rows
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class SFT:
         """Sample and score P groups; keep the best images of those whose rewards differ."""
         groups = rig.groups(self.prompts, self.group, steps=self.steps, guidance=self.guidance or None)
         images, prompt_ids = groups.x0.flatten(0, 1), groups.prompt_ids.repeat_interleave(self.group)
-        is_best = (best(groups.reward) & informative(groups.reward)[:, None]).flatten()
+        is_best = (best_of_group(groups.reward) & informative(groups.reward)[:, None]).flatten()
         rows = is_best.nonzero().flatten().repeat_interleave(self.timesteps)
         return select_rows(BestImages(images, prompt_ids), rows)
 

@@ -325,7 +325,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 def all_weights(rig: Any) -> dict[str, Tensor]:
     """Return every copy of the trained weights: policy, averaged and named ones."""
-    return rig.model.lora.state()
+    return rig.model.weight_state()
 
 
 def _data_snapshot(values: Mapping[str, Any]) -> dict[str, str]:

@@ -109,7 +109,7 @@ def check_device(model_spec: ModelSpec | None) -> Iterator[Check]:
     remedy = f"export OMP_NUM_THREADS={cores}" if too_many else ""
     yield Check("threads", "warning" if too_many else "ok", detail, remedy)
     if model_spec is not None:
-        from ..models.common import dtype_of
+        from ..models.loading import dtype_of
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:

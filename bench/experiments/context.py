@@ -23,7 +23,7 @@ from ..model_spec import ModelSpec, find_model_spec
 from ..models.open import open_model
 from ..process_group import ProcessGroup
 from ..progress import Progress
-from ..spec import Prompt, Task, counted_guidance
+from ..spec import Model, Prompt, Task, counted_guidance
 from ..training.pairs import open_pairs
 from .artifacts import RunFiles
 from .config import Config
@@ -67,7 +67,7 @@ class RunContext:
     launch: Launch
     model_spec: ModelSpec
     task: Task
-    model: Any  # a spec.Model with its LoRA
+    model: Model
     scorers: ScorerSet
     accelerator: Any  # accelerate's: the device, the backward pass and the trackers
     train_prompts: Sequence[Prompt]

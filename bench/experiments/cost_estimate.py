@@ -10,7 +10,7 @@ from ..budget import CURRENCIES
 from ..errors import Missing
 from ..model_spec import ModelSpec
 from ..models.memory import DEVICES, UTILISATION, MemoryEstimate, estimate, hours
-from ..models.open import adapter_class
+from ..models.open import pipeline_class
 from ..registry import unknown
 from ..spec import Search, SupportsLatentCount
 from .config import Config
@@ -55,7 +55,7 @@ def _images(plan: Config, each: float, flops: float) -> float:
 def declared(plan: Config) -> dict[str, float]:
     """Evaluations of an image by role. Where guidance is an input of the network it takes no second one, whoever sets it."""
     own, model_spec = plan.settings, plan.model_spec()
-    if adapter_class(model_spec).guided_cost > 1:
+    if pipeline_class(model_spec).guided_cost > 1:
         return dict(own.cost(model_spec.steps, model_spec.guidance))
     return dict((replace(own, guidance=1.0) if _guidable(own) else own).cost(model_spec.steps, 1.0))
 

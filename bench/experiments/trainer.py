@@ -22,7 +22,7 @@ class Trainer(BudgetedStage):
     @property
     def weights(self) -> str:
         """The averaged weights where a method keeps them, else the trained ones."""
-        return "ema" if "ema" in self.context.model.lora.copies else "policy"
+        return "ema" if "ema" in self.context.model.copies else "policy"
 
     @property
     def latents(self) -> Tensor | None:

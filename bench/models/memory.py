@@ -23,11 +23,13 @@ from ..assets import weight_store
 from ..errors import Missing, UserError
 from ..model_spec import Adapter, ModelSpec
 from .architectures import PUBLISHED, Parts
+from .base import PipelineModel
+from .memory_saving import SLICED
+from .open import pipeline_class
 
 GB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NETWORKS = ("transformer", "unet")
-CLIP_TOKENS = 77
 # Elements that decoding one picture needs at its peak, by pixel and by the decoder's width at full size: on the H200 one more
 # picture of 512 px took 0.60 GB more in bf16 with a decoder 128 wide.
 DECODING = 9.6
@@ -107,8 +109,6 @@ def estimate(
 
     Raises UserError on an unknown precision, Missing where neither the configs nor a published architecture are at hand.
     """
-    from .common import SLICED
-
     adapter, precision = adapter or model_spec.adapter, precision or model_spec.precision
     if precision not in BYTES:
         raise UserError(f"precision {precision!r} is unknown: {', '.join(BYTES)}")
@@ -124,11 +124,10 @@ def estimate(
     network = next((name for name in NETWORKS if name in parts), None)
     if network is None or "vae" not in parts:
         raise Missing(f"{model_spec.name} has no transformer or U-Net whose size could be told")
-    seen = _forward(
-        _frozen({"": parts[network]})[0][1], model_spec.pipeline, *_asked(model_spec, parts), adapter, precision
-    )
+    own_class = pipeline_class(model_spec)
+    seen = _forward(_frozen({"": parts[network]})[0][1], own_class, *_asked(model_spec, parts), adapter, precision)
     encoders = float(sum(n for name, n in held.items() if name.startswith("text_encoder")) * size)
-    wide = precision == "fp16" or (model_spec.pipeline == "StableDiffusionXLPipeline" and size == 2)
+    wide = precision in own_class.float32_vae
     base = held[network] * size + held["vae"] * (4 if wide else size)
     weights = base + (0.0 if offload else encoders)
     states = seen.trained * 4.0 * (4 + copies)  # live, gradient, two moments, copies; all float32
@@ -136,7 +135,7 @@ def estimate(
     row = seen.outside + (min(seen.inside, seen.inputs + 2 * seen.largest) if checkpointing else seen.inside)
     width = int(dict(parts["vae"][2]).get("block_out_channels", (128,))[0])
     picture = DECODING * width * model_spec.height * model_spec.width * (4 if wide else size)
-    guided = 2 if model_spec.pipeline != "FluxPipeline" and model_spec.guidance != 1 else 1
+    guided = own_class.guided_cost if model_spec.guidance != 1 else 1
     asking = seen.largest * guided * rows  # no backward: one block at a time
     decoding = picture * (1 if sliced else rows)
     return MemoryEstimate(
@@ -261,26 +260,21 @@ class Seen:
 def _asked(model_spec: ModelSpec, parts: Parts) -> tuple[int, int, int]:
     """Height and width of a latent, and tokens of text."""
     factor = 2 ** (len(dict(parts["vae"][2]).get("block_out_channels", (1,) * 4)) - 1)
-    tokens = {
-        "StableDiffusion3Pipeline": CLIP_TOKENS + model_spec.max_sequence_length,
-        "FluxPipeline": model_spec.max_sequence_length,
-    }.get(model_spec.pipeline, CLIP_TOKENS)
+    tokens = pipeline_class(model_spec).text_tokens(model_spec)
     return model_spec.height // factor, model_spec.width // factor, tokens
 
 
 @lru_cache(maxsize=8)
 def _forward(
-    part: Frozen, pipeline: str, height: int, width: int, tokens: int, adapter: Adapter, precision: str
+    part: Frozen, pipeline: type[PipelineModel], height: int, width: int, tokens: int, adapter: Adapter, precision: str
 ) -> Seen:
     """Run the network once for its operations, and once with the LoRA for what its backward pass would keep."""
     from peft import LoraConfig
     from torch.utils.flop_counter import FlopCounterMode
 
-    if pipeline not in INPUTS:
-        raise UserError(f"the pipeline class {pipeline} is unknown: {', '.join(INPUTS)}")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     network = _build(part, dtype).requires_grad_(False).eval()
-    inputs = INPUTS[pipeline](network.config, height, width, tokens, dtype)
+    inputs = pipeline.network_inputs(network.config, height, width, tokens, dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(**inputs, return_dict=False)
     network.add_adapter(LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets)))
@@ -388,55 +382,6 @@ def _as_on_a_gpu(dtype: torch.dtype) -> Generator[None]:
     finally:
         for name in names:
             setattr(functional, name, own[name])
-
-
-Inputs = Callable[[Any, int, int, int, torch.dtype], dict[str, Any]]
-
-
-def _blank(dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def _sd3(config: Any, h: int, w: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-    return {
-        "hidden_states": _blank(dtype, 1, config.in_channels, h, w),
-        "timestep": _blank(torch.float32, 1),
-        "encoder_hidden_states": _blank(dtype, 1, tokens, config.joint_attention_dim),
-        "pooled_projections": _blank(dtype, 1, config.pooled_projection_dim),
-    }
-
-
-def _flux(config: Any, h: int, w: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-    image = h // 2 * (w // 2)
-    return {
-        "hidden_states": _blank(dtype, 1, image, config.in_channels),
-        "timestep": _blank(torch.float32, 1),
-        "guidance": _blank(torch.float32, 1) if config.guidance_embeds else None,
-        "encoder_hidden_states": _blank(dtype, 1, tokens, config.joint_attention_dim),
-        "pooled_projections": _blank(dtype, 1, config.pooled_projection_dim),
-        "txt_ids": _blank(torch.float32, tokens, 3),
-        "img_ids": _blank(torch.float32, image, 3),
-    }
-
-
-def _unet(config: Any, h: int, w: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-    inputs: dict[str, Any] = {
-        "sample": _blank(dtype, 1, config.in_channels, h, w),
-        "timestep": _blank(torch.float32, 1),
-        "encoder_hidden_states": _blank(dtype, 1, tokens, config.cross_attention_dim),
-    }
-    if config.addition_embed_type == "text_time":
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        inputs["added_cond_kwargs"] = {"text_embeds": _blank(dtype, 1, pooled), "time_ids": _blank(dtype, 1, 6)}
-    return inputs
-
-
-INPUTS: dict[str, Inputs] = {
-    "StableDiffusion3Pipeline": _sd3,
-    "FluxPipeline": _flux,
-    "StableDiffusionXLPipeline": _unet,
-    "StableDiffusionPipeline": _unet,
-}
 
 
 def _count(n: float) -> str:

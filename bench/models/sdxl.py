@@ -1,150 +1,52 @@
-"""Stable Diffusion XL, a U-Net that reads two text encoders and the size of the picture, as a velocity field over latents."""
+"""Stable Diffusion XL, a U-Net with two text encoders and the image size as inputs: the class StableDiffusionXLPipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..flow import Prediction, ddpm, timestep, to_velocity
-from ..model_spec import Adapter, ModelSpec
-from . import common
-from .lora import LoraCopies
-
-# the watermark would be drawn over what a reward is to see
-GIVEN = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
-HALVES = (torch.float16, torch.bfloat16)
+from ..model_spec import PROTOCOLS
+from ..spec import Cond
+from .unet import UNetModel
 
 
-class SDXL:
-    """A StableDiffusionXLPipeline behind the contract of `spec.Model`.
+@final
+class SDXL(UNetModel):
+    """A StableDiffusionXLPipeline.
 
-    Sampler, times and noise table as in `sd15.SD15`: DDIM, whatever scheduler the folder ships (SDXL ships Euler). The U-Net
-    is told the picture's original size, its crop and its target size: the card's size, no crop, the card's size, as in the
-    pipeline. The autoencoder runs in float32 where the rest is in half precision: it overflows in fp16 (its config says
-    force_upcast) and bf16 is coarse.
-
-    Guidance leads away from the card's negative prompt. None is the pipeline's own: embeddings of zeros where the folder
-    says force_zeros_for_empty_prompt, as SDXL does; "" is the empty text, which is something else.
+    The U-Net is told the picture's original size, its crop and its target size: the protocol's size, no crop, the protocol's
+    size, as in the pipeline. The autoencoder runs in float32 where the rest is in half precision: it overflows in fp16 (its
+    config says force_upcast) and bf16 is coarse.
     """
 
-    guided_cost = 2  # evaluations of a guided velocity: with the prompt and without
+    pipeline = "StableDiffusionXLPipeline"
+    protocol = PROTOCOLS[pipeline]
+    float32_vae = ("fp16", "bf16")
+    # the watermark would be drawn over what a reward is to see
+    replacements = {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
+    inputs = "a latent, a time, a text and sizes"
 
-    def __init__(self, model_spec: ModelSpec, *, device: Any, precision: str, adapter: Adapter | None, seed: int = 0):
-        from diffusers import StableDiffusionXLPipeline
+    @cached_property
+    def sizes(self) -> Tensor:
+        """(6,): original height and width, crop's top and left, target height and width, in pixels."""
+        size = (self.spec.height, self.spec.width)
+        return torch.tensor([*size, 0, 0, *size], device=self.device)
 
-        self.spec, self.name, self.device = model_spec, model_spec.name, torch.device(device)
-        self.steps, self.guidance = model_spec.steps, model_spec.guidance
-        self.dtype = common.dtype_of(precision, self.device)
-        pipe = self.pipe = common.pipeline(StableDiffusionXLPipeline, model_spec, self.dtype, GIVEN, HALVES)
-        self.encoders = common.Encoders(pipe, self.device, model_spec.offload)
-        common.place(pipe, self.device, self.encoders)
-        self.unet, self.vae = pipe.unet, pipe.vae
-        config: Any = self.unet.config
-        more = (config.time_cond_proj_dim, self.vae.config.get("latents_mean"))
-        if config.in_channels != config.out_channels or more != (None, None):
-            raise UserError(
-                f"the U-Net of {self.name} wants more than a latent, a time, a text and sizes: not supported"
-            )
-        self.scheduler = common.ddim(pipe, self.name)
-        self.prediction: Prediction = self.scheduler.config.prediction_type
-        self.path = ddpm(self.scheduler.alphas_cumprod)
-        self.shape = common.shape(int(config.in_channels), model_spec, pipe.vae_scale_factor)
-        self.sizes = torch.tensor(
-            [model_spec.height, model_spec.width, 0, 0, model_spec.height, model_spec.width], device=self.device
-        )
-        self._uncond: Mapping[str, Tensor] | None = None
-        self.lora: LoraCopies | None = None
-        common.prepare(self.unet, self.vae, model_spec)
-        if adapter is not None:
-            self.attach(adapter, seed)
+    def unsupported_settings(self) -> Sequence[Any]:
+        """A second time input, as in guidance-distilled U-Nets, and an autoencoder with a mean of its own."""
+        return self.network.config.time_cond_proj_dim, self.vae.config.get("latents_mean")
 
-    def attach(self, adapter: Adapter, seed: int) -> None:
-        """Put a fresh LoRA on the U-Net; its second factor is zero, so the model is unchanged at first."""
-        self.lora = common.attach(self.unet, adapter, self.name, seed)
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        """{"text": (B, L, D), "pooled": (B, D')} of B prompts: both encoders' tokens side by side, the second's summary."""
+        embeds, _, pooled, _ = self.pipe.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
+        return {"text": embeds, "pooled": pooled}
 
-    def times(self, steps: int) -> Tensor:
-        """(steps + 1,): DDIM's timesteps as the scheduler's spacing and offset have them, (k + 1) / N, falling."""
-        return common.ddim_times(self.scheduler, steps, self.name)
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        """{"text": (B, L, D), "pooled": (B, D')} of B prompts: both encoders' tokens side by side, and the second's summary."""
-        self.encoders.come()
-        embeds, _, pooled, _ = self.pipe.encode_prompt(
-            list(prompts), device=self.device, do_classifier_free_guidance=False
-        )
-        return self.encoders.keep({"text": embeds, "pooled": pooled})
-
-    def velocity(
-        self,
-        x: Tensor,
-        t: Tensor,
-        cond: Mapping[str, Tensor],
-        *,
-        guidance: float = 1.0,
-        weights: str = "policy",
-        detach: bool = False,
-    ) -> Tensor:
-        """(B, C, h, w), (B,) -> (B, C, h, w) float32."""
-        if self.lora is not None:
-            self.lora.switch(weights)
-        out = common.guided(self._forward, x, t, cond, self._empty, guidance, detach)
-        return to_velocity(self.path, x, t, out, self.prediction)
-
-    def _empty(self) -> Mapping[str, Tensor]:
-        """What guidance leads away from: see the class."""
-        if self._uncond is None:
-            said = self.encode([self.spec.negative_prompt or ""])
-            zeros = self.spec.negative_prompt is None and self.pipe.config.force_zeros_for_empty_prompt
-            self._uncond = {key: torch.zeros_like(value) for key, value in said.items()} if zeros else said
-        return self._uncond
-
-    def _forward(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """What the U-Net says: the noise, or its v."""
-        # below the table's first entry there is none to ask for: the U-Net never saw a timestep under 0
-        k = timestep(t, int(self.scheduler.config.num_train_timesteps)).clamp(min=0)
-        self.encoders.leave()
-        text, pooled = (cond[key].to(self.device, self.dtype) for key in ("text", "pooled"))
-        more = {"text_embeds": pooled, "time_ids": self.sizes.to(self.dtype).expand(len(x), -1)}
-        with common.autocast(self.device, self.dtype):
-            out = self.unet(x.to(self.dtype), k, encoder_hidden_states=text, added_cond_kwargs=more, return_dict=False)
-        return out[0].float()
-
-    def decode(self, x0: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, 3, H, W) in [0, 1], as the pipeline decodes."""
-        self.encoders.leave()
-        return common.decode(self.vae, x0)
-
-    def latents(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, C, h, w): the mode of the autoencoder's posterior."""
-        self.encoders.leave()
-        return common.latents(self.vae, images)
-
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The trained parameters."""
-        return self.lora.parameters() if self.lora else []
-
-    def update_copy(self, name: str, decay: float) -> None:
-        """See spec.Model."""
-        assert self.lora is not None, "a model without adapter has no copies"
-        self.lora.update_copy(name, decay)
-
-    def save_adapter(self, folder: Path, weights: str = "policy") -> None:
-        """Write the LoRA so that plain `pipe.load_lora_weights(folder)` takes it."""
-        assert self.lora is not None, "a model without adapter has nothing to save"
-        common.save_adapter(self.pipe, self.unet, self.lora.adapter(weights), "unet", folder)
-
-    def load_adapter(self, folder: Path) -> None:
-        """Judge with a LoRA from a run's `adapter` folder, or any in diffusers format."""
-        common.load_adapter(self.pipe, self.unet, "unet", folder, self.name)
-
-    def flops_a_forward(self) -> float:
-        """Floating-point operations of one forward of one latent, counted by running it."""
-        if self.lora is not None:
-            self.lora.switch("ref")
-        return common.flops(self._forward, torch.zeros(1, *self.shape, device=self.device), self.encode([""]))
+    def more_inputs(self, cond: Cond, rows: int) -> dict[str, Any]:
+        """The pooled text (B, D') and the six sizes (B, 6)."""
+        pooled = cond["pooled"].to(self.device, self.dtype)
+        sizes = self.sizes.to(self.dtype).expand(rows, -1)
+        return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}

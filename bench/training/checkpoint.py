@@ -64,7 +64,7 @@ def save(folder: Path, number: int, rig: Rig, optimiser: torch.optim.Optimizer, 
 
 def _tensors(rig: Rig, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights, random state, the optimiser's moments and the tensors of the method's memory, by prefixed name."""
-    tensors: dict[str, Tensor] = {f"weights/{k}": v for k, v in rig.model.lora.state().items()}  # type: ignore[attr-defined]
+    tensors: dict[str, Tensor] = {f"weights/{k}": v for k, v in rig.model.weight_state().items()}
     tensors["rng"] = rig.rng.get_state()
     for i, moments in optimiser.state_dict()["state"].items():
         tensors |= {f"optim/{i}/{key}": torch.as_tensor(value).cpu() for key, value in moments.items()}
@@ -90,7 +90,7 @@ def restore(
         except (OSError, ValueError, KeyError) as error:
             message(f"checkpoint {checkpoint} is damaged ({error}); the one before it is used")
             continue
-        rig.model.lora.restore(_under("weights/", tensors))  # type: ignore[attr-defined]
+        rig.model.restore_weights(_under("weights/", tensors))
         rig.rng.set_state(tensors["rng"])
         rig.iteration, rig.failures = payload["iteration"], payload["failures"]
         rig.iterations_without_signal = payload["iterations_without_signal"]

@@ -152,7 +152,7 @@ def test_the_error_of_a_noise_model_is_the_error_of_the_noise(make: Any) -> None
     t, prompt_ids = torch.tensor([1.0, 0.7, 0.3, 0.002]), torch.tensor([0, 1, 2, 3])
     x, _ = mix(rig.path, x0, eps, t)
     with torch.no_grad():
-        said = rig.model.unet(x, (t * 1000 - 1).round(), rig.model.encode(BOOK[:4])["text"]).sample
+        said = rig.model.network(x, (t * 1000 - 1).round(), rig.model.encode(BOOK[:4])["text"]).sample
     (error,) = rig.errors(x0, prompt_ids, t, eps, "policy")
     assert torch.allclose(error.detach(), (said - eps).square().mean((1, 2, 3)), rtol=2e-3)
 

@@ -17,7 +17,7 @@ from gpobench.bench.errors import UserError
 from gpobench.bench.experiments.config import RunRequest, resolve, variants
 from gpobench.bench.experiments.make_pairs import PairsRequest, make_pairs
 from gpobench.bench.flow import mix
-from gpobench.bench.losses import apart, dpo
+from gpobench.bench.losses import dpo, margin_mask
 from gpobench.bench.model_spec import SMALL
 from gpobench.bench.progress import NullProgress
 from gpobench.bench.registry import load
@@ -56,7 +56,7 @@ def go(method: DiffusionDPO, rig: Rig, adam: torch.optim.Optimizer, iterations: 
 
 
 def weights(rig: Rig) -> dict[str, torch.Tensor]:
-    return rig.model.lora.state()  # type: ignore[attr-defined]
+    return rig.model.weight_state()
 
 
 # The loss
@@ -214,7 +214,7 @@ def test_a_gap_of_one_letter_means_the_same_for_good_and_for_bad_images(letters:
         assert set(zip(win.tolist(), lose.tolist(), strict=True)) == {
             (i, j) for i in range(letters + 1) for j in range(letters + 1) if j - i >= least
         }
-        told = apart(reward, gap)[0].nonzero()
+        told = margin_mask(reward, gap)[0].nonzero()
         assert {(int(i), int(j)) for i, j in told} == set(zip(win.tolist(), lose.tolist(), strict=True))
 
 

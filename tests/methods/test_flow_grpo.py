@@ -16,7 +16,7 @@ from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.bench.flow import ode, rectified
-from gpobench.bench.losses import guarded, standardise
+from gpobench.bench.losses import guard_log_ratio, standardise
 from gpobench.bench.model_spec import SMALL, Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
@@ -145,7 +145,7 @@ def test_the_ratio_is_one_before_the_first_update(make: Any, method: Any, guidan
         with torch.no_grad():
             if isinstance(method, GRPOGuard):
                 mean, std, _ = step_of(method, rig.velocity(part.x, part.t, part.prompt_ids, **guided), part)
-                log_ratio = guarded(mean.float(), part.mean, part.to, std.float())
+                log_ratio = guard_log_ratio(mean.float(), part.mean, part.to, std.float())
             else:
                 step = rig.step(method.kernel, part.x, part.t, part.s, part.prompt_ids, **guided)
                 log_ratio = step.logp(part.to, drop=method.sde_type == "cps") - part.logp

@@ -316,9 +316,7 @@ def test_side_by_side_is_one_by_one_even_with_a_kill_between(grid: Any, gpobench
 
 def test_a_second_attempt_is_a_process_of_its_own(grid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line's part is acted out: only that it is asked, and what is made of its silence, is looked at."""
-    monkeypatch.setattr(
-        jobs, "OURSELVES", "import sys; print('gpobench: ' + sys.argv[1], file=sys.stderr); sys.exit(2)"
-    )
+    monkeypatch.setattr(jobs, "COMMAND", "import sys; print('gpobench: ' + sys.argv[1], file=sys.stderr); sys.exit(2)")
     monkeypatch.setattr(comparing, "run_in_process", lambda *args, **more: (None, "no room"))
     bar = Bar()
     found = compare(grid("gpo", "rwr"), out=tmp_path, progress=bar)
@@ -328,6 +326,6 @@ def test_a_second_attempt_is_a_process_of_its_own(grid: Any, tmp_path: Path, mon
     ]  # fmt: skip
     assert [row["reason"] for row in found["runs"]] == ["run"] * 2 and found["failed"] == 2
     assert found["spent"] == dict.fromkeys(found["spent"], 0.0)
-    monkeypatch.setattr(jobs, "OURSELVES", "pass")  # ends in peace and leaves nothing
+    monkeypatch.setattr(jobs, "COMMAND", "pass")  # ends in peace and leaves nothing
     found = compare(grid("gpo"), out=tmp_path, progress=Bar(), jobs=2)
     assert "stopped before its end" in found["runs"][0]["reason"]

@@ -1,4 +1,4 @@
-"""One run may fail for any reason: it is a line, and the grid goes on."""
+"""A run that fails for any reason gives one line, and the other runs of a grid go on."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_failure_is_one_line_and_what_nobody_foresaw_is_logged(
     def broken(*args: Any, **more: Any) -> Any:
         raise fault
 
-    monkeypatch.setattr(module, "run_one", broken)
+    monkeypatch.setattr(module, "run_config", broken)
     log = tmp_path / "log"
     assert run_in_process(plan, runs=tmp_path, log=log, progress=NullProgress()) == (None, said)
     assert log.exists() == logged and (not logged or "Traceback" in log.read_text())

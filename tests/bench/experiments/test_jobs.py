@@ -59,7 +59,7 @@ class Heard:
 @pytest.fixture
 def heard(monkeypatch: pytest.MonkeyPatch) -> Heard:
     """In place of our command line a program that acts out its ends; the processes, signals and kills are real."""
-    monkeypatch.setattr(jobs, "OURSELVES", ACT)
+    monkeypatch.setattr(jobs, "COMMAND", ACT)
     return Heard()
 
 

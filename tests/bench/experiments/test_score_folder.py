@@ -220,7 +220,7 @@ def test_folders_that_say_nothing(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are no images"):
         read_image_folder(folder)
     draw(folder / "0.png", "ACT")
-    with pytest.raises(UserError, match="nothing says what the 1 images"):
+    with pytest.raises(UserError, match="the 1 images in .* have no prompts"):
         read_image_folder(folder)
 
 

@@ -1,4 +1,4 @@
-"""The names on the door, each with a card that can be read without loading a weight."""
+"""The named models: each has a model spec that is read without loading a weight or torch."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from gpobench.bench import registry
 from gpobench.bench.model_spec import ModelSpec, find_model_spec
 from gpobench.bench.models import catalogue
-from gpobench.bench.models import open as opening
 from gpobench.bench.models.architectures import PUBLISHED
 
-SHIPPED = Path(opening.__file__).with_name("tiny")
+SHIPPED = Path(catalogue.__file__).with_name("tiny")
 
 
 @pytest.mark.skipif(not (SHIPPED / "recipe.json").is_file(), reason="the embedded model has not been made yet")
 def test_both_names_have_a_card_and_an_adapter() -> None:
     tiny, large = find_model_spec("tiny"), find_model_spec("sd35m")
-    assert {tiny.pipeline, large.pipeline} <= set(opening.ADAPTERS)
+    assert {tiny.pipeline, large.pipeline} <= set(registry.entries("pipeline"))
     assert (tiny.name, tiny.domain, tiny.height, tiny.width) == ("tiny", "glyphs", 32, 64)
     assert Path(tiny.source) == SHIPPED and tiny.revision is None
     # Flow-GRPO's protocol, arXiv 2505.05470
@@ -55,7 +55,7 @@ def test_a_named_model_has_its_protocol_and_a_blueprint(name: str) -> None:
         model_spec.max_sequence_length,
     ) == PROTOCOL[name]
     assert model_spec.width == model_spec.height and model_spec.revision == "main" and model_spec.licence != "its own"
-    assert model_spec.pipeline in opening.ADAPTERS and model_spec.negative_prompt is None
+    assert model_spec.pipeline in registry.entries("pipeline") and model_spec.negative_prompt is None
     assert model_spec.checkpointing and model_spec.offload and not model_spec.compile and model_spec.precision == "bf16"
     network = "unet" if "XL" in model_spec.pipeline or name == "sd15" else "transformer"
     assert network in PUBLISHED[name]

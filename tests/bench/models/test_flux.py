@@ -16,8 +16,8 @@ from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.evaluation.evaluator import noise, sample_protocol
 from gpobench.bench.model_spec import Adapter, find_model_spec
-from gpobench.bench.models.common import LORA_FILE
-from gpobench.bench.models.flux import pack, places, unpack
+from gpobench.bench.models.adapters import LORA_FILE
+from gpobench.bench.models.flux import pack, positions, unpack
 from gpobench.bench.models.mini import write_flux
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
@@ -123,7 +123,7 @@ def test_guidance_is_one_evaluation_and_the_same_in_every_batch(tiny_flux: Path)
     model = open_model(find_model_spec(str(tiny_flux)), device="cpu")
     assert model.guided_cost == 1
     calls: list[int] = []
-    model.transformer.register_forward_pre_hook(
+    model.network.register_forward_pre_hook(
         lambda m, args, kwargs: calls.append(len(kwargs["hidden_states"])), with_kwargs=True
     )
     x, t, cond = starts(model.shape), torch.tensor([0.9, 0.5, 0.1]), model.encode(PROMPTS)
@@ -140,7 +140,7 @@ def test_a_rig_charges_a_guided_velocity_as_the_model_says(tiny_flux: Path, redn
     model = open_model(find_model_spec(str(tiny_flux)), device="cpu")
     rig = Rig(model, [Prompt(p) for p in PROMPTS], scorer(f"{redness}:Redness"), meter, rows=3)
     seen: list[int] = []
-    model.transformer.register_forward_pre_hook(lambda *a: seen.append(1))
+    model.network.register_forward_pre_hook(lambda *a: seen.append(1))
     rig.sample(starts(model.shape), torch.arange(3), steps=4, guidance=3.5)
     rig.close()
     assert len(seen) == 4 and meter.nfe == 12
@@ -159,7 +159,7 @@ def test_pack_is_the_pipelines_and_unpack_undoes_it() -> None:
     x = torch.randn(2, 4, 6, 10, generator=torch.Generator().manual_seed(0))
     assert torch.equal(pack(x), FluxPipeline._pack_latents(x, 2, 4, 6, 10)) and pack(x).shape == (2, 15, 16)
     assert torch.equal(unpack(pack(x), 3, 5), x)
-    assert torch.equal(places(3, 5), FluxPipeline._prepare_latent_image_ids(2, 3, 5, "cpu", torch.float32))
+    assert torch.equal(positions(3, 5), FluxPipeline._prepare_latent_image_ids(2, 3, 5, "cpu", torch.float32))
 
 
 @pytest.mark.parametrize("weights", ["policy", "ema"])

@@ -83,7 +83,7 @@ def test_copies_blend_and_stay_behind(model: Any) -> None:
 def test_switching_leaves_no_trace(model: Any) -> None:
     model.update_copy("old", 0.0)
     push(model)
-    named = dict(model.transformer.named_parameters())
+    named = dict(model.network.named_parameters())
     before = {n: (p.requires_grad, p.detach().clone()) for n, p in named.items()}
     assert sum(r for r, _ in before.values()) == len(model.parameters())
     live = draw(model, "policy")
@@ -93,7 +93,7 @@ def test_switching_leaves_no_trace(model: Any) -> None:
     assert torch.equal(draw(model, "policy"), live)
     for name, (grad, value) in before.items():
         assert named[name].requires_grad == grad and torch.equal(named[name], value)
-    assert sum(p.requires_grad for p in model.transformer.parameters()) == len(model.parameters())
+    assert sum(p.requires_grad for p in model.network.parameters()) == len(model.parameters())
 
 
 def test_a_switch_between_forward_and_backward_cuts_no_graph(model: Any) -> None:
@@ -134,4 +134,4 @@ def test_state_goes_over_to_a_fresh_module(tiny_pipe: Path, model: Any) -> None:
     for weights in ("policy", "ema", "ref"):
         assert torch.equal(draw(fresh, weights), draw(model, weights))
     assert fresh.lora.copies == ["ema"]
-    assert sum(p.requires_grad for p in fresh.transformer.parameters()) == len(fresh.parameters())
+    assert sum(p.requires_grad for p in fresh.network.parameters()) == len(fresh.parameters())

@@ -1,4 +1,4 @@
-"""The tape measure against what it measures: real tensors kept by real networks, published sizes, and a GPU's own counter."""
+"""The memory estimate against real networks: tensors kept for a backward pass, published sizes, peaks measured on a GPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.model_spec import Adapter, ModelSpec, find_model_spec
-from gpobench.bench.models import architectures, catalogue, memory
+from gpobench.bench.models import architectures, catalogue, memory, sd3
 from gpobench.bench.models.memory import GB, blueprint, estimate, hours
 from gpobench.bench.models.mini import write_flux, write_sd3, write_sd15, write_sdxl
 from gpobench.bench.models.open import open_model
@@ -151,7 +151,7 @@ def test_the_estimate_is_what_an_h200_took(monkeypatch: pytest.MonkeyPatch) -> N
     library, kind, t5 = parts["text_encoder_3"]
     parts["text_encoder_3"] = (library, kind, {**t5, "num_layers": 1, "feed_forward_proj": "relu"})
     monkeypatch.setitem(architectures.PUBLISHED, "sd35m", parts)
-    monkeypatch.setattr(memory, "CLIP_TOKENS", 16)
+    monkeypatch.setattr(sd3, "CLIP_TOKENS", 16)
     setup: dict[str, Any] = {"checkpointing": False, "offload": False, "sliced": False}
     table = 384 * 384 * 1536 * 2 / GB  # the table of places was in float32 there, and not in bf16 as in a loaded model
     for micro, copies, measured in TRAINED.values():

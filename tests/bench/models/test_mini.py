@@ -78,7 +78,7 @@ def test_a_unet_comes_in_the_kinds_there_are(tmp_path: Path, prediction: Any, sc
         find_model_spec(str(write_sd15(tmp_path / "u", prediction=prediction, scheduler=scheduler))), device="cpu"
     )
     assert model.prediction == prediction and type(model.pipe.scheduler).__name__ == f"{scheduler}Scheduler"
-    assert model.shape == (4, 8, 8) and sum(p.numel() for p in model.unet.parameters()) < 100_000
+    assert model.shape == (4, 8, 8) and sum(p.numel() for p in model.network.parameters()) < 100_000
 
 
 @pytest.mark.parametrize("part", ["unet", "transformer", "text_encoder"])

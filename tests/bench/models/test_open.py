@@ -1,4 +1,4 @@
-"""A locksmith: the right adapter for each pipeline class, and a plain word where there is none or no weights."""
+"""Opening a model: the registered pipeline class loads it; a missing class or missing weights are one line."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_folder_opens_with_and_without_adapter(tiny_pipe: Path) -> None:
 
 def test_a_class_without_adapter_is_refused(tiny_pipe: Path) -> None:
     model_spec = replace(find_model_spec(str(tiny_pipe)), pipeline="StableDiffusion2Pipeline")
-    with pytest.raises(UserError, match="unknown pipeline class .*did you mean 'StableDiffusionPipeline'"):
+    with pytest.raises(UserError, match="unknown pipeline .*did you mean 'StableDiffusionPipeline'"):
         open_model(model_spec, device="cpu")
 
 

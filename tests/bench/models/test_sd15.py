@@ -19,7 +19,7 @@ from gpobench.bench.evaluation.evaluator import evaluate, noise
 from gpobench.bench.evaluation.request import EvaluationRequest
 from gpobench.bench.flow import mix, split, timestep
 from gpobench.bench.model_spec import ATTENTION, UNET_ATTENTION, Adapter, find_model_spec
-from gpobench.bench.models.common import LORA_FILE
+from gpobench.bench.models.adapters import LORA_FILE
 from gpobench.bench.models.mini import write_sd15
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
@@ -172,7 +172,7 @@ def test_the_velocity_says_what_the_network_says(tiny_unet: Path, tmp_path: Path
     x, k = starts(model.shape), torch.tensor([999, 500, 0])
     cond = model.encode(PROMPTS)
     with torch.no_grad():
-        out = model.unet(x, k, cond["text"]).sample
+        out = model.network(x, k, cond["text"]).sample
         t = (k + 1) / 1000
         v = model.velocity(x, t, cond)
     x0, eps = split(model.path, x, v, t)
@@ -188,7 +188,7 @@ def test_a_time_below_the_table_is_its_first_entry(tiny_unet: Path) -> None:
     model = open_model(find_model_spec(str(tiny_unet)), device="cpu")
     x, cond = starts(model.shape), model.encode(PROMPTS)
     asked: list[torch.Tensor] = []
-    model.unet.register_forward_pre_hook(lambda module, args: asked.append(args[1]))
+    model.network.register_forward_pre_hook(lambda module, args: asked.append(args[1]))
     with torch.no_grad():
         v = model.velocity(x, torch.tensor([0.0, 2e-4, 0.37251]), cond)
     assert bool(v.isfinite().all()) and asked[0].tolist() == pytest.approx([0, 0, 371.51])
@@ -287,7 +287,7 @@ def test_the_older_spelling_of_a_lora_is_taken(tiny_unet: Path, tmp_path: Path, 
     from diffusers.utils import convert_state_dict_to_diffusers
 
     layers = convert_state_dict_to_diffusers(trained.lora.adapter("policy"))
-    settings = trained.unet.peft_config["default"].to_dict()
+    settings = trained.network.peft_config["default"].to_dict()
     trained.pipe.save_lora_weights(str(tmp_path), unet_lora_layers=layers, unet_lora_adapter_metadata=settings)
     assert any(".lora.down." in key for key in load_file(tmp_path / LORA_FILE))
     again = open_model(find_model_spec(str(tiny_unet)), device="cpu")
@@ -324,7 +324,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny_unet: Path, tmp_path: Path
 def test_no_part_of_the_base_learns_or_drops_out(trained: Any) -> None:
     live = {id(p) for p in trained.parameters()}
     assert live
-    for part in (trained.unet, trained.vae, trained.pipe.text_encoder):
+    for part in (trained.network, trained.vae, trained.pipe.text_encoder):
         assert not any(m.training for m in part.modules() if isinstance(m, torch.nn.Dropout))
         assert all(p.requires_grad == (id(p) in live) for p in part.parameters())
 

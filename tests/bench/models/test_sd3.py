@@ -22,7 +22,7 @@ from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.evaluator import evaluate, noise
 from gpobench.bench.evaluation.request import EvaluationRequest
 from gpobench.bench.model_spec import Adapter, find_model_spec
-from gpobench.bench.models.common import LORA_FILE
+from gpobench.bench.models.adapters import LORA_FILE
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt
@@ -208,7 +208,7 @@ def test_the_empty_prompt_is_encoded_once_and_a_training_prompt_once(
 
 def test_no_part_of_the_base_learns_or_drops_out(trained: Any) -> None:
     live = {id(p) for p in trained.parameters()}
-    for part in (trained.transformer, trained.vae, trained.pipe.text_encoder, trained.pipe.text_encoder_3):
+    for part in (trained.network, trained.vae, trained.pipe.text_encoder, trained.pipe.text_encoder_3):
         assert not any(m.training for m in part.modules() if isinstance(m, torch.nn.Dropout))
         assert all(p.requires_grad == (id(p) in live) for p in part.parameters())
 
@@ -239,7 +239,7 @@ def test_a_saved_adapter_is_the_same_bytes_in_every_process(tiny_pipe: Path, tmp
     code = (
         "import sys; from pathlib import Path; from gpobench.bench.model_spec import find_model_spec; "
         "from gpobench.bench.models.open import open_model; spec = find_model_spec(sys.argv[1]); "
-        "open_model(spec, device='cpu', adapter=card.adapter).save_adapter(Path(sys.argv[2]))"
+        "open_model(spec, device='cpu', adapter=spec.adapter).save_adapter(Path(sys.argv[2]))"
     )
     for seed in ("1", "2"):
         command = [sys.executable, "-c", code, str(tiny_pipe), str(tmp_path / seed)]

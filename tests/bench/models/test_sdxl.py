@@ -17,7 +17,7 @@ from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.evaluation.evaluator import noise, sample_protocol
 from gpobench.bench.flow import timestep
 from gpobench.bench.model_spec import UNET_ATTENTION, Adapter, find_model_spec
-from gpobench.bench.models.common import LORA_FILE
+from gpobench.bench.models.adapters import LORA_FILE
 from gpobench.bench.models.mini import write_sdxl
 from gpobench.bench.models.open import open_model
 from gpobench.bench.spec import Prompt
@@ -217,7 +217,7 @@ def test_what_it_cannot_do_is_one_line(tiny_sdxl: Path, tiny_unet: Path, tmp_pat
 def test_the_autoencoder_is_float32_beside_half_precision(tiny_sdxl: Path) -> None:
     half = open_model(find_model_spec(str(tiny_sdxl)), device="cpu", precision="bf16", adapter=SMALL)
     full = open_model(find_model_spec(str(tiny_sdxl)), device="cpu", adapter=SMALL)
-    assert half.vae.dtype == torch.float32 and half.unet.dtype == torch.bfloat16
+    assert half.vae.dtype == torch.float32 and half.network.dtype == torch.bfloat16
     x, t = starts(half.shape), torch.full((3,), 0.8)
     a, b = (m.velocity(x, t, m.encode(PROMPTS), guidance=2.0) for m in (half, full))
     assert a.dtype == torch.float32 and all(p.dtype == torch.float32 for p in half.parameters())

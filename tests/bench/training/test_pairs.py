@@ -129,9 +129,9 @@ def test_whole_numbers_serve_as_labels(tmp_path: Path) -> None:
 
 def test_few_images_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = open_pairs(write(tmp_path / "a.parquet", rows(), row_group_size=1))
-    assert not found._held  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(pairs, "HELD", 1)
-    assert won(found) == WON and len(found._held) == 1  # pyright: ignore[reportPrivateUsage]
+    assert not found._cached  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(pairs, "CACHED", 1)
+    assert won(found) == WON and len(found._cached) == 1  # pyright: ignore[reportPrivateUsage]
 
 
 # Rows that cannot serve
@@ -225,7 +225,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     for name, said in {
         "gone": "no such path: .*gone.*gpobench pairs",
         "empty": "has no data/",
-        "text.txt": "is no .parquet file",
+        "text.txt": "is not a .parquet file",
         "broken.parquet": "cannot be read",
         "none.parquet": "cannot be read",
         "stream": "cannot be read",

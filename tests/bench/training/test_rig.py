@@ -121,13 +121,13 @@ def test_a_loss_must_draw_for_each_of_its_rows(make: Make) -> None:
 
 def count_rows(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[int]:
     counted: list[int] = []
-    forward = model.transformer.forward
+    forward = model.network.forward
 
     def counting(*args: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         counted.append(len(hidden_states) * (3 if torch.is_grad_enabled() else 1))
         return forward(*args, hidden_states=hidden_states, **kwargs)
 
-    monkeypatch.setattr(model.transformer, "forward", counting)
+    monkeypatch.setattr(model.network, "forward", counting)
     return counted
 
 

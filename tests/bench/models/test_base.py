@@ -1,4 +1,4 @@
-"""The tool rack, tried on all four classes: gradients that survive forgetting, precisions that exist, encoders that go home."""
+"""Laws of all four pipeline classes: checkpointed gradients, precisions, text encoders in main memory, large pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch.nn.functional as functional
 
 from gpobench.bench.errors import UserError
 from gpobench.bench.model_spec import Adapter, ModelSpec, find_model_spec
-from gpobench.bench.models import common
+from gpobench.bench.models import loading
+from gpobench.bench.models.memory_saving import apply_memory_settings
 from gpobench.bench.models.open import open_model, usage
 
 FAMILIES = ["tiny_pipe", "tiny_unet", "tiny_flux", "tiny_sdxl"]
@@ -115,22 +116,24 @@ def test_encoders_come_for_a_prompt_and_leave_before_the_network(
     transitions: list[torch.device] = []
     encoders = model.encoders
     encoders.offload, encoders.device = True, torch.device("cuda")
-    assert encoders.parts and all(part in model.pipe.components.values() for part in encoders.parts)
-    for part in encoders.parts:
+    assert encoders.modules and all(part in model.pipe.components.values() for part in encoders.modules)
+    for part in encoders.modules:
         monkeypatch.setattr(part, "to", lambda where: transitions.append(torch.device(where)))
-    here, home = torch.device("cuda"), encoders.home
+    here, home = torch.device("cuda"), encoders.storage
     x = torch.zeros(1, *model.shape)
     with torch.no_grad():
         first, _ = model.encode([PROMPTS[0]]), model.encode([PROMPTS[1]])
-        assert transitions == [here] * len(encoders.parts)  # two prompts, one move
+        assert transitions == [here] * len(encoders.modules)  # two prompts, one move
         model.velocity(x, torch.tensor([0.5]), first)
-        assert transitions[len(encoders.parts) :] == [home] * len(encoders.parts)
+        assert transitions[len(encoders.modules) :] == [home] * len(encoders.modules)
         model.velocity(x, torch.tensor([0.4]), first)
         model.decode(x)
-        assert len(transitions) == 2 * len(encoders.parts)  # once gone they stay away
+        assert len(transitions) == 2 * len(encoders.modules)  # once gone they stay away
         model.encode([PROMPTS[0]])
         model.decode(x)
-        assert transitions[2 * len(encoders.parts) :] == [here] * len(encoders.parts) + [home] * len(encoders.parts)
+        assert transitions[2 * len(encoders.modules) :] == [here] * len(encoders.modules) + [home] * len(
+            encoders.modules
+        )
 
 
 @every
@@ -154,7 +157,7 @@ def test_the_negative_prompt_is_the_pipelines(model_spec: ModelSpec, negative: s
     here = {"device": torch.device("cpu"), "num_images_per_prompt": 1, "do_classifier_free_guidance": True}
     asked = {"prompt_2": None, "prompt_3": None} if more else {}
     said = kind.encode_prompt(told.pipe, PROMPTS[:1], negative_prompt=[negative], **here, **asked, **more)
-    assert torch.allclose(told._empty()["text"], said[1], atol=1e-6)
+    assert torch.allclose(told.unconditional()["text"], said[1], atol=1e-6)
 
 
 # Precision
@@ -191,12 +194,12 @@ def test_the_autoencoder_is_float32_beside_fp16(
     model_spec: ModelSpec, family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And beside bf16 in SDXL. On a CPU: loaded, not run."""
-    monkeypatch.setattr(common, "dtype_of", lambda precision, device: common.PRECISIONS[precision])
+    monkeypatch.setattr(loading, "dtype_of", lambda precision, device: loading.PRECISIONS[precision])
     for precision, then in (("fp16", torch.float32), ("bf16", torch.float32 if "sdxl" in family else torch.bfloat16)):
         model = open_model(model_spec, device="cpu", precision=precision)
         network = model.pipe.components.get("unet") or model.pipe.components["transformer"]
-        assert (model.vae.dtype, network.dtype) == (then, common.PRECISIONS[precision])
-        assert model.pipe.text_encoder.dtype == common.PRECISIONS[precision]
+        assert (model.vae.dtype, network.dtype) == (then, loading.PRECISIONS[precision])
+        assert model.pipe.text_encoder.dtype == loading.PRECISIONS[precision]
 
 
 # Large pictures
@@ -220,7 +223,7 @@ class Vae:
 )
 def test_a_large_picture_is_decoded_in_parts(size: int, asked: list[str]) -> None:
     vae = Vae()
-    common.prepare(None, vae, ModelSpec(name="x", source="y", height=size, width=size, checkpointing=False))
+    apply_memory_settings(None, vae, ModelSpec(name="x", source="y", height=size, width=size, checkpointing=False))
     assert vae.asked == asked
 
 

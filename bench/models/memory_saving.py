@@ -1,0 +1,73 @@
+"""Settings that trade time for memory: gradient checkpointing, compiling, slices and tiles in the autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from ..errors import UserError
+from ..model_spec import ModelSpec
+
+# Pixels of an image from which on the autoencoder takes one image at a time: the same pictures, less memory.
+SLICED = 512 * 512
+# Pixels of a side above which the autoencoder works in tiles whose seams are blended: pictures change a little.
+TILED = 1536
+
+
+def apply_memory_settings(network: Any, vae: Any, model_spec: ModelSpec) -> None:
+    """Switch on what the model spec and its image size ask of the trained network and of the autoencoder.
+
+    Raises UserError where both compiling and checkpointing are asked for: torch cannot trace a checkpoint that
+    remembers its weights.
+    """
+    if model_spec.compile and model_spec.checkpointing:
+        raise UserError(f"{model_spec.name}: compile needs checkpointing off, torch cannot compile the two together")
+    if model_spec.checkpointing:
+        network.enable_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
+    if model_spec.compile:
+        network.compile()
+    if model_spec.height * model_spec.width >= SLICED:
+        vae.enable_slicing()
+    if max(model_spec.height, model_spec.width) > TILED:
+        vae.enable_tiling()
+
+
+def checkpoint(block: Any, *args: Any) -> Any:
+    """Run a block of the network so that the backward pass computes its activations again, with the same weights.
+
+    Other weights may be active at the second time: a loss evaluates the policy, then the reference, and only then goes
+    backward. So the block's adapter flags of the first time are set again; else the gradient would silently be
+    that of other weights.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+    layers: list[Any] = [m for m in block.modules() if isinstance(m, BaseTunerLayer)]
+
+    def flags() -> list[tuple[bool, list[str]]]:
+        return [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+
+    def set_flags(values: list[tuple[bool, list[str]]]) -> None:
+        for layer, (disabled, active) in zip(layers, values, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
+
+    flags_of_forward = flags()
+
+    @contextmanager
+    def recomputation() -> Generator[None]:
+        flags_now = flags()
+        set_flags(flags_of_forward)
+        try:
+            yield
+        finally:
+            set_flags(flags_now)
+
+    # no dropout anywhere: there is no random state to keep
+    return torch_checkpoint(
+        block,
+        *args,
+        use_reentrant=False,
+        preserve_rng_state=False,
+        context_fn=lambda: (nullcontext(), recomputation()),
+    )
