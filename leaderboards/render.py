@@ -1,4 +1,4 @@
-"""One table in six dresses: for a terminal, a README, a spreadsheet, a program, a paper and a browser."""
+"""Renders a board for a terminal and as Markdown, CSV, JSON, LaTeX and HTML."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MARKS = {"s": "one training seed", "h": "hack flag", "!": "invalid, not ranked",
 
 
 def render(board: Board, format: str = "terminal", *, width: int = 80) -> str:
-    """The table as text, ending in a new line. width: of the terminal. Raises UserError on an unknown format."""
+    """The board as text, ending in a new line. width: of the terminal. Raises UserError on an unknown format."""
     formats: dict[str, Callable[[Board], str]] = {
         "terminal": lambda b: _terminal(b, width),
         "md": _markdown,
@@ -74,27 +74,26 @@ def plain(text: str) -> str:
 
 
 def rank(row: BoardRow, rows: Sequence[BoardRow]) -> str:
-    """2, or 2= where another row has it too."""
+    """2, or 2= where several rows share the rank."""
     if row.rank is None:
         return "-"
     return f"{row.rank}{'=' if sum(r.rank == row.rank for r in rows) > 1 else ''}"
 
 
 def _flags(row: BoardRow) -> dict[str, str]:
-    """Letter of MARKS -> the mark in words."""
-    said = {
+    """Letter of MARKS -> the mark in words, for the marks that a row has."""
+    words = {
         "s": "one seed" if row.single_seed else "",
         "h": f"HACK ({row.hacked} of {len(row.seeds)} seeds)" if row.hacked else "",
         "!": "INVALID" if row.invalid else "",
         "t": f"tuned in {row.trials} trials" if row.trials else "",
     }
-    return {letter: text for letter, text in said.items() if text}
+    return {letter: text for letter, text in words.items() if text}
 
 
 def _title(board: Board) -> str:
     bounds = ", ".join(f"{plain(str(k))} {v:,.0f}" for k, v in board.budget.items()) or "none"
-    base = next(iter(r for r in board.rows if r.kind == "base"))
-    n = base.cells[board.key].after.n
+    n = board.base_row.cells[board.key].after.n
     split = board.evaluation.get("split", "test")
     return (
         f"{plain(board.task)} (version {plain(board.task_version)}) on {plain(board.model)}, budget {bounds}: "
@@ -114,7 +113,7 @@ def _terminal(board: Board, width: int) -> str:
     letters = [m for m in MARKS if any(m in _flags(r) for r in rows)]
     others = [c.key for c in board.columns if c.key != board.key]
     training = [c.key for c in board.columns if c.role == "training" and c.key != board.key]
-    currency = next(iter(board.budget), "nfe")
+    currency = board.clock
 
     def scores(key: str) -> list[str]:
         return [cell(r.cells[key].after) if key in r.cells else "" for r in rows]
@@ -184,7 +183,7 @@ def _lines(text: str, width: int) -> list[str]:
 
 
 def _reported(board: Board) -> list[str]:
-    """What papers say, as lines; never part of the table."""
+    """The numbers of papers, as lines; never part of the table."""
     head = "Reported elsewhere, not measured here and in no test:"
     return [head] + [
         f"  {r.method}, {r.metric}: {r.value:g} {r.unit}{f' ({r.setting})' if r.setting else ''}, "
@@ -197,7 +196,7 @@ def _reported(board: Board) -> list[str]:
 
 
 def _table(board: Board) -> list[list[str]]:
-    """Head and rows, unescaped."""
+    """Head and rows as plain text, not escaped for any format."""
     currencies = list(dict.fromkeys(c for r in board.rows for c in r.spent))
     embedders = list(dict.fromkeys(name for r in board.rows for name in r.cmmd))
     columns = sorted(board.columns, key=lambda c: c.key != board.key)
@@ -220,7 +219,7 @@ def _table(board: Board) -> list[list[str]]:
 
 
 def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is."""
+    """Escape the characters that Markdown would interpret."""
     return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", text)
 
 
@@ -231,8 +230,8 @@ def _markdown(board: Board) -> str:
     for note in (*board.notes, *RULES):
         lines += ["", escape_markdown(plain(note))]
     if board.reported:
-        first, *said = _reported(board)
-        lines += ["", escape_markdown(first), "", *(f"- {escape_markdown(plain(text))}" for text in said)]
+        first, *numbers = _reported(board)
+        lines += ["", escape_markdown(first), "", *(f"- {escape_markdown(plain(text))}" for text in numbers)]
     return "\n".join(lines)
 
 
@@ -272,9 +271,9 @@ def _html(board: Board) -> str:
     lines += [f"<tr>{''.join(f'<td>{text}</td>' for text in line)}</tr>" for line in rows]
     lines += ["</table></div>", *(f"<p>{html.escape(plain(note))}</p>" for note in (*board.notes, *RULES))]
     if board.reported:
-        first, *said = _reported(board)
+        first, *numbers = _reported(board)
         lines += [f"<p>{html.escape(first)}</p>", "<ul>"]
-        lines += [*(f"<li>{html.escape(plain(text))}</li>" for text in said), "</ul>"]
+        lines += [*(f"<li>{html.escape(plain(text))}</li>" for text in numbers), "</ul>"]
     return "\n".join([*lines, "</html>"])
 
 

@@ -687,7 +687,7 @@ def _result(r: Record) -> None:
     n, split = max(d.n for d in r.delta.values()), r.config["evaluation"].get("split", "test")
     console.print(
         f"means over {n} {split} prompts with 95 % intervals; differences paired by\n"
-        "prompt on the same noise; * held out, + a further one: never trained on;\n"
+        "prompt on the same noise; * held out, + auxiliary: never trained on;\n"
         "' quality, diversity and drift: what the rise has cost",
         style="dim",
         highlight=False,
@@ -809,14 +809,16 @@ def _numbers(title: str = "") -> Any:
 def _mark(r: Record, key: str) -> str:
     """How a row of the table is marked: by the role of its scorer."""
     scorer = r.scorers.get(key.partition("/")[0])  # none: diversity and drift
-    return {"training": "", "held-out": " *", "further": " +", "quality": " '"}[scorer.role if scorer else "quality"]
+    return {"training": "", "held-out": " *", "auxiliary": " +", "quality": " '"}[scorer.role if scorer else "quality"]
 
 
 def _strata(r: Record) -> Any:
     """The training scorer's number by stratum."""
+    from ..evaluation.ranking import BINARY_METRICS
+
     name = next(name for name, scorer in r.scorers.items() if scorer.role == "training")
     keys = [key for key in r.delta if key.startswith(f"{name}/")]
-    key = next((key for key in keys if key.endswith(("/exact", "/correct"))), keys[0])
+    key = next((key for key in keys if key.partition("/")[2] in BINARY_METRICS), keys[0])
     table = _numbers("by stratum")
     for stratum, numbers in r.strata.items():
         d = numbers.delta[key]

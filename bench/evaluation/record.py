@@ -18,12 +18,12 @@ from ..errors import UserError
 from ..files import write_atomically
 
 INVALID = 0.005  # share of images that could not be scored above which a row is invalid
-SCHEMA = 2  # 1 had no strata, no summary and no further columns
+SCHEMA = 2  # 1 had no strata, no summary and no auxiliary columns
 SURE = 1.96  # standard errors
 # How the libraries under torch are told to use fewer instructions; torch's own limit shows in the instruction set it names.
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 Key = str  # `scorer/metric`
-Role = Literal["training", "held-out", "further", "quality"]
+Role = Literal["training", "held-out", "auxiliary", "quality"]
 
 
 class _Part(BaseModel):

@@ -23,6 +23,7 @@ from .. import registry
 from ..budget import CURRENCIES, Budget
 from ..errors import Interrupted, UserError
 from ..evaluation import record
+from ..evaluation.ranking import MANDATORY_BASELINES, primary_key
 from ..evaluation.record import Record
 from ..files import write_atomically
 from ..progress import NullProgress, Progress
@@ -33,7 +34,6 @@ from .in_process import run_in_process
 from .jobs import Job, make_folder, run_jobs, spent_so_far
 from .run_dir import is_locked
 
-MANDATORY = ("sft", "best-of-n")  # what any method must beat; the base is in every record
 COMMON = ("adapter", "evaluation", "precision", "scorer", "tuned", *EXECUTION)  # settings that every method has
 
 
@@ -164,7 +164,7 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     named; the rows that stand there by rule take the ones they have.
     """
     named = _once("method", grid.methods)
-    methods = {**named, **(_once("method", MANDATORY) if grid.baselines else {})}
+    methods = {**named, **(_once("method", MANDATORY_BASELINES) if grid.baselines else {})}
     own, files = _sorted(map(_setting, grid.sets), methods), _sorted(map(_file, grid.configs), methods)
     if twice := next((texts for texts in files.values() if len(texts) > 1), None):
         raise UserError(f"--config {twice[1]}: {twice[0]} is given already; one file for all, one for each method")
@@ -497,16 +497,7 @@ def _spent(run: PlannedRun) -> dict[str, float]:
 
 
 def _keys(done: Record) -> tuple[str, str]:
-    """The `scorer/metric` that leaderboards rank by, of a held-out scorer, and the training scorer's.
-
-    Of several scorers the first by name, of its metrics what is right or wrong.
-    """
-
-    def first(role: str) -> str | None:
-        names = {name for name, scorer in done.scorers.items() if scorer.role == role}
-        keys = [key.partition("/") for key in done.delta if key.partition("/")[0] in names]
-        best = min(keys, key=lambda k: (k[0], k[2] not in ("exact", "correct"), k[2]), default=None)
-        return "".join(best) if best else None
-
-    trained = first("training") or next(iter(done.delta))
-    return first("held-out") or trained, trained
+    """The `scorer/metric` that leaderboards rank by, and the one of the training scorer."""
+    roles = {name: scorer.role for name, scorer in done.scorers.items()}
+    by_key = {key: roles.get(key.partition("/")[0], "") for key in done.delta}
+    return str(primary_key(by_key)), str(primary_key(by_key, preferred=("training",)))

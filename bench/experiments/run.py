@@ -28,6 +28,7 @@ from ..budget import Meter
 from ..errors import Interrupted, Missing, UserError
 from ..evaluation import evaluation_cache, evaluator, plots, record
 from ..evaluation.evaluator import Evaluation
+from ..evaluation.ranking import BINARY_METRICS, binary_metric
 from ..evaluation.record import Record
 from ..evaluation.search import answers, search, share
 from ..files import write_atomically
@@ -92,7 +93,7 @@ class ScorerSet:
         return f"{self.training.name}/{self.training.metrics[0]}"
 
     def role(self, scorer: Scorer) -> Any:
-        named = {"training": [self.training], "held-out": self.held_out, "further": self.further}
+        named = {"training": [self.training], "held-out": self.held_out, "auxiliary": self.further}
         return next((role for role, scorers in named.items() if scorer in scorers), "quality")
 
 
@@ -757,14 +758,14 @@ def _samples(
             np.savez_compressed(file, before=before.images, after=after.images, prompt=prompt, ordinal=ordinal)
 
     write_atomically(folder / "images.npz", write)
-    shown = (f"/{scorer.metrics[0]}", "/exact", "/correct")
-    keys = [key for key in curve[0]["scores"] if key.endswith(shown)]
+    shown = (scorer.metrics[0], *BINARY_METRICS)
+    keys = [key for key in curve[0]["scores"] if key.partition("/")[2] in shown]
     plots.curve(run_dir / "curve.png", curve, keys, next(iter(meter.budget.bounds())))
 
 
 def _sheet(versions: Sequence[Evaluation], titles: Sequence[str], scorer: Scorer) -> Any:
     count = min(len(v.images) for v in versions)
-    yes = next((metric for metric in ("exact", "correct") if metric in scorer.metrics), None)  # right or wrong
+    yes = binary_metric(scorer.metrics)
     metric = yes or scorer.metrics[0]
     marks: list[list[bool | None]] = []
     for v in versions:

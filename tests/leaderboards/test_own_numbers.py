@@ -11,9 +11,11 @@ import pytest
 
 from gpobench.bench import registry
 from gpobench.bench.experiments.config import resolve
-from gpobench.leaderboards.baseline import Baseline, Claim, locate, parts, read
-from gpobench.leaderboards.board import BASE, load
-from gpobench.leaderboards.regress import judge, words
+from gpobench.leaderboards.baseline import Baseline, Claim, baseline_files, find_baseline, read_baseline
+from gpobench.leaderboards.baseline_runs import BaselineRun
+from gpobench.leaderboards.board import BASE
+from gpobench.leaderboards.regress import LoadedBaseline, check
+from gpobench.leaderboards.runs import load_runs
 from gpobench.methods.gpo import GPO
 
 TASKS = ("ocr", "counting")
@@ -21,7 +23,7 @@ KEYS = {"ocr": "reader/exact", "counting": "geneval-shapes/correct"}
 
 
 def known(task: str) -> Baseline:
-    return next(one for one, _ in map(read, parts(locate("tiny"))) if one.task == task)
+    return next(one for one, _ in map(read_baseline, baseline_files(find_baseline("tiny"))) if one.task == task)
 
 
 def row(baseline: Baseline, label: str) -> Claim:
@@ -44,12 +46,12 @@ def test_every_method_is_there_under_one_budget(task: str) -> None:
 @pytest.mark.parametrize("name", ["tiny", "short"])
 def test_the_settings_are_still_those_of_the_presets(name: str) -> None:
     """Where a preset was changed on purpose, `make board` measures it anew."""
-    for path in parts(locate(name)):
-        baseline, _ = read(path)
+    for path in baseline_files(find_baseline(name)):
+        baseline, _ = read_baseline(path)
         for claim in baseline.row:
             if claim.label == BASE:
                 continue
-            said = words(baseline, claim, claim.seeds[0], Path("runs"))
+            said = BaselineRun(baseline, claim, claim.seeds[0]).command(Path("runs"))
             sets = [said[i + 1] for i, word in enumerate(said) if word == "--set"]
             budget = said[said.index("--budget") + 1]
             plan = resolve(claim.method, baseline.task, baseline.model, budget=budget, sets=sets)
@@ -85,14 +87,18 @@ def test_the_pages_say_what_the_baseline_says(task: str, page: str, repo: Path) 
 
 def trained(out: Path, seed: int, *sets: str) -> None:
     baseline = known("ocr")
-    argv = words(baseline, row(baseline, "gpo"), seed, out)
+    argv = BaselineRun(baseline, row(baseline, "gpo"), seed).command(out)
     more = [word for text in sets for word in ("--set", text)]
     subprocess.run([sys.executable, "-m", "gpobench.bench.commands.app", *argv, *more], check=True)
 
 
 def verdicts(out: Path) -> dict[str, str]:
-    path = next(path for path in parts(locate("tiny")) if read(path)[0].task == "ocr")
-    return {f.key: f.verdict for f in judge(path, *read(path), load([out])).findings if f.row == "gpo"}
+    path = next(path for path in baseline_files(find_baseline("tiny")) if read_baseline(path)[0].task == "ocr")
+    return {
+        f.key: f.verdict
+        for f in check(LoadedBaseline(path, *read_baseline(path)), load_runs([out])).findings
+        if f.row == "gpo"
+    }
 
 
 @pytest.mark.slow

@@ -16,10 +16,10 @@ from gpobench.bench.experiments import jobs
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import resolve
 from gpobench.bench.progress import NullProgress
-from gpobench.leaderboards.baseline import read
-from gpobench.leaderboards.board import load
-from gpobench.leaderboards.commands import regress
-from gpobench.leaderboards.regress import Report, judge
+from gpobench.leaderboards.baseline import read_baseline
+from gpobench.leaderboards.commands.regress import regress
+from gpobench.leaderboards.regress import LoadedBaseline, RegressionReport, check
+from gpobench.leaderboards.runs import load_runs
 from gpobench.methods.gpo import GPO
 
 Train = Callable[..., Record]
@@ -60,11 +60,11 @@ def exit_code(*arguments: object) -> int:
     return done.exit_code
 
 
-def judged(path: Path, runs: Path) -> Report:
-    return judge(path, *read(path), load([runs]))
+def judged(path: Path, runs: Path) -> RegressionReport:
+    return check(LoadedBaseline(path, *read_baseline(path)), load_runs([runs]))
 
 
-def verdicts(report: Report, row: str = "gpo") -> dict[str, str]:
+def verdicts(report: RegressionReport, row: str = "gpo") -> dict[str, str]:
     return {f.key: f.verdict for f in report.findings if f.row == row}
 
 
@@ -75,7 +75,7 @@ def trained(train: Train, out: Path, seeds: Iterable[int], *sets: str) -> Path:
 
 
 def test_the_method_learns_at_all(reported: Path) -> None:
-    known, _ = read(reported)
+    known, _ = read_baseline(reported)
     base, gpo = ({n.key: n.mean for n in claim.number} for claim in known.row)
     assert set(gpo) == KEYS and all(gpo[key] > base[key] + 0.02 for key in KEYS)
 

@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.record import Flags, ScorerUse
 from gpobench.bench.stats.intervals import holm
-from gpobench.leaderboards import render_regression as dresses
-from gpobench.leaderboards.baseline import beside, parts, read
-from gpobench.leaderboards.board import load
-from gpobench.leaderboards.commands import regress
-from gpobench.leaderboards.regress import Report, change, judge, judge_all, repeat, verdicts, words
+from gpobench.leaderboards import render_regression
+from gpobench.leaderboards.baseline import baseline_files, read_baseline, scores_path
+from gpobench.leaderboards.baseline_runs import BaselineRun, RunOptions, run_baselines
+from gpobench.leaderboards.change import change, expected_half_width, verdicts
+from gpobench.leaderboards.commands.regress import regress
+from gpobench.leaderboards.regress import LoadedBaseline, RegressionReport, check, check_all
+from gpobench.leaderboards.runs import load_runs
 
 Make = Callable[..., Path]
 Vectors = list[np.ndarray]
@@ -57,12 +59,12 @@ def baseline(make: Make, tmp_path: Path) -> Path:
     return path
 
 
-def verdict_of(report: Report) -> dict[tuple[str, str], str]:
+def verdict_of(report: RegressionReport) -> dict[tuple[str, str], str]:
     return {(f.row, f.key): f.verdict for f in report.findings}
 
 
-def judged(path: Path, *folders: Path) -> Report:
-    return judge(path, *read(path), load(folders))
+def judged(path: Path, *folders: Path) -> RegressionReport:
+    return check(LoadedBaseline(path, *read_baseline(path)), load_runs(folders))
 
 
 # The rule
@@ -185,9 +187,9 @@ def test_repeat_is_what_a_repetition_shows() -> None:
     told, seen = list[float](), list[float]()
     for _ in range(60):
         new, old = draw(rng, seeds=(4, 4))
-        told.append(repeat(old) or math.nan)
+        told.append(expected_half_width(old) or math.nan)
         seen.append(change(new, old).half(0.9))
-    assert np.median(told) == pytest.approx(np.median(seen), rel=0.25) and repeat(old[:1]) is None
+    assert np.median(told) == pytest.approx(np.median(seen), rel=0.25) and expected_half_width(old[:1]) is None
 
 
 # Runs against a baseline
@@ -199,7 +201,7 @@ def test_the_same_runs_repeat_their_numbers(baseline: Path, tmp_path: Path) -> N
     assert len(report.findings) == 6 and report.code() == 0 and not report.missing
     one = judged(baseline, tmp_path / "old" / "gpo1")  # one of the reported seeds
     assert all(f.change.mean == 0 == f.change.high for f in one.findings)
-    assert "1 of 3 seeds run, repeated exactly" in dresses.terminal(one)
+    assert "1 of 3 seeds run, repeated exactly" in render_regression.terminal(one)
     assert {f.row: f.seeds for f in one.findings} == {"base": (0, 0), "gpo": (1, 3)}
     assert one.missing == (("awm", "engine/exact"), ("awm", KEY))
 
@@ -210,7 +212,7 @@ def test_a_number_that_nobody_looked_at_is_not_passed(baseline: Path, tmp_path: 
         code, said = run(tmp_path / "old" / "gpo1", "--against", baseline, *allow)
         assert code == 3 and "Not in these runs: awm engine/exact" in said and "6 numbers: 4 same, 2 missing" in said
     assert run(tmp_path / "old" / "gpo1", "--against", baseline, "--row", "gpo", "--row", "base")[0] == 0
-    tree = Xml.fromstring(dresses.junit([judged(baseline, tmp_path / "old" / "gpo1")], allow_unsure=True))
+    tree = Xml.fromstring(render_regression.junit([judged(baseline, tmp_path / "old" / "gpo1")], allow_unsure=True))
     assert tree.get("errors") == "2" and {e.get("type") for e in tree.iter("error")} == {"missing"}
 
 
@@ -244,7 +246,7 @@ def test_the_last_digits_are_expected_of_the_kind_of_processor_that_made_them(
         make(f"none changed/{seed}", "gpo", seed, 0.2, provenance={"processor": OTHER_KIND})
     path = tmp_path / "mine.toml"
     assert run(tmp_path / "old", "--against", path, "--update", "--margin", "0.05")[0] == 0
-    assert read(path)[0].processor == MINE
+    assert read_baseline(path)[0].processor == MINE
     assert not judged(path, tmp_path / "old").notes
     made = f"Made on {MINE}; this is {OTHER_KIND}: numbers repeat within the margin, not to the last digit."
     for folder, said in {
@@ -256,13 +258,13 @@ def test_the_last_digits_are_expected_of_the_kind_of_processor_that_made_them(
         report = judged(path, tmp_path / folder)
         assert report.code() == 0 and set(verdict_of(report).values()) == {"same"}
         assert len([note for note in report.notes if said in note]) == 1, (folder, report.notes)
-        assert said in dresses.terminal(report).replace("\n", " ")
+        assert said in render_regression.terminal(report).replace("\n", " ")
 
 
 def test_a_baseline_without_the_kind_of_processor_is_read(baseline: Path, tmp_path: Path) -> None:
     lines = baseline.read_text().splitlines(keepends=True)
     baseline.write_text("".join(line for line in lines if not line.startswith("processor = ")))
-    assert read(baseline)[0].processor == "" and not judged(baseline, tmp_path / "old").notes
+    assert read_baseline(baseline)[0].processor == "" and not judged(baseline, tmp_path / "old").notes
 
 
 def test_a_planted_regression_fails(baseline: Path, make: Make, tmp_path: Path) -> None:
@@ -296,7 +298,7 @@ def test_what_cannot_be_told_exits_with_3(baseline: Path, make: Make, look: Any,
     mine = ("--row", "gpo", "--row", "base")
     assert run(tmp_path / "new", "--against", baseline, *mine)[0] == 3
     assert run(tmp_path / "new", "--against", baseline, *mine, "--allow-unsure")[0] == 0
-    case = Xml.fromstring(dresses.junit([judged(baseline, tmp_path / "new")])).find(
+    case = Xml.fromstring(render_regression.junit([judged(baseline, tmp_path / "new")])).find(
         ".//testcase[@classname='gpo']/error"
     )
     assert case is not None and case.get("type") == "cannot tell"
@@ -327,7 +329,7 @@ OTHER = {
     "budget nfe is 2000.0 in": {"config": {"budget": {"nfe": 2000.0}}},
     "budget seconds is 9 in": {"config": {"budget": {"nfe": 1000.0, "seconds": 9}}},
     "weights of the model is w2 in": {"provenance": {"weights": "w2"}},
-    "judging seed is 2 in": {"config": {"evaluation": {"split": "test", "seed": 2}}},
+    "evaluation seed is 2 in": {"config": {"evaluation": {"split": "test", "seed": 2}}},
     "no run in common: .* is of awm, gpo on ocr with tiny; these are of sft on ocr with tiny": {"method": "sft"},
     "no run in common": {"task": "counting"},
     "no run in common.*these are of gpo on ocr with big": {"model": "big"},
@@ -397,7 +399,7 @@ def test_a_margin_that_a_person_edited_stays_with_its_row(baseline: Path, tmp_pa
     first, rest = rows.split("[[row]]", 1)
     baseline.write_text("[[row]]".join([head, first.replace("margin = 0.03", "margin = 0.001"), rest]))
     assert run(tmp_path / "old", "--against", baseline, "--update")[0] == 0
-    margins = {claim.label: {n.margin for n in claim.number} for claim in read(baseline)[0].row}
+    margins = {claim.label: {n.margin for n in claim.number} for claim in read_baseline(baseline)[0].row}
     assert margins == {"base": {0.001}, "awm": {0.03}, "gpo": {0.03}}
     with pytest.raises(UserError, match="finest"):
         run(tmp_path / "old", "--against", baseline, "--update", "--margin", "1e-11")
@@ -463,7 +465,7 @@ def test_only_the_rows_asked_for(baseline: Path, tmp_path: Path) -> None:
     [
         (("RUNS",), "name one baseline"),
         (("RUNS", "--against", "a.toml", "--run", "a.toml"), "name one baseline"),
-        (("--against", "a.toml"), "name runs to judge"),
+        (("--against", "a.toml"), "name runs to compare"),
         (("RUNS", "--run", "a.toml"), "leave RUNS out"),
         (("RUNS", "--against", "a.toml", "--margin", "1"), "--update writes"),
         (("RUNS", "--against", "a.toml", "--update", "--row", "gpo"), "--update writes all rows"),
@@ -493,7 +495,7 @@ def both(make: Make, tmp_path: Path) -> Path:
 
 def test_runs_of_several_tasks_make_a_baseline_each_and_an_index(both: Path, make: Make, tmp_path: Path) -> None:
     listed = [both.with_name(f"all-{task}.toml") for task in ("ocr", "counting")]
-    assert sorted(parts(both)) == sorted(listed) and all(parts(one) == [one] for one in listed)
+    assert sorted(baseline_files(both)) == sorted(listed) and all(baseline_files(one) == [one] for one in listed)
     code, said = run(tmp_path / "old", "--against", both, "--json")
     found = json.loads(said)
     assert code == 0 and found["counts"]["same"] == sum(len(part["findings"]) for part in found["parts"]) > 0
@@ -512,18 +514,18 @@ def test_numbers_of_all_parts_are_corrected_together(both: Path, make: Make, tmp
     for task in ("ocr", "counting"):
         for seed in (3, 4):
             make(f"new/{task}{seed}", "gpo", seed, 0.17, task=task)
-    together = [(part, *read(part)) for part in parts(both)]
-    runs = load([tmp_path / "new"])
-    joint = [f.holm for report in judge_all(together, runs) for f in report.findings]
-    alone = [f.holm for one in together for f in judge(*one, runs).findings]
-    raw = [f.change.p for report in judge_all(together, runs) for f in report.findings]
+    together = [LoadedBaseline(part, *read_baseline(part)) for part in baseline_files(both)]
+    runs = load_runs([tmp_path / "new"])
+    joint = [f.holm for report in check_all(together, runs) for f in report.findings]
+    alone = [f.holm for one in together for f in check(one, runs).findings]
+    raw = [f.change.p for report in check_all(together, runs) for f in report.findings]
     assert joint == pytest.approx(holm(raw)) and all(a >= b for a, b in zip(joint, alone, strict=True))
     assert joint != alone
 
 
 def test_a_part_without_runs_is_missing_and_all_without_are_an_error(both: Path, make: Make, tmp_path: Path) -> None:
     code, said = run(tmp_path / "old" / "ocr0", "--against", both, "--json")
-    found = {part["ground"].split()[0]: part for part in json.loads(said)["parts"]}
+    found = {part["protocol"].split()[0]: part for part in json.loads(said)["parts"]}
     assert code == 3 and not found["counting"]["findings"] and found["counting"]["missing"] and found["ocr"]["findings"]
     assert run(tmp_path / "old" / "ocr0", "--against", both, "--task", "ocr")[0] == 0
     with pytest.raises(UserError, match="did you mean 'ocr'"):
@@ -538,19 +540,19 @@ def test_one_task_is_written_anew_without_the_other(both: Path, make: Make, tmp_
     for seed in range(3):
         make(f"newer/{seed}", "gpo", seed, 0.3, task="ocr")
     assert run(tmp_path / "newer", "--against", both, "--update")[0] == 0
-    assert both.with_name("all-counting.toml").read_text() == kept and len(parts(both)) == 2
+    assert both.with_name("all-counting.toml").read_text() == kept and len(baseline_files(both)) == 2
     assert run(tmp_path / "newer", "--against", both, "--task", "ocr")[0] == 0
     with pytest.raises(UserError, match="is of one task"):
         run(tmp_path / "old", "--against", both.with_name("all-ocr.toml"), "--update", "--margin", "0.03")
 
 
-@pytest.mark.parametrize("text", ["format = 1\nparts = []", "format = 1\nparts = 'a'", "parts = ['a.toml']\nx = 1"])
+@pytest.mark.parametrize("text", ["format = 2\nparts = []", "format = 2\nparts = 'a'", "parts = ['a.toml']\nx = 1"])
 def test_a_damaged_index_is_refused(text: str, make: Make, tmp_path: Path) -> None:
     path = tmp_path / "index.toml"
     path.write_text(text)
     with pytest.raises(UserError, match="no list of baselines"):
         run(make("old/a"), "--against", path)
-    path.write_text("format = 1\nparts = ['nowhere.toml']")
+    path.write_text("format = 2\nparts = ['nowhere.toml']")
     with pytest.raises(UserError, match="no baseline at .*nowhere"):
         run(make("old/b"), "--against", path)
 
@@ -561,7 +563,7 @@ def test_a_damaged_index_is_refused(text: str, make: Make, tmp_path: Path) -> No
 def test_update_keeps_margins_and_takes_new_ones(baseline: Path, make: Make, tmp_path: Path) -> None:
     make("old/sft", "sft", 0, 0.1)
     assert run(tmp_path / "old", "--against", baseline, "--update", "--margin", f"{KEY}=0.05")[0] == 0
-    known, _ = read(baseline)
+    known, _ = read_baseline(baseline)
     assert {n.key: n.margin for c in known.row for n in c.number} == {"engine/exact": 0.03, KEY: 0.05}
     assert [c.label for c in known.row] == ["base", "awm", "gpo", "sft"]
     assert [c.number[0].repeat is None for c in known.row] == [True, False, False, True]
@@ -570,19 +572,19 @@ def test_update_keeps_margins_and_takes_new_ones(baseline: Path, make: Make, tmp
     )
     text = baseline.read_text()
     assert run(tmp_path / "old", "--against", baseline, "--update")[0] == 0
-    assert text.replace(known.command, "") == baseline.read_text().replace(read(baseline)[0].command, "")
+    assert text.replace(known.command, "") == baseline.read_text().replace(read_baseline(baseline)[0].command, "")
 
 
 @pytest.mark.parametrize("revision", ["0123abc-dirty", ""])
 def test_a_baseline_is_of_a_commit(make: Make, tmp_path: Path, revision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = make("good"), make("bad", provenance={"revision": revision})
     path = tmp_path / "x.toml"
-    with pytest.raises(UserError, match="bad was made with changes that are in none"):
+    with pytest.raises(UserError, match="bad was made with uncommitted changes"):
         run(bad, "--against", path, "--update", "--margin", "0.1")
     monkeypatch.setattr("gpobench.bench.evaluation.record.revision", lambda: revision)
-    with pytest.raises(UserError, match="this tree has changes that are in none, or no history"):
+    with pytest.raises(UserError, match="this tree has uncommitted changes, or no history"):
         run(good, "--against", path, "--update", "--margin", "0.1")
-    assert not path.exists() and not beside(path).exists()
+    assert not path.exists() and not scores_path(path).exists()
 
 
 def test_a_baseline_needs_margins_and_keys_that_exist(make: Make, tmp_path: Path) -> None:
@@ -597,7 +599,7 @@ def test_a_baseline_needs_margins_and_keys_that_exist(make: Make, tmp_path: Path
         with pytest.raises(UserError, match=said):
             run(folder, "--against", path, "--update", *more)
     assert run(folder, "--against", path, "--update", "--margin", "0.0005", "--key", KEY)[0] == 0
-    known, _ = read(path)
+    known, _ = read_baseline(path)
     assert (
         known.digits == 6
         and {n.key for c in known.row for n in c.number} == {KEY}
@@ -607,9 +609,9 @@ def test_a_baseline_needs_margins_and_keys_that_exist(make: Make, tmp_path: Path
 
 def test_the_words_make_the_settings_again(baseline: Path, tmp_path: Path) -> None:
     """What stands behind `gpobench` for a run of the baseline; the preset's own settings are not repeated."""
-    known, _ = read(baseline)
+    known, _ = read_baseline(baseline)
     claim = next(c for c in known.row if c.label == "gpo")
-    said = words(known, claim, 2, tmp_path)
+    said = BaselineRun(known, claim, 2).command(tmp_path)
     assert said[:9] == ["run", "--method", "gpo", "--task", "ocr", "--model", "tiny", "--seed", "2"]
     assert "lr=0.001" in said and "optim.clip=1.0" not in said and "nfe=1000.0" in said and "precision=fp32" not in said
 
@@ -617,8 +619,6 @@ def test_the_words_make_the_settings_again(baseline: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 def test_run_does_what_the_baseline_needs(tmp_path: Path) -> None:
     """A real run, a baseline of it, and the same run again in a fresh folder: the same to the last digit."""
-    from gpobench.leaderboards.regress import train
-
     first = tmp_path / "first"
     command = [
         sys.executable,
@@ -651,4 +651,4 @@ def test_run_does_what_the_baseline_needs(tmp_path: Path) -> None:
     (tmp_path / "third").mkdir()
     (tmp_path / "third" / name).write_text("in the way")
     with pytest.raises(UserError, match="the run sft on ocr, seed 0 failed"):
-        train([read(path)[0]], tmp_path / "third", lambda _: None)
+        run_baselines([read_baseline(path)[0]], RunOptions(tmp_path / "third"), lambda _: None)

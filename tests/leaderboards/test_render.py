@@ -22,8 +22,10 @@ from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.record import Flags, Number
 from gpobench.bench.stats.intervals import Estimate
 from gpobench.leaderboards import paper_numbers
-from gpobench.leaderboards.board import Board, board, load
+from gpobench.leaderboards.board import Board
+from gpobench.leaderboards.build_board import build_board
 from gpobench.leaderboards.render import LATEX, cell, number, p_value, plain, render, spend
+from gpobench.leaderboards.runs import load_runs
 
 FORMATS = ("terminal", "md", "csv", "json", "latex", "html")
 KEY = "other/exact"
@@ -45,7 +47,9 @@ def made(tmp_path_factory: pytest.TempPathFactory, make_at: Callable[..., Path])
         )
     make_at(run_dir / "awm", "awm", 0, 0.1, flags=Flags(hack=True, invalid=False))
     make_at(run_dir / "sft", "sft", 0, 0.0, flags=Flags(hack=False, invalid=True))
-    return replace(board(load([run_dir]), resamples=300), reported=tuple(paper_numbers.beside("ocr", "sd35m")))
+    return replace(
+        build_board(load_runs([run_dir]), resamples=300), reported=tuple(paper_numbers.beside("ocr", "sd35m"))
+    )
 
 
 def named(b: Board, name: str) -> Board:

@@ -9,22 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpobench.bench.stats.intervals import Estimate, Verdict
-from gpobench.leaderboards.regress import Finding, Report
-from gpobench.leaderboards.render_regression import MANY, as_json, headline, junit, markdown, terminal
+from gpobench.leaderboards.regress import Finding, RegressionReport
+from gpobench.leaderboards.render_regression import MAX_LINES, as_json, headline, junit, markdown, terminal
 
 VERDICTS: tuple[Verdict, ...] = ("same", "better", "worse", "cannot tell")
 
 
-def report(found: list[Verdict]) -> Report:
+def report(found: list[Verdict]) -> RegressionReport:
     number = Estimate(0.5, 0.4, 0.6, 40)
     findings = [
         Finding(f"row{k}", "engine/exact", v, number, 0.5, Estimate(0.0, -0.1, 0.1, 40), 0.3, 0.05, (2, 2), False)
         for k, v in enumerate(found)
     ]
-    return Report("mine.toml", "toy on tiny", tuple(findings), (("lost", "engine/soft"),), ())
+    return RegressionReport("mine.toml", "toy on tiny", tuple(findings), (("lost", "engine/soft"),), ())
 
 
-@given(st.lists(st.sampled_from(VERDICTS), min_size=1, max_size=3 * MANY))
+@given(st.lists(st.sampled_from(VERDICTS), min_size=1, max_size=3 * MAX_LINES))
 def test_every_dress_tells_what_is_not_the_same(found: list[Verdict]) -> None:
     told = report(found)
     shown = [line.split() for line in terminal(told).splitlines()]
@@ -33,7 +33,7 @@ def test_every_dress_tells_what_is_not_the_same(found: list[Verdict]) -> None:
         assert verdict == "same" or f"row{k}" in rows
         assert f"| row{k} |" in markdown(told)
     same = found.count("same")
-    if len(found) <= MANY:
+    if len(found) <= MAX_LINES:
         assert all(f"row{k}" in rows for k in range(len(found)))
     elif same:
         assert f"same: {same} " in terminal(told)
@@ -52,7 +52,7 @@ def test_a_terminal_of_eighty_columns_holds_the_table() -> None:
         Finding(row, "geneval-palette/correct", verdict, number, 0.5, change, 0.3, margin, (3, 3), False)
         for verdict, row, margin in rows
     )
-    lines = terminal(Report("mine.toml", "counting on tiny", found, (), ())).splitlines()
+    lines = terminal(RegressionReport("mine.toml", "counting on tiny", found, (), ())).splitlines()
     assert all(len(line) <= 80 for line in lines)
     # A margin of its own is a block of its own; the worst stands first.
     blocks = [line for line in lines if line.startswith("geneval-palette/correct, margin")]

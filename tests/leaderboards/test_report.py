@@ -14,10 +14,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from gpobench.leaderboards.board import board, load
-from gpobench.leaderboards.commands import report
+from gpobench.leaderboards.build_board import build_board
+from gpobench.leaderboards.commands.report import report
+from gpobench.leaderboards.figures import write_figures
+from gpobench.leaderboards.page import page
 from gpobench.leaderboards.render import number
-from gpobench.leaderboards.report import gather, page, plots
+from gpobench.leaderboards.report_data import read_report_data
+from gpobench.leaderboards.runs import load_runs
 
 Make = Callable[..., Path]
 EVIL = '</script><script>alert("1")</script><img src=x onerror=alert(2)>\u2028{{ 7*7 }}'
@@ -46,9 +49,9 @@ class Seen(HTMLParser):
 
 
 def made(*homes: Path, **more: Any) -> str:
-    runs = load(homes)
-    table = board(runs, resamples=200, **more)
-    return page(table, gather(table, runs))
+    runs = load_runs(homes)
+    table = build_board(runs, resamples=200, **more)
+    return page(table, read_report_data(table, runs))
 
 
 def data(text: str) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def data(text: str) -> dict[str, Any]:
 def test_it_says_what_the_table_says(make_full: Make) -> None:
     homes = [make_full(f"{m}{s}", m, s, g) for m, g in (("gpo", 0.3), ("awm", 0.1)) for s in (0, 1)]
     text = made(*homes)
-    table = board(load(homes), resamples=200)
+    table = build_board(load_runs(homes), resamples=200)
     seen = Seen(text)
     for row in table.rows:
         assert row.label in seen.words
@@ -95,7 +98,7 @@ def test_what_looks_like_markup_is_shown_not_obeyed(make_full: Make) -> None:
 
 def test_it_says_what_is_missing(make: Make, make_full: Make) -> None:
     text = made(make("a", "gpo"), make_full("b", "awm", 0, 0.2))
-    assert "No curve kept by: gpo." in text and "No pictures kept by: gpo." in text
+    assert "No curve stored by: gpo." in text and "No pictures stored by: gpo." in text
     bare = made(make("c"))
     assert 'id="curves"' not in bare and 'id="pictures"' not in bare and data(bare)["album"] is None
 
@@ -129,10 +132,10 @@ def test_twelve_methods_of_three_seeds_stay_small(make_full: Make) -> None:
 
 
 def test_plots_are_the_same_bytes_again(make_full: Make, tmp_path: Path) -> None:
-    runs = load([make_full("a", "gpo", 0, 0.3), make_full("b", "$x^", 0, 0.1)])  # a name is no formula
-    table = board(runs, resamples=200)
-    found = gather(table, runs)
-    once, again = plots(table, found, tmp_path / "p"), plots(table, found, tmp_path / "q")
+    runs = load_runs([make_full("a", "gpo", 0, 0.3), make_full("b", "$x^", 0, 0.1)])  # a name is no formula
+    table = build_board(runs, resamples=200)
+    found = read_report_data(table, runs)
+    once, again = write_figures(table, found, tmp_path / "p"), write_figures(table, found, tmp_path / "q")
     assert [p.name for p in once] == ["curves.svg", "curves.png", "pareto.svg", "pareto.png"]
     assert [p.read_bytes() for p in once] == [p.read_bytes() for p in again]
     assert "$x^" in (tmp_path / "p" / "curves.svg").read_text("utf-8")

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from gpobench.leaderboards.board import board, load
-from gpobench.leaderboards.report import gather, page
+from gpobench.leaderboards.build_board import build_board
+from gpobench.leaderboards.page import page
+from gpobench.leaderboards.report_data import read_report_data
+from gpobench.leaderboards.runs import load_runs
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -39,10 +41,10 @@ def file(make_full_at: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         for k, (m, g) in enumerate(METHODS.items())
         for s in seeds.get(m, (0,))
     ]
-    runs = load(homes)
-    table = board(runs, resamples=200)
+    runs = load_runs(homes)
+    table = build_board(runs, resamples=200)
     path = folder / "report.html"
-    path.write_text(page(table, gather(table, runs)), "utf-8")
+    path.write_text(page(table, read_report_data(table, runs)), "utf-8")
     return path
 
 
