@@ -124,7 +124,7 @@ class Seen:
         return [_gain(pd.read_parquet(f / "scores.parquet"), key, "phase", "after", "before") for f in self.folders]
 
     def gains_at(self, key: str, currency: str, spend: float) -> list[np.ndarray]:
-        """For each seed (prompts,): the gain at an equal spend, between the two validation marks around it."""
+        """For each seed (prompts,): the gain at an equal spend, between the two eval points around it."""
         return [_between(f, r, key, currency, spend) for f, r in zip(self.folders, self.records, strict=True)]
 
     def spent(self, currency: str) -> float:
@@ -140,11 +140,11 @@ def _gain(table: pd.DataFrame, key: str, column: str, after: object, before: obj
 
 
 def _between(folder: Path, r: record.Record, key: str, currency: str, spend: float) -> np.ndarray:
-    marks = pd.read_parquet(folder / "curve.parquet")
+    curve = pd.read_parquet(folder / "curve.parquet")
     at = np.array([point.spent[currency] for point in r.curve])
     right = int(np.searchsorted(at, spend).clip(1, len(at) - 1))
     share = float(np.clip((spend - at[right - 1]) / max(at[right] - at[right - 1], 1e-9), 0, 1))
-    ends = [_gain(marks, key, "mark", k, 0) if k else 0.0 for k in (right - 1, right)]
+    ends = [_gain(curve, key, "eval_point", k, 0) if k else 0.0 for k in (right - 1, right)]
     return np.asarray((1 - share) * ends[0] + share * ends[1])
 
 
@@ -319,7 +319,7 @@ def table(seeds: int, budget: str, out: Path, docs: Path, metric: str) -> None:
         "",
         "## At equal spend in every currency",
         "",
-        f"The gain of {training}, read between the validation marks, where each method had spent as much as the thriftiest of "
+        f"The gain of {training}, interpolated between eval points, where each method had spent as much as the thriftiest of "
         "them at its end.",
         "",
         *equal_table(methods, training),

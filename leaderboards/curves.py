@@ -111,14 +111,14 @@ def _validation_scores(run: LoadedRun) -> _ValidationScores | None:
     if not path.is_file() or not count:
         return None
     table = read_table(path)
-    table = table[table.mark < count]
+    table = table[table.eval_point < count]
     prompts = int(table.prompt.max()) + 1 if len(table) else 0
     if not prompts:
         return None
     key = table.scorer.astype(str) + "/" + table.metric.astype(str)
     scores: dict[str, Array] = {}
     for name, part in table.groupby(key, sort=False):
-        means = part.groupby(["prompt", "mark"]).value.mean().unstack("mark")
+        means = part.groupby(["prompt", "eval_point"]).value.mean().unstack("eval_point")
         scores[str(name)] = means.reindex(index=range(prompts), columns=range(count)).to_numpy(np.float64)
     strata = [""] * prompts
     if "stratum" in table:

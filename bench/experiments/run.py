@@ -730,12 +730,12 @@ def _scores(path: Path, before: Evaluation, after: Evaluation) -> None:
 
 def _keep_mark(path: Path, mark: int, seen: Evaluation) -> None:
     """Every validation score of one point of the curve, behind those of the points before it; later ones are of a start cut off."""
-    new = seen.table.drop(columns=["text", "reason", "note"]).assign(mark=mark)
+    new = seen.table.drop(columns=["text", "reason", "note"]).assign(eval_point=mark)
     try:
         old = pd.read_parquet(path) if mark and path.is_file() else None
     except (ValueError, OSError):  # damaged: the points themselves are in the checkpoint
         old = None
-    table = new if old is None else pd.concat([old[old.mark < mark], new], ignore_index=True)
+    table = new if old is None else pd.concat([old[old.eval_point < mark], new], ignore_index=True)
     write_atomically(path, lambda p: table.to_parquet(p, index=False))
 
 

@@ -1,4 +1,4 @@
-"""Tasks summed up: on one scale, whatever a task's own is, and no surer than prompts and seeds allow."""
+"""Aggregates put all tasks on one scale, and their intervals contain prompts and seeds."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def grid(
             for seed in range(seeds):
                 rng = np.random.default_rng(100 * t + 10 * m + seed)
                 after = before + gain + rng.normal(0, spread) + rng.normal(0, 0.1, before.shape)
-                looks = {KEY: (before * size, after * size)}
-                make(f"{task}-{method}-{seed}", method, seed, task=task, looks=looks)
+                scores_by_key = {KEY: (before * size, after * size)}
+                make(f"{task}-{method}-{seed}", method, seed, task=task, scores_by_key=scores_by_key)
 
 
 def line(table: AggregateTable, label: str) -> Any:
-    return next(one for one in table.rows if one.label == label)
+    return next(row for row in table.rows if row.label == label)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def two(make: Make, tmp_path: Path) -> Callable[..., AggregateTable]:
 
 def test_rows_are_sorted_by_the_middle_of_all_gains(two: Callable[..., AggregateTable]) -> None:
     table = two()
-    assert [one.label for one in table.rows] == ["gpo", "awm"] and set(table.keys) == {"ocr", "counting"}
+    assert [row.label for row in table.rows] == ["gpo", "awm"] and set(table.keys) == {"ocr", "counting"}
     gpo, awm = table.rows
     assert gpo.middle.low > 0 > awm.middle.low and gpo.middle.mean > awm.middle.mean
     assert gpo.improvement and gpo.improvement.mean == 1 and awm.improvement and awm.improvement.low < 0.5
@@ -68,9 +68,9 @@ def test_a_scorers_unit_does_not_matter(
         grid(lambda name, *a, **k: make_at(run_dir / name, *a, **k), gains, scale=size)
         return aggregate(load_runs([run_dir]), resamples=200)
 
-    found = [one_scale(1.0), one_scale(scale)]
-    one, other = (line(table, "gpo") for table in found)
-    assert one.middle.mean == pytest.approx(other.middle.mean) and one.middle.low == pytest.approx(other.middle.low)
+    tables = [one_scale(1.0), one_scale(scale)]
+    row, other = (line(table, "gpo") for table in tables)
+    assert row.middle.mean == pytest.approx(other.middle.mean) and row.middle.low == pytest.approx(other.middle.low)
 
 
 def test_against_another_row_it_counts_who_wins(two: Callable[..., AggregateTable]) -> None:
@@ -87,9 +87,9 @@ def test_prompts_are_in_the_interval(make: Make, tmp_path: Path) -> None:
 
 def test_rows_that_lack_a_task_or_a_seed_are_named(make: Make, tmp_path: Path) -> None:
     grid(make, {"ocr": {"gpo": 0.1, "awm": 0.1, "nft": 0.1}, "counting": {"gpo": 0.1, "nft": 0.1}}, seeds=2)
-    make("more", "nft", 7, task="ocr", looks={KEY: (x := np.random.default_rng(0).random((40, 2)), x + 0.1)})
+    make("more", "nft", 7, task="ocr", scores_by_key={KEY: (x := np.random.default_rng(0).random((40, 2)), x + 0.1)})
     table = aggregate(load_runs([tmp_path]), resamples=50)
-    assert [one.label for one in table.rows] == ["gpo"]
+    assert [row.label for row in table.rows] == ["gpo"]
     assert any("left out: awm, nft" in note for note in table.notes)
     with pytest.raises(UserError, match="unknown baseline 'awm'"):
         aggregate(load_runs([tmp_path]), "awm", resamples=50)
@@ -99,10 +99,10 @@ def test_what_cannot_be_summed_up_is_refused(make: Make, tmp_path: Path) -> None
     grid(make, {"ocr": {"gpo": 0.1}}, seeds=1)
     with pytest.raises(UserError, match="several tasks; these runs are of ocr"):
         aggregate(load_runs([tmp_path]))
-    make("other", "awm", 0, task="counting", looks={KEY: (x := np.random.default_rng(0).random((40, 2)), x)})
+    make("other", "awm", 0, task="counting", scores_by_key={KEY: (x := np.random.default_rng(0).random((40, 2)), x)})
     with pytest.raises(UserError, match="no method has runs of the same seeds"):
         aggregate(load_runs([tmp_path]))
-    make("model", "gpo", 0, task="counting", model="sd35m", looks={KEY: (x, x)})
+    make("model", "gpo", 0, task="counting", model="sd35m", scores_by_key={KEY: (x, x)})
     with pytest.raises(UserError, match="several models, sd35m, tiny"):
         aggregate(load_runs([tmp_path]))
 
@@ -111,7 +111,7 @@ def test_one_seed_has_no_interval_and_a_flat_base_no_scale(make: Make, tmp_path:
     grid(make, {t: {"gpo": 0.1} for t in ("ocr", "counting")}, seeds=1)
     assert math.isnan(line(aggregate(load_runs([tmp_path]), resamples=50), "gpo").middle.low)
     flat = np.zeros((40, 2))
-    make("z", "gpo", 0, task="third", looks={KEY: (flat, flat + 1)})
+    make("z", "gpo", 0, task="third", scores_by_key={KEY: (flat, flat + 1)})
     with pytest.raises(UserError, match="have no scale"):
         aggregate(load_runs([tmp_path]), resamples=50)
 
@@ -120,10 +120,10 @@ def test_every_dress_has_every_row(two: Callable[..., AggregateTable]) -> None:
     table = two()
     for format in ("terminal", "md", "csv", "json"):
         text = render(table, format)
-        assert all(one.label in text for one in table.rows) and text.endswith("\n")
+        assert all(row.label in text for row in table.rows) and text.endswith("\n")
     assert all(len(row) <= 80 for row in render(table, width=80).splitlines())
     assert "counting" in render(table, width=140).splitlines()[2] and "More columns" in render(table, width=60)
-    said = json.loads(render(table, "json"))
-    assert [row["label"] for row in said["rows"]] == ["gpo", "awm"] and said["rows"][0]["iqm"]["ci_low"] > 0
+    document = json.loads(render(table, "json"))
+    assert [row["label"] for row in document["rows"]] == ["gpo", "awm"] and document["rows"][0]["iqm"]["ci_low"] > 0
     with pytest.raises(UserError, match="did you mean"):
         render(table, "jsn")

@@ -1,4 +1,4 @@
-"""A baseline comes back as it was written, and one that was meddled with is refused."""
+"""A baseline is read as it was written, and an edited or damaged one is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def example(n: int = 6, strata: list[str] | None = None, **change: Any) -> tuple
     by = {("base", "a/b"): [rng.random(n).round(4)], ("gpo", "a/b"): [rng.random(n).round(4) for _ in range(2)]}
     by["gpo", "a/b"][1][2] = math.nan
     weight = lambda v: (
-        float(np.mean([np.nanmean(v[[s == one for s in strata]]) for one in set(strata)]))
+        float(np.mean([np.nanmean(v[[s == label for s in strata]]) for label in set(strata)]))
         if strata
         else float(np.nanmean(v))
     )
@@ -64,10 +64,10 @@ def example(n: int = 6, strata: list[str] | None = None, **change: Any) -> tuple
 @pytest.mark.parametrize("strata", [None, ["x", "x", "x", "y, z", "y, z", "y, z"]])
 def test_round_trip(tmp_path: Path, strata: list[str] | None) -> None:
     path = tmp_path / "t.toml"
-    known, scores = example(strata=strata)
-    written = write_baseline(path, known, scores)
+    baseline, scores = example(strata=strata)
+    written = write_baseline(path, baseline, scores)
     back, same = read_baseline(path)
-    assert back == written and back.model_copy(update={"scores_sha256": ""}) == known and same.strata == strata
+    assert back == written and back.model_copy(update={"scores_sha256": ""}) == baseline and same.strata == strata
     for key, vectors in scores.by.items():
         assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(vectors, same.by[key], strict=True))
     text = path.read_text(), scores_path(path).read_text()
@@ -92,16 +92,16 @@ def test_a_margin_may_be_edited(tmp_path: Path) -> None:
     assert read_baseline(path)[0].row[0].number[0].margin == 0.05
 
 
-def test_what_was_meddled_with_is_refused(tmp_path: Path) -> None:
+def test_an_edited_baseline_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.toml"
 
-    def meddle(old: str, new: str, scores: bool = False) -> None:
+    def edit_file(old: str, new: str, scores: bool = False) -> None:
         write_baseline(path, *example())
         file = scores_path(path) if scores else path
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new, 1))
 
-    for edit, said in (
+    for edit, message in (
         (("gpo,a/b,0,0.", "gpo,a/b,0,1.", True), "its sha256 differs"),
         (("margin = 0.03", "margin = -0.03"), "row.0.number.0.margin: Input should be greater than 0"),
         (("margin = 0.03", "margin = inf"), "row.0.number.0.margin"),
@@ -113,8 +113,8 @@ def test_what_was_meddled_with_is_refused(tmp_path: Path) -> None:
         (("format = 2", "format = 1"), "has format 1, this gpobench reads format 2"),
         (("[budget]", "[budget"), "cannot read"),
     ):
-        meddle(*edit)
-        with pytest.raises(UserError, match=said) as caught:
+        edit_file(*edit)
+        with pytest.raises(UserError, match=message) as caught:
             read_baseline(path)
         assert "\n" not in str(caught.value)
     write_baseline(path, *example())

@@ -1,4 +1,4 @@
-"""A page holds what its runs hold, asks the network for nothing, stays small, and obeys no prompt."""
+"""A report page shows the data of its runs, needs no network, stays small, and interprets no prompt as markup."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Seen(HTMLParser):
         (self.scripts if self._in == "script" else self.words).append(data)
 
 
-def made(*homes: Path, **more: Any) -> str:
-    runs = load_runs(homes)
+def made(*run_dirs: Path, **more: Any) -> str:
+    runs = load_runs(run_dirs)
     table = build_board(runs, resamples=200, **more)
     return page(table, read_report_data(table, runs))
 
@@ -59,9 +59,9 @@ def data(text: str) -> dict[str, Any]:
 
 
 def test_it_says_what_the_table_says(make_full: Make) -> None:
-    homes = [make_full(f"{m}{s}", m, s, g) for m, g in (("gpo", 0.3), ("awm", 0.1)) for s in (0, 1)]
-    text = made(*homes)
-    table = build_board(load_runs(homes), resamples=200)
+    run_dirs = [make_full(f"{m}{s}", m, s, g) for m, g in (("gpo", 0.3), ("awm", 0.1)) for s in (0, 1)]
+    text = made(*run_dirs)
+    table = build_board(load_runs(run_dirs), resamples=200)
     seen = Seen(text)
     for row in table.rows:
         assert row.label in seen.words
@@ -126,16 +126,16 @@ def test_reported_numbers_stand_beside_and_are_never_ranked(make: Make) -> None:
 
 def test_twelve_methods_of_three_seeds_stay_small(make_full: Make) -> None:
     # Pictures of noise do not compress: no real ones are larger.
-    homes = [make_full(f"m{m}-{s}", f"m{m}", s, 0.01 * m, size=64) for m in range(12) for s in range(3)]
-    text = made(*homes)
+    run_dirs = [make_full(f"m{m}-{s}", f"m{m}", s, 0.01 * m, size=64) for m in range(12) for s in range(3)]
+    text = made(*run_dirs)
     assert len(text.encode()) < 5_000_000
 
 
 def test_plots_are_the_same_bytes_again(make_full: Make, tmp_path: Path) -> None:
     runs = load_runs([make_full("a", "gpo", 0, 0.3), make_full("b", "$x^", 0, 0.1)])  # a name is no formula
     table = build_board(runs, resamples=200)
-    found = read_report_data(table, runs)
-    once, again = write_figures(table, found, tmp_path / "p"), write_figures(table, found, tmp_path / "q")
+    report_data = read_report_data(table, runs)
+    once, again = write_figures(table, report_data, tmp_path / "p"), write_figures(table, report_data, tmp_path / "q")
     assert [p.name for p in once] == ["curves.svg", "curves.png", "pareto.svg", "pareto.png"]
     assert [p.read_bytes() for p in once] == [p.read_bytes() for p in again]
     assert "$x^" in (tmp_path / "p" / "curves.svg").read_text("utf-8")
@@ -146,10 +146,10 @@ def test_the_command_writes_page_and_plots(make: Make, tmp_path: Path) -> None:
     app.command()(report)
     make("a")
     out = tmp_path / "page.html"
-    done = CliRunner().invoke(app, [str(tmp_path / "a"), "-o", str(out), "--plots", str(tmp_path / "p")])
-    assert done.exit_code == 0, done.output
+    result = CliRunner().invoke(app, [str(tmp_path / "a"), "-o", str(out), "--plots", str(tmp_path / "p")])
+    assert result.exit_code == 0, result.output
     assert out.read_text("utf-8").startswith("<!doctype html>")
-    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["pareto.png", "pareto.svg"]  # no curve was kept
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["pareto.png", "pareto.svg"]  # no curve was stored
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])

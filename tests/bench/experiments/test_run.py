@@ -527,7 +527,7 @@ def test_the_curve_keeps_every_score(plan: Any, tmp_path: Path, split: str) -> N
         plan(f"evaluation.split={split}", more, budget="nfe=1500"), runs=tmp_path, progress=NullProgress()
     )
     table = pd.read_parquet(Path(done.run_dir) / "curve.parquet")
-    assert sorted(table.mark.unique()) == list(range(len(done.curve))) and len(done.curve) >= 3
+    assert sorted(table.eval_point.unique()) == list(range(len(done.curve))) and len(done.curve) >= 3
     assert set(table.ordinal) == {0} and set(table.columns) == {
         "prompt",
         "ordinal",
@@ -535,10 +535,10 @@ def test_the_curve_keeps_every_score(plan: Any, tmp_path: Path, split: str) -> N
         "scorer",
         "metric",
         "value",
-        "mark",
+        "eval_point",
     }
     for k, point in enumerate(done.curve):
-        own = table[(table.mark == k) & (table.scorer == "redness")]
+        own = table[(table.eval_point == k) & (table.scorer == "redness")]
         assert len(own) == 2 and own.value.mean() == pytest.approx(point.scores["redness/mean"].mean)
 
 
