@@ -325,7 +325,7 @@ class Transitions:
     to: Tensor  # (N, C, h, w)
     mean: Tensor  # (N, C, h, w) under the policy that sampled
     logp: Tensor  # (N,)
-    adv: Tensor  # (N,)
+    advantage: Tensor  # (N,)
     prompt_ids: Tensor  # (N,)
     image: Tensor  # (N,) which image of the rollout, p G + g
 
@@ -340,7 +340,7 @@ def assign_advantages(transitions: Transitions, advantage: Tensor) -> Transition
     learn = (each != 0).nonzero().flatten()
     rows = torch.isin(transitions.image.cpu(), learn).nonzero().flatten()
     kept = select_rows(transitions, rows)
-    return replace(kept, adv=each[kept.image.cpu()].to(transitions.adv))
+    return replace(kept, advantage=each[kept.image.cpu()].to(transitions.advantage))
 
 
 @dataclass(frozen=True)

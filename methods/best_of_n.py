@@ -1,11 +1,13 @@
-"""Best of n: no training at all; the same spend buys many images of each prompt, and the best one is shown.
+"""Best of n: no training; the budget pays for several images of each prompt, and the best one is the answer.
 
-The baseline every method that trains must stand beside: when drawing more images and keeping the best is as good, the
-weights need not change. Candidate 0 starts from the judge's own noise, so with n = 1 it is the base, and differences stay
-paired with it. The choice is made BY the training scorer: its number rises by construction, as the largest of n draws of
-anything does, and only the held-out scorers tell what was gained.
 Used as a baseline by e.g. Stiennon et al., arXiv 2009.01325 (best-of-n against RL), and Ma et al., arXiv 2501.09732
 (search over noises for diffusion models).
+
+  answer = argmax over i < n of reward(x0_i),   x0_i sampled from noise_i by the base model
+The baseline for every method that trains: where drawing more images and keeping the best is as good, the weights need not
+change. Candidate 0 starts from the evaluation's own noise, so with n = 1 the answer is the base's image, and differences
+stay paired with it. The training scorer makes the choice: its number rises by construction, as the largest of n draws of
+anything does, and only the held-out scorers tell what was gained.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from ..bench.flow import ode
 from ..bench.spec import Range, counted_guidance
 from ..bench.training.rig import Rig
 
-SHARE = "candidates"  # in rig.state: decided once, when nothing is spent, so that every image gets the same
+CANDIDATES = "candidates"  # key of rig.state; set once, before anything is spent, so that every image gets the same n
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class BestOfN:
     """The field is the only hyper-parameter; `answer` is the algorithm."""
 
     space: ClassVar[Mapping[str, Range]] = {}
-    n: int = 0  # candidates an image; 0 is as many as the budget affords, the same for every image
+    n: int = 0  # candidates per image; 0: as many as the budget affords, the same for every image
 
     def __post_init__(self) -> None:
         if self.n < 0:
@@ -42,21 +44,22 @@ class BestOfN:
         return {"inference": max(1, self.n) * steps * (1 if guidance == 1 else 2)}
 
     def answer(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
-        """Of n candidates a row, the one the training scorer likes best; ties and unscored ones leave the earlier one."""
-        if SHARE not in rig.state:
-            each = int(self.cost(rig.model.steps, counted_guidance(rig.model))["inference"])
-            afforded = self.n or rig.affords(nfe=each, images=1, reward_calls=1) // images
-            rig.state[SHARE] = max(1, afforded)
-        best, top = self._candidate(rig, noise, prompt_ids)
-        for _ in range(1, rig.state[SHARE]):
+        """The candidate of each row with the highest training reward; on a tie, or without a score, the earlier one."""
+        if CANDIDATES not in rig.state:
+            nfe = int(self.cost(rig.model.steps, counted_guidance(rig.model))["inference"])
+            affordable = self.n or rig.affords(nfe=nfe, images=1, reward_calls=1) // images
+            rig.state[CANDIDATES] = max(1, affordable)
+        best, best_reward = self._candidate(rig, noise, prompt_ids)
+        for _ in range(1, rig.state[CANDIDATES]):
             try:
                 x0, reward = self._candidate(rig, rig.noise(len(prompt_ids)), prompt_ids)
-            except Spent:  # a given n may pass the budget: what was found until then counts
+            except Spent:  # a given n may exceed the budget: the best candidate so far is the answer
                 break
-            better = reward > top  # top is -inf where nothing was scored yet
+            better = reward > best_reward  # best_reward is -inf where nothing was scored yet
             best = x0.where(better.view(-1, *[1] * (x0.dim() - 1)), best)
-            top = reward.where(better, top)
-        rig.note("search/best", top[top.isfinite()].mean() if top.isfinite().any() else float("nan"))
+            best_reward = reward.where(better, best_reward)
+        scored = best_reward.isfinite()
+        rig.note("search/best", best_reward[scored].mean() if scored.any() else float("nan"))
         return best
 
     def _candidate(self, rig: Rig, x: Tensor, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:

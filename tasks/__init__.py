@@ -1,1 +1,1 @@
-"""Tasks, one file each: prompts, the reward to train on, the held-out scorers and the protocol."""
+"""Tasks, one file each: prompts, the scorer to train on, the held-out scorers and the evaluation settings."""

@@ -1,9 +1,9 @@
-"""A photo of a purple wine glass and a black apple: GenEval's grammar, forwards and backwards, and its splits for real models.
+"""GenEval's prompt grammar, written and parsed, and its splits for real models.
 
-The published benchmark (arXiv 2310.11513; djghosh13/geneval at af4902f, MIT) is 553 prompts in six tags over COCO's 80 classes, three of
-them renamed. Both files are taken from their publisher and checked byte for byte. The grammar is kept with its faults, because they stand
-in the published strings: plurals are naive (`three benchs`, `four skises`). `write` makes a prompt of clauses, `parse` undoes it, and what
-is composed here for training and validation is what `write` can say and the benchmark does not ask for.
+The published benchmark (arXiv 2310.11513; djghosh13/geneval at af4902f, MIT) is 553 prompts in six tags over COCO's 80 classes, three
+of them renamed. Both files are downloaded from their publisher and checked byte for byte. The grammar is kept with its faults, because
+they are part of the published strings: plurals are naive (`three benchs`, `four skises`). `write` makes a sentence of clauses, `parse`
+is its inverse, and the train and validation prompts are those that `write` can make and the benchmark does not ask for.
 """
 
 import json
@@ -41,9 +41,9 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
-MIRRORED = {"right of": "left of", "below": "above"}  # what a relation is called from the other object's side
+MIRRORED = {"right of": "left of", "below": "above"}  # the same relation from the other object's side
 NEVER_COLOURED = "person"
-# How often a tag is trained on, relative to the others, in Flow-GRPO's train list (yifan123/flow_grpo at ac4c86e), which could not be had.
+# Weight of a tag in Flow-GRPO's train list (yifan123/flow_grpo at ac4c86e), which could not be obtained.
 WEIGHTS = {"position": 0.7, "counting": 0.5, "color_attr": 0.3, "colors": 0.1, "two_object": 0.1}
 
 
@@ -59,33 +59,33 @@ def _plural(name: str) -> str:
 
 
 def write(tag: str, include: Include) -> str:
-    """The published sentence of a tag and its clauses; UserError where the grammar has no words for them."""
+    """The published sentence of a tag and its clauses; UserError where the grammar cannot express them."""
     names = [str(clause["class"]) for clause in include]
     if tag == "single_object":
-        said = _article(names[0])
+        words = _article(names[0])
     elif tag == "two_object":
-        said = f"{_article(names[0])} and {_article(names[1])}"
+        words = f"{_article(names[0])} and {_article(names[1])}"
     elif tag == "counting":
         if include[0]["count"] not in NUMBERS:
             raise UserError(f"GenEval counts {' or '.join(NUMBERS.values())}, not {include[0]['count']} {names[0]}")
-        said = f"{NUMBERS[include[0]['count']]} {_plural(names[0])}"
+        words = f"{NUMBERS[include[0]['count']]} {_plural(names[0])}"
     elif tag == "colors":
-        said = _article(f"{include[0]['color']} {names[0]}")
+        words = _article(f"{include[0]['color']} {names[0]}")
     elif tag == "position":  # the object that is placed is the second clause, the one it is placed by the first
-        said = f"{_article(names[1])} {include[1]['position'][0]} {_article(names[0])}"
+        words = f"{_article(names[1])} {include[1]['position'][0]} {_article(names[0])}"
     elif tag == "color_attr":
-        said = " and ".join(_article(f"{clause['color']} {clause['class']}") for clause in include)
+        words = " and ".join(_article(f"{clause['color']} {clause['class']}") for clause in include)
     else:
         raise registry.unknown("GenEval tag", tag, TAGS)
-    return f"a photo of {said}"
+    return f"a photo of {words}"
 
 
 def facts(tag: str, include: Include) -> dict[str, Any]:
-    """What the scorer must know; where a number is asked for, one more is too many."""
-    known: dict[str, Any] = {"tag": tag, "include": [dict(clause) for clause in include]}
+    """The facts that the scorer needs; under the tag counting, one object more is excluded."""
+    values: dict[str, Any] = {"tag": tag, "include": [dict(clause) for clause in include]}
     if tag == "counting":
-        known["exclude"] = [{"class": clause["class"], "count": clause["count"] + 1} for clause in include]
-    return known
+        values["exclude"] = [{"class": clause["class"], "count": clause["count"] + 1} for clause in include]
+    return values
 
 
 def compose(tag: str, include: Include) -> Prompt:
@@ -94,7 +94,7 @@ def compose(tag: str, include: Include) -> Prompt:
 
 
 def from_row(row: Mapping[str, Any]) -> Prompt:
-    """A prompt from a row of metadata; `to_row` undoes it."""
+    """A prompt from a row of metadata; `to_row` is its inverse."""
     return Prompt(row["prompt"], {key: row[key] for key in row if key != "prompt"}, stratum=row["tag"])
 
 
@@ -104,30 +104,30 @@ def to_row(prompt: Prompt) -> dict[str, Any]:
 
 
 def parse(text: str, objects: Sequence[str]) -> tuple[str, list[dict[str, Any]]]:
-    """The tag and the clauses that `write` made a sentence of; UserError naming the word that is none, with the nearest valid one.
+    """The tag and the clauses of a sentence, the inverse of `write`; UserError naming the unknown word, with the nearest valid one.
 
     Case, a full stop and repeated spaces do not matter, and `a` may stand for `an`.
     """
     clean = " ".join(text.lower().split()).rstrip(".")
-    found = re.fullmatch(r"a photo of (?:(?P<one>an? .+)|(?P<number>\S+) (?P<many>.+))", clean)
-    if found is None:
+    match = re.fullmatch(r"a photo of (?:(?P<one>an? .+)|(?P<number>\S+) (?P<many>.+))", clean)
+    if match is None:
         raise UserError(f"not a GenEval prompt, which begins with 'a photo of' and names an object: {text!r}")
-    if found["many"]:
+    if match["many"]:
         numbers = {word: n for n, word in NUMBERS.items()}
-        if found["number"] not in numbers:
-            raise registry.unknown(f"number in {text!r}:", found["number"], (*numbers, "a", "an"))
+        if match["number"] not in numbers:
+            raise registry.unknown(f"number in {text!r}:", match["number"], (*numbers, "a", "an"))
         singular = {_plural(name): name for name in objects}
-        if found["many"] not in singular:
-            raise registry.unknown(f"objects in {text!r}:", found["many"], singular)
-        return "counting", [{"class": singular[found["many"]], "count": numbers[found["number"]]}]
+        if match["many"] not in singular:
+            raise registry.unknown(f"objects in {text!r}:", match["many"], singular)
+        return "counting", [{"class": singular[match["many"]], "count": numbers[match["number"]]}]
     for relation in RELATIONS:
-        placed, between, by = found["one"].partition(f" {relation} ")
+        placed, between, by = match["one"].partition(f" {relation} ")
         if between:
             this, that = _object(placed, objects, text), _object(by, objects, text)
             if "color" in this or "color" in that:
                 raise UserError(f"GenEval has no colours in a prompt about places: {text!r}")
             return "position", [that, {**this, "position": [relation, 0]}]
-    clauses = [_object(part, objects, text) for part in found["one"].split(" and ")]
+    clauses = [_object(part, objects, text) for part in match["one"].split(" and ")]
     coloured = sum("color" in clause for clause in clauses)
     if len(clauses) > 2 or coloured not in (0, len(clauses)):
         raise UserError(f"GenEval asks for one object or two, with a colour for each or for none: {text!r}")
@@ -151,7 +151,7 @@ def _object(words: str, objects: Sequence[str], text: str) -> dict[str, Any]:
 
 
 def read(text: str, known: Mapping[str, Any], objects: Callable[[], Sequence[str]]) -> Prompt:
-    """A prompt of a person's own: by its facts `tag` and `include` where the row has them, by the grammar where not."""
+    """A user's own prompt: by its facts `tag` and `include` where the row has them, else by the grammar."""
     if known.get("include"):
         if known.get("tag") not in TAGS:
             raise registry.unknown(f"GenEval tag of {text!r}:", str(known.get("tag", "")), TAGS)
@@ -163,7 +163,7 @@ def read(text: str, known: Mapping[str, Any], objects: Callable[[], Sequence[str
 
 
 def _clauses(text: str, key: str, given: Any) -> list[dict[str, Any]]:
-    """The clauses of a person's own facts, which a table holds as JSON; UserError on what GenEval's rule could not read."""
+    """The clauses of a user's own facts, which a table holds as JSON; UserError on clauses that GenEval's rule cannot read."""
     wrong = lambda why: UserError(f"the fact `{key}` of {text!r} {why}")
     if isinstance(given, str):
         try:
@@ -194,7 +194,7 @@ def _clauses(text: str, key: str, given: Any) -> list[dict[str, Any]]:
 
 
 def asks_for(prompt: Prompt) -> tuple[Any, ...]:
-    """What makes two prompts ask for the same picture: the order of two objects does not, nor which of them is placed by the other."""
+    """Key of what a prompt asks for; the order of two objects, and which of them is placed by the other, make no difference."""
     include: Include = prompt.meta["include"]
     things = [(str(c["class"]), int(c["count"]), str(c.get("color", ""))) for c in include]
     for i, clause in enumerate(include):
@@ -227,7 +227,7 @@ def objects(data: str) -> tuple[str, ...]:
 
 
 def _includes(tag: str, names: Sequence[str]) -> tuple[Sequence[tuple[Any, ...]], Callable[..., Include]]:
-    """Every choice that a tag leaves open, and what makes clauses of one."""
+    """Every choice of words of a tag, and the function that makes clauses of one."""
     coloured = [name for name in names if name != NEVER_COLOURED]
     if tag == "single_object":
         return list(product(names)), lambda a: [_one(a)]
@@ -251,7 +251,7 @@ def _one(name: str, **more: Any) -> dict[str, Any]:
 
 
 def sentences(tag: str, names: Sequence[str], seed: int = 0) -> Iterator[Prompt]:
-    """Every prompt of a tag once, in the order of a stream of hashes, which no library's random generator can change."""
+    """Every prompt of a tag once, in the order of a stream of hashes, which does not depend on a library's random generator."""
     choices, include = _includes(tag, names)
     drawn: set[int] = set()
     for i in count():
@@ -265,42 +265,42 @@ def sentences(tag: str, names: Sequence[str], seed: int = 0) -> Iterator[Prompt]
 
 @dataclass(frozen=True)
 class Beside:
-    """What a set of prompts leaves free: nothing it asks for, up to the order of objects, up to case and punctuation."""
+    """Test for prompts that none of a set asks for, up to the order of objects, case and punctuation."""
 
     asked: frozenset[tuple[Any, ...]]
     texts: frozenset[str]
 
     def free(self, prompt: Prompt) -> bool:
-        """Is this another prompt than each of the set?"""
+        """True where the prompt differs from each of the set."""
         return asks_for(prompt) not in self.asked and fold_text(prompt.text) not in self.texts
 
 
 def beside(prompts: Sequence[Prompt]) -> Beside:
-    """The prompts that are kept out of another split."""
+    """The test that keeps these prompts out of another split."""
     return Beside(frozenset(map(asks_for, prompts)), frozenset(fold_text(prompt.text) for prompt in prompts))
 
 
 @cache
 def splits(train: int, validation: int, seed: int, data: str) -> dict[Split, list[Prompt]]:
-    """What is composed beside the benchmark: `validation` prompts of each trained tag, then `train` prompts by WEIGHTS from the rest.
+    """Prompts that are not in the benchmark: `validation` prompts of each trained tag, then `train` prompts by WEIGHTS from the rest.
 
     A tag with fewer prompts than its share repeats them evenly (counting has 240 - 80 = 160 beside the benchmark, colors 790 - 94 = 696).
     """
     test, names, share = published(data), objects(data), shares(train)
     left = {tag: filter(beside(test).free, sentences(tag, names, seed)) for tag in WEIGHTS}
-    judged = [prompt for tag in WEIGHTS for prompt in islice(left[tag], validation)]
-    unjudged = beside(judged)
-    taught: list[Prompt] = []
+    validation_prompts = [prompt for tag in WEIGHTS for prompt in islice(left[tag], validation)]
+    unused = beside(validation_prompts)
+    train_prompts: list[Prompt] = []
     for tag in WEIGHTS:
-        pool = list(islice(filter(unjudged.free, left[tag]), share[tag]))
+        pool = list(islice(filter(unused.free, left[tag]), share[tag]))
         if not pool:
             raise UserError(f"geneval: {validation} validation prompts a tag leave no {tag} prompt to train on")
-        taught += [pool[i % len(pool)] for i in range(share[tag])]
-    return {"train": taught, "validation": judged}
+        train_prompts += [pool[i % len(pool)] for i in range(share[tag])]
+    return {"train": train_prompts, "validation": validation_prompts}
 
 
 def shares(train: int) -> dict[str, int]:
-    """How many train prompts of each tag: by WEIGHTS, what rounding leaves over to the largest."""
+    """Number of train prompts of each tag: by WEIGHTS; the remainder of the rounding goes to the largest."""
     whole = sum(WEIGHTS.values())
     share = {tag: int(train * weight / whole) for tag, weight in WEIGHTS.items()}
     share["position"] += train - sum(share.values())

@@ -1,8 +1,8 @@
-"""Write this word: prompts that quote a text, judged by engines that read what was drawn.
+"""The task ocr: draw a quoted text, scored by text recognition engines.
 
 The task of Flow-GRPO (arXiv 2505.05470, section "visual text rendering"), in two prompt domains. `glyphs`: short words from `ocr_words.txt`
 for the embedded 64x32 model; the spelling alone decides the split, so a test word can be in no other. `open`: scene descriptions for real
-models; the test set is the published one, from the folder GPOBENCH_DATA names or fetched once, the other two splits are composed here.
+models; the test split is the published one, from the folder in GPOBENCH_DATA or downloaded once, the other two splits are composed here.
 """
 
 import os
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 from ..bench import registry
 from ..bench.assets.downloads import PinnedFile
@@ -19,8 +19,8 @@ from ..bench.assets.glyphs import ALPHABET, INKS, LONGEST, SHORTEST, SURFACES, V
 from ..bench.errors import UserError
 from ..bench.registry import known_domain
 from ..bench.spec import Columns, EvaluationSettings, Prompt, Split
+from .base import SPLITS, DomainSettings, DomainTask
 
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 WORDS = Path(__file__).with_name("ocr_words.txt")
 PUBLISHED = PinnedFile(  # MIT
     "flow_grpo/dataset/ocr/test.txt",
@@ -38,7 +38,7 @@ def _digest(word: str) -> int:
 
 
 def word_to_prompt(word: str) -> Prompt:
-    """The one prompt of a word: its spelling picks the surface and the ink, or no ink."""
+    """The prompt of a word: its spelling decides the surface and the ink, or no ink."""
     place = _digest(word) // 100  # the remainder decides the split
     place, surface = divmod(place, len(SURFACES))
     ink = (None, *INKS)[place % (1 + len(INKS))]
@@ -46,7 +46,9 @@ def word_to_prompt(word: str) -> Prompt:
 
 
 def read_words(path: Path) -> list[str]:
-    """The words of a file, one a line, by digest: any first part of the list is a fair sample. UserError on a line that is no word."""
+    """The words of a file, one per line, sorted by digest, so that a first part of them is a random sample.
+
+    Raises UserError on a line that is not a word."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -60,40 +62,39 @@ def read_words(path: Path) -> list[str]:
     return sorted(set(words), key=_digest)
 
 
+@final
 @dataclass(frozen=True)
-class OCR:
+class OCR(DomainTask):
     """The task, version 1. A field that changes prompts changes their hashes, which every table checks."""
 
     name: str = "ocr"
     version: str = "1"
-    train_words: str = ""  # a file of your own, one word a line, instead of the train words of the list
-    validation_words: int = 130  # of 132; the curve is judged on them at every mark
-    test_images: int = 2  # a prompt, at the end
+    train_words: str = ""  # path of a file with one word per line, instead of the train words of the list
+    validation_words: int = 130  # of 132; each eval point of the curve uses them
+    test_images: int = 2  # per prompt of the domain glyphs, in the final evaluation
 
-    def reward(self, domain: str) -> str:
-        """The scorer methods train on."""
-        return {"glyphs": "rapidocr", "open": "rapidocr:page"}[known_domain("ocr", domain)]
-
-    def held_out(self, domain: str) -> Sequence[str]:
-        """The scorers that every run needs and no method trains on."""
-        return {"glyphs": ["reader"], "open": ["tesseract:page"]}[known_domain("ocr", domain)]
-
-    def scorers(self, domain: str) -> Sequence[str]:
-        """All that judge: the one methods train on, those held out, and Tesseract, which a run leaves out where it is not installed."""
-        further = {"glyphs": ["tesseract"], "open": []}[known_domain("ocr", domain)]
-        return [self.reward(domain), *self.held_out(domain), *further]
-
-    def columns(self, domain: str) -> Columns:
-        """What a method that only learns to write may lose: what people would pick, variety, likeness to the base."""
+    def domains(self) -> Mapping[str, DomainSettings]:
+        """Two images of every test word, one of each validation word; one image per prompt for real models, as published."""
         return {
-            "glyphs": Columns(quality=["pickscore:tiny"], diversity=["clip:tiny"], drift=["clip:tiny"]),
-            "open": Columns(
-                quality=["pickscore", "aesthetic", "imagereward", "hpsv2"], diversity=["clip"], drift=["clip"]
+            "glyphs": DomainSettings(
+                reward="rapidocr",
+                held_out=["reader"],
+                optional=["tesseract"],
+                columns=Columns(quality=["pickscore:tiny"], diversity=["clip:tiny"], drift=["clip:tiny"]),
+                evaluation=EvaluationSettings(test_images=self.test_images, validation_images=1),
             ),
-        }[known_domain("ocr", domain)]
+            "open": DomainSettings(
+                reward="rapidocr:page",
+                held_out=["tesseract:page"],
+                columns=Columns(
+                    quality=["pickscore", "aesthetic", "imagereward", "hpsv2"], diversity=["clip"], drift=["clip"]
+                ),
+                evaluation=EvaluationSettings(test_images=1, validation_images=1),
+            ),
+        }
 
     def read(self, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:
-        """A prompt of a person's own: its target is the fact `target`, else the first text between straight double quotes."""
+        """A user's own prompt: its target is the fact `target`, else the first text between straight double quotes."""
         tiny = known_domain("ocr", domain) == "glyphs"
         quoted = text.split('"')
         target = str(facts.get("target") or (quoted[1] if len(quoted) > 2 else ""))
@@ -107,17 +108,9 @@ class OCR:
             raise registry.unknown(f"word for tiny in {text!r}:", strange[0], VOCABULARY)
         return Prompt(text, {**facts, "target": target})
 
-    def evaluation(self, domain: str) -> EvaluationSettings:
-        """Two images of every test word; one of each validation word. One image a prompt for real models, as published."""
-        return EvaluationSettings(
-            test_images=self.test_images if known_domain("ocr", domain) == "glyphs" else 1, validation_images=1
-        )
-
-    def prompts(self, split: Split, domain: str) -> Sequence[Prompt]:
-        """The prompts of a split; UserError where a list cannot be had. That splits share no target, the hub checks in every run."""
-        if split not in SPLITS:
-            raise registry.unknown("split", split, SPLITS)
-        return _splits(self, known_domain("ocr", domain), os.environ.get("GPOBENCH_DATA", ""))[split]
+    def split_prompts(self, split: Split, domain: str) -> Sequence[Prompt]:
+        """Words of the list, or scenes. Every run checks that no target is in two splits (the evaluator does)."""
+        return _splits(self, domain, os.environ.get("GPOBENCH_DATA", ""))[split]
 
 
 @cache

@@ -1,7 +1,7 @@
-"""Signs, mugs and shop windows: scene descriptions with a quoted text, for models that paint real pictures.
+"""Prompts of the task ocr for real models: scene descriptions with a quoted text.
 
-The published test prompts are read from a file that is checked byte for byte. The published train list could not be had, so the train and
-validation prompts are composed here in the same form, a scene with one quoted phrase, and every phrase of the test set is left out.
+The published test prompts are read from a file that is checked byte for byte. The published train list could not be obtained, so the
+train and validation prompts are composed here in the same form, a scene with one quoted phrase; phrases of the test set are left out.
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ LAST = ("", "Club", "Today", "Room 12", "Since 1987", "No Entry", "Half Price", 
 
 
 def published(file: PinnedFile) -> list[Prompt]:
-    """The prompts of the published test file; UserError where it cannot be had or is another one."""
+    """The prompts of the published test file; UserError where it cannot be obtained or has other content."""
     try:
         raw = file.read()
     except UserError as error:
@@ -54,7 +54,7 @@ def published(file: PinnedFile) -> list[Prompt]:
 
 
 def compose(test: Sequence[Prompt]) -> dict[Split, list[Prompt]]:
-    """The train and validation prompts: all ask for different texts, and for none that a test prompt asks for."""
+    """The train and validation prompts: each with another text, and none with a text of a test prompt."""
     taken = {fold_text(prompt.meta["target"]) for prompt in test}
     phrases = [" ".join(filter(None, words)) for words in product(FIRST, SECOND, LAST)]
     phrases = [phrase for phrase in phrases if fold_text(phrase) not in taken]

@@ -1,7 +1,7 @@
-"""Draw what people would pick: prompts that people typed, judged by a network trained on their choices.
+"""The task pickscore: prompts that users typed, scored by a network trained on their choices.
 
 The PickScore task of Flow-GRPO (arXiv 2505.05470), in two prompt domains. `open`: the published lists, of which the default is the one
-without sexual content. `glyphs`: the words and counted shapes of the embedded 64x32 model, judged by the embedded miniature of the
+without sexual content. `glyphs`: the words and counted shapes of the embedded 64x32 model, scored by the embedded miniature of the
 same network. The prompts are captions of Pick-a-Pic v1, on which PickScore itself was trained: a fine target to optimise, weak evidence
 of what people prefer. The published train lists hold 31 to 37 prompts that differ from a test prompt in nothing but case and
 punctuation; they are left out here.
@@ -12,23 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
-from typing import Any
+from typing import Any, final
 
-from ..bench import registry
 from ..bench.assets.downloads import PinnedFile
 from ..bench.errors import UserError
 from ..bench.registry import known_domain
 from ..bench.spec import Columns, EvaluationSettings, Prompt, Split, fold_text
-from .ocr import SPLITS
+from .base import DomainSettings, DomainTask
 from .scenes import glyph_prompts
 
 PINNED = "https://raw.githubusercontent.com/yifan123/flow_grpo/ac4c86e8cae021841f1fde853d340e0db67690dd/dataset"
-# Not pinned: the list without sexual content was added upstream after ac4c86e, at a commit we could not find out.
+# Not pinned: the list without sexual content was added upstream after ac4c86e, at an unknown commit.
 NOT_PINNED = "https://raw.githubusercontent.com/yifan123/flow_grpo/main/dataset"
 
 
 def _list(folder: str, file: str, records: int, root: str) -> PinnedFile:
-    """No hash of these files was available when this was written: the number of lines is all that tells another file."""
+    """No hash of these files was available when this was written: only the number of lines identifies them."""
     return PinnedFile(f"flow_grpo/dataset/{folder}/{file}", f"{root}/{folder}/{file}", records=records)
 
 
@@ -42,57 +41,51 @@ WHOLE = {
 }
 
 
+@final
 @dataclass(frozen=True)
-class PickScore:
+class PickScore(DomainTask):
     """The task, version 1. A field that changes prompts changes their hashes, which every table checks."""
 
     name: str = "pickscore"
     version: str = "1"
-    safe: bool = True  # the lists without sexual content; false takes the first published ones, which hold some
+    safe: bool = True  # the lists without sexual content; false takes the first published ones, which have some
     validation_prompts: int = 128  # taken from the published train list (domain open)
-    test_images: int = 4  # a prompt of the domain glyphs, at the end; one of the domain open, as published
+    test_images: int = 4  # per prompt of the domain glyphs, in the final evaluation; 1 of the domain open, as published
 
-    def reward(self, domain: str) -> str:
-        """The scorer methods train on."""
-        return {"glyphs": "pickscore:tiny", "open": "pickscore"}[known_domain("pickscore", domain)]
+    def domains(self) -> Mapping[str, DomainSettings]:
+        """Four images of each of the 60 test prompts of glyphs; one image per prompt for real models, as published.
 
-    def held_out(self, domain: str) -> Sequence[str]:
-        """The scorers that every run needs and no method trains on."""
-        return {"glyphs": ["hpsv2:tiny"], "open": ["hpsv2"]}[known_domain("pickscore", domain)]
-
-    def scorers(self, domain: str) -> Sequence[str]:
-        """All that judge. No engine that reads: it could judge the words of the domain glyphs, and not the shapes."""
-        return [self.reward(domain), *self.held_out(domain)]
-
-    def columns(self, domain: str) -> Columns:
-        """What is shown beside: looks, a captioner's opinion, and how much the images of a prompt differ."""
+        No text recognition: it could score the words of the domain glyphs, and not the shapes.
+        """
         return {
-            "glyphs": Columns(diversity=["clip:tiny"], drift=["clip:tiny"]),
-            "open": Columns(quality=["aesthetic", "imagereward"], diversity=["clip"], drift=["clip"]),
-        }[known_domain("pickscore", domain)]
-
-    def evaluation(self, domain: str) -> EvaluationSettings:
-        """Four images of each of the 60 test prompts of the domain glyphs; one image a prompt for real models, as published."""
-        return EvaluationSettings(
-            test_images=self.test_images if known_domain("pickscore", domain) == "glyphs" else 1, validation_images=1
-        )
+            "glyphs": DomainSettings(
+                reward="pickscore:tiny",
+                held_out=["hpsv2:tiny"],
+                columns=Columns(diversity=["clip:tiny"], drift=["clip:tiny"]),
+                evaluation=EvaluationSettings(test_images=self.test_images, validation_images=1),
+            ),
+            "open": DomainSettings(
+                reward="pickscore",
+                held_out=["hpsv2"],
+                columns=Columns(quality=["aesthetic", "imagereward"], diversity=["clip"], drift=["clip"]),
+                evaluation=EvaluationSettings(test_images=1, validation_images=1),
+            ),
+        }
 
     def read(self, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:
-        """A prompt of a person's own; its scorers need the text and nothing else."""
+        """A user's own prompt; its scorers need the text and nothing else."""
         known_domain("pickscore", domain)
         return Prompt(text, dict(facts))
 
-    def prompts(self, split: Split, domain: str) -> Sequence[Prompt]:
-        """The prompts of a split; UserError where a list cannot be had."""
-        if split not in SPLITS:
-            raise registry.unknown("split", split, SPLITS)
-        if known_domain("pickscore", domain) == "glyphs":
-            return [Prompt(prompt.text, prompt.meta) for prompt in glyph_prompts(split)]  # one mean over all: no strata
+    def split_prompts(self, split: Split, domain: str) -> Sequence[Prompt]:
+        """Words and shapes without strata, so that one mean is over all; or the published lists."""
+        if domain == "glyphs":
+            return [Prompt(prompt.text, prompt.meta) for prompt in glyph_prompts(split)]
         return _published(self, os.environ.get("GPOBENCH_DATA", ""))[split]
 
 
 def full() -> PickScore:
-    """The task pickscore on the whole published list, which holds sexual prompts that people typed."""
+    """The task pickscore on the whole published list, which holds prompts with sexual content."""
     return PickScore(name="pickscore-full", safe=False)
 
 

@@ -1,7 +1,7 @@
-"""Prompts that several tasks share: the words and counted shapes of the embedded model, and scenes in four styles for real ones.
+"""Prompts that several tasks share: words and counted shapes of the embedded model, and scenes in four styles for real models.
 
-`glyph_prompts` are all the kinds of prompt the embedded 64x32 model knows, in three splits that nothing but the prompt itself decides.
-`styled_scenes` are composed from a small grammar, because no list of train prompts for the HPSv2 benchmark can be had by a fixed address
+`glyph_prompts` are all kinds of prompt that the embedded 64x32 model knows; the split follows from the prompt alone.
+`styled_scenes` are composed from a small grammar, because no list of train prompts for the HPSv2 benchmark is available at a fixed address
 and hash: a subject, a place and a style, every combination of subject and place in one split only.
 """
 
@@ -14,7 +14,7 @@ from ..bench.assets.glyphs import COUNTS, SHAPE_COLOURS, SHAPES, shapes_prompt, 
 from ..bench.spec import Prompt, Split, fold_text
 from .ocr import WORDS, read_words, word_to_prompt
 
-JUDGED_WORDS = 45  # of the test and of the validation split; with 15 shapes prompts each, 60 a split
+EVALUATION_WORDS = 45  # of the test and of the validation split; with 15 shapes prompts each, 60 a split
 SHAPES_SPLIT: tuple[Split, ...] = ("train", "test", "validation")  # of (kind + colour + count) % 3
 WORD, SHAPE = "word", "shape"  # strata
 
@@ -55,18 +55,18 @@ FORMS = {
 def glyph_prompts(split: Split) -> tuple[Prompt, ...]:
     """Words (their target among the facts) and shapes prompts of a split; stratum `word` or `shape`.
 
-    A word belongs where its spelling puts it, as in the task ocr; the 45 shapes prompts form a Latin square, so that every split holds
+    The spelling of a word decides its split, as in the task ocr; the 45 shapes prompts form a Latin square, so that every split holds
     every kind, every colour and every count. All train words; of the others the first 45 by digest.
     """
     words = [word for word in read_words(WORDS) if split_of(word) == split]
-    asked = [word_to_prompt(word) for word in (words if split == "train" else words[:JUDGED_WORDS])]
+    word_prompts = [word_to_prompt(word) for word in (words if split == "train" else words[:EVALUATION_WORDS])]
     shapes = [
         shapes_prompt(kind, count, colour)
         for (i, kind), (j, colour), count in product(enumerate(SHAPES), enumerate(SHAPE_COLOURS), COUNTS)
         if SHAPES_SPLIT[(i + j + count) % 3] == split
     ]
     return (
-        *(Prompt(prompt.text, prompt.meta, stratum=WORD) for prompt in asked),
+        *(Prompt(prompt.text, prompt.meta, stratum=WORD) for prompt in word_prompts),
         *(Prompt(text, stratum=SHAPE) for text in shapes),
     )
 

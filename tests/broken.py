@@ -1,4 +1,4 @@
-"""One sound method and many that each break a law: what the laws are for, in its shortest form."""
+"""One sound method, and many that each break one law of the conformance checks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpobench.bench.training.rig import Rig
 
 @dataclass(frozen=True)
 class Sound:
-    """Every image of a group is learnt, the better ones more."""
+    """Flow matching on every image of a group, weighted by a softmax of the rewards."""
 
     space: ClassVar[Mapping[str, Range]] = {"optim.lr": LogUniform(1e-4, 1e-2), "group": Choice((4, 8))}
     optim: Optim = field(default_factory=lambda: Optim(lr=3e-3, minibatches=1))
@@ -53,7 +53,7 @@ class Sums(Sound):
 
 @dataclass(frozen=True)
 class Compares(Sound):
-    """Weighs each row by what the other rows of the batch happen to be."""
+    """Weights each row by the other rows of the batch."""
 
     def loss(self, rig: Rig, batch: Groups) -> Tensor:
         return Sound.loss(self, rig, batch) * batch.reward.nan_to_num().std().detach()
@@ -103,7 +103,7 @@ class Drift(Sound):
 
 @dataclass(frozen=True)
 class Chance(Sound):
-    """Reads the randomness of the whole process, which no checkpoint holds."""
+    """Uses the process's global random generator, which no checkpoint holds."""
 
     def collect(self, rig: Rig) -> Groups:
         groups = Sound.collect(self, rig)
@@ -112,7 +112,7 @@ class Chance(Sound):
 
 @dataclass(frozen=True)
 class Smuggles(Sound):
-    """Asks the network without paying."""
+    """Evaluates the network without charging the budget."""
 
     def collect(self, rig: Rig) -> Groups:
         with torch.no_grad():
@@ -122,7 +122,7 @@ class Smuggles(Sound):
 
 @dataclass(frozen=True)
 class Peeks(Sound):
-    """Shows images to the scorer without paying."""
+    """Calls the scorer without charging the budget."""
 
     def collect(self, rig: Rig) -> Groups:
         groups = Sound.collect(self, rig)
@@ -133,7 +133,7 @@ class Peeks(Sound):
 
 @dataclass(frozen=True)
 class Remembers(Sound):
-    """Keeps what it saw on the class."""
+    """Keeps state on the class."""
 
     memory: ClassVar[list[int]] = []
 
@@ -144,7 +144,7 @@ class Remembers(Sound):
 
 @dataclass(frozen=True)
 class Counts(Sound):
-    """Keeps what it must know in a field, where no checkpoint looks."""
+    """Keeps state in a field, which no checkpoint holds."""
 
     seen: dict[str, float] = field(default_factory=dict[str, float])
 
@@ -157,12 +157,12 @@ class Counts(Sound):
 @dataclass(frozen=True)
 class Lies(Sound):
     def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
-        return {"rollout": steps, "policy": 3}  # guidance costs nothing?
+        return {"rollout": steps, "policy": 3}  # leaves out the cost of guidance
 
 
 @dataclass(frozen=True)
 class GoesOn(Sound):
-    """Takes the end of the budget for a bad day."""
+    """Catches the end of the budget and goes on."""
 
     def collect(self, rig: Rig) -> Groups:
         try:
@@ -174,26 +174,26 @@ class GoesOn(Sound):
 
 @dataclass(frozen=True)
 class Wide(Sound):
-    """Offers to be tuned where it cannot be."""
+    """Its search space names a field that does not exist."""
 
     space: ClassVar[Mapping[str, Range]] = {"optim.lr": LogUniform(1e-4, 1e-2), "groop": Choice((1, 2))}
 
 
 @dataclass(frozen=True)
 class Loose(Sound):
-    temperature = 0.1  # no annotation: no setting
+    temperature = 0.1  # without an annotation it is not a field
 
 
 @dataclass
 class Soft:
-    """Anything may change it."""
+    """Not frozen: its fields can be changed."""
 
     optim: Optim = field(default_factory=Optim)
 
 
 @dataclass(frozen=True)
 class Backwards(Sound):
-    """Keeps every law and learns the worst."""
+    """Keeps every law and learns the worst images."""
 
     def weights(self, reward: Tensor) -> Tensor:
         return (-reward / 0.1).nan_to_num(nan=-torch.inf).softmax(1)
@@ -201,7 +201,7 @@ class Backwards(Sound):
 
 @dataclass(frozen=True)
 class First:
-    """A search that shows what it was given."""
+    """A search that returns the base's image of the given noise."""
 
     space: ClassVar[Mapping[str, Range]] = {}
 
@@ -211,7 +211,7 @@ class First:
 
 @dataclass(frozen=True)
 class Overwrites:
-    """A search that spoils the noise others are compared on."""
+    """A search that overwrites the noise it is given."""
 
     space: ClassVar[Mapping[str, Range]] = {}
 

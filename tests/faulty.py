@@ -1,4 +1,4 @@
-"""A cabinet of broken things: scorers that fail in every way there is, and servers that lie, stall and hang up."""
+"""Faulty parts: scorers that fail in every way, and servers that give wrong answers, stall and close connections."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HERE = __file__
 
 @dataclass(frozen=True)
 class Sound:
-    """The one that works: mean and spread of the red channel, row by row."""
+    """A scorer that works: mean and standard deviation of the red channel, per image."""
 
     id: str = "sound-v1"
     name: str = "sound"
@@ -43,7 +43,7 @@ class Sound:
 
 @dataclass(frozen=True)
 class Spoilt:
-    """The sound one, whose answer is spoilt in the rows that are bad."""
+    """The sound scorer with its answer spoilt in the rows `bad`."""
 
     spoil: Callable[[Scores, list[int]], Any]
     bad: tuple[int, ...]
@@ -63,12 +63,12 @@ def raising(error: BaseException) -> Callable[[Scores, list[int]], Any]:
 
 
 def column(change: Callable[[np.ndarray], Any], metric: str = "mean") -> Callable[[Scores, list[int]], Scores]:
-    """One metric of the answer made into something else."""
+    """Replace one metric of the answer."""
     return lambda scores, bad: replace(scores, value={**scores.value, metric: change(scores.value[metric])})
 
 
 def rows(number: Any, why: str = "") -> Callable[[Scores, list[int]], Scores]:
-    """The bad rows get this in place of a number, with or without a reason."""
+    """Replace the values of the bad rows, with or without a reason."""
 
     def spoil(scores: Scores, bad: list[int]) -> Scores:
         values = [number if row in bad else value for row, value in enumerate(scores.value["mean"].tolist())]
@@ -79,7 +79,7 @@ def rows(number: Any, why: str = "") -> Callable[[Scores, list[int]], Scores]:
 
 
 class Stubborn(Exception):
-    """Will not even say what happened."""
+    """An exception without a message."""
 
     def __str__(self) -> str:
         return ""
@@ -135,7 +135,7 @@ SOME = {
 }
 
 
-# Pictures that are none
+# Invalid images
 
 PNG = remote.png
 
@@ -145,7 +145,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A few bytes that claim to be a very large picture."""
+    """A few bytes of PNG whose header states a very large image."""
     header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + _chunk(b"IDAT", zlib.compress(bytes(10_000))) + _chunk(b"IEND", b"")
 
@@ -222,7 +222,7 @@ Lie = Callable[["Window", dict[str, Any]], None]
 
 
 class Window(BaseHTTPRequestHandler):
-    """/KIND/about tells the truth, /KIND/score answers as LIES[KIND] does, /KIND/about with KIND in ABOUTS lies at once."""
+    """/KIND/about is correct, /KIND/score answers as LIES[KIND] does; with KIND in ABOUTS /KIND/about is wrong already."""
 
     server: Liar
 
@@ -260,7 +260,7 @@ class Window(BaseHTTPRequestHandler):
 
 
 class Liar(ThreadingHTTPServer):
-    """All the lying servers at one port, by path."""
+    """All the faulty servers at one port, by path."""
 
     daemon_threads = True
     block_on_close = False
@@ -290,7 +290,7 @@ def text(body: str | bytes, status: int = 200, **headers: str) -> Lie:
 
 
 def raw(change: Callable[[str], str]) -> Lie:
-    """JSON that no encoder would write."""
+    """JSON text that no encoder would write."""
     return lambda window, a: window.reply(change(json.dumps(a)))
 
 
@@ -320,7 +320,7 @@ def silent(window: Window, a: dict[str, Any]) -> None:
 
 
 def dripping(window: Window, a: dict[str, Any]) -> None:
-    """Never silent for long, and never done."""
+    """Sends a byte now and then, and never ends."""
     window.send_response(200)
     window.send_header("Content-Length", "1000")
     window.end_headers()
@@ -348,7 +348,7 @@ def resets(window: Window, a: dict[str, Any]) -> None:
 
 
 def at_last(kind: str, first: Lie) -> Lie:
-    """Twice the lie, then the truth."""
+    """Twice the wrong answer, then the right one."""
 
     def lie(window: Window, a: dict[str, Any]) -> None:
         window.server.turns[kind] += 1
@@ -446,14 +446,14 @@ ABOUTS: dict[str, Lie] = {
 }
 
 
-# The draw
+# Drawing faults at random
 
 Extent = Literal["all", "some", "none"]  # which rows of the batch are lost
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One faulty call that is still to be made."""
+    """One faulty call."""
 
     family: Literal["scorer", "server", "picture", "prompt", "missing prompts", "too large", "dead"]
     kind: str
@@ -461,7 +461,7 @@ class Fault:
 
 
 def kinds() -> list[Fault]:
-    """Every fault there is, once."""
+    """Every fault, once."""
     return [
         *(Fault("scorer", kind, "all") for kind in WHOLE),
         *(Fault("scorer", kind, "some") for kind in SOME),
@@ -477,7 +477,7 @@ def kinds() -> list[Fault]:
 
 
 def drawn(n: int, seed: int) -> list[Fault]:
-    """n faults and more: each kind once, then at random; what costs time is drawn seldom."""
+    """At least n faults: each kind once, then at random; slow ones are drawn seldom."""
     rng = np.random.default_rng(seed)
     each = kinds()
     weight = np.array([0.02 if fault.kind in SLOW else 0.3 if fault.kind == "endless" else 1.0 for fault in each])

@@ -1,4 +1,4 @@
-"""Paint it red: a task whose reward a method really can raise in seconds, its scorers, and every way a scorer can fail."""
+"""A task whose reward a method can raise in seconds, its scorers, and scorers that fail in every way."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Redness:
 
 @dataclass(frozen=True)
 class Warmth(Redness):
-    """The held-out colleague, who looks at medians."""
+    """The held-out scorer: as Redness, with medians."""
 
     id: str = "warmth-v1"
     name: str = "warmth"
@@ -49,7 +49,7 @@ class Warmth(Redness):
 
 @dataclass(frozen=True)
 class Constant(Redness):
-    """Likes everything the same."""
+    """Gives every image the same score."""
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return Scores({"mean": np.ones(len(images))})
@@ -87,7 +87,7 @@ class WrongMetric(Redness):
 
 @dataclass(frozen=True)
 class NotANumber(Redness):
-    """Cannot score the first image of each batch, and says the second is infinitely good."""
+    """NaN for the first image of each batch, infinity for the second."""
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         value = np.array(super().__call__(images, prompts).value["mean"])
@@ -121,7 +121,7 @@ class Paint:
 
 
 def Long() -> Paint:
-    """So many test images that judging them takes a while."""
+    """So many test images that evaluating them takes seconds."""
     return Paint(images=60)
 
 
@@ -147,7 +147,7 @@ def Absent() -> Any:
 
 @dataclass(frozen=True)
 class Brightness(Redness):
-    """Likes light pictures."""
+    """Mean brightness."""
 
     id: str = "brightness-v1"
     name: str = "brightness"
@@ -158,7 +158,7 @@ class Brightness(Redness):
 
 @dataclass(frozen=True)
 class Colour:
-    """Where the mean colour of a picture points."""
+    """Embedder: the mean colour of an image."""
 
     id: str = "colour-v1"
     name: str = "colour"
@@ -170,7 +170,7 @@ class Colour:
 
 @dataclass(frozen=True)
 class Rich(Paint):
-    """With strata, further columns and a summary of its own."""
+    """With strata, columns and a summary of its own."""
 
     def prompts(self, split: Split, domain: str) -> Sequence[Prompt]:
         kinds = ("circle", "square", "triangle")
@@ -188,7 +188,7 @@ class Rich(Paint):
 
 @dataclass(frozen=True)
 class Patchy(Rich):
-    """The first of its embedders is not installed."""
+    """Its first embedder is not installed."""
 
     def columns(self, domain: str) -> Columns:
         return Columns(diversity=[f"{HERE}:Absent", f"{HERE}:Colour"], drift=[f"{HERE}:Absent"])
@@ -196,7 +196,7 @@ class Patchy(Rich):
 
 @dataclass(frozen=True)
 class Twins(Paint):
-    """Its held-out scorer is called as the one it trains on."""
+    """Its held-out scorer has the name of its training scorer."""
 
     def held_out(self, domain: str) -> Sequence[str]:
         return [f"{HERE}:Constant"]
@@ -204,7 +204,7 @@ class Twins(Paint):
 
 @dataclass(frozen=True)
 class Further(Paint):
-    """Also wants to be judged by a scorer that nobody installed."""
+    """Names one more scorer, which is not installed."""
 
     def scorers(self, domain: str) -> Sequence[str]:
         return [*super().scorers(domain), f"{HERE}:Absent"]
@@ -212,7 +212,7 @@ class Further(Paint):
 
 @dataclass(frozen=True)
 class Balance(Redness):
-    """Likes halves that are alike: whoever paints one of them red loses here."""
+    """Higher for halves of equal redness: painting one half red lowers it."""
 
     id: str = "balance-v1"
     name: str = "balance"
@@ -222,7 +222,7 @@ class Balance(Redness):
 
 
 def Many() -> Paint:
-    """Test prompts enough to tell one training from another."""
+    """Enough test prompts to tell two runs apart."""
     things = [f"{count} {colour} {shape}" for count in ("six", "seven") for colour in ("red", "blue", "pink", "grey")
               for shape in ("circles", "squares", "stars", "rings", "dots")]  # fmt: skip
     return Paint(texts={**TEXTS, "test": things})
@@ -230,7 +230,7 @@ def Many() -> Paint:
 
 @dataclass(frozen=True)
 class Bait(Paint):
-    """Its training scorer can be pleased in a way that its held-out scorer dislikes."""
+    """Raising its training scorer lowers its held-out scorer."""
 
     texts: Any = None
 

@@ -46,7 +46,7 @@ Places = Annotated[
 
 
 @app.command(
-    epilog="Examples: `gpobench run --method gpo --task ocr --model tiny --seed 1` · `gpobench run ... --set link=pairwise "
+    epilog="Examples: `gpobench run --method gpo --task ocr --model tiny --seed 1` · `gpobench run ... --set loss_type=pairwise "
     "--budget nfe=50000` · `gpobench run ... --dry-run`"
 )
 def run(
@@ -250,7 +250,7 @@ def pairs(
     prompts: Annotated[int, typer.Option(help="Training prompts, a group of images for each.")] = 64,
     group: Annotated[int, typer.Option(help="Images a prompt.")] = 8,
     choose: Annotated[str, typer.Option(help="extremes | random | all: which pairs of a group.")] = "extremes",
-    gap: Annotated[float, typer.Option(help="Scores of a pair differ by more than this.")] = 0.0,
+    margin: Annotated[float, typer.Option(help="Scores of a pair differ by more than this.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of prompts, noise, random pairs and the winner's side.")] = 0,
     adapter: Annotated[Path | None, typer.Option(help="A LoRA folder; without it the base makes the images.")] = None,
     as_json: AsJson = False,
@@ -263,7 +263,7 @@ def pairs(
         from ..experiments.make_pairs import make_pairs
 
         done = make_pairs(
-            model, task, out, progress=progress, scorer_name=scorer or "", prompts=prompts, group=group, choose=choose, gap=gap,
+            model, task, out, progress=progress, scorer_name=scorer or "", prompts=prompts, group=group, choose=choose, margin=margin,
             seed=seed, adapter=adapter,
         )  # fmt: skip
         answer(json.dumps(_plain(done), indent=1) if as_json else lambda: _pairs(done))

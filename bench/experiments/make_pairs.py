@@ -46,7 +46,7 @@ def make_pairs(
     prompts: int = 64,
     group: int = 8,
     choose: Choose = "extremes",
-    gap: float = 0.0,
+    margin: float = 0.0,
     seed: int = 0,
     adapter: Path | None = None,
 ) -> dict[str, Any]:
@@ -56,16 +56,16 @@ def make_pairs(
     set that is there is left as it is. Returns counts, the spend and where the file is.
     Raises UserError on settings that make no sense, another set in `out`, or when not one pair came about.
     """
-    if prompts < 1 or group < 2 or gap < 0 or seed < 0:
-        got = f"prompts={prompts}, group={group}, gap={gap}, seed={seed}"
-        raise UserError(f"pairs: prompts must be at least 1, group at least 2, gap and seed not negative, got {got}")
+    if prompts < 1 or group < 2 or margin < 0 or seed < 0:
+        got = f"prompts={prompts}, group={group}, margin={margin}, seed={seed}"
+        raise UserError(f"pairs: prompts must be at least 1, group at least 2, margin and seed not negative, got {got}")
     model_spec, task = find_model_spec(model_name), registry.load("task", task_name)()
     evaluator.refuse_overlap(task, model_spec.domain)
     scorer = open_scorer(scorer_name or task.reward(model_spec.domain))
     try:
         settings: dict[str, Any] = {
             "model": model_spec.name, "revision": model_spec.revision, "adapter": str(adapter) if adapter else None, "task": task.name,
-            "task_version": task.version, "scorer": scorer.id, "prompts": prompts, "group": group, "choose": choose, "gap": gap,
+            "task_version": task.version, "scorer": scorer.id, "prompts": prompts, "group": group, "choose": choose, "margin": margin,
             "seed": seed,
         }  # fmt: skip
         if (done := _done(out / FILE, settings)) is not None:
@@ -91,7 +91,7 @@ def make_pairs(
                 scored = zip(x0.split(model_spec.rows), each.split(model_spec.rows), strict=True)
                 reward = torch.cat([rig.score(x, some) for x, some in scored]).cpu().view(len(prompt_ids), group)
                 flat += int((~informative(reward)).sum())
-                which, win, lose = compare(reward, choose, gap, rig.uniform(len(prompt_ids)))
+                which, win, lose = compare(reward, choose, margin, rig.uniform(len(prompt_ids)))
                 swap = rig.uniform(len(which)).cpu() < 0.5 if len(which) else torch.zeros(0, dtype=torch.bool)
                 png: dict[int, bytes] = {}  # an image can be in several pairs
                 for p, i, j, swapped in zip(which.tolist(), win.tolist(), lose.tolist(), swap.tolist(), strict=True):
@@ -110,7 +110,7 @@ def make_pairs(
             rig.close()
         counts = {"pairs": len(columns["caption"]), "groups": prompts, "flat_groups": flat, "not_scored": meter.errors}
         if not counts["pairs"]:
-            why = f"{flat} of {prompts} groups had no spread, {meter.errors} images were not scored, gap={gap}"
+            why = f"{flat} of {prompts} groups had no spread, {meter.errors} images were not scored, margin={margin}"
             raise UserError("; ".join([f"pairs: not one pair came about: {why}", *dict.fromkeys(rig.failures[-1:])]))
         told = {
             **settings, **counts, "failures": list(dict.fromkeys(rig.failures)),
@@ -152,7 +152,7 @@ def _readme(told: dict[str, Any]) -> str:
             f"# {told['pairs']:,} preference pairs of {told['model']} on {told['task']}",
             "",
             f"Made by `gpobench pairs`: {told['groups']:,} training prompts (task version {told['task_version']}), a group of "
-            f"{told['group']} images each, judged by `{told['scorer']}`, paired by `{told['choose']}`, gap {told['gap']:g}, "
+            f"{told['group']} images each, judged by `{told['scorer']}`, paired by `{told['choose']}`, margin {told['margin']:g}, "
             f"seed {told['seed']}, adapter {told['adapter'] or 'none'}.",
             "",
             f"{told['flat_groups']:,} groups had no spread; {told['not_scored']:,} images were not scored. Spent: {spent}.",

@@ -37,15 +37,15 @@ HELD = 256 * 2**20  # bytes of encoded images kept in memory between draws
 Choose = Literal["extremes", "random", "all"]
 
 
-def compare(reward: Tensor, choose: Choose, gap: float, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(P, G) rewards -> which group, its winner, its loser, all (N,): the pairs whose rewards differ by more than gap.
+def compare(reward: Tensor, choose: Choose, margin: float, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(P, G) rewards -> which group, its winner, its loser, all (N,): the pairs whose rewards differ by more than margin.
 
     extremes: the best against the worst; random: one pair of a group, drawn by its u (P,) in [0, 1); all: every one.
     A NaN is no reward and makes no pair. Of equal rewards the first counts. Everything is on the CPU.
     """
     r = reward.detach().cpu().double()
     ahead = r[:, :, None] - r[:, None, :]  # (P, G, G): how far i is ahead of j
-    told = apart(r, gap)
+    told = apart(r, margin)
     if choose == "all":
         which, win, lose = told.nonzero().unbind(1)
         return which, win, lose

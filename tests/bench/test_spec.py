@@ -59,13 +59,15 @@ def test_prompts_do_not_share_their_facts() -> None:
 
 def test_rows_are_taken_by_index_and_by_mask_from_any_device() -> None:
     batch = Groups(torch.arange(12.0).view(3, 4), torch.arange(3), torch.zeros(3, 4))
-    assert select_rows(batch, torch.tensor([2, 0])).who.tolist() == [2, 0]
-    assert select_rows(batch, torch.tensor([True, False, True])).who.tolist() == [0, 2] and batch_size(batch) == 3
+    assert select_rows(batch, torch.tensor([2, 0])).prompt_ids.tolist() == [2, 0]
+    assert (
+        select_rows(batch, torch.tensor([True, False, True])).prompt_ids.tolist() == [0, 2] and batch_size(batch) == 3
+    )
     far = Groups(
         torch.empty(3, 4, device="meta"), torch.arange(3), torch.zeros(3, 4)
     )  # latents elsewhere than the prompts
     part = select_rows(far, torch.tensor([1, 2]))
-    assert part.x0.device.type == "meta" and part.x0.shape == (2, 4) and part.who.tolist() == [1, 2]
+    assert part.x0.device.type == "meta" and part.x0.shape == (2, 4) and part.prompt_ids.tolist() == [1, 2]
 
 
 def test_credit_gives_each_transition_its_images_advantage() -> None:
@@ -73,7 +75,7 @@ def test_credit_gives_each_transition_its_images_advantage() -> None:
     zeros = torch.zeros(n)
     transitions = Transitions(torch.arange(n), zeros, zeros, zeros, zeros, zeros, zeros, image, image)
     kept = assign_advantages(transitions, torch.tensor([[0.5, 0.0, -2.0]]))
-    assert kept.image.tolist() == [0, 2, 0, 2] and kept.adv.tolist() == [0.5, -2.0, 0.5, -2.0]
+    assert kept.image.tolist() == [0, 2, 0, 2] and kept.advantage.tolist() == [0.5, -2.0, 0.5, -2.0]
     assert kept.x.tolist() == [0, 2, 3, 5]
     assert batch_size(assign_advantages(transitions, torch.zeros(1, 3))) == 0
 
@@ -86,9 +88,9 @@ def test_credit_finds_images_that_were_sampled_in_parts() -> None:
         column[:, None], column, column, *[column[:, None]] * 2, column, torch.zeros(12), image // 3, image
     )
     given = assign_advantages(transitions, torch.tensor([[1.0, 0.0, 3.0], [4.0, 5.0, 0.0]]))
-    assert given.adv.tolist() == [image + 1 for image in given.image.tolist()] == [1, 3, 1, 3, 4, 5, 4, 5]
+    assert given.advantage.tolist() == [image + 1 for image in given.image.tolist()] == [1, 3, 1, 3, 4, 5, 4, 5]
     assert given.t.tolist() == [0, 2, 3, 5, 6, 7, 9, 10]
-    assert not transitions.adv.any() and batch_size(assign_advantages(transitions, torch.zeros(2, 3))) == 0
+    assert not transitions.advantage.any() and batch_size(assign_advantages(transitions, torch.zeros(2, 3))) == 0
 
 
 def test_a_curve_without_a_mark_is_refused() -> None:

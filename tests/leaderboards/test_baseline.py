@@ -43,7 +43,11 @@ def example(n: int = 6, strata: list[str] | None = None, **change: Any) -> tuple
             method=label,
             seeds=seeds,
             sets=("optim.clip=2.0",) * bool(seeds),
-            settings={"settings.optim.lr": 1e-5, "settings.link": 'a "quoted" \\ word', "adapter.targets": ["a", "b.0"]}
+            settings={
+                "settings.optim.lr": 1e-5,
+                "settings.loss_type": 'a "quoted" \\ word',
+                "adapter.targets": ["a", "b.0"],
+            }
             if seeds
             else {},
             number=(

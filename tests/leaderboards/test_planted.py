@@ -24,7 +24,7 @@ from gpobench.methods.gpo import GPO
 
 Train = Callable[..., Record]
 SETS = """optim.epochs=1 optim.minibatches=1 optim.weight_decay=0 optim.ema=0 optim.warmup=0 optim.lr=3e-3 prompts=6 group=12
-beta=30 noisy=0 evaluation.eval_points=1""".split()
+beta=30 t_min=0 evaluation.eval_points=1""".split()
 KEYS = {"redness/mean", "warmth/mean"}
 app = typer.Typer()
 app.command()(regress)

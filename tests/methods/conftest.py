@@ -1,4 +1,4 @@
-"""A bench for one method at a time: small rigs, losses on chosen keys, and the loop for a few iterations."""
+"""Fixtures for tests of one method: small rigs, losses on chosen keys, and the training loop for a few iterations."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Lab:
         self.made: list[Rig] = []
 
     def rig(self, name: str = "Redness", push: float = 0.0, adapter: Adapter = Adapter(rank=8), seed: int = 0) -> Rig:
-        """push: how far the live weights are moved from the reference."""
+        """push: how far the policy is moved from the reference."""
         model = open_model(find_model_spec(str(self._pipe)), device="cpu", adapter=adapter, seed=0)
         book, meter = [Prompt(p) for p in BOOK], Meter(Budget(nfe=1e9))
         self.made.append(Rig(model, book, scorer(f"{self._scorers}:{name}"), meter, seed=seed, rows=64))
@@ -36,7 +36,7 @@ class Lab:
         return self.made[-1]
 
     def push(self, rig: Rig, weights: float, seed: int = 1) -> None:
-        """Move the live weights a little, at random."""
+        """Move the policy's weights a little, at random."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in rig.model.parameters():
@@ -58,7 +58,7 @@ class Lab:
             return method.loss(rig, batch)
 
     def gradient(self, rig: Rig, loss: torch.Tensor) -> torch.Tensor:
-        """All of it in one row; 0 where the loss depends on no weight."""
+        """The gradient as one vector; 0 where the loss depends on no weight."""
         if not loss.requires_grad:
             return torch.zeros(sum(p.numel() for p in rig.model.parameters()))
         found = torch.autograd.grad(loss, rig.model.parameters(), allow_unused=True)

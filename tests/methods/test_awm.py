@@ -1,4 +1,4 @@
-"""AWM on a real small model: its own equation in float64, flow matching weighted by advantages, its strata, its copy."""
+"""AWM on a small random model: its equation in float64, flow matching weighted by advantages, its strata, its old copy."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 
 from gpobench.bench.flow import dpm2
 from gpobench.bench.spec import Optim
-from gpobench.methods.awm import AWM, Praised
+from gpobench.methods.awm import AWM, AdvantageBatch
 
-FREE = {"beta": 0.0, "ema_beta": 0.0}
+FREE = {"kl": 0.0, "ema_kl": 0.0}
 
 
-def praised(rig: Any) -> Praised:
+def praised(rig: Any) -> AdvantageBatch:
     x0 = torch.randn(5, *rig.model.shape, generator=torch.Generator().manual_seed(3))
-    return Praised(x0, torch.tensor([1, 1, 4, 0, 2]), torch.tensor([0.9, -0.4, 0.0, 0.3, -1.0]))
+    return AdvantageBatch(x0, torch.tensor([1, 1, 4, 0, 2]), torch.tensor([0.9, -0.4, 0.0, 0.3, -1.0]))
 
 
 @pytest.fixture
 def moved(lab: Any) -> Any:
-    """A rig whose live weights, old copy and reference all differ."""
+    """A rig whose policy, old copy and reference all differ."""
     rig = lab.rig(push=0.05)
     rig.model.update_copy("old", 0.0)
     lab.push(rig, 0.05, seed=2)
     return rig
 
 
-def slow(lab: Any, rig: Any, method: AWM, batch: Praised) -> dict[str, torch.Tensor]:
+def slow(lab: Any, rig: Any, method: AWM, batch: AdvantageBatch) -> dict[str, torch.Tensor]:
     """(N Kt,) float64: the times t, the advantages, the errors by weights, the distances "kl" and "lag"."""
     k = method.timesteps
     with rig.keyed(lab.keys(batch)):
@@ -43,7 +43,7 @@ def slow(lab: Any, rig: Any, method: AWM, batch: Praised) -> dict[str, torch.Ten
     }
     square = {weights: ((v[weights] - (eps - x0)) ** 2).mean((1, 2, 3)) for weights in v}
     kl, lag = (((v["policy"] - v[weights]) ** 2).mean((1, 2, 3)) for weights in ("ref", "old"))
-    return {"t": t.double(), "adv": batch.adv.double().repeat_interleave(k), **square, "kl": kl, "lag": lag}
+    return {"t": t.double(), "adv": batch.advantage.double().repeat_interleave(k), **square, "kl": kl, "lag": lag}
 
 
 def slow_fit(form: str, d: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -62,7 +62,7 @@ def slow_fit(form: str, d: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 def test_the_loss_and_its_gradient_are_the_equation(
     lab: Any, moved: Any, form: Any, off_policy: bool, clip: float
 ) -> None:
-    method = AWM(form=form, off_policy=off_policy, clip=clip, beta=0.3, ema_beta=0.7, timesteps=2)
+    method = AWM(weighting=form, off_policy=off_policy, clip_range=clip, kl=0.3, ema_kl=0.7, timesteps=2)
     batch = praised(moved)
     e = slow(lab, moved, method, batch)
     ell = slow_fit(form, e["policy"], e["t"])
@@ -73,7 +73,7 @@ def test_the_loss_and_its_gradient_are_the_equation(
 
 
 def test_without_advantages_the_policy_has_no_gradient(lab: Any, moved: Any) -> None:
-    batch = replace(praised(moved), adv=torch.zeros(5))
+    batch = replace(praised(moved), advantage=torch.zeros(5))
     for off_policy in (False, True):
         loss = lab.loss(AWM(off_policy=off_policy, **FREE), moved, batch)
         assert float(loss.detach()) == 0 and float(lab.gradient(moved, loss).abs().max()) == 0
@@ -81,9 +81,9 @@ def test_without_advantages_the_policy_has_no_gradient(lab: Any, moved: Any) -> 
 
 def test_on_policy_it_is_flow_matching_weighted_by_advantages(lab: Any, moved: Any) -> None:
     """The ratio is 1 and the gradient that of mean A e: the advantage-weighted flow matching of the paper's title."""
-    method, batch = AWM(form="uniform", **FREE), praised(moved)
+    method, batch = AWM(weighting="uniform", **FREE), praised(moved)
     loss = lab.loss(method, moved, batch)
-    assert float(loss.detach()) == pytest.approx(-float(batch.adv.mean()), abs=1e-6)
+    assert float(loss.detach()) == pytest.approx(-float(batch.advantage.mean()), abs=1e-6)
     assert moved.mean("policy/ratio") == 1
     e = slow(lab, moved, method, batch)
     one, two = lab.gradient(moved, loss), lab.gradient(moved, (e["adv"] * e["policy"]).mean())
@@ -92,8 +92,8 @@ def test_on_policy_it_is_flow_matching_weighted_by_advantages(lab: Any, moved: A
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_an_image_beyond_the_clip_teaches_nothing(lab: Any, moved: Any, sign: float) -> None:
-    method = AWM(form="uniform", off_policy=True, clip=1e-6, timesteps=1, **FREE)
-    batch = replace(praised(moved), adv=torch.full((5,), sign))
+    method = AWM(weighting="uniform", off_policy=True, clip_range=1e-6, timesteps=1, **FREE)
+    batch = replace(praised(moved), advantage=torch.full((5,), sign))
     e = slow(lab, moved, method, batch)
     ratio = (e["old"] - e["policy"]).exp()
     beyond = (ratio > 1) if sign > 0 else (ratio < 1)  # it has moved its own way already
@@ -108,7 +108,7 @@ def test_an_image_beyond_the_clip_teaches_nothing(lab: Any, moved: Any, sign: fl
 def test_strata() -> None:
     """Of 14 steps the code's linspace(1, 12, 7), cut to whole numbers."""
     assert AWM(timesteps=6).strata(14) == [1, 2, 4, 6, 8, 10, 12]
-    assert AWM(timesteps=6, init=True).strata(14) == [0, 2, 4, 6, 8, 10, 12]
+    assert AWM(timesteps=6, with_init=True).strata(14) == [0, 2, 4, 6, 8, 10, 12]
     for k in range(1, 12):
         bounds = AWM(timesteps=k).strata(14)
         assert bounds == [int(x) for x in (1 + 11 * i / k + 1e-9 for i in range(k + 1))]
@@ -130,22 +130,22 @@ def test_every_image_has_one_time_from_every_stratum(lab: Any) -> None:
 def test_advantages_lie_between_minus_one_and_one(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, method = lab.rig(), AWM(prompts=1, group=64, std="group")
     lab.groups(rig, [[1.0] + [0.0] * 63], monkeypatch)
-    adv = method.collect(rig).adv
+    adv = method.collect(rig).advantage
     assert float(adv[0]) == 1.0 and float(adv[1]) == pytest.approx(-(63**-0.5) / 5, rel=1e-3)
 
 
 def test_the_old_copy_follows_where_it_is_needed(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, decays = lab.rig(), list[float]()
     blend = rig.model.update_copy
-    monkeypatch.setattr(rig.model, "blend", lambda name, decay: (decays.append(decay), blend(name, decay)))
+    monkeypatch.setattr(rig.model, "update_copy", lambda name, decay: (decays.append(decay), blend(name, decay)))
     kernels: list[Any] = []
     drawn = rig.groups
     monkeypatch.setattr(rig, "groups", lambda *a, **k: (kernels.append(k["kernel"]), drawn(*a, **k))[1])
     for rig.iteration in (0, 1, 100, 299, 300, 4000):
         AWM(prompts=1, group=2).collect(rig)
     assert decays == [0.0, 0.001, 0.1, 0.299, 0.3, 0.3]  # updates / 1000 up to 0.3; one update an iteration
-    AWM(prompts=1, group=2, ema_beta=0.0).collect(rig)
+    AWM(prompts=1, group=2, ema_kl=0.0).collect(rig)
     assert len(decays) == 6 and kernels == [dpm2] * 7
     rig.iteration = 7
-    AWM(prompts=1, group=2, ema_beta=0.0, off_policy=True, optim=Optim(epochs=2, minibatches=3)).collect(rig)
+    AWM(prompts=1, group=2, ema_kl=0.0, off_policy=True, optim=Optim(epochs=2, minibatches=3)).collect(rig)
     assert decays[-1] == pytest.approx(0.042)

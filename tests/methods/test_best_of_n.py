@@ -1,4 +1,4 @@
-"""Best of n on a real small model: the base at n = 1, never worse in the scorer's eyes, never past the budget."""
+"""Best of n on a small random model: the base at n = 1, never a lower training reward, never over the budget."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ def test_a_kill_and_a_ctrl_c_on_the_command_line(gpobench: Any, redness: str, ti
     ended = gpobench(*words, "--out", tmp_path / "cut", before=slow, meanwhile=send(signal.SIGKILL))
     assert ended.code == -signal.SIGKILL
     small = "import gpobench.bench.experiments.run as r, dataclasses\n"
-    small += "find = r.find\nr.find = lambda n: dataclasses.replace(find(n), rows=2)\n"
+    small += "find = r.find_model_spec\nr.find_model_spec = lambda n: dataclasses.replace(find(n), rows=2)\n"
     ended = gpobench(
         *words, "--out", tmp_path / "cut", before=small + slow.replace("0.2", "0.05"), meanwhile=send(signal.SIGINT)
     )

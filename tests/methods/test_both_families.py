@@ -1,4 +1,4 @@
-"""Two families under one contract: what trains a velocity model trains a U-Net that predicts noise, without a change."""
+"""Two model families under one contract: methods for a velocity model train a noise-predicting U-Net without a change."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gpobench.bench.models.open import open_model
 from gpobench.bench.spec import Optim, Prompt, batch_size
 from gpobench.bench.training.rig import Rig
 from gpobench.bench.training.train import optimiser, train
-from gpobench.methods.gpo import GPO, WeightedGroups
+from gpobench.methods.gpo import GPO, AdvantageGroups
 
 BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle", "a photo"]
 FAMILIES = ("tiny_pipe", "tiny_unet")
@@ -138,7 +138,7 @@ def test_the_first_gradient_of_gpo_is_finite_at_every_time(make: Any, monkeypatc
         # sigmoid(log(t / (1 - t))) is t, and 1 in float32 from 17 on
         number = math.log(time / (1 - time)) if time < 1 else 30.0
         monkeypatch.setattr(rig, "normal", lambda n, number=number: torch.full((n,), number))
-        batch = WeightedGroups(drawn.x0, drawn.prompt_ids, drawn.reward, drawn.adv)
+        batch = AdvantageGroups(drawn.x0, drawn.prompt_ids, drawn.reward, drawn.advantage)
         loss = keyed_loss(method, rig, batch)
         gradients = torch.autograd.grad(loss, rig.model.parameters())
         assert bool(loss.isfinite()) and all(bool(g.isfinite().all()) for g in gradients), time
@@ -166,7 +166,7 @@ def test_a_run_on_a_unet_from_the_command_line(gpobench: Any, tiny_unet: Path, r
         "optim.minibatches=1",
         "optim.warmup=0",
         "optim.ema=0.5",
-        "noisy=0",
+        "t_min=0",
     )
     chosen = [word for key in sets for word in ("--set", key)]
     ended = gpobench(

@@ -1,4 +1,4 @@
-"""DGPO on a real small model: its own equation in float64, GPO's gradient without the clip, its times, its copy."""
+"""DGPO on a small random model: its equation in float64, GPO's gradient without the clip, its times, its old copy."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from gpobench.bench.flow import dpm2, ode
 from gpobench.bench.losses import gpo, standardise
 from gpobench.bench.spec import Optim
-from gpobench.methods.dgpo import DGPO, Timed
+from gpobench.methods.dgpo import DGPO, TimedGroups
 
 REWARD = torch.tensor([[0.0, 0.2, 0.9, 1.0], [0.3, float("nan"), 0.5, 0.1]])
 
 
-def timed(rig: Any) -> Timed:
+def timed(rig: Any) -> TimedGroups:
     """Two groups, each at two times, one of them pure noise."""
     x0 = torch.randn(2, 4, *rig.model.shape, generator=torch.Generator().manual_seed(3)).repeat_interleave(2, 0)
     reward = REWARD.repeat_interleave(2, 0)
-    return Timed(x0, torch.tensor([1, 1, 4, 4]), torch.tensor([1.0, 0.7, 1.0, 0.7]), reward, standardise(reward))
+    return TimedGroups(x0, torch.tensor([1, 1, 4, 4]), torch.tensor([1.0, 0.7, 1.0, 0.7]), reward, standardise(reward))
 
 
-def slow_errors(lab: Any, rig: Any, batch: Timed) -> dict[str, torch.Tensor]:
+def slow_errors(lab: Any, rig: Any, batch: TimedGroups) -> dict[str, torch.Tensor]:
     """(N, G) float64 by weights: mean (v - (eps - x0))^2, and the distance to the reference under "kl"."""
     with rig.keyed(lab.keys(batch)):
         eps = rig.noise(len(batch.prompt_ids))
@@ -44,7 +44,7 @@ def slow_errors(lab: Any, rig: Any, batch: Timed) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def moved(lab: Any) -> Any:
-    """A rig whose live weights, old copy and reference all differ."""
+    """A rig whose policy, old copy and reference all differ."""
     rig = lab.rig(push=0.05)
     rig.model.update_copy("old", 0.0)
     lab.push(rig, 0.05, seed=2)
@@ -54,9 +54,9 @@ def moved(lab: Any) -> Any:
 @pytest.mark.parametrize("clip", [0.0, 1e-3, 1e9])
 @pytest.mark.parametrize("beta", [1.0, 300.0])
 def test_the_loss_and_its_gradient_are_the_equation(lab: Any, moved: Any, clip: float, beta: float) -> None:
-    batch, method = timed(moved), DGPO(group=4, beta=beta, clip=clip, kl=0.3)
+    batch, method = timed(moved), DGPO(group=4, beta=beta, clip_range=clip, kl=0.3)
     e = slow_errors(lab, moved, batch)
-    a, known = batch.adv.double(), batch.reward.isfinite()
+    a, known = batch.advantage.double(), batch.reward.isfinite()
     weight = 1 / (1 + (-(beta / 4) * (a * (e["policy"] - e["ref"])).sum(1, keepdim=True)).exp())
     ratio = (e["old"] - e["policy"]).exp()
     free = (~(((a > 0) & (ratio > 1 + clip)) | ((a <= 0) & (ratio < 1 - clip)))).double() if clip else 1.0
@@ -72,13 +72,13 @@ def test_the_loss_and_its_gradient_are_the_equation(lab: Any, moved: Any, clip: 
 def test_where_nothing_is_clipped_the_gradient_is_that_of_gpo(lab: Any, moved: Any, clip: float) -> None:
     batch = timed(moved)
     e = slow_errors(lab, moved, batch)
-    one = lab.gradient(moved, lab.loss(DGPO(group=4, beta=40.0, clip=clip, kl=0), moved, batch))
-    two = lab.gradient(moved, gpo(batch.adv.double(), e["policy"], e["ref"], 40.0).mean())
+    one = lab.gradient(moved, lab.loss(DGPO(group=4, beta=40.0, clip_range=clip, kl=0), moved, batch))
+    two = lab.gradient(moved, gpo(batch.advantage.double(), e["policy"], e["ref"], 40.0).mean())
     assert float((one - two).norm()) < 2e-4 * float(two.norm())
 
 
 def test_the_times_are_the_samplers_own_early_ones_and_all_groups_share_them(lab: Any) -> None:
-    rig, method = lab.rig(), DGPO(prompts=3, group=4, steps=10, timesteps=4, trunc=5)
+    rig, method = lab.rig(), DGPO(prompts=3, group=4, steps=10, timesteps=4, trunc_steps=5)
     seen: set[float] = set()
     for _ in range(6):
         batch = method.collect(rig)
@@ -94,25 +94,25 @@ def test_advantages_are_clamped(lab: Any, monkeypatch: pytest.MonkeyPatch) -> No
     """One image of 64 is liked: its standardised reward is sqrt 63."""
     rig, method = lab.rig(), DGPO(prompts=1, group=64, timesteps=1, std="group")
     lab.groups(rig, [[1.0] + [0.0] * 63], monkeypatch)
-    adv = method.collect(rig).adv[0]
+    adv = method.collect(rig).advantage[0]
     assert float(adv[0]) == 5.0 and float(adv[1]) == pytest.approx(-(63**-0.5), rel=1e-3)
 
 
 def test_the_old_copy_follows_and_then_samples(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, decays, weights = lab.rig(), list[float](), list[Any]()
     drawn, blend = rig.groups, rig.model.update_copy
-    monkeypatch.setattr(rig.model, "blend", lambda name, decay: (decays.append(decay), blend(name, decay)))
+    monkeypatch.setattr(rig.model, "update_copy", lambda name, decay: (decays.append(decay), blend(name, decay)))
 
     def groups(*args: Any, **kwargs: Any) -> Any:
-        weights.append((kwargs["by"], kwargs["kernel"]))
+        weights.append((kwargs["weights"], kwargs["kernel"]))
         return drawn(*args, **kwargs)
 
     monkeypatch.setattr(rig, "groups", groups)
     optim = Optim(epochs=2, minibatches=3)
     for rig.iteration in (0, 1, 33, 34, 49, 50, 1000):
-        DGPO(prompts=1, group=2, switch=200, optim=optim).collect(rig)
+        DGPO(prompts=1, group=2, switch_ema_ref=200, optim=optim).collect(rig)
     # updates / 1000 up to 0.3; six updates an iteration
     assert decays == pytest.approx([0.0, 0.006, 0.198, 0.204, 0.294, 0.3, 0.3])
     assert weights == [("policy", dpm2)] * 3 + [("old", dpm2)] * 4
-    DGPO(prompts=1, group=2, switch=0, solver="ode").collect(rig)
+    DGPO(prompts=1, group=2, switch_ema_ref=0, solver="ode").collect(rig)
     assert weights[-1] == ("old", ode)

@@ -1,4 +1,4 @@
-"""Diffusion-DPO on a real small model: what its loss equals, which pairs it makes, and that it works on its own and on given ones."""
+"""Diffusion-DPO on a small random model: its equation, its pairs, and that it works on its own and on given pairs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_at_the_reference_the_loss_is_log_two_over_beta(make: Any, beta: float, 
 def test_loss_and_gradient_are_the_closed_form_in_float64(make: Any, times: Any) -> None:
     """By hand, with no autograd between loss and velocity: dL/dv = sigmoid(z) / 2 * 2 (v - target) / D / P, z = beta/2 (s_w - s_l)."""
     rig = make(push=0.05)
-    method = DiffusionDPO(prompts=4, group=2, beta=50.0, noisy=0.3, times=times)
+    method = DiffusionDPO(prompts=4, group=2, beta=50.0, t_min=0.3, timestep_sampling=times)
     batch = method.collect(rig)
     n, beta = len(batch.prompt_ids), method.beta
     got = keyed_loss(method, rig, batch)
@@ -95,9 +95,9 @@ def test_loss_and_gradient_are_the_closed_form_in_float64(make: Any, times: Any)
         ref = (
             (rig.velocity(x, t, batch.prompt_ids, weights="ref").double() - target.double()).square().flatten(1).mean(1)
         )
-        live = gap[-1].square().flatten(1).mean(1)
-        errors += [live, ref]
-        s.append(live - ref)
+        error = gap[-1].square().flatten(1).mean(1)
+        errors += [error, ref]
+        s.append(error - ref)
     z = beta / 2 * (s[0] - s[1])
     expected = torch.log1p(z.exp()).mean() / beta
     assert float(got.detach()) == pytest.approx(float(expected), rel=1e-5)
@@ -160,7 +160,7 @@ def test_pairs_are_those_of_a_search_by_hand(
     kept: list[Any] = []
     real = rig.groups
     monkeypatch.setattr(rig, "groups", lambda *a, **k: kept.append(real(*a, **k)) or kept[-1])
-    batch = DiffusionDPO(prompts=5, group=4, choose=choose, gap=gap).collect(rig)
+    batch = DiffusionDPO(prompts=5, group=4, choose=choose, margin=gap).collect(rig)
     assert rig.mean("pairs/kept") == len(batch.prompt_ids)
     apart: dict[int, list[tuple[int, int]]] = {}
     for p, row in enumerate(reward.tolist()):
@@ -229,7 +229,9 @@ def test_groups_without_spread_or_scores_make_no_pair(make: Any) -> None:
 @pytest.mark.parametrize("collector", ["policy", "reference"])
 def test_after_a_refresh_the_policy_is_the_reference(make: Any, collector: Any) -> None:
     rig = make()
-    method = DiffusionDPO(prompts=3, group=4, refresh=2, collector=collector, optim=Optim(lr=1e-3, minibatches=1))
+    method = DiffusionDPO(
+        prompts=3, group=4, ref_update_step=2, collector=collector, optim=Optim(lr=1e-3, minibatches=1)
+    )
     adam, at = optimiser(method, rig), math.log(2) / method.beta
     numbers = go(method, rig, adam, 4)
     still = [abs(n["policy/loss"] - at) < 1e-9 for n in numbers]
@@ -242,9 +244,9 @@ def test_who_collects(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     rig = make()
     real = rig.groups
-    monkeypatch.setattr(rig, "groups", lambda *a, **k: asked.append(k["by"]) or real(*a, **k))
+    monkeypatch.setattr(rig, "groups", lambda *a, **k: asked.append(k["weights"]) or real(*a, **k))
     for collector, refresh in (("policy", 0), ("policy", 3), ("reference", 0), ("reference", 3)):
-        DiffusionDPO(prompts=1, group=2, collector=collector, refresh=refresh).collect(rig)  # type: ignore[arg-type]
+        DiffusionDPO(prompts=1, group=2, collector=collector, ref_update_step=refresh).collect(rig)  # type: ignore[arg-type]
     assert asked == ["policy", "policy", "ref", "old"]
 
 
@@ -302,9 +304,10 @@ def test_learning_from_given_pairs_ranks_pairs_it_never_saw(
 @pytest.mark.parametrize("way", ["online", "refresh", "offline"])
 def test_two_and_two_iterations_are_four(make: Any, dataset: str, tmp_path: Path, way: str) -> None:
     """A checkpoint between them changes not a bit; nor does the seed's second life."""
-    own: dict[str, Any] = {"refresh": {"refresh": 3, "collector": "reference"}, "offline": {"pairs": dataset}}.get(
-        way, {}
-    )
+    own: dict[str, Any] = {
+        "refresh": {"ref_update_step": 3, "collector": "reference"},
+        "offline": {"pairs": dataset},
+    }.get(way, {})
     method = DiffusionDPO(prompts=4, group=3, choose="random", optim=Optim(lr=1e-3, epochs=2, ema=0.5, warmup=3), **own)
     whole, twin, before, after = (make() for _ in range(4))
     for rig in (whole, twin):
@@ -331,7 +334,7 @@ def test_two_and_two_iterations_are_four(make: Any, dataset: str, tmp_path: Path
 def test_the_static_cost_is_what_the_meter_shows(make: Any, choose: Any, guidance: float, refresh: int) -> None:
     rig = make(push=0.02)
     method = DiffusionDPO(
-        prompts=3, group=4, steps=5, guidance=guidance, choose=choose, refresh=refresh,
+        prompts=3, group=4, steps=5, guidance=guidance, choose=choose, ref_update_step=refresh,
         optim=Optim(epochs=2, minibatches=1, micro=1),
     )  # fmt: skip
     go(method, rig, optimiser(method, rig), 1)
@@ -360,11 +363,11 @@ def test_it_makes_the_model_better(make: Any) -> None:
         {"prompts": 0},
         {"beta": 0},
         {"beta": -1},
-        {"gap": -0.1},
-        {"refresh": -1},
+        {"margin": -0.1},
+        {"ref_update_step": -1},
         {"steps": -1},
         {"guidance": -1},
-        {"noisy": 1.0},
+        {"t_min": 1.0},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
@@ -372,7 +375,7 @@ def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
         DiffusionDPO(**bad)
 
 
-@pytest.mark.parametrize("bad", ["choose=best", "collector=old", "times=log"])
+@pytest.mark.parametrize("bad", ["choose=best", "collector=old", "timestep_sampling=log"])
 def test_a_word_that_is_no_choice_is_refused(bad: str, redness: str) -> None:
     with pytest.raises(UserError, match=f"setting {bad.partition('=')[0]}"):
         resolve("dpo", f"{redness}:Paint", "tiny", sets=[bad])
@@ -380,15 +383,15 @@ def test_a_word_that_is_no_choice_is_refused(bad: str, redness: str) -> None:
 
 def test_its_presets_and_variants_resolve() -> None:
     assert load("method", "dpo") is load("method", "diffusion-dpo") is DiffusionDPO
-    assert variants("diffusion-dpo") == ["random", "gap", "offline"]
+    assert variants("diffusion-dpo") == ["random", "margin", "offline"]
     for model in ("tiny", "sd35m"):
         plain = resolve("dpo", "ocr", model).settings
         assert resolve("dpo:random", "ocr", model).settings == replace(plain, choose="random")
         assert resolve("dpo:offline", "ocr", model).settings == replace(
-            plain, pairs="pairs", prompts=32, collector="policy", refresh=0
+            plain, pairs="pairs", prompts=32, collector="policy", ref_update_step=0
         )  # the reference of a fixed data set never moves
-        gap = resolve("dpo:gap", "ocr", model).settings
-        assert (gap.choose, gap.gap) == ("all", 0.25)
+        gap = resolve("dpo:margin", "ocr", model).settings
+        assert (gap.choose, gap.margin) == ("all", 0.25)
 
 
 def test_the_method_owns_no_loop_optimiser_device_or_file() -> None:

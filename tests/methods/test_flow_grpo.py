@@ -1,4 +1,4 @@
-"""What Flow-GRPO, MixGRPO and GRPO-Guard have in common, on a real small model; then what is Flow-GRPO's own."""
+"""Laws that Flow-GRPO, MixGRPO and GRPO-Guard share, on a small random model; then Flow-GRPO's own."""
 
 from __future__ import annotations
 
@@ -30,15 +30,21 @@ from gpobench.methods.mix_grpo import MixGRPO
 
 BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle", "a photo"]
 FEW: dict[str, Any] = {"prompts": 2, "group": 4, "steps": 6}
-FAST: dict[str, Any] = {"window": 2, "window_range": (0, 4), "sampler": "cps", "noise_level": 0.8, "clip": 1e-5}
+FAST: dict[str, Any] = {
+    "window_size": 2,
+    "window_range": (0, 4),
+    "sde_type": "cps",
+    "noise_level": 0.8,
+    "clip_range": 1e-5,
+}
 METHODS: dict[str, Any] = {
     "flow-grpo": FlowGRPO(**FEW, kl=0.0),
     "flow-grpo-kl": FlowGRPO(**FEW),
     "flow-grpo:fast": FlowGRPO(**FEW, **FAST, kl=0.0),
-    "mix-grpo": MixGRPO(**FEW, window=3),
-    "mix-grpo-cps": MixGRPO(**FEW, window=3, sampler="cps", noise_level=0.8, clip=1e-5),
-    "mix-grpo:flash": MixGRPO(**FEW, window=2, tail=0.5, every=1),
-    "mix-grpo:flash-star": MixGRPO(**FEW, window=2, tail=0.4, stride=0),
+    "mix-grpo": MixGRPO(**FEW, window_size=3),
+    "mix-grpo-cps": MixGRPO(**FEW, window_size=3, sde_type="cps", noise_level=0.8, clip_range=1e-5),
+    "mix-grpo:flash": MixGRPO(**FEW, window_size=2, compress_ratio=0.5, shift_interval=1),
+    "mix-grpo:flash-star": MixGRPO(**FEW, window_size=2, compress_ratio=0.4, window_stride=0),
     "grpo-guard": GRPOGuard(**FEW),
 }
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
@@ -51,14 +57,14 @@ def shared(tiny_pipe: Path) -> Any:
 
 @pytest.fixture
 def make(shared: Any, tiny_pipe: Path, redness: str) -> Iterator[Any]:
-    """One model for all, at its first weights again each time; a test that needs two at once asks for its own."""
+    """One model for all tests, reset to its first weights each time; a test that needs two at once opens its own."""
     made: list[Rig] = []
-    first = shared.weights.state()
+    first = shared.lora.state()
 
     def build(
         name: str = "Redness", push: float = 0.0, adapter: Adapter | None = None, rows: int = 64, **bounds: float
     ) -> Rig:
-        shared.weights.restore(first)
+        shared.lora.restore(first)
         own = adapter and open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=adapter, seed=0)
         meter = Meter(Budget(**bounds or {"nfe": 1e9}))
         made.append(Rig(own or shared, [Prompt(p) for p in BOOK], scorer(f"{redness}:{name}"), meter, rows=rows))
@@ -66,7 +72,7 @@ def make(shared: Any, tiny_pipe: Path, redness: str) -> Iterator[Any]:
         return made[-1]
 
     yield build
-    shared.weights.restore(first)
+    shared.lora.restore(first)
     for rig in made:
         rig.close()
 
@@ -111,7 +117,7 @@ def step_of(method: Any, v: Tensor, batch: Any) -> tuple[Tensor, Tensor, Tensor]
     x, v = batch.x.double(), v.double()
     t, s = (u.double().view(-1, 1, 1, 1) for u in (batch.t, batch.s))
     a, dt = method.noise_level, s - t
-    if getattr(method, "sampler", "sde") == "cps":
+    if getattr(method, "sde_type", "sde") == "cps":
         std = s * math.sin(a * math.pi / 2)
         return (1 - s) * (x - t * v) + (s**2 - std**2).sqrt() * (x + (1 - t) * v), std, std
     scale = a * (t / (1 - torch.where(t == 1, s, t))).sqrt()
@@ -132,7 +138,7 @@ def test_the_ratio_is_one_before_the_first_update(make: Any, method: Any, guidan
     """Whatever batch the log-probabilities come from: sampled 8 at once, asked again 5 at once."""
     rig, method = make(push=0.1, rows=8), replace(method, guidance=guidance)
     batch = method.collect(rig)
-    assert batch_size(batch) > 5 and bool(batch.adv.abs().min() > 0)
+    assert batch_size(batch) > 5 and bool(batch.advantage.abs().min() > 0)
     for rows in torch.arange(batch_size(batch)).split(5):
         part = select_rows(batch, rows)
         guided = {"guidance": guidance_of(method, rig)}
@@ -142,7 +148,7 @@ def test_the_ratio_is_one_before_the_first_update(make: Any, method: Any, guidan
                 log_ratio = guarded(mean.float(), part.mean, part.to, std.float())
             else:
                 step = rig.step(method.kernel, part.x, part.t, part.s, part.prompt_ids, **guided)
-                log_ratio = step.logp(part.to, drop=method.sampler == "cps") - part.logp
+                log_ratio = step.logp(part.to, drop=method.sde_type == "cps") - part.logp
         assert float(log_ratio.abs().max()) < 1e-6
         keyed_loss(method, rig, part)
     assert rig.mean("policy/ratio") == pytest.approx(1, abs=1e-6) and rig.mean("policy/clipped") == 0
@@ -159,14 +165,14 @@ def test_the_first_gradient_is_the_plain_policy_gradient(make: Any, method: Any,
     v = rig.velocity(batch.x, batch.t, batch.prompt_ids, guidance=guidance_of(method, rig))
     mean, std, _ = step_of(method, v, batch)
     square = (batch.to.double() - mean) ** 2
-    if getattr(method, "sampler", "sde") == "cps":
+    if getattr(method, "sde_type", "sde") == "cps":
         logp = -square.mean((1, 2, 3))
     else:
         logp = (-square / (2 * std**2) - std.log() - math.log(math.sqrt(2 * math.pi))).mean((1, 2, 3))
     assert torch.allclose(logp.float(), batch.logp, atol=1e-5) or isinstance(method, GRPOGuard)
     if isinstance(method, GRPOGuard):
         logp = logp * std.flatten() / (batch.t - batch.s).double()
-    expected = gradient(-(batch.adv.double() * logp).mean(), rig)
+    expected = gradient(-(batch.advantage.double() * logp).mean(), rig)
     assert float((got - expected).norm() / expected.norm()) < 2e-4 and float(expected.norm()) > 1e-5
 
 
@@ -182,7 +188,7 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_step_weighs_what_its_formula_says(make: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig, method = make(), replace(METHODS[name], steps=10, **({"window": 9} if "mix" in name else {}))
+    rig, method = make(), replace(METHODS[name], steps=10, **({"window_size": 9} if "mix" in name else {}))
     batch = method.collect(rig)
     v = rig.velocity(batch.x, batch.t, batch.prompt_ids).detach().requires_grad_()
     monkeypatch.setattr(rig, "velocity", lambda *args, **kwargs: v)
@@ -194,7 +200,7 @@ def test_every_step_weighs_what_its_formula_says(make: Any, name: str, monkeypat
     for k, weight in enumerate(WEIGHTS[name]):
         rows = batch.t == grid[k]
         assert int(rows.sum()) == batch_size(batch) / 9
-        scale = batch.adv[rows].view(-1, 1, 1, 1) * eps[rows] / grad[0].numel() / batch_size(batch)
+        scale = batch.advantage[rows].view(-1, 1, 1, 1) * eps[rows] / grad[0].numel() / batch_size(batch)
         each = (grad[rows] * scale).sum((1, 2, 3)) / (scale**2).sum((1, 2, 3))
         assert each.tolist() == pytest.approx([weight] * len(each), rel=0.02, abs=6e-4), k
 
@@ -211,15 +217,15 @@ def test_a_move_outside_the_clip_teaches_nothing_more(make: Any, method: Any, mo
     mean, std, _ = step_of(method, v.detach(), batch)
     if isinstance(method, GRPOGuard):
         log_ratio = ((mean - batch.mean) * (batch.to - batch.mean) / std).mean((1, 2, 3))
-    elif method.sampler == "cps":
+    elif method.sde_type == "cps":
         log_ratio = -((batch.to - mean) ** 2).mean((1, 2, 3)) - batch.logp
     else:
         log_ratio = ((batch.to - batch.mean) ** 2 - (batch.to - mean) ** 2).mean((1, 2, 3)) / (2 * std.flatten() ** 2)
     ratio = log_ratio.exp()
-    silent = torch.where(batch.adv > 0, ratio > 1 + method.clip, ratio < 1 - method.clip)
+    silent = torch.where(batch.advantage > 0, ratio > 1 + method.clip_range, ratio < 1 - method.clip_range)
     assert 0 < int(silent.sum()) < batch_size(batch)
     assert torch.equal(grad.flatten(1).abs().sum(1) == 0, silent)
-    assert rig.mean("policy/clipped") == pytest.approx(float(((ratio - 1).abs() > method.clip).float().mean()))
+    assert rig.mean("policy/clipped") == pytest.approx(float(((ratio - 1).abs() > method.clip_range).float().mean()))
 
 
 @every_method
@@ -231,7 +237,7 @@ def test_groups_without_spread_leave_no_rows(make: Any, method: Any) -> None:
 
 @every_method
 def test_an_image_without_a_score_teaches_nothing(make: Any, method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Changing the picture that could not be scored changes no gradient, and the others are judged among themselves."""
+    """Changing the image that could not be scored changes no gradient; the others are standardised without it."""
     reward = torch.tensor([[math.nan, 0.0, 1.0, 5.0], [0.0, 2.0, 1.0, math.inf]])
 
     def learn(change: float) -> tuple[Any, Tensor]:
@@ -243,7 +249,7 @@ def test_an_image_without_a_score_teaches_nothing(make: Any, method: Any, monkey
             lost = torch.isin(transitions.image, torch.tensor([0, 7])).view(-1, 1, 1, 1)
             return replace(transitions, x=transitions.x + change * lost, to=transitions.to - change * lost), reward
 
-        monkeypatch.setattr(rig, "moves", changed)
+        monkeypatch.setattr(rig, "transitions", changed)
         batch = method.collect(rig)
         return batch, gradient(keyed_loss(method, rig, batch), rig)
 
@@ -251,14 +257,14 @@ def test_an_image_without_a_score_teaches_nothing(make: Any, method: Any, monkey
     assert set(batch.image.tolist()) == {1, 2, 3, 4, 5}  # image 6 earned exactly the mean of those known
     assert torch.equal(first, second) and float(first.abs().max()) > 0
     advantage = standardise(reward, method.std).flatten()
-    assert torch.allclose(batch.adv, advantage[batch.image])
+    assert torch.allclose(batch.advantage, advantage[batch.image])
 
 
 def test_advantages_are_held_within_their_bound(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, method = make(), FlowGRPO(prompts=1, group=40, steps=2, std="group")
     monkeypatch.setattr(rig, "_take", lambda answer: torch.tensor([100.0] + [0.0] * 39))
     batch = method.collect(rig)
-    assert float(batch.adv.max()) == 5 and float(standardise(torch.tensor([[100.0] + [0.0] * 39])).max()) > 6
+    assert float(batch.advantage.max()) == 5 and float(standardise(torch.tensor([[100.0] + [0.0] * 39])).max()) > 6
 
 
 @every_method
@@ -303,14 +309,14 @@ def test_a_resumed_run_goes_on_to_the_same_bytes(make: Any, method: Any, tmp_pat
 
 
 def test_they_make_the_model_better(make: Any) -> None:
-    """Each from the same start, for the same spend, judged on noise that none of them saw."""
+    """Each from the same start, for the same spend, evaluated on noise that none was trained on."""
     optim = Optim(lr=3e-3, weight_decay=0, minibatches=2)
     few: dict[str, Any] = {"prompts": 4, "group": 8, "steps": 4, "optim": optim}
     for method in (
-        FlowGRPO(**few, kl=0.0, clip=1e-2, std="group"),
-        FlowGRPO(**few, kl=0.0, window=2, window_range=(0, 3), sampler="cps", noise_level=0.8, clip=1e-2),
-        MixGRPO(**few, window=2, every=5, clip=1e-2),
-        GRPOGuard(**few, clip=1e-3),
+        FlowGRPO(**few, kl=0.0, clip_range=1e-2, std="group"),
+        FlowGRPO(**few, kl=0.0, window_size=2, window_range=(0, 3), sde_type="cps", noise_level=0.8, clip_range=1e-2),
+        MixGRPO(**few, window_size=2, shift_interval=5, clip_range=1e-2),
+        GRPOGuard(**few, clip_range=1e-3),
     ):
         rig = make(adapter=SMALL["adapter"], nfe=5_000)
         fit(method, rig, 1_000)
@@ -341,26 +347,26 @@ def test_presets_and_search_spaces_are_settings(name: str, model: str) -> None:
 @pytest.mark.parametrize("guidance", [0.0, 3.0])
 def test_the_kl_is_its_formula(make: Any, form: Any, sampler: Any, guidance: float) -> None:
     rig = make(push=0.2)
-    method = FlowGRPO(**FEW, kl=0.5, kl_form=form, sampler=sampler, noise_level=0.7, guidance=guidance)
+    method = FlowGRPO(**FEW, kl=0.5, kl_form=form, sde_type=sampler, noise_level=0.7, guidance=guidance)
     batch = method.collect(rig)
     without = keyed_loss(replace(method, kl=0.0), rig, batch)
     rig.notes()
     got = keyed_loss(method, rig, batch)
 
     w = guidance_of(method, rig)
-    live, ref = (
+    policy, ref = (
         rig.velocity(batch.x, batch.t, batch.prompt_ids, weights=weights, guidance=w).double()
         for weights in ("policy", "ref")
     )
     dt = (batch.t - batch.s).double()
-    (mean, std, scale), (mean_ref, _, _) = step_of(method, live, batch), step_of(method, ref, batch)
+    (mean, std, scale), (mean_ref, _, _) = step_of(method, policy, batch), step_of(method, ref, batch)
     if sampler == "cps":
         kl = ((mean - mean_ref) ** 2 / (2 * std**2)).mean((1, 2, 3))
     elif form == "code":
         kl = ((mean - mean_ref) ** 2 / (2 * scale**2)).mean((1, 2, 3))
     else:  # the paper's closed form; at t = 1 its first factor is the clamp's, so the means are used there
         t, s = batch.t.double(), scale.flatten()
-        kl = dt / 2 * (s * (1 - t) / (2 * t) + 1 / s) ** 2 * ((live - ref) ** 2).mean((1, 2, 3))
+        kl = dt / 2 * (s * (1 - t) / (2 * t) + 1 / s) ** 2 * ((policy - ref) ** 2).mean((1, 2, 3))
     assert rig.mean("policy/kl") == pytest.approx(float(kl.mean().detach()), rel=1e-3)
     assert float((got - without).detach()) == pytest.approx(0.5 * float(kl.mean().detach()), rel=1e-3)
     difference = gradient(got, rig) - gradient(without, rig)
@@ -379,7 +385,7 @@ def test_detaching_the_unconditional_branch_changes_the_gradient_only(make: Any)
 
 @pytest.mark.parametrize("sampler", ["sde", "cps"])
 def test_with_hardly_any_noise_the_walk_is_the_ode(make: Any, sampler: Any) -> None:
-    rig, method = make(), FlowGRPO(**FEW, sampler=sampler, noise_level=1e-6, kl=0.0)
+    rig, method = make(), FlowGRPO(**FEW, sde_type=sampler, noise_level=1e-6, kl=0.0)
     batch = method.collect(rig)
     v = rig.velocity(batch.x, batch.t, batch.prompt_ids).detach()
     assert torch.allclose(batch.to, ode(rectified, batch.x, v, batch.t, batch.s).mean, atol=2e-5)
@@ -389,7 +395,7 @@ def test_with_hardly_any_noise_the_walk_is_the_ode(make: Any, sampler: Any) -> N
 def test_the_first_steps_are_learnt_from_and_never_the_last(
     make: Any, steps: int, fraction: float, learnt: int
 ) -> None:
-    rig, method = make(), FlowGRPO(prompts=1, group=3, steps=steps, fraction=fraction)
+    rig, method = make(), FlowGRPO(prompts=1, group=3, steps=steps, timestep_fraction=fraction)
     batch = method.collect(rig)
     grid = rig.model.times(steps)
     assert sorted(set(batch.t.tolist()), reverse=True) == grid[:learnt].tolist()
@@ -398,7 +404,7 @@ def test_the_first_steps_are_learnt_from_and_never_the_last(
 
 
 def test_only_the_window_is_noisy_and_it_goes_everywhere(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig, method = make(), FlowGRPO(**FEW, **{**FAST, "window": 3, "window_range": (1, 5)}, kl=0.0)
+    rig, method = make(), FlowGRPO(**FEW, **{**FAST, "window_size": 3, "window_range": (1, 5)}, kl=0.0)
     grid, places = rig.model.times(6), []
     walked: list[Any] = []
     walk = rig.walk
@@ -415,7 +421,7 @@ def test_only_the_window_is_noisy_and_it_goes_everywhere(make: Any, monkeypatch:
 
 
 def test_a_window_starts_anywhere_in_its_range_alike(make: Any) -> None:
-    rig, method = make(), FlowGRPO(steps=10, window=3, window_range=(0, 5), sampler="cps")
+    rig, method = make(), FlowGRPO(steps=10, window_size=3, window_range=(0, 5), sde_type="cps")
     starts = [method.plan(rig)[1][0] for _ in range(600)]
     assert set(starts) == {0, 1, 2} and min(starts.count(i) for i in range(3)) > 160
 
@@ -423,10 +429,10 @@ def test_a_window_starts_anywhere_in_its_range_alike(make: Any) -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        {"group": 1}, {"prompts": 0}, {"clip": 0}, {"clip": -1e-4}, {"kl": -0.1}, {"noise_level": 0},
-        {"noise_level": 1.5, "sampler": "cps"}, {"fraction": 1.0}, {"fraction": 0}, {"steps": 1}, {"guidance": -1},
-        {"window": -1}, {"window_range": (0, 2), "window": 3}, {"window_range": (-1, 3), "window": 3}, {"adv_clip": 0},
-        {"clip": math.nan},
+        {"group": 1}, {"prompts": 0}, {"clip_range": 0}, {"clip_range": -1e-4}, {"kl": -0.1}, {"noise_level": 0},
+        {"noise_level": 1.5, "sde_type": "cps"}, {"timestep_fraction": 1.0}, {"timestep_fraction": 0}, {"steps": 1}, {"guidance": -1},
+        {"window_size": -1}, {"window_range": (0, 2), "window_size": 3}, {"window_range": (-1, 3), "window_size": 3}, {"adv_clip_max": 0},
+        {"clip_range": math.nan},
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
@@ -436,8 +442,8 @@ def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
 
 def test_what_does_not_fit_the_schedule_is_refused(make: Any) -> None:
     for method, word in (
-        (FlowGRPO(window=3, window_range=(0, 4)), "window_range"),  # the protocol of this model has four steps
-        (FlowGRPO(fraction=0.2), "fraction"),
+        (FlowGRPO(window_size=3, window_range=(0, 4)), "window_range"),  # the protocol of this model has four steps
+        (FlowGRPO(timestep_fraction=0.2), "timestep_fraction"),
     ):
         rig = make()
         with pytest.raises(UserError, match=f"flow-grpo: {word}"):

@@ -1,4 +1,4 @@
-"""Group preference optimisation on a real small model: what it equals, what it drops, and that it works."""
+"""GPO on a small random model: its equation, the groups it drops, and that it works."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from gpobench.bench.spec import Optim
 from gpobench.bench.training.rig import Rig
 from gpobench.bench.training.train import optimiser, train
 from gpobench.methods import gpo as module
-from gpobench.methods.gpo import GPO, WeightedGroups
+from gpobench.methods.gpo import GPO, AdvantageGroups
 
 
-def keyed_loss(method: GPO, rig: Rig, batch: WeightedGroups) -> torch.Tensor:
+def keyed_loss(method: GPO, rig: Rig, batch: AdvantageGroups) -> torch.Tensor:
     with rig.keyed(torch.arange(len(batch.prompt_ids)) + 5):
         return method.loss(rig, batch)
 
@@ -35,14 +35,14 @@ def test_at_the_reference_the_loss_is_log_two_over_beta(make: Any, beta: float) 
     assert rig.mean("policy/kl") == 0 and rig.mean("policy/accuracy") == 0.5
 
 
-@pytest.mark.parametrize("link", ["logsigmoid", "pairwise"])
-def test_a_group_of_two_is_diffusion_dpo_over_beta(make: Any, link: Any) -> None:
+@pytest.mark.parametrize("loss_type", ["logsigmoid", "pairwise"])
+def test_a_group_of_two_is_diffusion_dpo_over_beta(make: Any, loss_type: Any) -> None:
     """With two images the standardised rewards are +1 and -1, up to the guard in the deviation."""
     rig = make(push=0.05)
-    method = GPO(prompts=4, group=2, beta=50.0, link=link, gap_weight=False)
+    method = GPO(prompts=4, group=2, beta=50.0, loss_type=loss_type, margin_weight=False)
     drawn = method.collect(rig)
-    sign = drawn.adv.sign()
-    batch = WeightedGroups(drawn.x0, drawn.prompt_ids, sign, sign)
+    sign = drawn.advantage.sign()
+    batch = AdvantageGroups(drawn.x0, drawn.prompt_ids, sign, sign)
     assert sign.abs().min() == 1
     got = keyed_loss(method, rig, batch)
 
@@ -88,22 +88,22 @@ def test_a_group_is_informative_when_two_of_its_scored_images_differ(
     assert batch.prompt_ids.tolist() == [1, 3] and rig.mean("groups/informative") == pytest.approx(0.4)
     assert torch.equal(batch.reward.nan_to_num(-1), reward[[1, 3]].nan_to_num(-1))
     a = math.sqrt(1.5)
-    assert torch.allclose(batch.adv[0], torch.tensor([-a, 0, a]), atol=1e-3)
-    assert batch.reward[1].isnan().tolist() == [True, False, False] and batch.adv[1, 0] == 0
+    assert torch.allclose(batch.advantage[0], torch.tensor([-a, 0, a]), atol=1e-3)
+    assert batch.reward[1].isnan().tolist() == [True, False, False] and batch.advantage[1, 0] == 0
 
 
-@pytest.mark.parametrize("link", ["logsigmoid", "pairwise", "linear"])
-def test_an_image_without_a_score_teaches_nothing(make: Any, link: Any) -> None:
+@pytest.mark.parametrize("loss_type", ["logsigmoid", "pairwise", "linear"])
+def test_an_image_without_a_score_teaches_nothing(make: Any, loss_type: Any) -> None:
     """Changing the picture that could not be scored changes no gradient."""
     rig = make(push=0.05)
-    method = GPO(prompts=1, group=3, beta=20.0, link=link)
+    method = GPO(prompts=1, group=3, beta=20.0, loss_type=loss_type)
     x0 = rig.noise(3)[None]
     other = x0.clone()
     other[0, 0] += 1
 
     def gradient(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         reward = torch.tensor([[math.nan, -1.0, 1.0]])
-        batch = WeightedGroups(x, torch.tensor([2]), reward, standardise(reward))
+        batch = AdvantageGroups(x, torch.tensor([2]), reward, standardise(reward))
         loss = keyed_loss(method, rig, batch)
         assert bool(loss.isfinite())
         return torch.autograd.grad(loss, rig.model.parameters())
@@ -113,9 +113,9 @@ def test_an_image_without_a_score_teaches_nothing(make: Any, link: Any) -> None:
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("link", ["logsigmoid", "pairwise", "linear"])
-def test_one_step_makes_the_better_image_likelier(make: Any, link: Any) -> None:
-    rig, method = make(), GPO(prompts=4, group=4, beta=100.0, link=link)
+@pytest.mark.parametrize("loss_type", ["logsigmoid", "pairwise", "linear"])
+def test_one_step_makes_the_better_image_likelier(make: Any, loss_type: Any) -> None:
+    rig, method = make(), GPO(prompts=4, group=4, beta=100.0, loss_type=loss_type)
     batch = method.collect(rig)
     steepest = torch.optim.SGD(rig.model.parameters(), lr=1e-2)
     keyed_loss(method, rig, batch).backward()
@@ -126,19 +126,22 @@ def test_one_step_makes_the_better_image_likelier(make: Any, link: Any) -> None:
     assert bool(after.isfinite())
 
 
-def test_pairs_closer_than_the_gap_are_left_out(make: Any) -> None:
-    """Of the rewards 0, 0.1 and 1 a gap of 0.2 leaves the two pairs with the last one."""
-    rig, method = make(push=0.05), GPO(prompts=1, group=3, beta=20.0, link="pairwise", gap_weight=False, gap=0.2)
+def test_pairs_closer_than_the_margin_are_left_out(make: Any) -> None:
+    """Of the rewards 0, 0.1 and 1 a margin of 0.2 leaves the two pairs with the last one."""
+    rig, method = (
+        make(push=0.05),
+        GPO(prompts=1, group=3, beta=20.0, loss_type="pairwise", margin_weight=False, margin=0.2),
+    )
     reward = torch.tensor([[0.0, 0.1, 1.0]])
-    batch = WeightedGroups(rig.noise(3)[None], torch.tensor([2]), reward, standardise(reward))
+    batch = AdvantageGroups(rig.noise(3)[None], torch.tensor([2]), reward, standardise(reward))
     loss = keyed_loss(method, rig, batch)
     with rig.keyed(torch.arange(1) + 5):
         t = rig.normal(1).sigmoid().repeat(3)
         eps = rig.noise(1).repeat_interleave(3, 0)
-    live, ref = rig.errors(batch.x0[0], torch.tensor([2, 2, 2]), t, eps, "policy", "ref")
-    pairs = [dpo(live[2:], ref[2:], live[i : i + 1], ref[i : i + 1], 20.0) / 20.0 for i in (0, 1)]
+    error, ref = rig.errors(batch.x0[0], torch.tensor([2, 2, 2]), t, eps, "policy", "ref")
+    pairs = [dpo(error[2:], ref[2:], error[i : i + 1], ref[i : i + 1], 20.0) / 20.0 for i in (0, 1)]
     assert float(loss.detach()) == pytest.approx(float(sum(pairs).detach() / 3), rel=1e-4)  # type: ignore[union-attr]
-    wide = GPO(prompts=1, group=3, beta=20.0, link="pairwise", gap_weight=False, gap=2.0)
+    wide = GPO(prompts=1, group=3, beta=20.0, loss_type="pairwise", margin_weight=False, margin=2.0)
     assert float(keyed_loss(wide, rig, batch).detach()) == 0
 
 
@@ -185,7 +188,7 @@ def test_it_makes_the_model_better(make: Any) -> None:
         {"beta": -1},
         {"steps": -1},
         {"guidance": -1},
-        {"noisy": 1.0},
+        {"t_min": 1.0},
     ],
 )
 def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:

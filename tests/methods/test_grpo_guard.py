@@ -1,4 +1,4 @@
-"""GRPO-Guard's own: the loss it prints, centred and of one scale, each transition for itself. The rest is in test_flow_grpo.py."""
+"""GRPO-Guard's own: the published loss, centred and of one scale, per transition. The rest is in test_flow_grpo.py."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def shove(rig: Rig, push: float) -> None:
 
 def test_the_loss_is_the_codes_per_transition(rig: Rig) -> None:
     """train_sd3_GRPO_Guard.py in float64 with batches of one, where its batch mean is the transition's own."""
-    method = GRPOGuard(prompts=2, group=4, steps=10, clip=1e-4)
+    method = GRPOGuard(prompts=2, group=4, steps=10, clip_range=1e-4)
     batch = method.collect(rig)
     shove(rig, 0.1)
     rig.notes()
@@ -57,7 +57,7 @@ def test_the_loss_is_the_codes_per_transition(rig: Rig) -> None:
         log_ratio = (((to - old) ** 2 - (to - mean) ** 2) / (2 * std**2)).mean()
         bias = ((mean - old) ** 2).mean() / (2 * std**2)
         ratio = ((log_ratio + bias) * std).exp()
-        adv = batch.adv[i].double()
+        adv = batch.advantage[i].double()
         each.append(float(torch.maximum(-adv * ratio, -adv * ratio.clamp(1 - 1e-4, 1 + 1e-4)) / -dt))
         ratios.append(float(ratio))
     assert loss == pytest.approx(sum(each) / len(each), rel=1e-4)
@@ -96,8 +96,8 @@ def test_cost_and_cost_under_guidance() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"group": 1}, {"prompts": 0}, {"clip": 0}, {"noise_level": 0}, {"fraction": 1.0}, {"steps": 1}, {"guidance": -1},
-     {"adv_clip": -1}],
+    [{"group": 1}, {"prompts": 0}, {"clip_range": 0}, {"noise_level": 0}, {"timestep_fraction": 1.0}, {"steps": 1}, {"guidance": -1},
+     {"adv_clip_max": -1}],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"grpo-guard: {next(iter(bad))} "):

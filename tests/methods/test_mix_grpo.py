@@ -1,4 +1,4 @@
-"""MixGRPO's own: where the window stands, what the tail is, what a group shares. The rest is in test_flow_grpo.py."""
+"""MixGRPO's own: the window's place, the compressed steps, what a group shares. The rest is in test_flow_grpo.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt, batch_size
 from gpobench.bench.training.rig import Rig
-from gpobench.methods.mix_grpo import MixGRPO, coarser
+from gpobench.methods.mix_grpo import MixGRPO, compress_grid
 
 SDE = sde(0.7)
 
@@ -39,7 +39,7 @@ def start(method: MixGRPO, iteration: int, steps: int) -> int:
 
 
 def test_the_window_slides_and_stays_at_its_last_place() -> None:
-    method = MixGRPO(window=4)
+    method = MixGRPO(window_size=4)
     starts = [start(method, iteration, 25) for iteration in range(600)]
     assert starts[:26] == [0] * 25 + [1] and starts[299] == 11  # the paper's 300 steps see twelve places
     assert starts == sorted(starts) and max(starts) == starts[599] == 20  # steps 20 to 23: never the last one
@@ -51,12 +51,22 @@ def test_the_window_slides_and_stays_at_its_last_place() -> None:
 
 
 def test_stride_and_pace() -> None:
-    assert [start(MixGRPO(window=2, stride=3, every=2), i, 10) for i in range(9)] == [0, 0, 3, 3, 6, 6, 7, 7, 7]
-    assert {start(MixGRPO(window=2, stride=0, every=1), i, 10) for i in range(50)} == {0}
+    assert [start(MixGRPO(window_size=2, window_stride=3, shift_interval=2), i, 10) for i in range(9)] == [
+        0,
+        0,
+        3,
+        3,
+        6,
+        6,
+        7,
+        7,
+        7,
+    ]
+    assert {start(MixGRPO(window_size=2, window_stride=0, shift_interval=1), i, 10) for i in range(50)} == {0}
 
 
 def test_flash_shortens_what_comes_after_the_window() -> None:
-    method = MixGRPO(window=4, tail=0.4)
+    method = MixGRPO(window_size=4, compress_ratio=0.4)
     lengths = [len(method.plan(25 * i, 25)) for i in range(12)]
     assert lengths[0] == 4 + 8 and round(sum(lengths) / 12) == 16  # the paper's mean number of evaluations
     for i in range(40):
@@ -65,19 +75,19 @@ def test_flash_shortens_what_comes_after_the_window() -> None:
         tail = kernels[first + 4 :]
         assert kernels[:first] == [ode] * first and tail == [dpm2] * len(tail) and len(tail) >= 1
         assert len(tail) == max(1, round(0.4 * (21 - first)))
-    assert len(MixGRPO(window=4, tail=1.0).plan(0, 25)) == 25
+    assert len(MixGRPO(window_size=4, compress_ratio=1.0).plan(0, 25)) == 25
     star = resolve("mix-grpo:flash-star", "ocr", "sd35m").settings
     assert {len(star.plan(i, 25)) for i in range(0, 300, 25)} == {8}  # the paper's Flash*
 
 
 def test_a_coarser_grid_keeps_what_lies_before_it() -> None:
     grid = shifted_grid(25, 3.0)
-    assert torch.equal(coarser(grid, 4, 21), grid)
+    assert torch.equal(compress_grid(grid, 4, 21), grid)
     for first, tail in ((4, 8), (14, 4), (24, 1), (0, 5)):
-        new = coarser(grid, first, tail)
+        new = compress_grid(grid, first, tail)
         assert torch.equal(new[: first + 1], grid[: first + 1]) and new[-1] == 0
         assert len(new) == first + tail + 1 and bool((new.diff() < 0).all())
-    assert coarser(grid, 5, 10)[6] == pytest.approx(float(grid[7]))  # every second step of an even rest
+    assert compress_grid(grid, 5, 10)[6] == pytest.approx(float(grid[7]))  # every second step of an even rest
 
 
 @pytest.mark.parametrize("first,tail", [(4, 8), (10, 6), (14, 4)])
@@ -85,14 +95,23 @@ def test_the_tails_grid_is_nearly_the_authors(first: int, tail: int) -> None:
     """shift(linspace(1 - first / T, 0)) in their code, where the schedule is shift(linspace(1, 0)) all along."""
     theirs = shift(torch.linspace(1, 0, 26, dtype=torch.float64), 3.0)
     expected = shift(torch.linspace(1 - first / 25, 0, tail + 1, dtype=torch.float64), 3.0)
-    assert torch.allclose(coarser(theirs, first, tail)[first:], expected, atol=4e-3)
+    assert torch.allclose(compress_grid(theirs, first, tail)[first:], expected, atol=4e-3)
 
 
 @pytest.mark.parametrize("tail", [0.0, 0.5])
 @pytest.mark.parametrize("kernel", [SDE, cps(0.8)])
 def test_only_the_window_is_kept_at_its_place(rig: Rig, tail: float, kernel: Any) -> None:
     name = "sde" if kernel == SDE else "cps"
-    method = MixGRPO(prompts=2, group=3, steps=8, window=2, every=2, tail=tail, sampler=name, noise_level=0.7)
+    method = MixGRPO(
+        prompts=2,
+        group=3,
+        steps=8,
+        window_size=2,
+        shift_interval=2,
+        compress_ratio=tail,
+        sde_type=name,
+        noise_level=0.7,
+    )
     grid = rig.model.times(8)
     for rig.iteration, place in ((0, 0), (1, 0), (2, 1), (7, 3), (99, 5)):
         batch = method.collect(rig)
@@ -103,7 +122,7 @@ def test_only_the_window_is_kept_at_its_place(rig: Rig, tail: float, kernel: Any
 
 
 def test_a_group_shares_its_noise_and_its_way_to_the_window(rig: Rig) -> None:
-    method = MixGRPO(prompts=2, group=3, steps=6, window=2, every=1)
+    method = MixGRPO(prompts=2, group=3, steps=6, window_size=2, shift_interval=1)
     rig.iteration = 2
     batch = method.collect(rig)
     at = batch.t == rig.model.times(6)[2]
@@ -116,7 +135,7 @@ def test_a_group_shares_its_noise_and_its_way_to_the_window(rig: Rig) -> None:
 
 
 def test_the_rollout_costs_what_the_first_place_says(rig: Rig) -> None:
-    method = MixGRPO(prompts=2, group=3, steps=8, window=2, tail=0.5, every=1)
+    method = MixGRPO(prompts=2, group=3, steps=8, window_size=2, compress_ratio=0.5, shift_interval=1)
     for rig.iteration, rollout in ((0, 2 + 3), (3, 5 + 2), (5, 7 + 1)):
         before = rig.meter.nfe
         method.collect(rig)
@@ -127,9 +146,10 @@ def test_the_rollout_costs_what_the_first_place_says(rig: Rig) -> None:
 @pytest.mark.parametrize(
     "bad",
     [
-        {"group": 1}, {"prompts": 0}, {"clip": 0}, {"noise_level": 0}, {"noise_level": 1.5, "sampler": "cps"},
-        {"window": 0}, {"stride": -1}, {"every": 0}, {"tail": -0.1}, {"tail": 1.5}, {"steps": 1}, {"guidance": -1},
-        {"adv_clip": 0}, {"tail": math.nan},
+        {"group": 1}, {"prompts": 0}, {"clip_range": 0}, {"noise_level": 0}, {"noise_level": 1.5, "sde_type": "cps"},
+        {"window_size": 0}, {"window_stride": -1}, {"shift_interval": 0}, {"compress_ratio": -0.1},
+        {"compress_ratio": 1.5}, {"steps": 1}, {"guidance": -1},
+        {"adv_clip_max": 0}, {"compress_ratio": math.nan},
     ],
 )  # fmt: skip
 def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
@@ -138,8 +158,8 @@ def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
 
 
 def test_a_window_as_long_as_the_schedule_is_refused(rig: Rig) -> None:
-    method = MixGRPO(window=4)  # the protocol of this model has four steps
+    method = MixGRPO(window_size=4)  # the protocol of this model has four steps
     for ask in (lambda: method.collect(rig), lambda: method.cost(4, 1.0), lambda: method.plan(0, 3)):
         with pytest.raises(UserError, match="mix-grpo: window"):
             ask()
-    assert rig.meter.nfe == 0 and len(replace(method, window=3).plan(10_000, 4)) == 4
+    assert rig.meter.nfe == 0 and len(replace(method, window_size=3).plan(10_000, 4)) == 4

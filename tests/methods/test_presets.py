@@ -1,4 +1,4 @@
-"""Every method has a preset for every model: it resolves, says where its numbers come from, fits its card, and its miniature learns."""
+"""Every method has a preset for every model: it resolves, states its sources, fits the GPU, and its miniature learns."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_clips_shrink_as_the_root_of_a_latents_elements() -> None:
     """log rho is a mean over them: 16 x 64 x 64 in SD3.5-M, 4 x 64 x 64 in SD1.5, as many as SD3.5-M's in SDXL, 16 x 90 x 90 in FLUX."""
     elements = {"sd35m": 16 * 64**2, "sd15": 4 * 64**2, "sdxl": 4 * 128**2, "flux1-dev": 16 * 90**2}
     for name in ("grpo-guard", "flow-grpo:fast"):
-        clip = {model: resolve(name, "ocr", model).settings.clip for model in elements}
+        clip = {model: resolve(name, "ocr", model).settings.clip_range for model in elements}
         for model, n in elements.items():
             assert clip[model] == pytest.approx(clip["sd35m"] * math.sqrt(elements["sd35m"] / n), rel=0.02), (
                 name,
@@ -170,15 +170,15 @@ def test_the_noisy_times_are_as_noisy_as_those_of_sd35m() -> None:
     ratio = ((1 - abar) / abar).sqrt()
     first = (int((ratio >= 0.5625 / 0.4375).nonzero()[0]) + 1) / 1000
     for model in ("sdxl", "sd15"):
-        assert resolve("gpo", "ocr", model).settings.noisy == pytest.approx(first, abs=0.005)
+        assert resolve("gpo", "ocr", model).settings.t_min == pytest.approx(first, abs=0.005)
         dgpo = resolve("dgpo", "ocr", model).settings
         grid = ddim_grid(dgpo.steps, spacing="leading", offset=1, alpha_to_one=False)[:-1]
-        assert int((grid >= first).sum()) == dgpo.trunc + 1
+        assert int((grid >= first).sum()) == dgpo.trunc_steps + 1
     tokens = (720 // 16) ** 2
     shift = math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))  # FLUX.1-dev's scheduler
     noisy = shift * 0.3 / (1 + (shift - 1) * 0.3)
     for method in ("gpo", "diffusion-nft"):
-        assert resolve(method, "ocr", "flux1-dev").settings.noisy == pytest.approx(noisy, abs=0.005)
+        assert resolve(method, "ocr", "flux1-dev").settings.t_min == pytest.approx(noisy, abs=0.005)
 
 
 def test_the_noise_of_the_unets_walk_keeps_the_width_of_its_data() -> None:
@@ -211,7 +211,9 @@ def test_the_published_dpo_of_the_unets_warms_up_for_a_quarter_of_its_updates(mo
     own = plan.settings
     updates = plan.budget.bounds()["nfe"] / (2 * own.prompts * sum(own.cost(50, 7.5).values()))
     assert own.optim.warmup == round(updates / 4)
-    assert own.beta == {"sdxl": 5000, "sd15": 2000}[model] and own.prompts == 2048 and own.times == "uniform"
+    assert (
+        own.beta == {"sdxl": 5000, "sd15": 2000}[model] and own.prompts == 2048 and own.timestep_sampling == "uniform"
+    )
     assert own.optim.lr == pytest.approx(1e-8 * 2048)
 
 
@@ -220,18 +222,18 @@ def test_what_is_published_for_pickscore_is_used_for_it(task: str) -> None:
     """Sources beside each number in the preset files."""
     own = lambda method: resolve(method, task, "sd35m").settings
     dgpo, awm = own("dgpo"), own("awm")
-    assert (dgpo.group, dgpo.beta, dgpo.clip, dgpo.kl) == (24, 10, 5e-2, 1e-3)
-    assert (awm.prompts, awm.beta, awm.init) == (24, 1e-4, True) and awm.strata(awm.steps)[0] == 0
-    assert own("flow-grpo").kl == 0.01 and own("flow-grpo:fast").kl == 0 and own("grpo-guard").clip == 4e-6
+    assert (dgpo.group, dgpo.beta, dgpo.clip_range, dgpo.kl) == (24, 10, 5e-2, 1e-3)
+    assert (awm.prompts, awm.kl, awm.with_init) == (24, 1e-4, True) and awm.strata(awm.steps)[0] == 0
+    assert own("flow-grpo").kl == 0.01 and own("flow-grpo:fast").kl == 0 and own("grpo-guard").clip_range == 4e-6
     assert (own("gpo").beta, own("gpo").kl, own("rwr").temperature) == (10, 1e-3, 26)
     tags = resolve("dgpo", "geneval", "sd35m").settings
-    assert (tags.trunc, tags.switch, tags.std, tags.beta) == (4, 500, "group", 100)
+    assert (tags.trunc_steps, tags.switch_ema_ref, tags.std, tags.beta) == (4, 500, "group", 100)
 
 
 @pytest.mark.parametrize("model", ["tiny", "sd35m", "sd35l", "flux1-dev", "sdxl", "sd15"])
 def test_the_reference_of_a_data_set_stays_the_base(model: str) -> None:
     own = resolve("dpo:offline", "ocr", model).settings
-    assert own.refresh == 0 and own.collector == "policy" and own.anchor == "ref"
+    assert own.ref_update_step == 0 and own.collector == "policy" and own.reference == "ref"
 
 
 # They teach

@@ -1,4 +1,4 @@
-"""Reward-weighted regression: what each image weighs, and that learning is flow matching times that."""
+"""Reward-weighted regression: the weight of each image, and flow matching times that weight."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpobench.methods.rwr import RWR, Weighted
+from gpobench.methods.rwr import RWR, WeightedImages
 
 nan = float("nan")
 
@@ -17,7 +17,7 @@ nan = float("nan")
 def test_the_weights_are_by_hand(lab: Any, monkeypatch: pytest.MonkeyPatch, weights: Any, temperature: float) -> None:
     rig, reward = lab.rig(), [[0.1, 0.7, 0.3], [0.4, 0.4, 0.4], [nan, 0.2, 0.1]]
     drawn = lab.groups(rig, reward, monkeypatch)
-    batch = RWR(prompts=3, group=3, weights=weights, temperature=temperature, timesteps=2).collect(rig)
+    batch = RWR(prompts=3, group=3, image_weights=weights, temperature=temperature, timesteps=2).collect(rig)
     assert batch.prompt_ids.tolist() == [0] * 6 + [2] * 4
     expected: list[float] = []
     for p, members in ((0, [0, 1, 2]), (2, [1, 2])):
@@ -32,7 +32,7 @@ def test_the_weights_are_by_hand(lab: Any, monkeypatch: pytest.MonkeyPatch, weig
 @pytest.mark.parametrize("kl, noisy", [(0.0, 0.0), (0.4, 0.6)])
 def test_the_loss_and_its_gradient_are_the_equation(lab: Any, kl: float, noisy: float) -> None:
     rig = lab.rig(push=0.05)
-    batch = Weighted(rig.noise(4), torch.tensor([1, 1, 4, 0]), torch.tensor([0.0, 1.7, 2.0, 0.3]))
+    batch = WeightedImages(rig.noise(4), torch.tensor([1, 1, 4, 0]), torch.tensor([0.0, 1.7, 2.0, 0.3]))
     with rig.keyed(lab.keys(batch)):
         t = noisy + (1 - noisy) * rig.normal(4).sigmoid()  # logit-normal
         eps = rig.noise(4).double()
@@ -44,5 +44,5 @@ def test_the_loss_and_its_gradient_are_the_equation(lab: Any, kl: float, noisy: 
     square = ((v - (eps - x0)) ** 2).mean((1, 2, 3))
     expected = sum(w * e for w, e in zip(batch.weight.double(), square)) / 4 + kl * ((v - ref) ** 2).mean()
     before = rig.meter.roles["ref"]
-    lab.agree(rig, lab.loss(RWR(kl=kl, noisy=noisy), rig, batch), expected)
+    lab.agree(rig, lab.loss(RWR(kl=kl, t_min=noisy), rig, batch), expected)
     assert (rig.meter.roles["ref"] > before) == (kl > 0)

@@ -1,4 +1,4 @@
-"""Filtered fine-tuning: which images are kept, and that learning them is plain flow matching."""
+"""Filtered fine-tuning: which images are kept, and plain flow matching on them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpobench.methods.sft import SFT, Chosen
+from gpobench.methods.sft import SFT, BestImages
 
 nan = float("nan")
 
@@ -24,7 +24,7 @@ def test_the_best_are_kept_all_that_tie(lab: Any, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("kl, noisy", [(0.0, 0.0), (0.4, 0.6)])
 def test_the_loss_and_its_gradient_are_the_equation(lab: Any, kl: float, noisy: float) -> None:
     rig = lab.rig(push=0.05)
-    batch = Chosen(rig.noise(4), torch.tensor([1, 1, 4, 0]))
+    batch = BestImages(rig.noise(4), torch.tensor([1, 1, 4, 0]))
     with rig.keyed(lab.keys(batch)):
         t = noisy + (1 - noisy) * rig.normal(4).sigmoid()  # logit-normal
         eps = rig.noise(4).double()
@@ -36,5 +36,5 @@ def test_the_loss_and_its_gradient_are_the_equation(lab: Any, kl: float, noisy: 
     expected = ((v - (eps - x0)) ** 2).mean() + kl * ((v - ref) ** 2).mean()
     assert float(t.min()) > noisy
     before = rig.meter.roles["ref"]
-    lab.agree(rig, lab.loss(SFT(kl=kl, noisy=noisy), rig, batch), expected)
+    lab.agree(rig, lab.loss(SFT(kl=kl, t_min=noisy), rig, batch), expected)
     assert (rig.meter.roles["ref"] > before) == (kl > 0)  # no reference where it is not asked for

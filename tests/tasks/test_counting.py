@@ -1,4 +1,4 @@
-"""The task `counting`: balanced splits that share nothing, and prompts that are read back."""
+"""The task counting: balanced splits without overlap, and prompts that parse back."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
 from gpobench.bench.registry import DOMAINS
 from gpobench.bench.spec import SupportsColumns, SupportsOwnPrompts
 from gpobench.tasks import counting, geneval_open
+from gpobench.tasks.base import SPLITS
 
 HASHES = {
     "train": "83f1b84fd00397f1afc1bfae6ad54c067a30822aa19ad161d12048826f8667d9",
@@ -31,7 +32,7 @@ def data() -> Path:
     return folder
 
 
-@pytest.mark.parametrize("split", counting.SPLITS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_a_split_has_every_number_with_every_kind_and_colour_once(split: str) -> None:
     """A change of the hash is another task: raise the version."""
     prompts = counting.Counting().prompts(split, "glyphs")  # type: ignore[arg-type]
@@ -53,7 +54,7 @@ def test_a_split_has_every_number_with_every_kind_and_colour_once(split: str) ->
 
 def test_the_three_splits_are_all_forty_five() -> None:
     task = counting.Counting()
-    texts = [p.text for split in counting.SPLITS for p in task.prompts(split, "glyphs")]
+    texts = [p.text for split in SPLITS for p in task.prompts(split, "glyphs")]
     assert len(set(texts)) == len(texts) == 45
     refuse_overlap(task, "glyphs")
 
@@ -69,7 +70,7 @@ def test_facts_are_those_of_the_published_tag() -> None:
 def test_reading_is_the_inverse_of_writing() -> None:
     task = counting.Counting()
     assert isinstance(task, SupportsOwnPrompts) and isinstance(task, SupportsColumns)
-    for split in counting.SPLITS:
+    for split in SPLITS:
         for prompt in task.prompts(split, "glyphs"):
             assert task.read(prompt.text, {}, "glyphs") == prompt
     shouted = task.read("A photo of Three red Circles.", {}, "glyphs")
@@ -119,7 +120,7 @@ def test_unknown_names_get_the_nearest_valid_one() -> None:
 
 def test_open_is_the_published_tag_and_the_rest_of_its_combinations(data: Path) -> None:
     task = counting.Counting()
-    splits = {split: list(task.prompts(split, "open")) for split in counting.SPLITS}
+    splits = {split: list(task.prompts(split, "open")) for split in SPLITS}
     assert {split: len(prompts) for split, prompts in splits.items()} == {"train": 136, "validation": 24, "test": 80}
     asked = {
         split: {(p.meta["include"][0]["class"], p.meta["include"][0]["count"]) for p in prompts}
@@ -140,7 +141,7 @@ def test_open_validation_of_another_size_is_a_prefix(data: Path) -> None:
 
 def test_open_reads_counting_prompts_alone(data: Path) -> None:
     task = counting.Counting()
-    for split in counting.SPLITS:
+    for split in SPLITS:
         for prompt in task.prompts(split, "open"):
             assert task.read(prompt.text, {}, "open") == prompt
     with pytest.raises(UserError, match="this is single_object"):

@@ -1,4 +1,4 @@
-"""The task `geneval`: the published prompts by its grammar and back, splits that ask for nothing twice, and its numbers."""
+"""The task geneval: the published prompts written and parsed, splits without overlap, and its numbers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
 from gpobench.bench.registry import DOMAINS
 from gpobench.bench.spec import Prompt, SupportsColumns, SupportsOwnPrompts, SupportsSummary
 from gpobench.tasks import counting, geneval, geneval_open
+from gpobench.tasks.base import SPLITS
 
 # Names of the detectors' classes, enough for the grammar without the published list.
 NAMES = ("person", "bicycle", "bus", "wine glass", "orange", "computer mouse", "skis", "scissors", "umbrella", "dog")
@@ -250,7 +251,7 @@ def test_flow_grpos_test_rows_are_the_published_ones_four_times(data: Path) -> N
 @pytest.mark.timeout(120)
 def test_open_splits_ask_for_nothing_twice(data: Path) -> None:
     task = geneval.GenEval()
-    splits = {split: list(task.prompts(split, "open")) for split in counting.SPLITS}
+    splits = {split: list(task.prompts(split, "open")) for split in SPLITS}
     assert {split: len(prompts) for split, prompts in splits.items()} == {
         "train": 50_000,
         "validation": 80,
@@ -298,7 +299,7 @@ def test_settings_that_make_no_task_are_refused() -> None:
 # Domain glyphs
 
 
-@pytest.mark.parametrize("split", counting.SPLITS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_glyph_splits_are_version_1(split: str) -> None:
     prompts = geneval.GenEval().prompts(split, "glyphs")  # type: ignore[arg-type]
     assert Counter(p.stratum for p in prompts) == {"single_object": 3, "colors": 3, "counting": 12}

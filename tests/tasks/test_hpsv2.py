@@ -1,4 +1,4 @@
-"""The task `hpsv2`: four styles, splits that share nothing, and the publication's numbers against plain numpy."""
+"""The task hpsv2: four styles, splits without overlap, and the publication's numbers against plain numpy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
 from gpobench.bench.spec import Prompt, Split, SupportsColumns, SupportsOwnPrompts, SupportsSummary, fold_text
-from gpobench.tasks import hpsv2, ocr, pickscore, scenes
+from gpobench.tasks import hpsv2, pickscore, scenes
+from gpobench.tasks.base import SPLITS
 from gpobench.tasks.hpsv2 import PUBLISHED, HPSv2
 
 COMPOSED = {
@@ -29,7 +30,7 @@ COMPOSED = {
 def test_glyphs_are_the_prompts_of_pickscore_in_two_styles() -> None:
     task = HPSv2()
     refuse_overlap(task, "glyphs")
-    for split in ocr.SPLITS:
+    for split in SPLITS:
         prompts, others = task.prompts(split, "glyphs"), pickscore.PickScore().prompts(split, "glyphs")
         if split == "train":  # the styles in equal parts: a prompt of the shorter one comes again
             assert {p.text for p in prompts} == {p.text for p in others}
@@ -99,9 +100,9 @@ def test_the_benchmark_is_read_and_counted(data: Path) -> None:
     ("content", "said"),
     [
         (["a"] * 799, "has 799 prompts, expected 800"),
-        ({"a": 1}, "no JSON list"),
-        (["a", 7], "no JSON list"),
-        ([""], "no JSON"),
+        ({"a": 1}, "not a JSON list"),
+        (["a", 7], "not a JSON list"),
+        ([""], "not a JSON"),
     ],
 )
 def test_another_list_is_refused(data: Path, content: object, said: str) -> None:

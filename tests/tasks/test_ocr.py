@@ -1,4 +1,4 @@
-"""The task `ocr`: splits that share nothing, prompts that never change unseen, lists that are what they claim to be."""
+"""The task ocr: splits without overlap, prompts with pinned hashes, and lists that are checked."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
 from gpobench.bench.spec import Prompt, SupportsColumns, SupportsOwnPrompts
 from gpobench.rewards.rules import target_of
 from gpobench.tasks import ocr, ocr_open
+from gpobench.tasks.base import SPLITS
 
 HASHES = {
     "train": "515758dc4489fdeb436215bf6ceb2cdcb0d3790a0c6de7dd0ac6cf0a91525526",
@@ -35,7 +36,7 @@ def test_the_shipped_splits_are_version_1(split: str, count: int) -> None:
 
 def test_splits_are_disjoint_and_follow_the_rule() -> None:
     task = ocr.OCR()
-    words = {split: targets(task.prompts(split, "glyphs")) for split in ocr.SPLITS}
+    words = {split: targets(task.prompts(split, "glyphs")) for split in SPLITS}
     everything = [word for split in words.values() for word in split]
     assert len(set(everything)) == len(everything)
     assert all(split_of(word) == split for split, members in words.items() for word in members)
@@ -43,7 +44,7 @@ def test_splits_are_disjoint_and_follow_the_rule() -> None:
 
 
 def test_prompts_quote_their_target_in_words_the_model_knows() -> None:
-    for split in ocr.SPLITS:
+    for split in SPLITS:
         for prompt in ocr.OCR().prompts(split, "glyphs"):
             assert target_of(prompt.text) == prompt.meta["target"]
             assert re.fullmatch(r"[A-Z]{3,5}", prompt.meta["target"])

@@ -1,4 +1,4 @@
-"""The task `pickscore`: what people typed, less what stands in two splits, and the words and shapes of the embedded model."""
+"""The task pickscore: published prompts without those in two splits, and words and shapes of the embedded model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
 from gpobench.bench.spec import Prompt, Split, SupportsColumns, SupportsOwnPrompts, fold_text
 from gpobench.tasks import ocr, pickscore
+from gpobench.tasks.base import SPLITS
 from gpobench.tasks.pickscore import PickScore
 
 HASHES: dict[Split, str] = {
@@ -36,7 +37,7 @@ def test_the_shipped_splits_are_version_1(split: Split, count: int) -> None:
 def test_splits_are_disjoint_and_words_lie_where_ocr_has_them() -> None:
     task = PickScore()
     refuse_overlap(task, "glyphs")
-    for split in ocr.SPLITS:
+    for split in SPLITS:
         words = [prompt for prompt in task.prompts(split, "glyphs") if "target" in prompt.meta]
         theirs = ocr.OCR().prompts(split, "glyphs")
         assert words == list(theirs)[: len(words)]
@@ -44,7 +45,7 @@ def test_splits_are_disjoint_and_words_lie_where_ocr_has_them() -> None:
 
 def test_every_split_shows_every_kind_colour_and_count() -> None:
     everything: list[str] = []
-    for split in ocr.SPLITS:
+    for split in SPLITS:
         shapes = [prompt.text for prompt in PickScore().prompts(split, "glyphs") if "target" not in prompt.meta]
         words = {word.rstrip("s") for text in shapes for word in text.split()}
         assert {*SHAPES, *SHAPE_COLOURS, *(NUMBERS[count] for count in COUNTS)} <= words
@@ -53,7 +54,7 @@ def test_every_split_shows_every_kind_colour_and_count() -> None:
 
 
 def test_prompts_are_in_words_the_model_knows() -> None:
-    for split in ocr.SPLITS:
+    for split in SPLITS:
         for prompt in PickScore().prompts(split, "glyphs"):
             text = prompt.text.replace(f'"{prompt.meta.get("target")}"', "")
             assert set(text.split()) <= set(VOCABULARY) and not prompt.stratum

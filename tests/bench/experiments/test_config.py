@@ -97,7 +97,7 @@ def test_the_shipped_preset_is_read(tiny_pipe: Path, redness: str) -> None:
         ("optim=3", "setting optim holds several values"),
         ("adapter=3", "setting adapter holds several values"),
         ("adapter.rank=0", "rank"),
-        ("link=chain", "setting link"),
+        ("loss_type=chain", "setting loss_type"),
         ("group=1", "a group needs at least two"),
         ("optim.minibatches=0", "optim.minibatches must be at least 1"),
         ("evaluation.test_images=0", "at least one image"),
@@ -170,7 +170,10 @@ def test_what_a_run_wrote_down_is_the_same_run(tiny_pipe: Path, redness: str, tm
     from gpobench.bench.experiments.run import _toml  # pyright: ignore[reportPrivateUsage]
 
     for method, sets in (
-        ("gpo", ["beta=12.5", "optim.lr=1e-7", "optim.betas=[0.5,0.25]", "link=pairwise", "adapter.targets=['to_q']"]),
+        (
+            "gpo",
+            ["beta=12.5", "optim.lr=1e-7", "optim.betas=[0.5,0.25]", "loss_type=pairwise", "adapter.targets=['to_q']"],
+        ),
         (mine, ["a=3", 'c="with \\"quotes\\" and ü"']),
     ):
         first = plan(method, f"{redness}:Paint", tiny_pipe, *sets, budget="nfe=1234567,seconds=0.1", seed=3)
@@ -187,7 +190,7 @@ def test_what_a_run_wrote_down_is_the_same_run(tiny_pipe: Path, redness: str, tm
 def test_a_variant_is_the_preset_with_its_section_on_top() -> None:
     plain, variant = (resolve(name, "ocr", "tiny") for name in ("gpo", "gpo:unstandardised"))
     assert plain.settings.std == "group" and variant.settings.std == "none"
-    assert variant.settings.noisy == plain.settings.noisy  # what [tiny] says still holds
+    assert variant.settings.t_min == plain.settings.t_min  # what [tiny] says still holds
     assert variant.digest() != plain.digest() and variant.slug().startswith("gpo-unstandardised-ocr-tiny-s0-")
     assert resolve("gpo:unstandardised", "ocr", "tiny", sets=["std=global"]).settings.std == "global"
     with pytest.raises(UserError, match="unknown variant of gpo 'unstandardized'; did you mean 'unstandardised'"):
@@ -204,7 +207,7 @@ def test_a_variant_has_sections_of_its_own(tmp_path: Path, monkeypatch: pytest.M
     )
     monkeypatch.setattr(config, "preset_path", lambda method: file)
     s = resolve("gpo:fast", "ocr", "tiny").settings
-    assert (s.beta, s.kl, s.group, s.noisy) == (3, 2, 7, 0.2)
+    assert (s.beta, s.kl, s.group, s.t_min) == (3, 2, 7, 0.2)
     assert config.variants("gpo") == ["fast"]
 
 

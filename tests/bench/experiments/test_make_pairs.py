@@ -81,7 +81,7 @@ def test_extremes_and_all_look_at_the_same_groups(make: Any) -> None:
         gaps = {abs(r["reward_0"] - r["reward_1"]): {r["jpg_0"], r["jpg_1"]} for r in groups[row["caption"]]}
         assert gaps[max(gaps)] == {row["jpg_0"], row["jpg_1"]}
     gap = sorted(abs(r["reward_0"] - r["reward_1"]) for r in every)[14]
-    wide = table(make("c", choose="all", gap=gap))
+    wide = table(make("c", choose="all", margin=gap))
     assert len(wide) == 15 and all(abs(r["reward_0"] - r["reward_1"]) > gap for r in wide)
     assert len(table(make("d", choose="random"))) == 5
 
@@ -151,7 +151,7 @@ def test_a_disk_that_is_full_is_one_line(make: Any, monkeypatch: pytest.MonkeyPa
         make()
 
 
-@pytest.mark.parametrize("bad", [{"prompts": 0}, {"group": 1}, {"gap": -1.0}, {"seed": -1}])
+@pytest.mark.parametrize("bad", [{"prompts": 0}, {"group": 1}, {"margin": -1.0}, {"seed": -1}])
 def test_settings_that_make_no_sense_are_refused(make: Any, bad: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"pairs: .*{next(iter(bad))}"):
         make(**bad)

@@ -30,7 +30,7 @@ from gpobench.bench.progress import NullProgress
 from gpobench.bench.spec import Prompt
 
 SETTINGS = """optim.epochs=1 optim.minibatches=2 optim.weight_decay=0 optim.ema=0 optim.warmup=0 optim.lr=3e-3
-prompts=4 group=6 beta=30 noisy=0""".split()
+prompts=4 group=6 beta=30 t_min=0""".split()
 
 
 class Ears(NullProgress):

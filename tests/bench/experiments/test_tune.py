@@ -61,9 +61,9 @@ def test_trial_zero_is_the_preset_and_the_others_differ_in_what_is_drawn() -> No
     preset = resolve("gpo", "ocr", "tiny", budget="nfe=100", sets=["evaluation.split=validation"])
     assert trials[0].settings == {} and trials[0].plan is not None and trials[0].plan.digest() == preset.digest()
     for trial in trials[1:]:
-        assert trial.plan is not None and set(trial.settings) == {"optim.lr", "beta", "noisy"}
+        assert trial.plan is not None and set(trial.settings) == {"optim.lr", "beta", "t_min"}
         s = trial.plan.settings
-        assert (s.optim.lr, s.beta, s.noisy) == tuple(trial.settings[key] for key in ("optim.lr", "beta", "noisy"))
+        assert (s.optim.lr, s.beta, s.t_min) == tuple(trial.settings[key] for key in ("optim.lr", "beta", "t_min"))
         assert s.group == preset.settings.group and trial.plan.evaluation.split == "validation"
     fixed = tuning.plan(Tuning("gpo", "ocr", "tiny", 2, sets=["beta=7"]))
     assert fixed[1].plan is not None and fixed[1].plan.settings.beta == 7 and "beta" not in fixed[1].settings

@@ -231,7 +231,7 @@ def test_moves_are_the_transitions_of_what_was_scored(make: Make, rows: int, dro
     kernels = [sde(0.7), ode, cps(0.8), sde(0.5), ode]
     transitions, reward = rig.transitions(2, 3, kernels, drop=drop)
     grid = rig.model.times(5)
-    assert reward.shape == (2, 3) and len(transitions.t) == 3 * 6 and not transitions.adv.any()
+    assert reward.shape == (2, 3) and len(transitions.t) == 3 * 6 and not transitions.advantage.any()
     assert rig.meter.roles == {"rollout": 30} and rig.meter.images == rig.meter.reward_calls == 6
     for k, kernel in enumerate(kernels):
         at = transitions.t == grid[k]

@@ -187,7 +187,7 @@ def test_splitting_a_minibatch_changes_neither_loss_nor_gradient(make: Make, lin
     def fit(micro: int) -> tuple[list[Tensor], float, int]:
         rig = make(nfe=1e9)
         o = Optim(lr=1.0, weight_decay=0, clip=1e9, minibatches=1, micro=micro)
-        method = GPO(optim=o, prompts=5, group=4, beta=10.0, link=link, kl=0.1)
+        method = GPO(optim=o, prompts=5, group=4, beta=10.0, loss_type=link, kl=0.1)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for p in rig.model.parameters():  # away from the reference, where the sigmoid is not flat
