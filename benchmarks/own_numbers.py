@@ -17,7 +17,8 @@ from gpobench.bench.errors import UserError
 from gpobench.leaderboards.board import Board
 from gpobench.leaderboards.build_board import build_board
 from gpobench.leaderboards.figures import write_figures
-from gpobench.leaderboards.render import cell, p_value, rank, render, spend
+from gpobench.leaderboards.formatting import cell, p_value, rank, spend
+from gpobench.leaderboards.render import render
 from gpobench.leaderboards.report_data import read_report_data
 from gpobench.leaderboards.runs import LoadedRun, load_runs
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..bench.files import write_atomically
 from .board import Board
+from .formatting import plain
 from .measures import default_axes
 from .method_colours import row_styles
-from .render import plain
 from .report_data import ReportData
 
 MAX_BANDS = 6  # lines; the bands of more lines would hide one another

@@ -13,9 +13,9 @@ import numpy as np
 from ..bench.stats.intervals import Estimate
 from .album import Album
 from .board import BASE, RULES, Board
+from .formatting import MARKS, cell, number, p_value, plain, spend
 from .measures import default_axes
 from .method_colours import row_styles
-from .render import MARKS, cell, number, p_value, plain, spend
 from .report_data import ReportData
 from .runs import LoadedRun
 

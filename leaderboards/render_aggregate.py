@@ -12,7 +12,7 @@ from rich.cells import cell_len
 
 from ..bench import registry
 from .aggregate import RULES, AggregateTable
-from .render import cell, escape_markdown, plain
+from .formatting import cell, escape_markdown, plain
 
 FORMATS = ("terminal", "md", "csv", "json")
 

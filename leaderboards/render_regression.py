@@ -9,8 +9,8 @@ from xml.etree import ElementTree as Xml
 
 from pydantic_core import to_json
 
+from .formatting import cell, number, p_value, plain
 from .regress import Finding, RegressionReport
-from .render import cell, number, p_value, plain
 
 HEAD = ("verdict", "row", "number", "reported", "now", "change", "margin", "p")
 MAX_LINES = 24  # numbers that a terminal shows at once

@@ -10,8 +10,8 @@ from .album import Album, make_album
 from .board import Board
 from .breakdowns import Breakdown, PromptCase, breakdowns, hardest
 from .curves import Curve, Pace, curve, pace
+from .formatting import plain
 from .measures import Measure, measures
-from .render import plain
 from .rows import runs_by_row
 from .run_files import prompt_texts
 from .runs import LoadedRun

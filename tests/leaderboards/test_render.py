@@ -24,7 +24,9 @@ from gpobench.bench.stats.intervals import Estimate
 from gpobench.leaderboards import paper_numbers
 from gpobench.leaderboards.board import Board
 from gpobench.leaderboards.build_board import build_board
-from gpobench.leaderboards.render import LATEX, cell, number, p_value, plain, render, spend
+from gpobench.leaderboards.formatting import cell, number, p_value, plain, spend
+from gpobench.leaderboards.render import render
+from gpobench.leaderboards.render_markup import LATEX
 from gpobench.leaderboards.runs import load_runs
 
 FORMATS = ("terminal", "md", "csv", "json", "latex", "html")

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from gpobench.leaderboards.build_board import build_board
 from gpobench.leaderboards.commands.report import report
 from gpobench.leaderboards.figures import write_figures
+from gpobench.leaderboards.formatting import number
 from gpobench.leaderboards.page import page
-from gpobench.leaderboards.render import number
 from gpobench.leaderboards.report_data import read_report_data
 from gpobench.leaderboards.runs import load_runs
 
