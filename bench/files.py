@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files: written whole or not at all, their hashes, and the free disk that is needed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+MIN_FREE_DISK = 200 * 2**20  # bytes below which no run or download begins
 
 
 def digest(path: Path) -> str:

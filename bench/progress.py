@@ -1,4 +1,4 @@
-"""What a run shows while it works: four calls that a terminal, a log or nothing at all may answer."""
+"""Progress display of a run: the four calls that a terminal, a log or nothing at all implements."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Where progress goes; never stdout, which belongs to the result."""
+    """Receives progress reports. An implementation never writes to stdout: stdout carries the result only."""
 
-    def say(self, text: str) -> None:
-        """A line that should stay."""
+    def message(self, text: str) -> None:
+        """Show one line of text that stays visible."""
         ...
 
     def phase(self, name: str, total: float) -> None:
-        """A new stretch of work begins; total in its own unit."""
+        """Begin a new phase of work; total: its amount of work, in a unit of the phase's own."""
         ...
 
     def advance(self, by: float) -> None:
-        """So much of the stretch is done."""
+        """Report that this amount of the current phase is done, in the unit of `phase`'s total."""
         ...
 
     def status(self, fraction: float, numbers: Mapping[str, float]) -> None:
-        """Training: how much of the budget is spent, and the numbers worth showing."""
+        """Report the state of training: the fraction of the budget that is spent, and metrics to show."""
         ...
 
 
 class NullProgress:
-    """Shows nothing."""
+    """Implements `Progress` and shows nothing."""
 
-    def say(self, text: str) -> None: ...
+    def message(self, text: str) -> None: ...
     def phase(self, name: str, total: float) -> None: ...
     def advance(self, by: float) -> None: ...
     def status(self, fraction: float, numbers: Mapping[str, float]) -> None: ...

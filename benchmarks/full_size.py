@@ -141,9 +141,9 @@ def main(names: list[str]) -> None:
         )
     print("\n| method | s an iteration | of it rollout | nfe | updates | peak GB |\n|---|---|---|---|---|---|")
     for name in names or [n for n in registry.entries("method") if registry.canonical("method", n) == n]:
-        settings = config.resolve(name, "ocr", "sd35m").settings
+        settings = config.resolve(config.RunRequest(name, "ocr", "sd35m")).settings
         if not isinstance(settings, Search):
-            print(f"| {name} | {train_a_little(shrunk(settings), model, rig.book)} |", flush=True)
+            print(f"| {name} | {train_a_little(shrunk(settings), model, rig.train_prompts)} |", flush=True)
 
 
 @dataclass
@@ -179,7 +179,7 @@ def train_a_little(settings: Any, model: Any, book: Any) -> str:
     ends: list[float] = []
     train.train(
         timed, rig, train.optimiser(settings, rig),  # type: ignore[arg-type]
-        backward=lambda loss: loss.backward(), after=lambda numbers: ends.append(clock()),
+        after=lambda numbers: ends.append(clock()),
         interrupted=lambda: rig.iteration >= 2,
     )  # fmt: skip
     rig.close()

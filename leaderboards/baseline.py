@@ -28,11 +28,11 @@ HEAD = ("row", "key", "seed")
 STRATUM = "stratum"  # the key of the line with each prompt's stratum, where there are several
 
 
-class _Part(BaseModel):
+class _BaselinePart(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class BaselineNumber(_Part):
+class BaselineNumber(_BaselinePart):
     """The mean of one scorer/metric over the prompts, after training, and the margin within which a new mean is the same."""
 
     key: str
@@ -46,7 +46,7 @@ class BaselineNumber(_Part):
     )
 
 
-class Claim(_Part):
+class Claim(_BaselinePart):
     """The numbers of a method with one set of settings; the base is a claim without seeds."""
 
     label: str
@@ -62,7 +62,7 @@ class Claim(_Part):
     number: tuple[BaselineNumber, ...]
 
 
-class Baseline(_Part):
+class Baseline(_BaselinePart):
     """The claims of one task, the inputs that they were measured with, and where and when."""
 
     format: Literal[2] = FORMAT

@@ -41,14 +41,19 @@ class BaselineRun:
 
     def run_dir(self, out: Path) -> Path:
         """The run directory under `out`, named by the settings as they resolve now."""
-        from ..bench.experiments.config import resolve
+        from ..bench.experiments.config import RunRequest, resolve
 
         claim, b = self.claim, self.baseline
-        reward = claim.reward or None
-        plan = resolve(
-            claim.method, b.task, b.model, seed=self.seed, budget=self.budget, reward=reward, sets=claim.sets
+        request = RunRequest(
+            claim.method,
+            b.task,
+            b.model,
+            seed=self.seed,
+            budget=self.budget,
+            reward=claim.reward or None,
+            sets=claim.sets,
         )
-        return out / plan.slug()
+        return out / resolve(request).slug()
 
 
 @dataclass(frozen=True)

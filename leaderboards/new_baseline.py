@@ -198,10 +198,10 @@ def _claim(row: BoardRow, numbers: tuple[BaselineNumber, ...], table: Board) -> 
 
 def _changed_settings(method: str, table: Board, settings: Mapping[str, Any]) -> tuple[str, ...]:
     """The values of `gpobench run --set` that turn the method's current preset into these settings."""
-    from ..bench.experiments.config import resolve
+    from ..bench.experiments.config import RunRequest, resolve
 
     bounds = ",".join(f"{k}={v!r}" for k, v in table.budget.items())
-    preset = flat(resolve(method, table.task, table.model, budget=bounds).mapping())
+    preset = flat(resolve(RunRequest(method, table.task, table.model, budget=bounds)).mapping())
     preset = {key.removeprefix("settings."): value for key, value in preset.items()}
     wanted = {
         key.removeprefix("settings."): value

@@ -1,8 +1,8 @@
-"""A look that was paid for is kept: the base is judged once for all runs that begin from it, and not again after a cut.
+"""Cache of evaluations: a file name made of everything that an evaluation depends on, and the files that hold it.
 
-Judging a large model costs hours, and every run of a comparison begins with the same base, prompts, noise and scorers. What a look
-depends on is hashed into its place: settings, weights, prompts, ids of scorers, versions, device, and the source files themselves,
-so that an edit anywhere makes a new look and never an old number.
+Evaluating a large model takes hours, and every run of a comparison begins with the same base, prompts, noise and scorers. What an
+evaluation depends on is hashed into its name: settings, weights, prompts, ids of scorers, versions, device, and the source files,
+so that an edit anywhere causes a new evaluation and never returns an old number.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import inspect
 import json
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -27,82 +27,106 @@ from ..files import digest, write_atomically
 from ..model_spec import ModelSpec
 from ..process_group import ProcessGroup
 from ..scoring.scorers import Blend
-from ..spec import Embedder, Prompt, Scorer, Task
+from ..spec import Embedder, Scorer, Task
 from . import record
-from .evaluator import Evaluation, invalid
+from .estimates import Evaluation, invalid
+from .request import EvaluationRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def cache_key(
-    model_spec: ModelSpec, task: Task, prompts: Sequence[Prompt], judges: Sequence[Scorer | Embedder], drift: Sequence[Embedder],
-    **settings: str | int,
-) -> str:  # fmt: skip
-    """The name of everything a look at the base depends on."""
-    where = {key: value for key, value in record.provenance().items() if key != "revision"}  # `sources` says it better
+@dataclass(frozen=True)
+class RunConditions:
+    """What an evaluation of the base depends on beside the request."""
+
+    model_spec: ModelSpec
+    task: Task
+    precision: str
+    weights_hash: str
+    device: str
+
+
+def cache_key(request: EvaluationRequest, conditions: RunConditions) -> str:
+    """16 hexadecimal digits: a hash of everything that an evaluation of the base depends on."""
+    # The hash of the source files says more than the revision does.
+    versions = {key: value for key, value in record.provenance().items() if key != "revision"}
+    task, parts = conditions.task, [*request.scorers, *request.diversity]
     facts: dict[str, Any] = {
-        "card": asdict(model_spec),
+        "model_spec": asdict(conditions.model_spec),
         "task": [task.name, task.version],
-        "prompts": [[p.text, p.stratum, p.meta] for p in prompts],
-        "folder": settings_hash(model_spec),
-        "judges": [one.id for one in judges],
-        "drift": [one.id for one in drift],
-        "sources": [_sources(), *(source(one) for one in (task, *_apart(judges), *drift))],
-        "where": where,
-        **settings,
+        "prompts": [[p.text, p.stratum, p.meta] for p in request.prompts],
+        "model_settings": settings_hash(conditions.model_spec),
+        "scorers": [part.id for part in parts],
+        "drift": [embedder.id for embedder in request.drift],
+        "sources": [_sources(), *(source(part) for part in (task, *_unblended(parts), *request.drift))],
+        "versions": versions,
+        "images": request.images,
+        "seed": request.seed,
+        "rows": request.rows,
+        "precision": conditions.precision,
+        "weights": conditions.weights_hash,
+        "device": conditions.device,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def cached_evaluation(
-    place: Path,
-    make: Callable[[], Evaluation],
+    stem: Path,
+    compute: Callable[[], Evaluation],
     drift: Sequence[Embedder],
     processes: ProcessGroup,
-    say: Callable[[str], None] = lambda text: None,
+    message: Callable[[str], None] = lambda text: None,
 ) -> Evaluation:
-    """What `make` returns, or what it returned when this place was last asked; who asks meanwhile waits for it.
+    """The evaluation stored at STEM.parquet, .npy and .npz, or what `compute` returns, stored there.
 
-    A look in which too many scores are missing is not kept: whatever failed may work when it is asked again.
+    A second process that asks meanwhile waits. An evaluation in which too many scores are missing is not stored: whatever
+    failed may work the next time.
+
+    Args:
+        stem: the path of the three files, without suffix.
+        compute: makes the evaluation.
+        drift: the embedders whose vectors the stored evaluation must have; others cause a new one.
+        processes: one of them reads and writes.
+        message: called with one line when stored files are damaged.
     """
-    table, images, vectors = (place.with_name(f"{place.name}.{kind}") for kind in ("parquet", "npy", "npz"))
+    table, images, vectors = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("parquet", "npy", "npz"))
 
     def read() -> Evaluation:
-        with np.load(vectors, allow_pickle=False) as found:
-            each = {name: found[name] for name in found.files}
-        return Evaluation(pd.read_parquet(table), np.load(images, allow_pickle=False), each)
+        with np.load(vectors, allow_pickle=False) as arrays:
+            by_embedder = {name: arrays[name] for name in arrays.files}
+        return Evaluation(pd.read_parquet(table), np.load(images, allow_pickle=False), by_embedder)
 
-    def there() -> bool:
+    def is_stored() -> bool:
         if not (table.is_file() and images.is_file() and vectors.is_file()):
             return False
         try:
-            return set(read().vectors) == {e.name for e in drift}  # one may have been installed since
-        except (ValueError, EOFError, KeyError, BadZipFile) as error:  # what a full disk or a copy half-way leaves
-            say(f"{table} is damaged and is made anew: {str(error).partition(chr(10))[0]}")
+            return set(read().vectors) == {e.name for e in drift}  # an embedder may have been installed since
+        except (ValueError, EOFError, KeyError, BadZipFile) as error:  # left by a full disk or an unfinished copy
+            message(f"{table} is damaged and is computed again: {str(error).partition(chr(10))[0]}")
             return False
 
-    with _turn(place, processes):
-        if processes.from_main(there):
+    with _locked(stem, processes):
+        if processes.from_main(is_stored):
             return read()
-        judged = make()
-        if processes.is_main and not invalid(judged.table):
-            _save(images, lambda file: np.save(file, judged.images))
-            _save(vectors, lambda file: np.savez(file, **judged.vectors))  # type: ignore[arg-type]
-            write_atomically(table, lambda path: judged.table.to_parquet(path, index=False))
-        return judged
+        evaluation = compute()
+        if processes.is_main and not invalid(evaluation.table):
+            _save(images, lambda file: np.save(file, evaluation.images))
+            _save(vectors, lambda file: np.savez(file, **evaluation.vectors))  # type: ignore[arg-type]
+            write_atomically(table, lambda path: evaluation.table.to_parquet(path, index=False))
+        return evaluation
 
 
 @contextmanager
-def _turn(place: Path, processes: ProcessGroup) -> Generator[None]:
-    """One process at a time, and what it starts with `accelerate launch` or `torchrun`."""
+def _locked(stem: Path, processes: ProcessGroup) -> Generator[None]:
+    """Hold the lock of an evaluation; the other processes of the group follow the first without it."""
     if not processes.is_main:
         yield
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with place.with_name(f".{place.name}.lock").open("w") as lock:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with stem.with_name(f".{stem.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        for left in place.parent.glob(f".{place.name}.*.tmp"):  # of a start that was killed
-            left.unlink(missing_ok=True)
+        for unfinished in stem.parent.glob(f".{stem.name}.*.tmp"):  # by a process that was killed
+            unfinished.unlink(missing_ok=True)
         yield
 
 
@@ -116,23 +140,23 @@ def _save(path: Path, save: Callable[[IO[bytes]], None]) -> None:
 
 @cache
 def _sources() -> str:
-    """sha256 over the source files of this package that a look at the base passes through."""
+    """sha256 over the source files of this package that an evaluation of the base runs through."""
     total = hashlib.sha256()
-    for path in sorted(path for part in ("bench", "rewards", "tasks") for path in (ROOT / part).rglob("*.py")):
+    for path in sorted(path for folder in ("bench", "rewards", "tasks") for path in (ROOT / folder).rglob("*.py")):
         total.update(f"{path.relative_to(ROOT)} {digest(path)}\n".encode())
     return total.hexdigest()
 
 
-def _apart(judges: Sequence[Scorer | Embedder]) -> list[Scorer | Embedder]:
-    """Each by itself: a blend's file is ours, its parts' files may be a person's."""
-    found: list[Scorer | Embedder] = []
-    for one in judges:
-        found += _apart([part for part, _ in one.parts]) if isinstance(one, Blend) else [one]
-    return found
+def _unblended(parts: Sequence[Scorer | Embedder]) -> list[Scorer | Embedder]:
+    """The parts with each blend replaced by its scorers: a blend's file is ours, its scorers' files may be a third party's."""
+    flat: list[Scorer | Embedder] = []
+    for part in parts:
+        flat += _unblended([scorer for scorer, _ in part.parts]) if isinstance(part, Blend) else [part]
+    return flat
 
 
 def source(part: object) -> str:
-    """sha256 of the file that defines it: a person's own scorer may be edited without a new id."""
+    """sha256 of the file that defines the part's class: a third party's scorer may be edited without a new id."""
     try:
         return digest(Path(inspect.getfile(type(part))))
     except (OSError, TypeError):

@@ -1,4 +1,4 @@
-"""Pictures for people: grids of samples with what was asked and what was read, and the curve of a run."""
+"""Figures of a run: grids of sample images with prompts and notes, and the curve of scores over the budget."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..spec import Images
+from ..spec import Images, Scorer
+from .estimates import Evaluation
+from .ranking import binary_metric
 
 PAD, LINE = 6, 13
 PAPER, INK, FAINT, GOOD, BAD = (250, 250, 250), (30, 30, 30), (120, 120, 120), (20, 120, 50), (180, 40, 30)
@@ -17,45 +19,62 @@ PAPER, INK, FAINT, GOOD, BAD = (250, 250, 250), (30, 30, 30), (120, 120, 120), (
 def grid(
     images: Sequence[Images],
     captions: Sequence[Sequence[str]],
-    marks: Sequence[Sequence[bool | None]],
+    correct: Sequence[Sequence[bool | None]],
     titles: Sequence[str],
     columns: int = 4,
     prompts: Sequence[str] = (),
 ) -> Image.Image:
-    """One cell a sample, holding its versions side by side (same noise: before, after), each with a caption below.
+    """Draw one cell for each sample with its versions side by side (same noise: before, after), each with a caption below.
 
-    images: versions x (K, H, W, 3); captions and marks: versions x K; a mark colours its caption green or red.
-    prompts: what was asked for, written above each cell.
+    Args:
+        images: versions x (K, H, W, 3).
+        captions: versions x K.
+        correct: versions x K; colours the caption green or red, None leaves it black.
+        titles: of the versions.
+        columns: cells in a row.
+        prompts: K texts written above the cells, or none.
     """
     count, height, width = images[0].shape[:3]
     scale = max(1, 128 // width)
     w, h = width * scale, height * scale
     cell = len(images) * (w + PAD) + 2 * PAD
     rows = -(-count // columns)
-    asked = LINE if prompts else 0
-    row = asked + h + LINE + PAD
+    prompt_height = LINE if prompts else 0
+    row = prompt_height + h + LINE + PAD
     sheet = Image.new("RGB", (columns * cell, rows * row + LINE + 2 * PAD), PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(10)
     for k in range(columns):
         for v, title in enumerate(titles):
             draw.text((k * cell + v * (w + PAD) + PAD, PAD), title, fill=FAINT, font=font)
     for k in range(count):
-        y = LINE + 2 * PAD + (k // columns) * row + asked
+        y = LINE + 2 * PAD + (k // columns) * row + prompt_height
         if prompts:
-            words = prompts[k][: (cell - 2 * PAD) // 6]
-            draw.text(((k % columns) * cell + PAD, y - LINE), words, fill=INK, font=font)
+            text = prompts[k][: (cell - 2 * PAD) // 6]
+            draw.text(((k % columns) * cell + PAD, y - LINE), text, fill=INK, font=font)
         for v, version in enumerate(images):
             x = (k % columns) * cell + v * (w + PAD) + PAD
             sheet.paste(Image.fromarray(version[k]).resize((w, h), Image.Resampling.NEAREST), (x, y))
-            mark = marks[v][k]
-            draw.text(
-                (x, y + h), captions[v][k][: w // 6], fill=INK if mark is None else GOOD if mark else BAD, font=font
-            )
+            fill = {None: INK, True: GOOD, False: BAD}[correct[v][k]]
+            draw.text((x, y + h), captions[v][k][: w // 6], fill=fill, font=font)
     return sheet
 
 
+def samples(versions: Sequence[Evaluation], titles: Sequence[str], scorer: Scorer) -> Image.Image:
+    """Draw the images of evaluations side by side, with the scorer's notes, coloured where its metric is right or wrong."""
+    count = min(len(version.images) for version in versions)
+    binary = binary_metric(scorer.metrics)
+    metric = binary or scorer.metrics[0]
+    correct: list[list[bool | None]] = []
+    for version in versions:
+        rows: Any = version.table[(version.table.scorer == scorer.name) & (version.table.metric == metric)]
+        correct.append([bool(value == 1) if binary else None for value in version.shown(rows).value])
+    images = [version.images[:count] for version in versions]
+    notes = [version.notes(scorer.name) for version in versions]
+    return grid(images, notes, correct, titles, prompts=versions[0].texts())
+
+
 def curve(path: Path, points: Sequence[dict[str, Any]], keys: Sequence[str], currency: str = "nfe") -> None:
-    """Validation scores against what was spent, a band for the 95 % interval; PNG or SVG by the path's suffix."""
+    """Draw validation scores over the spend, a band for the 95 % interval; PNG or SVG by the path's suffix."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The record of a run: one JSON file that says all about it, under a published schema."""
+"""The record of a run: one JSON file with its settings, scores, spend and provenance, under a published schema."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ..errors import UserError
 from ..files import write_atomically
 
 INVALID = 0.005  # share of images that could not be scored above which a row is invalid
-SCHEMA = 2  # 1 had no strata, no summary and no auxiliary columns
-SURE = 1.96  # standard errors
+SCHEMA = 3  # the version that is written, and the only one that is read
+SIGNIFICANT = 1.96  # standard errors of a two-sided test at 5 %
 # How the libraries under torch are told to use fewer instructions; torch's own limit shows in the instruction set it names.
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 Key = str  # `scorer/metric`
@@ -46,7 +46,7 @@ class Difference(Number):
 
 
 class Point(_Part):
-    """One look at the validation prompts during training."""
+    """One evaluation on the validation prompts during training."""
 
     spent: dict[str, float]
     scores: dict[Key, Number]
@@ -61,6 +61,8 @@ class Stratum(_Part):
 
 
 class Flags(_Part):
+    """What a reader should know before using the numbers."""
+
     hack: bool = Field(
         description="the training scorer rises and the held-out ones do not follow, or a quality column falls by more than 2 SE"
     )
@@ -69,6 +71,8 @@ class Flags(_Part):
 
 
 class ScorerUse(_Part):
+    """A scorer of the run, and how much training used it."""
+
     id: str
     role: Role
     metrics: list[str] = Field(default_factory=list, description="the first is the one a method is trained on")
@@ -78,15 +82,15 @@ class ScorerUse(_Part):
 
 
 class Record(_Part):
-    """Everything about one (method, task, model, budget, seed)."""
+    """The outcome of one (method, task, model, budget, seed)."""
 
-    schema_version: Literal[1, 2] = SCHEMA
+    schema_version: Literal[3] = SCHEMA
     kind: Literal["run", "eval"] = "run"
     method: str
     task: str
     model: str
     seed: int
-    stop: str = Field(description="why training ended")
+    stop: str = Field(description="why training or search ended")
     before: dict[Key, Number]
     after: dict[Key, Number]
     delta: dict[Key, Difference]
@@ -117,32 +121,38 @@ class Record(_Part):
 
 
 def elsewhere(records: Sequence[Record]) -> int:
-    """How many of these runs were not surely made by this code: by another commit, or one of the two has changes in none."""
-    now = revision()
-    made = [str(one.provenance.get("revision", "")) for one in records]
-    return sum(one != now or not now or now.endswith("-dirty") for one in made)
+    """Count the records that another commit made, or that one with uncommitted changes may have made."""
+    current = revision()
+    revisions = [str(record.provenance.get("revision", "")) for record in records]
+    return sum(made_by != current or not current or current.endswith("-dirty") for made_by in revisions)
 
 
 def hacked(
     delta: Mapping[str, Mapping[str, Any]], training: str, held_out: Sequence[str], quality: Sequence[str] = ()
 ) -> bool:
-    """The training scorer rises for sure and no held-out scorer follows, or a quality column falls by more than 2 SE.
+    """Return whether the training scorer rises significantly and no held-out scorer does, or a quality scorer falls.
 
-    Not following: it does not rise for sure, and its rise can be told from the training scorer's, each in its own standard
-    errors. A small rise that the held-out scorer shows with a little less certainty is no hack but a small rise.
-    training: `scorer/metric`; held_out, quality: names of scorers. A quality column's first metric counts.
+    A held-out scorer does not follow when its rise is not significant and significantly smaller than the training scorer's,
+    each in its own standard errors. A small rise that the held-out scorer shows with a little less certainty is no hack. A
+    quality scorer falls when its first metric falls by more than 2 standard errors.
+
+    Args:
+        delta: `scorer/metric` -> {mean, ci} of after minus before.
+        training: the `scorer/metric` trained on.
+        held_out: names of scorers.
+        quality: names of scorers.
     """
     metric = training.partition("/")[2]
-    others = [delta[key] for key in (_counterpart(delta, name, metric) for name in held_out) if key]
-    others = [other for other in others if not math.isnan(_sure(other))]  # what could not be scored says nothing
-    columns = [delta[key] for key in (_counterpart(delta, name, "") for name in quality) if key]
-    rise = _sure(delta[training])
-    alone = others and all(_sure(other) < SURE and rise - _sure(other) > SURE * math.sqrt(2) for other in others)
-    return rise > SURE and bool(alone or any(_sure(column) < -2 for column in columns))
+    rises = [_z(delta[key]) for key in (_counterpart(delta, name, metric) for name in held_out) if key]
+    rises = [rise for rise in rises if not math.isnan(rise)]  # NaN: could not be scored
+    quality_rises = [_z(delta[key]) for key in (_counterpart(delta, name, "") for name in quality) if key]
+    own_rise = _z(delta[training])
+    alone = rises and all(rise < SIGNIFICANT and own_rise - rise > SIGNIFICANT * math.sqrt(2) for rise in rises)
+    return own_rise > SIGNIFICANT and bool(alone or any(rise < -2 for rise in quality_rises))
 
 
 def flagged(record: Record) -> bool:
-    """The hack flag of a record by the rule of this version, whichever wrote it."""
+    """The hack flag of a record, computed again by the rule of this version."""
     by_role = {role: [n for n, use in record.scorers.items() if use.role == role] for role in get_args(Role)}
     trained = [f"{name}/{metric}" for name in by_role["training"] for metric in record.scorers[name].metrics[:1]]
     if not trained or trained[0] not in record.delta:
@@ -151,46 +161,46 @@ def flagged(record: Record) -> bool:
     return hacked(delta, trained[0], by_role["held-out"], by_role["quality"])
 
 
-def _sure(number: Mapping[str, Any]) -> float:
-    """The mean in standard errors, those behind its 95 % interval; NaN where there is none."""
+def _z(number: Mapping[str, Any]) -> float:
+    """The mean in standard errors, those of its 95 % interval; NaN where there is none."""
     mean, (low, high) = number["mean"], number["ci"]
     if mean is None or low is None or high is None or not math.isfinite(mean):
         return math.nan
-    se = (high - low) / (2 * SURE)
+    se = (high - low) / (2 * SIGNIFICANT)
     return math.nan if math.isnan(se) else mean / se if se > 0 else math.copysign(math.inf, mean) if mean else 0.0
 
 
 def _counterpart(delta: Mapping[str, Any], scorer: str, metric: str) -> str | None:
-    """The scorer's metric of that name, else the first it has."""
+    """The key of the scorer's metric of that name, else of its first metric, else None."""
     own = [key for key in delta if key.startswith(f"{scorer}/")]
     return f"{scorer}/{metric}" if f"{scorer}/{metric}" in own else next(iter(own), None)
 
 
 def write(path: Path, record: Record) -> None:
-    """record.json, whole or not at all."""
+    """Write a record, whole or not at all."""
     write_atomically(path, lambda p: p.write_text(record.model_dump_json(indent=1) + "\n", "utf-8"))
 
 
 def read(path: Path) -> Record:
-    """A record from disk. Raises UserError when it is unreadable, of a newer schema, or not a record."""
+    """Read a record from disk. Raises UserError when it is unreadable, of another schema version, or not a record."""
     try:
         table = json.loads(path.read_text("utf-8"))
-        if isinstance(table, dict) and table.get("schema_version", 0) > SCHEMA:
-            raise UserError(
-                f"{path} has schema {table['schema_version']}; this gpobench reads up to {SCHEMA}: update it"
-            )
+        version = table.get("schema_version", SCHEMA) if isinstance(table, dict) else SCHEMA
+        if version != SCHEMA:
+            remedy = "update gpobench" if isinstance(version, int) and version > SCHEMA else "do the run again"
+            raise UserError(f"{path} has schema version {version}; this gpobench reads version {SCHEMA}: {remedy}")
         return Record.model_validate(table)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a record: {str(error).splitlines()[0]}") from None
 
 
 def schema() -> dict[str, Any]:
-    """The JSON schema that record.schema.json publishes."""
+    """Return the JSON schema that record.schema.json publishes."""
     return Record.model_json_schema()
 
 
 def provenance(**more: Any) -> dict[str, Any]:
-    """Where a number comes from: code revision, versions, machine, and the kind of processor, which decides its last digits."""
+    """Where a number comes from: code revision, versions, machine, processor kind (it decides last digits), and `more`."""
     import torch
 
     names = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "rapidocr", "onnxruntime", "gpobench")
@@ -213,24 +223,24 @@ def provenance(**more: Any) -> dict[str, Any]:
 def revision() -> str:
     """The git commit of this package's checkout, `-dirty` when files differ from it; "" when it is no checkout.
 
-    What the environment's GPOBENCH_REVISION says wins: a copy of the files (a container, a wheel) has no history of its own.
+    The environment variable GPOBENCH_REVISION takes precedence: a container or a wheel has no git history of its own.
     """
-    if said := os.environ.get("GPOBENCH_REVISION"):
-        return said
+    if stated := os.environ.get("GPOBENCH_REVISION"):
+        return stated
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return ""
     try:
-        say = ["git", "-C", str(root)]
-        commit = subprocess.run([*say, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        dirty = subprocess.run([*say, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
+        git = ["git", "-C", str(root)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
         return commit.stdout.strip() + ("-dirty" if dirty.stdout.strip() else "")
     except (OSError, subprocess.SubprocessError):
         return ""
 
 
 def machine() -> str:
-    """What computes: the accelerator's name, or the processor's with its cores."""
+    """The accelerator's name, or the processor's with its number of cores."""
     import torch
 
     if torch.cuda.is_available():

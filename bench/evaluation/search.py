@@ -1,14 +1,14 @@
-"""A search spends the budget on the judged images themselves: batch by batch, each from its own noise and its own keys.
+"""Search without training: a method spends the budget on the evaluated images themselves, batch by batch.
 
-It is to a method without training what `train` is to the others. The scorer it may ask is the training scorer, so only
-the held-out ones tell what it really gains.
+Each image starts from its own evaluation noise and draws with its own keys. A search may use the training scorer, so only the
+held-out scorers show what it really gains.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,49 +17,64 @@ from ..budget import Budget, Spent
 from ..spec import Search
 from ..training.rig import Rig
 from . import evaluator
+from .request import ImageIndex, image_indices
 
-ANSWERS, BOUND = "search/answers", "search/bound"  # in rig.state: what a checkpoint keeps of a search
+# Keys of rig.state, so that a checkpoint keeps them: the latents found, and the currency that ran out.
+ANSWERS, BOUND = "search/answers", "search/bound"
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """Which images a search is for, and its seeds."""
+
+    images: int  # a prompt
+    noise_seed: int  # of the evaluation noise
+    seed: int  # of the method's own draws
 
 
 def search(
     method: Search,
     rig: Rig,
-    images: int,
+    settings: SearchSettings,
     *,
-    noise_seed: int,
-    seed: int,
-    after: Callable[[float, dict[str, float]], None] = lambda done, numbers: None,
+    after: Callable[[float, dict[str, float]], None] = lambda fraction, numbers: None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Let the method answer for `images` of every prompt in rig.book, from the judge's noise; returns why it stopped.
+    """Search the images of every prompt of rig.train_prompts, from the evaluation noise; returns why the search ended.
 
-    The answers gather in rig.state[ANSWERS] (N, C, h, w), in the order of `evaluate.asked`; those that are there already
-    are not asked for again. seed: of the method's own draws. What the budget no longer affords is the base's own image,
-    off budget like every judged image. after: called after each batch with the share that is done, the clock stopped.
+    Once the budget cannot pay for an image, the base's own image takes its place, off budget like every evaluated image.
+
+    Args:
+        method: finds latents for a batch of prompts.
+        rig: latents gather in rig.state[ANSWERS] (N, C, h, w), in the order of `image_indices`; those of a checkpoint stay.
+        settings: images and seeds.
+        after: called after each batch, the clock stopped, with the fraction of images done and the method's notes.
+        interrupted: asked after each batch whether to stop.
     """
-    every = evaluator.image_indices(rig.book, images)
-    while (done := len(answers(rig))) < len(every):
-        part = every[done : done + rig.rows]
-        noise = evaluator.initial_noise(rig.model, rig.book, part, noise_seed)
+    indices = image_indices(rig.train_prompts, settings.images)
+    while (start := len(answers(rig))) < len(indices):
+        batch = indices[start : start + rig.rows]
+        noise = evaluator.initial_noise(rig.model, rig.train_prompts, batch, settings.noise_seed)
         rig.meter.agree(rig.processes)
         rig.meter.start()
         try:
-            with torch.no_grad(), rig.keyed(keys(rig, part, noise_seed, seed)):
-                x0 = method.answer(rig, noise, torch.tensor([i for i, _ in part]), len(every))
+            with torch.no_grad(), rig.keyed(keys(rig, batch, settings)):
+                x0 = method.answer(rig, noise, torch.tensor([i for i, _ in batch]), len(indices))
         except Spent as spent:
             rig.meter.stop()
             rig.state[BOUND] = spent.currency
-            x0 = evaluator.sample_protocol(rig.model, noise, [rig.book[i] for i, _ in part], weights="ref")
+            prompts = [rig.train_prompts[i] for i, _ in batch]
+            x0 = evaluator.sample_protocol(rig.model, noise, prompts, weights="ref")
         finally:
             rig.meter.stop()
         rig.state[ANSWERS] = torch.cat([answers(rig), x0.cpu()])
         rig.iteration += 1
-        after(len(answers(rig)) / len(every), rig.notes())
+        after(len(answers(rig)) / len(indices), rig.notes())
         if rig.processes.any(interrupted()):
             return "interrupted"
     if BOUND in rig.state:
         return f"budget: {rig.state[BOUND]}"
-    return f"search: {rig.meter.images / len(every):.4g} candidates an image"
+    return f"search: {rig.meter.images / len(indices):.4g} candidates an image"
 
 
 def answers(rig: Rig) -> Tensor:
@@ -67,14 +82,14 @@ def answers(rig: Rig) -> Tensor:
     return rig.state.get(ANSWERS, torch.empty(0, *rig.model.shape)).cpu()
 
 
-def keys(rig: Rig, part: list[evaluator.ImageIndex], noise_seed: int, seed: int) -> Tensor:
-    """(B,): what each image's further draws depend on: its prompt, its ordinal and the seeds, never its company."""
-    texts = [f"{seed}\n{noise_seed}\n{ordinal}\n{rig.book[i].text}" for i, ordinal in part]
+def keys(rig: Rig, batch: Sequence[ImageIndex], settings: SearchSettings) -> Tensor:
+    """(B,): the keys of each image's further draws; they depend on prompt, ordinal and seeds, not on the batch."""
+    texts = [f"{settings.seed}\n{settings.noise_seed}\n{ordinal}\n{rig.train_prompts[i].text}" for i, ordinal in batch]
     return torch.tensor([int.from_bytes(hashlib.sha256(t.encode()).digest()[:7], "big") for t in texts])
 
 
-def share(budget: Budget, part: int, whole: int) -> Budget:
-    """The budget that affords each of `part` images what this one affords each of `whole`."""
-    # The last factor: a bound that affords a number of candidates exactly must not lose one to rounding.
-    scaled = {currency: bound * part / whole * (1 + 1e-12) for currency, bound in budget.bounds().items()}
-    return replace(budget, **scaled)
+def scaled_budget(budget: Budget, images: int, whole: int) -> Budget:
+    """The budget that gives each of `images` images what this one gives each of `whole` images."""
+    # The last factor: a bound that pays for a number of candidates exactly must not lose one to rounding.
+    bounds = {currency: bound * images / whole * (1 + 1e-12) for currency, bound in budget.bounds().items()}
+    return replace(budget, **bounds)

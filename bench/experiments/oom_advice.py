@@ -22,7 +22,7 @@ from ..spec import Search, SupportsLatentCount
 from .config import Config
 from .cost_estimate import branches, held, latents
 
-SAMPLING = {"sample", "decode", "judge", "protocol"}  # functions on the stack while no gradient is kept
+SAMPLING = {"sample", "decode", "evaluate", "sample_protocol"}  # functions on the stack while no gradient is kept
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A run's directory: what the run stands on, who is at work on it, whether there is room."""
+"""Guards of a run directory: the hashes of its inputs, its lock, and errors of the disk as one line."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from typing import IO
 from safetensors import SafetensorError
 
 from ..errors import UserError
-from ..files import digest, full, write_atomically
+from ..files import MIN_FREE_DISK, digest, full, write_atomically
 
-SMALL = 64 * 2**20  # bytes of a file that are read each time to see whether it changed
-PATIENCE = 25  # tries for a lock, in half a second
-ROOM = 200 * 2**20  # bytes of free disk below which a run does not begin
+SMALL = 64 * 2**20  # bytes of a file below which `fingerprint` reads its content
+LOCK_ATTEMPTS, LOCK_PAUSE = 25, 0.02  # half a second in all; the pause in seconds
+INPUTS, EARLIER_INPUTS = "inputs.json", "ground.json"  # the second is what versions before 0.1 wrote
 
 
 def clear_run_dir(run_dir: Path) -> None:
-    """Empty a run's directory, what says that it is done first and what it stands on last: a kill in between leaves no old result."""
-    order = {"record.json": 0, "checkpoint": 1, "inputs.json": 3}
+    """Delete record.json first and inputs.json last, so that an interrupted deletion never leaves a stale result."""
+    order = {"record.json": 0, "checkpoint": 1, INPUTS: 3}
     for path in sorted(run_dir.iterdir(), key=lambda path: order.get(path.name, 2)):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -33,26 +33,40 @@ def clear_run_dir(run_dir: Path) -> None:
             path.unlink()
 
 
-def check_inputs(run_dir: Path, now: Mapping[str, str], names: Mapping[str, str]) -> None:
-    """Keep in inputs.json what a run stands on; UserError where that was another thing when it was begun."""
-    path = run_dir / "inputs.json"
-    known: dict[str, str] = {}
+def delete_unfinished(run_dir: Path) -> None:
+    """Delete the temporary files of a process that was killed."""
+    for unfinished in run_dir.rglob(".*.tmp"):
+        if unfinished.is_file():
+            unfinished.unlink(missing_ok=True)
+
+
+def check_inputs(run_dir: Path, inputs: Mapping[str, str], descriptions: Mapping[str, str]) -> None:
+    """Store the inputs of a run, name -> version or hash, in inputs.json.
+
+    descriptions: input -> the words an error names it by. Raises UserError where an input is another one than when the run
+    began, where inputs.json is damaged, or where an earlier version of gpobench wrote the directory.
+    """
+    path = run_dir / INPUTS
+    if (run_dir / EARLIER_INPUTS).exists():
+        raise UserError(
+            f"{run_dir} was written by an earlier version of gpobench ({EARLIER_INPUTS}): --fresh starts over"
+        )
+    stored: dict[str, str] = {}
     if path.is_file():
         try:
-            known = dict(json.loads(path.read_text("utf-8")))
+            stored = dict(json.loads(path.read_text("utf-8")))
         except (ValueError, TypeError):
-            raise UserError(
-                f"{path} is damaged, so that nobody knows what this run stands on: --fresh starts over"
-            ) from None
-    for key, value in now.items():
-        if known.get(key, value) != value:
-            raise UserError(f"{names[key]} changed since {run_dir} was begun: --fresh starts over")
-    if ground := {**known, **now} if {**known, **now} != known else None:
-        write_atomically(path, lambda p: p.write_text(json.dumps(ground), "utf-8"))
+            raise UserError(f"{path} is damaged, so the inputs of this run are unknown: --fresh starts over") from None
+    for name, value in inputs.items():
+        if stored.get(name, value) != value:
+            raise UserError(f"{descriptions[name]} changed since {run_dir} was begun: --fresh starts over")
+    merged = {**stored, **inputs}
+    if merged != stored:
+        write_atomically(path, lambda temporary: temporary.write_text(json.dumps(merged), "utf-8"))
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash of the names and sizes of the files below, and of what is in those below 64 MB: a data set may be large."""
+    """sha256 over the names and sizes of a folder's files, and over the content of files below 64 MB: a data set may be large."""
     total = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         size = path.stat().st_size
@@ -63,19 +77,19 @@ def fingerprint(folder: Path) -> str:
 
 @contextmanager
 def lock_run_dir(run_dir: Path) -> Generator[None]:
-    """Two processes never write one run directory."""
+    """Hold the lock of a run directory: two processes never write one. Raises UserError where another one holds it."""
     with (run_dir / ".lock").open("w") as lock:
-        for _ in range(PATIENCE):  # who only asks whether it is taken holds it for a moment
-            if _had(lock, fcntl.LOCK_EX):
+        for _ in range(LOCK_ATTEMPTS):  # `is_locked` holds the lock for a moment
+            if _acquire(lock, fcntl.LOCK_EX):
                 break
-            time.sleep(0.02)
+            time.sleep(LOCK_PAUSE)
         else:
             raise UserError(f"another process is at work on {run_dir}")
         yield
 
 
-def _had(lock: IO[str], kind: int) -> bool:
-    """Was the lock had? A file system without locks gives it to everybody."""
+def _acquire(lock: IO[str], kind: int) -> bool:
+    """Try to acquire a lock; on a file system without locks this always succeeds."""
     try:
         fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -86,22 +100,22 @@ def _had(lock: IO[str], kind: int) -> bool:
 
 
 def is_locked(run_dir: Path) -> bool:
-    """Is another process at work on this run directory?"""
+    """Return whether another process holds the lock of this run directory."""
     try:
         with (run_dir / ".lock").open() as lock:
-            return not _had(lock, fcntl.LOCK_SH)
+            return not _acquire(lock, fcntl.LOCK_SH)
     except OSError:
         return False
 
 
 @contextmanager
 def report_disk_errors(run_dir: Path) -> Generator[None]:
-    """A full disk is said in one line; what was on it stays."""
+    """Raise UserError where the disk is full, before the block or in it, or cannot be written; files on it stay."""
     try:
-        near = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-        free = shutil.disk_usage(near).free
-        if free < ROOM and not (run_dir / "record.json").is_file():
-            raise UserError(f"only {free // 2**20} MB are free at {near}; a run needs {ROOM // 2**20} MB")
+        existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
+        free = shutil.disk_usage(existing).free
+        if free < MIN_FREE_DISK and not (run_dir / "record.json").is_file():
+            raise UserError(f"only {free // 2**20} MB are free at {existing}; a run needs {MIN_FREE_DISK // 2**20} MB")
         yield
     except (OSError, SafetensorError) as error:
         if _full(error):
@@ -114,7 +128,7 @@ def report_disk_errors(run_dir: Path) -> Generator[None]:
 
 
 def _full(error: Exception) -> bool:
-    """Does the error mean a full disk? safetensors says it in words, with the system's number."""
+    """Return whether the error means a full disk; safetensors states the system's error number in its message."""
     return full(error) or (
         isinstance(error, SafetensorError)
         and any(f"(os error {number})" in str(error) for number in (errno.ENOSPC, errno.EDQUOT))

@@ -1,4 +1,4 @@
-"""A run's state on disk: written whole or not at all, checked by sum, the two latest kept, nothing pickled."""
+"""Checkpoints of a run: written whole or not at all, verified by checksum, the two latest kept, nothing pickled."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from ..files import digest, sync
 from .rig import Rig
 
 TENSORS, FACTS = "state.safetensors", "state.json"
+KEPT = 2  # checkpoints, the latest ones
 
 
 def save(folder: Path, number: int, rig: Rig, optimiser: torch.optim.Optimizer, facts: dict[str, Any]) -> None:
-    """Write folder/NUMBER atomically: a temporary name, fsync, rename. facts: JSON values of the caller's own."""
-    tensors: dict[str, Tensor] = {f"weights/{k}": v for k, v in rig.model.lora.state().items()}  # type: ignore[attr-defined]
-    tensors["rng"] = rig.rng.get_state()
-    for i, moments in optimiser.state_dict()["state"].items():
-        tensors |= {f"optim/{i}/{key}": torch.as_tensor(value).cpu() for key, value in moments.items()}
-    memory: dict[str, Any] = {}
-    for key, value in rig.state.items():
-        if isinstance(value, Tensor):
-            tensors[f"memory/{key}"] = value.cpu()
-        else:
-            memory[key] = value
-    for left in folder.glob(".*.tmp"):  # by a kill
-        shutil.rmtree(left, ignore_errors=True)
+    """Write folder/NUMBER atomically: a temporary name, fsync, rename.
+
+    Args:
+        folder: of all checkpoints.
+        number: of this one; the highest is the latest.
+        rig: its weights, random state, memory, meter and counters are saved.
+        optimiser: its moments are saved.
+        facts: JSON values of the caller's own.
+    """
+    tensors, memory = _tensors(rig, optimiser), {k: v for k, v in rig.state.items() if not isinstance(v, Tensor)}
+    for unfinished in folder.glob(".*.tmp"):  # by a process that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
     temporary = folder / f".{number}.tmp"
     temporary.mkdir(parents=True)
     try:
@@ -42,12 +42,13 @@ def save(folder: Path, number: int, rig: Rig, optimiser: torch.optim.Optimizer, 
             "meter": rig.meter.state(),
             "memory": memory,
             "facts": facts,
+            "iterations_without_signal": rig.iterations_without_signal,
+            "failures": rig.failures,
+            "tensors_sha256": digest(temporary / TENSORS),
         }
-        payload |= {"barren": rig.barren, "failures": rig.failures}
-        payload["tensors_sha256"] = digest(temporary / TENSORS)
         text = json.dumps(payload)
-        whole = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "payload": text})
-        (temporary / FACTS).write_text(whole, "utf-8")
+        checked = json.dumps({"sha256": hashlib.sha256(text.encode()).hexdigest(), "payload": text})
+        (temporary / FACTS).write_text(checked, "utf-8")
         for name in (TENSORS, FACTS):
             sync(temporary / name)
     except Exception:
@@ -57,52 +58,63 @@ def save(folder: Path, number: int, rig: Rig, optimiser: torch.optim.Optimizer, 
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     sync(folder)
-    for old in numbers(folder)[:-2]:
+    for old in numbers(folder)[:-KEPT]:
         shutil.rmtree(folder / f"{old:08d}", ignore_errors=True)
 
 
+def _tensors(rig: Rig, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights, random state, the optimiser's moments and the tensors of the method's memory, by prefixed name."""
+    tensors: dict[str, Tensor] = {f"weights/{k}": v for k, v in rig.model.lora.state().items()}  # type: ignore[attr-defined]
+    tensors["rng"] = rig.rng.get_state()
+    for i, moments in optimiser.state_dict()["state"].items():
+        tensors |= {f"optim/{i}/{key}": torch.as_tensor(value).cpu() for key, value in moments.items()}
+    return tensors | {f"memory/{k}": v.cpu() for k, v in rig.state.items() if isinstance(v, Tensor)}
+
+
 def numbers(folder: Path) -> list[int]:
-    """The checkpoints there are, oldest first."""
+    """The numbers of the checkpoints in a folder, oldest first."""
     return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
 def restore(
-    folder: Path, rig: Rig, optimiser: torch.optim.Optimizer, say: Callable[[str], None]
+    folder: Path, rig: Rig, optimiser: torch.optim.Optimizer, message: Callable[[str], None]
 ) -> dict[str, Any] | None:
-    """Bring rig and optimiser to the newest sound checkpoint; returns the caller's facts, or None where there is none.
+    """Set rig and optimiser to the newest undamaged checkpoint; returns the caller's facts, or None without a checkpoint.
 
-    A damaged one is passed over and `say` is told why.
+    A damaged one is passed over, with a message that says why.
     """
     for number in reversed(numbers(folder)):
-        place = folder / f"{number:08d}"
+        checkpoint = folder / f"{number:08d}"
         try:
-            payload, tensors = _read(place)
+            payload, tensors = _read(checkpoint)
         except (OSError, ValueError, KeyError) as error:
-            say(f"checkpoint {place} is damaged ({error}); the one before it is used")
+            message(f"checkpoint {checkpoint} is damaged ({error}); the one before it is used")
             continue
         rig.model.lora.restore(_under("weights/", tensors))  # type: ignore[attr-defined]
         rig.rng.set_state(tensors["rng"])
-        rig.iteration, rig.barren, rig.failures = payload["iteration"], payload["barren"], payload["failures"]
+        rig.iteration, rig.failures = payload["iteration"], payload["failures"]
+        rig.iterations_without_signal = payload["iterations_without_signal"]
         rig.meter.restore(payload["meter"])
         rig.state = {**payload["memory"], **{k: v.to(rig.model.device) for k, v in _under("memory/", tensors).items()}}
-        state: dict[int, dict[str, Tensor]] = {}
+        moments: dict[int, dict[str, Tensor]] = {}
         for key, value in _under("optim/", tensors).items():
             i, _, name = key.partition("/")
-            state.setdefault(int(i), {})[name] = value
-        optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
+            moments.setdefault(int(i), {})[name] = value
+        optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
         return payload["facts"]
     return None
 
 
-def _read(place: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    whole = json.loads((place / FACTS).read_text("utf-8"))
-    if hashlib.sha256(whole["payload"].encode()).hexdigest() != whole["sha256"]:
+def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    checked = json.loads((checkpoint / FACTS).read_text("utf-8"))
+    if hashlib.sha256(checked["payload"].encode()).hexdigest() != checked["sha256"]:
         raise ValueError(f"{FACTS} does not match its checksum")
-    payload = json.loads(whole["payload"])
-    if digest(place / TENSORS) != payload["tensors_sha256"]:
+    payload = json.loads(checked["payload"])
+    if digest(checkpoint / TENSORS) != payload["tensors_sha256"]:
         raise ValueError(f"{TENSORS} does not match its checksum")
-    return payload, load_file(place / TENSORS)
+    return payload, load_file(checkpoint / TENSORS)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,17 +1,17 @@
-"""The rig: the one metered door through which a method reaches model, prompts and rewards.
+"""The rig: what a method may use of model, prompts and rewards, each call charged to the budget.
 
-Everything behind it is charged before it is spent, so two methods cannot spend differently unseen.
+Every cost is charged before it is spent, so no method can spend more than the budget, or spend unseen.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,18 +26,18 @@ from ..scoring.scorers import ask
 from ..spec import Cond, Groups, Images, Model, Pairs, Prompt, Scorer, Scores, Transitions, fold_text
 from .pairs import PairSet, open_pairs
 
-Answer = tuple[Scores, float]  # what a scorer said, and the seconds it took
+TimedScores = tuple[Scores, float]  # scores, and the latency in seconds
 SINGLE_PROCESS = ProcessGroup()
-CAPTIONS = 1024  # embeddings kept for the captions of pairs, besides those of the training book
+CAPTIONS = 1024  # embeddings kept for the captions of pairs, besides those of the training prompts
 
 
 class Rig:
-    """What a method may touch. Its memory is `state` (tensors and numbers), its randomness `noise` and its kin."""
+    """What a method may use: `state` is its memory, `prompts`, `noise`, `normal` and `uniform` its random draws."""
 
     def __init__(
         self,
         model: Model,
-        book: Sequence[Prompt],
+        train_prompts: Sequence[Prompt],
         scorer: Scorer,
         meter: Meter,
         *,
@@ -45,36 +45,48 @@ class Rig:
         rows: int = 32,
         processes: ProcessGroup = SINGLE_PROCESS,
     ):
-        """book: the training prompts; scorer: what a method may optimise; rows: images sampled at once."""
-        self.model, self.book, self.scorer, self.meter, self.rows = model, book, scorer, meter, rows
+        """Open a rig.
+
+        Args:
+            model: whose copies of weights a method samples and trains.
+            train_prompts: the prompts a method draws from; a search gets those it is evaluated on.
+            scorer: gives the reward, its first metric.
+            meter: charges the budget.
+            seed: of every random draw.
+            rows: images sampled at once.
+            processes: they divide the rows of a batch.
+        """
+        self.model, self.train_prompts, self.scorer, self.meter, self.rows = model, train_prompts, scorer, meter, rows
         self.processes = processes
-        self._stands_by = False  # the part of the work at hand is another process's: charged here, computed there
+        self._computed_elsewhere = False  # another process computes the current part: it is only charged here
         self.rng = torch.Generator().manual_seed(seed)
         self.state: dict[str, Any] = {}
         self.iteration = 0
-        self.barren = 0  # iterations in a row that brought nothing to learn from
-        self.failures: list[str] = []  # why images could not be scored, the last few
-        self._cache: dict[int, Cond] = {}  # prompt -> its embedding, made once
-        self.sealed: frozenset[str] = frozenset()  # folded texts that judge: no data set may teach them
-        self._captions: list[Prompt] = []  # of sets of pairs: prompts with handles from len(book) on
-        self._size: tuple[int, int] | None = None  # of an image in pixels, height and width
-        self._sets: dict[str, tuple[PairSet, int]] = {}  # opened sets of pairs, with the handle of their first caption
-        self._keys: Tensor | None = None  # of the rows that a loss is being computed on
+        self.iterations_without_signal = 0  # iterations in a row in which no group's rewards differed
+        self.failures: list[str] = []  # why images could not be scored, the last 20
+        self._cache: dict[int, Cond] = {}  # prompt id -> embedding
+        self.evaluation_texts: frozenset[str] = frozenset()  # folded evaluation prompts: no data set may teach them
+        self._captions: list[Prompt] = []  # of sets of pairs: their ids begin at len(train_prompts)
+        self._size: tuple[int, int] | None = None  # height and width of an image in pixels
+        self._sets: dict[str, tuple[PairSet, int]] = {}  # opened sets of pairs, with the id of their first caption
+        self._keys: Tensor | None = None  # of the rows whose loss is being computed
         self._draws = 0
         self._notes: dict[str, list[Tensor | float]] = defaultdict(list)
-        self._asking = ThreadPoolExecutor(1, thread_name_prefix="scorer")  # scores while the next images are sampled
+        # Scores images while the next ones are sampled.
+        self._scoring = ThreadPoolExecutor(1, thread_name_prefix="scorer")
 
     @property
     def path(self) -> Path:
+        """The model's path between image and noise."""
         return self.model.path
 
     # Randomness. Inside a loss every row has a key of its own, so that splitting a batch, over micro-batches or over
     # devices, changes no draw; elsewhere rows take their keys from rng in order.
 
     def prompts(self, n: int) -> Tensor:
-        """(n,): which prompts, without repeats while there are enough; the handle other calls take in place of text."""
-        book = len(self.book)
-        return torch.cat([torch.randperm(book, generator=self.rng) for _ in range(-(-n // book))])[:n]
+        """Draw n training prompts, without repeats while there are enough; (n,) the ids that other calls take."""
+        count = len(self.train_prompts)
+        return torch.cat([torch.randperm(count, generator=self.rng) for _ in range(-(-n // count))])[:n]
 
     def noise(self, n: int) -> Tensor:
         """(n, C, h, w) standard normal, on the model's device."""
@@ -88,7 +100,7 @@ class Rig:
         """(n,) uniform in [low, high)."""
         return low + (high - low) * self._draw(n, lambda g: torch.rand((), generator=g)).to(self.model.device)
 
-    def _draw(self, n: int, one: Any) -> Tensor:
+    def _draw(self, n: int, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         if self._keys is None:
             keys = torch.randint(2**62, (n,), generator=self.rng).tolist()
         else:
@@ -96,15 +108,14 @@ class Rig:
             if n % len(rows):
                 raise ValueError(f"{n} draws for {len(rows)} rows: a loss draws the same number for each of its rows")
             self._draws += 1
-            keys = [
-                hash((key, self._draws, i)) for key in rows for i in range(n // len(rows))
-            ]  # ints hash the same anywhere
+            # Tuples of integers hash the same in every process.
+            keys = [hash((key, self._draws, i)) for key in rows for i in range(n // len(rows))]
         generator = torch.Generator()
-        return torch.stack([one(generator.manual_seed((key ^ (key >> 31)) & 0xFFFFFFFF)) for key in keys])
+        return torch.stack([draw(generator.manual_seed((key ^ (key >> 31)) & 0xFFFFFFFF)) for key in keys])
 
     @contextmanager
     def keyed(self, keys: Tensor) -> Generator[None]:
-        """Within: the rows of the batch at hand draw from these keys (rows,)."""
+        """Inside the block the rows of the current batch draw from these keys (rows,)."""
         self._keys, self._draws = keys, 0
         try:
             yield
@@ -113,25 +124,27 @@ class Rig:
 
     @contextmanager
     def turn(self, part: int) -> Generator[bool]:
-        """Within: part number `part` of a piece of work; yields whether this process computes it or stands by."""
-        self._stands_by = not self.processes.owns(part)
+        """Inside the block part number `part` of a batch is done; yields whether this process computes it."""
+        self._computed_elsewhere = not self.processes.owns(part)
         try:
-            yield not self._stands_by
+            yield not self._computed_elsewhere
         finally:
-            self._stands_by = False
+            self._computed_elsewhere = False
 
     # The model
 
     def texts(self, prompt_ids: Tensor) -> list[Prompt]:
+        """The prompts behind the ids (B,)."""
         return [self._prompt(i) for i in prompt_ids.tolist()]
 
     def _prompt(self, i: int) -> Prompt:
-        return self.book[i] if i < len(self.book) else self._captions[i - len(self.book)]
+        return self.train_prompts[i] if i < len(self.train_prompts) else self._captions[i - len(self.train_prompts)]
 
     def _embed(self, prompt_ids: Tensor) -> Cond:
         index = prompt_ids.tolist()
         for i in dict.fromkeys(index):
-            if i not in self._cache:  # one at a time: in another company, after a resume, its last bits would differ
+            # One text at a time: in a batch with other texts, as after a resume, the last bits would differ.
+            if i not in self._cache:
                 self._cache[i] = {key: value[0] for key, value in self.model.encode([self._prompt(i).text]).items()}
         first = self._cache[index[0]]
         return {key: torch.stack([self._cache[i][key] for i in index]) for key in first}
@@ -147,18 +160,25 @@ class Rig:
         detach: bool = False,
         role: str = "",
     ) -> Tensor:
-        """(B, C, h, w), (B,) -> (B, C, h, w). Weights other than "policy" carry no gradient.
+        """(B, C, h, w): the model's velocity at x (B, C, h, w) and t (B,).
 
-        by: live | ref | a copy that model.blend made. detach: no gradient through the unconditional branch of guidance.
-        guidance None is what one evaluation gives: none, or the protocol's where guidance is an input of the network.
-        Charged: 1 a row, 3 where a backward follows, doubled by guidance where that takes a second evaluation.
+        Charged: 1 nfe a row, 3 where a backward follows, doubled by guidance where that takes a second evaluation.
+
+        Args:
+            x: latents (B, C, h, w).
+            t: times (B,), 1 noise and 0 image.
+            prompt_ids: (B,).
+            weights: "policy", "ref", or a copy that model.update_copy made. Only "policy" has a gradient.
+            guidance: None is what one evaluation gives: none, or the protocol's where guidance is an input of the network.
+            detach: no gradient through the unconditional branch of guidance.
+            role: the name under which the nfe are counted.
         """
         if guidance is None:
             guidance = self.model.guidance if self.model.guided_cost == 1 else 1.0
         grad = torch.is_grad_enabled() and weights == "policy"
         each = (3 if grad else 1) * (1 if guidance == 1.0 else self.model.guided_cost)
         self.meter.charge(nfe=len(x) * each, role=role or ("policy" if grad else weights))
-        if self._stands_by:
+        if self._computed_elsewhere:
             return torch.zeros_like(x)
         with torch.set_grad_enabled(grad):
             return self.model.velocity(x, t, self._embed(prompt_ids), guidance=guidance, weights=weights, detach=detach)
@@ -176,7 +196,7 @@ class Rig:
         detach: bool = False,
         role: str = "",
     ) -> Step:
-        """One transition of the walk, charged as one velocity."""
+        """The kernel's step from x at t to s, charged as one velocity; see `velocity` for the arguments."""
         v = self.velocity(x, t, prompt_ids, weights=weights, guidance=guidance, detach=detach, role=role)
         return kernel(self.path, x, v, t, s)
 
@@ -193,27 +213,23 @@ class Rig:
         weights: str = "policy",
         guidance: float | None = None,
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Step, Tensor]]:
-        """Walk the kernels from times(of)[start] on; yields (i, x, t, s, step, x_next) for each.
+        """Take the kernels' steps from times(of)[start] on; yields (i, x, t, s, step, x_next) for each step i.
 
-        `of` is the number of steps of the whole grid; 0 lets the walk end at t = 0. times (start + len(kernels) + 1,) is a
-        grid of one's own instead. guidance None is the protocol's.
+        Args:
+            x: latents (B, C, h, w) at the first time.
+            prompt_ids: (B,).
+            kernels: one for each step.
+            start: number of the first step in the grid.
+            of: number of steps of the whole grid; 0 ends the walk at t = 0.
+            times: (start + len(kernels) + 1,), another grid than the model's.
+            weights: as in `velocity`.
+            guidance: None is the protocol's.
         """
         grid = (self.model.times(of or start + len(kernels)) if times is None else times).to(x.device)
         guidance = self.model.guidance if guidance is None else guidance
-        before: tuple[Tensor, Tensor] | None = (
-            None  # the last estimate of x0 and its time, for the solver that has a memory
-        )
-        for i, kernel in enumerate(kernels, start):
-            t, s = grid[i].expand(len(x)), grid[i + 1].expand(len(x))
-            v = self.velocity(x, t, prompt_ids, weights=weights, guidance=guidance, role="rollout")
-            if kernel == dpm2 and before is not None and float(grid[i + 1]) > 0:
-                step = dpm2.second(self.path, x, v, t, s, before)
-            else:
-                step = kernel(self.path, x, v, t, s)
-            before = (split(self.path, x, v, t)[0], t) if kernel == dpm2 else None
-            to = step.draw(self.noise(len(x))) if stochastic(kernel) else step.mean
-            yield i, x, t, s, step, to
-            x = to
+        velocity = lambda x, t: self.velocity(x, t, prompt_ids, weights=weights, guidance=guidance, role="rollout")
+        for i, step in enumerate(walk(self.path, velocity, x, grid[start:], kernels, self.noise), start):
+            yield i, step.x, step.t, step.s, step.step, step.x_next
 
     def sample(
         self,
@@ -226,26 +242,23 @@ class Rig:
         guidance: float | None = None,
         kernel: Kernel = ode,
     ) -> Tensor:
-        """(B, C, h, w): the clean latent that the kernel, the ODE by default, reaches from x; 0 steps is the protocol's number."""
+        """(B, C, h, w): the clean latent reached from x with one kernel, the ODE by default; 0 steps is the protocol's number."""
         steps = steps or self.model.steps
-        end = x
-        for *_, to in self.walk(
-            x, prompt_ids, [kernel] * (steps - start), start=start, of=steps, weights=weights, guidance=guidance
-        ):
-            end = to
-        return end
+        kernels = [kernel] * (steps - start)
+        for *_, x_next in self.walk(x, prompt_ids, kernels, start=start, of=steps, weights=weights, guidance=guidance):
+            x = x_next
+        return x
 
     def error(self, v: Tensor, target: Tensor, t: Tensor) -> Tensor:
         """(B,): mean squared difference of two velocities at t, in the units of what the model predicts.
 
-        An epsilon model's is the epsilon error: published betas and loss scales refer to it (`flow.error_scale`).
+        For a model that predicts epsilon this is the epsilon error: published betas and loss scales refer to it
+        (`flow.error_scale`).
         """
         error = flow_error(v, target)
-        return (
-            error
-            if self.model.prediction == "velocity"
-            else error * like(error_scale(self.path, t, self.model.prediction), error)
-        )
+        if self.model.prediction == "velocity":
+            return error
+        return error * like(error_scale(self.path, t, self.model.prediction), error)
 
     def errors(self, x0: Tensor, prompt_ids: Tensor, t: Tensor, eps: Tensor, *weights: str) -> list[Tensor]:
         """Denoising error of x0 (B, C, h, w) noised to t (B,) by eps, under each set of weights; each (B,)."""
@@ -255,10 +268,18 @@ class Rig:
     # Rewards
 
     def score(self, x0: Tensor, prompt_ids: Tensor) -> Tensor:
-        """(B,) rewards of the images that x0 decodes to; NaN where an image could not be scored, counted."""
-        asked = self._ask(x0, prompt_ids)
-        assert asked is not None, "nobody stands by where a method asks for itself"
-        return self._take(asked.result())
+        """(B,): rewards of the images that x0 decodes to; NaN where an image could not be scored, which is counted."""
+        return self.score_images(x0, prompt_ids)[0]
+
+    def score_images(self, x0: Tensor, prompt_ids: Tensor) -> tuple[Tensor, Images]:
+        """The rewards (B,) of `score`, and the pixels (B, H, W, 3) that were scored.
+
+        Decoded again in another batch, the pixels could differ: the last digits of a product depend on its shape.
+        """
+        assert not self._computed_elsewhere, "a method never scores inside `turn`"
+        self._charge_scoring(len(x0))
+        images = to_uint8(self.model.decode(x0))
+        return self._reward(self._start_scoring(images, prompt_ids).result()), images
 
     @torch.no_grad()
     def groups(
@@ -271,21 +292,28 @@ class Rig:
         guidance: float | None = None,
         kernel: Kernel = ode,
     ) -> Groups:
-        """Draw prompts, sample a group for each, by the ODE unless told otherwise, and score it, the scorer at work beside the sampler."""
+        """Draw prompts, sample a group of images for each, and score them while the next ones are sampled.
+
+        Args:
+            prompts: number of prompts P.
+            group: images a prompt G.
+            steps: 0 is the protocol's number.
+            weights: as in `velocity`.
+            guidance: None is the protocol's.
+            kernel: of every step.
+        """
         prompt_ids = self.prompts(prompts)
-        each = prompt_ids.repeat_interleave(group)
-        noise = self.noise(len(each))
+        image_ids = prompt_ids.repeat_interleave(group)
+        noise = self.noise(len(image_ids))
         x0: list[Tensor] = []
-        asked: list[Future[Answer] | None] = []
-        for k, part in enumerate(torch.arange(len(each)).split(self.rows)):
-            start = noise[part.to(noise.device)]
+        pending: list[Future[TimedScores] | None] = []
+        for k, rows in enumerate(torch.arange(len(image_ids)).split(self.rows)):
+            start, ids = noise[rows.to(noise.device)], image_ids[rows]
             with self.turn(k):
-                x0.append(
-                    self.sample(start, each[part], steps=steps, weights=weights, guidance=guidance, kernel=kernel)
-                )
-                asked.append(self._ask(x0[-1], each[part]))
+                x0.append(self.sample(start, ids, steps=steps, weights=weights, guidance=guidance, kernel=kernel))
+                pending.append(self._submit(x0[-1], ids))
         self.processes.broadcast_parts(x0)
-        reward = self._rewards(asked, prompts, group)
+        reward = self._rewards(pending, prompts, group)
         return Groups(torch.cat(x0).unflatten(0, (prompts, group)), prompt_ids, reward)
 
     @torch.no_grad()
@@ -302,119 +330,140 @@ class Rig:
         weights: str = "policy",
         guidance: float | None = None,
     ) -> tuple[Transitions, Tensor]:
-        """Draw prompts, walk a group for each along the kernels, score the ends; (kept transitions, reward (P, G)).
+        """Draw prompts, take the kernels' steps for a group of each, score the ends; (kept transitions, rewards (P, G)).
 
-        keep: which steps are kept, the stochastic ones unless told otherwise. drop: log-probabilities in Flow-CPS's form
-        (`flow.Step.logp`). shared: one initial noise for the whole group. The advantages are 0 until `spec.credit` gives them.
-        Raises ValueError when a step without noise is to be kept: it has no log-probability.
+        The advantages are 0 until `spec.assign_advantages` gives them.
+
+        Args:
+            prompts: number of prompts P.
+            group: images a prompt G.
+            kernels: one for each step.
+            keep: numbers of the steps that are kept; None keeps the stochastic ones.
+            times: (len(kernels) + 1,), another grid than the model's.
+            drop: log-probabilities in Flow-CPS's form (`flow.Step.logp`).
+            shared: one initial noise for the whole group.
+            weights: as in `velocity`.
+            guidance: None is the protocol's.
+
+        Raises:
+            ValueError: when a step without noise is to be kept: it has no log-probability.
         """
         keep = [i for i, kernel in enumerate(kernels) if stochastic(kernel)] if keep is None else keep
         if not keep or not all(0 <= i < len(kernels) and stochastic(kernels[i]) for i in keep):
             raise ValueError(f"steps {list(keep)} cannot be kept: a step without noise has no log-probability")
         prompt_ids = self.prompts(prompts)
-        each = prompt_ids.repeat_interleave(group)
-        noise = self.noise(prompts).repeat_interleave(group, 0) if shared else self.noise(len(each))
+        image_ids = prompt_ids.repeat_interleave(group)
+        noise = self.noise(prompts).repeat_interleave(group, 0) if shared else self.noise(len(image_ids))
         kept: list[Transitions] = []
-        asked: list[Future[Answer] | None] = []
-        for k, part in enumerate(torch.arange(len(each)).split(self.rows)):
-            to = start = noise[part.to(noise.device)]
+        pending: list[Future[TimedScores] | None] = []
+        for k, rows in enumerate(torch.arange(len(image_ids)).split(self.rows)):
+            x_next = start = noise[rows.to(noise.device)]
+            ids = image_ids[rows]
             with self.turn(k):
-                for i, x, t, s, step, to in self.walk(
-                    start, each[part], kernels, times=times, weights=weights, guidance=guidance
-                ):
+                steps = self.walk(start, ids, kernels, times=times, weights=weights, guidance=guidance)
+                for i, x, t, s, step, x_next in steps:
                     if i in keep:
-                        kept.append(
-                            Transitions(
-                                x, t, s, to, step.mean, step.logp(to, drop), torch.zeros_like(t), each[part], part
-                            )
-                        )
-                asked.append(self._ask(to, each[part]))
-        for name in ("x", "to", "mean", "logp"):
-            walked = [
-                torch.stack([getattr(m, name) for m in kept[i : i + len(keep)]]) for i in range(0, len(kept), len(keep))
-            ]
-            self.processes.broadcast_parts(walked)
-            kept = [replace(m, **{name: one}) for m, one in zip(kept, (o for w in walked for o in w), strict=True)]
-        reward = self._rewards(asked, prompts, group)
+                        logp = step.logp(x_next, drop)
+                        kept.append(Transitions(x, t, s, x_next, step.mean, logp, torch.zeros_like(t), ids, rows))
+                pending.append(self._submit(x_next, ids))
+        kept = self._exchanged(kept, len(keep))
+        reward = self._rewards(pending, prompts, group)
         return Transitions(*(torch.cat([getattr(m, f.name) for m in kept]) for f in fields(Transitions))), reward
+
+    def _exchanged(self, kept: list[Transitions], steps: int) -> list[Transitions]:
+        """The transitions with the tensors that other processes computed; `steps` of each part lie together."""
+        for name in ("x", "to", "mean", "logp"):
+            parts = [torch.stack([getattr(m, name) for m in kept[i : i + steps]]) for i in range(0, len(kept), steps)]
+            self.processes.broadcast_parts(parts)
+            columns = (column for part in parts for column in part)
+            kept = [replace(m, **{name: column}) for m, column in zip(kept, columns, strict=True)]
+        return kept
 
     # Preferences
 
     @torch.no_grad()
     def pairs(self, reference: str, n: int) -> Pairs:
-        """n pairs of a data set (`bench/training/pairs.py`), without repeats while there are enough, as latents.
+        """Draw n pairs of a data set (`bench/training/pairs.py`) as latents, without repeats while there are enough.
 
-        Its captions become prompts behind the training book; `prompts` never draws them. What the set says its making cost is
-        charged once a run, before the first draw: nfe under the role "data", its images, its reward calls. A row whose images
-        turn out unreadable is counted and another one drawn.
-        Raises UserError on a set that cannot serve, or that is not the one this run began with.
+        Its captions become prompts with ids behind the training prompts; `prompts` never draws them. What the set states its
+        making cost is charged once a run, before the first draw: nfe under the role "data", its images, its reward calls. A
+        row whose images turn out unreadable is counted and another one drawn.
+        Raises UserError on a set that cannot serve, or that changed since this run began.
         """
-        found, first = self._opened(reference)
-        if self._size is None:
-            blank = self.model.decode(torch.zeros(1, *self.model.shape, device=self.model.device))
-            self._size = blank.shape[2], blank.shape[3]
-        height, width = self._size
-        bad: dict[str, str] = self.state[f"pairs/{reference}"]["bad"]
-        rows: list[int] = []
-        images: list[Images] = []  # (2, H, W, 3) each
-        while len(rows) < n:
-            before = len(rows)
-            for row in torch.randperm(len(found), generator=self.rng).tolist():
-                two = bad.get(str(row)) or found.images(row, height, width)
-                if isinstance(two, str):
-                    bad[str(row)] = two
-                else:
-                    rows.append(row)
-                    images.append(two)
-                if len(rows) == n:
-                    break
-            if len(rows) == before:
-                raise UserError(f"pairs {reference}: no usable pair: of its {len(found)} rows no image could be used")
-        self._tell_skipped(found, bad)
-        own = {i: cond for i, cond in self._cache.items() if i < len(self.book)}
+        pair_set, first = self._open_pairs(reference)
+        rows, images = self._draw_pairs(pair_set, reference, n)
+        self._note_skipped(pair_set, self.state[f"pairs/{reference}"]["bad"])
+        own = {i: cond for i, cond in self._cache.items() if i < len(self.train_prompts)}
         if len(self._cache) > len(own) + CAPTIONS:  # a set may have more captions than memory holds embeddings
             self._cache = own
-        stacked = np.stack(images, 1).reshape(2 * n, height, width, 3)  # the winners, then the losers
+        stacked = np.stack(images, 1).reshape(2 * n, *images[0].shape[1:])  # the winners, then the losers
         flat = torch.from_numpy(stacked).permute(0, 3, 1, 2)
         x0 = [self.model.latents(part.to(self.model.device) / 255) for part in flat.split(self.rows)]
         win, lose = torch.cat(x0).chunk(2)
-        return Pairs(win, lose, torch.as_tensor(found.caption[rows]) + first)
+        return Pairs(win, lose, torch.as_tensor(pair_set.caption[rows]) + first)
 
-    def _opened(self, reference: str) -> tuple[PairSet, int]:
-        if reference not in self._sets:
-            found = open_pairs(reference)
-            taught = [caption for caption in found.captions if fold_text(caption) in self.sealed]
-            if taught:
+    def _draw_pairs(self, pair_set: PairSet, reference: str, n: int) -> tuple[list[int], list[Images]]:
+        """n usable rows of a set, and the images (2, H, W, 3) of each; rows that cannot serve are remembered."""
+        if self._size is None:
+            blank = self.model.decode(torch.zeros(1, *self.model.shape, device=self.model.device))
+            self._size = blank.shape[2], blank.shape[3]
+        unusable: dict[str, str] = self.state[f"pairs/{reference}"]["bad"]
+        rows: list[int] = []
+        images: list[Images] = []
+        while len(rows) < n:
+            before = len(rows)
+            for row in torch.randperm(len(pair_set), generator=self.rng).tolist():
+                pair = unusable.get(str(row)) or pair_set.images(row, *self._size)
+                if isinstance(pair, str):
+                    unusable[str(row)] = pair
+                else:
+                    rows.append(row)
+                    images.append(pair)
+                if len(rows) == n:
+                    break
+            if len(rows) == before:
                 raise UserError(
-                    f"pairs {reference}: {len(taught)} of its captions are prompts that judge, such as {taught[0]!r}"
+                    f"pairs {reference}: no usable pair: of its {len(pair_set)} rows no image could be used"
+                )
+        return rows, images
+
+    def _open_pairs(self, reference: str) -> tuple[PairSet, int]:
+        """A set and the id of its first caption; on the first use it is checked and what it cost is charged."""
+        if reference not in self._sets:
+            pair_set = open_pairs(reference)
+            leaked = [caption for caption in pair_set.captions if fold_text(caption) in self.evaluation_texts]
+            if leaked:
+                raise UserError(
+                    f"pairs {reference}: {len(leaked)} of its captions are evaluation prompts, such as {leaked[0]!r}"
                 )
             memory = self.state.get(f"pairs/{reference}")
             if memory is None:
-                spent = found.spent()
+                spent = pair_set.spent()
                 self.meter.charge(nfe=spent.get("nfe", 0), images=spent.get("images", 0), role="data")
                 if spent.get("reward_calls"):
                     self.meter.charge_scorer("data", spent["reward_calls"])
-                self.state[f"pairs/{reference}"] = {"sha256": found.sha256, "bad": {}}
-            elif memory["sha256"] != found.sha256:
+                self.state[f"pairs/{reference}"] = {"sha256": pair_set.sha256, "bad": {}}
+            elif memory["sha256"] != pair_set.sha256:
                 raise UserError(f"pairs {reference}: the set changed since this run was begun; --fresh starts over")
-            self._sets[reference] = found, len(self.book) + len(self._captions)
-            self._captions += [Prompt(caption) for caption in found.captions]
+            self._sets[reference] = pair_set, len(self.train_prompts) + len(self._captions)
+            self._captions += [Prompt(caption) for caption in pair_set.captions]
         return self._sets[reference]
 
-    def _tell_skipped(self, found: PairSet, bad: dict[str, str]) -> None:
-        skipped = found.skipped + Counter(bad.values())
-        self.note("pairs/usable", len(found) - len(bad))
+    def _note_skipped(self, pair_set: PairSet, unusable: dict[str, str]) -> None:
+        skipped = pair_set.skipped + Counter(unusable.values())
+        self.note("pairs/usable", len(pair_set) - len(unusable))
         self.note("pairs/skipped", skipped.total())
         if skipped:
-            begins = f"pairs {found.reference}: skipped "
-            why = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
-            others = [line for line in self.failures if not line.startswith(begins)]
-            self.failures = [*others, f"{begins}{skipped.total()} of {len(found) + found.skipped.total()}: {why}"][-20:]
+            prefix = f"pairs {pair_set.reference}: skipped "
+            reasons = ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.items()))
+            others = [line for line in self.failures if not line.startswith(prefix)]
+            total = len(pair_set) + pair_set.skipped.total()
+            self.failures = [*others, f"{prefix}{skipped.total()} of {total}: {reasons}"][-20:]
 
-    def _rewards(self, asked: Sequence[Future[Answer] | None], prompts: int, group: int) -> Tensor:
-        """(P, G): what the scorer answered, and its statistics noted."""
-        answers = self.processes.exchange_objects([future.result() if future else None for future in asked])
-        reward = torch.cat([self._take(answer) for answer in answers]).view(prompts, group)
+    def _rewards(self, pending: Sequence[Future[TimedScores] | None], prompts: int, group: int) -> Tensor:
+        """(P, G): the rewards of all parts; their statistics are noted."""
+        parts = self.processes.exchange_objects([future.result() if future else None for future in pending])
+        reward = torch.cat([self._reward(part) for part in parts]).view(prompts, group)
         self.note("reward/mean", reward.nanmean())
         self.note("reward/spread", (reward - reward.nanmean(1, keepdim=True)).square().nanmean().sqrt())
         self.note("groups/informative", informative(reward).float().mean())
@@ -424,26 +473,31 @@ class Rig:
         """How many times this spend (nfe, images, reward_calls ...) still fits into the budget."""
         return self.meter.affords(**each)
 
-    def _ask(self, x0: Tensor, prompt_ids: Tensor) -> Future[Answer] | None:
-        """None where another process asks."""
-        self.meter.charge(images=len(x0))
-        self.meter.charge_scorer(self.scorer.name, len(x0))
-        if self._stands_by:
-            return None
-        return self._asking.submit(timed_scores, self.scorer, to_uint8(self.model.decode(x0)), self.texts(prompt_ids))
+    def _submit(self, x0: Tensor, prompt_ids: Tensor) -> Future[TimedScores] | None:
+        """Charge and start the scoring of images; None where another process scores them."""
+        self._charge_scoring(len(x0))
+        return None if self._computed_elsewhere else self._start_scoring(to_uint8(self.model.decode(x0)), prompt_ids)
 
-    def _take(self, answer: Answer) -> Tensor:
-        scores, seconds = answer
+    def _charge_scoring(self, images: int) -> None:
+        self.meter.charge(images=images)
+        self.meter.charge_scorer(self.scorer.name, images)
+
+    def _start_scoring(self, images: Images, prompt_ids: Tensor) -> Future[TimedScores]:
+        return self._scoring.submit(timed_scores, self.scorer, images, self.texts(prompt_ids))
+
+    def _reward(self, timed: TimedScores) -> Tensor:
+        """(B,): the reward metric; latency, errors and reasons are kept."""
+        scores, seconds = timed
         value = scores.value[self.scorer.metrics[0]]
         self.meter.note_scorer(self.scorer.name, seconds, int(np.isnan(value).sum()))
         self.failures = [*self.failures, *scores.reasons.values()][-20:]
         return torch.as_tensor(value, dtype=torch.float32, device=self.model.device)
 
-    # What a method wants seen
+    # Numbers that a method reports
 
     def note(self, name: str, value: Tensor | float) -> None:
         """Report a number under a path such as `policy/ratio`; values of one iteration are averaged."""
-        if not self._stands_by:
+        if not self._computed_elsewhere:
             self._notes[name].append(value.detach() if isinstance(value, Tensor) else value)
 
     def mean(self, name: str) -> float:
@@ -452,18 +506,66 @@ class Rig:
         return float(np.mean(values)) if values else float("nan")
 
     def notes(self) -> dict[str, float]:
-        """The means since the last call."""
-        taken, self._notes = self._notes, defaultdict(list)
-        parts = self.processes.gather({name: [float(v) for v in values] for name, values in taken.items()})
+        """The means of all notes since the last call, over all processes."""
+        notes, self._notes = self._notes, defaultdict(list)
+        parts = self.processes.gather({name: [float(v) for v in values] for name, values in notes.items()})
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: float(np.mean([v for part in parts for v in part.get(name, [])])) for name in names}
 
     def close(self) -> None:
-        self._asking.shutdown(wait=True, cancel_futures=True)
+        """Stop the scoring thread."""
+        self._scoring.shutdown(wait=True, cancel_futures=True)
+
+
+class WalkStep(NamedTuple):
+    """One step of a walk: from x (B, C, h, w) at times t (B,) to x_next at s; `step` is the kernel's distribution."""
+
+    x: Tensor
+    t: Tensor
+    s: Tensor
+    step: Step
+    x_next: Tensor
+
+
+def walk(
+    path: Path,
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    grid: Tensor,
+    kernels: Sequence[Kernel],
+    noise: Callable[[int], Tensor] | None = None,
+) -> Iterator[WalkStep]:
+    """Take the kernels' steps along a time grid: the one sampler of training, search and evaluation.
+
+    Args:
+        path: between image and noise.
+        velocity: (x (B, C, h, w), t (B,)) -> the model's velocity there (B, C, h, w).
+        x: latents (B, C, h, w) at grid[0].
+        grid: times (at least len(kernels) + 1,), falling.
+        kernels: one for each step.
+        noise: n -> (n, C, h, w) standard normal; needed where a kernel is stochastic.
+    """
+    # The last estimate of x0 and its time, for the solver that has a memory.
+    previous: tuple[Tensor, Tensor] | None = None
+    for i, kernel in enumerate(kernels):
+        t, s = grid[i].expand(len(x)), grid[i + 1].expand(len(x))
+        v = velocity(x, t)
+        if kernel == dpm2 and previous is not None and float(grid[i + 1]) > 0:
+            step = dpm2.second(path, x, v, t, s, previous)
+        else:
+            step = kernel(path, x, v, t, s)
+        previous = (split(path, x, v, t)[0], t) if kernel == dpm2 else None
+        if stochastic(kernel):
+            assert noise is not None, "a stochastic kernel draws noise"
+            x_next = step.draw(noise(len(x)))
+        else:
+            x_next = step.mean
+        yield WalkStep(x, t, s, step, x_next)
+        x = x_next
 
 
 def stochastic(kernel: Kernel) -> bool:
-    """Does a step of this kernel draw noise?"""
+    """Return whether a step of this kernel draws noise."""
     return kernel not in (ode, dpm2)
 
 
@@ -472,8 +574,8 @@ def to_uint8(images: Tensor) -> Images:
     return (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def timed_scores(scorer: Scorer, images: Images, prompts: Sequence[Prompt]) -> Answer:
-    """Ask a scorer; whatever it does wrong becomes NaN with a reason. Returns the scores and the seconds they took."""
-    began = time.perf_counter()
+def timed_scores(scorer: Scorer, images: Images, prompts: Sequence[Prompt]) -> TimedScores:
+    """Score images; whatever the scorer does wrong becomes NaN with a reason. Returns scores and latency in seconds."""
+    start = time.perf_counter()
     scores = ask(scorer, images, prompts)
-    return scores, time.perf_counter() - began
+    return scores, time.perf_counter() - start

@@ -1,19 +1,20 @@
-"""The one loop that every method shares: collect, fit, until the budget is spent or something is wrong."""
+"""The training loop that every method shares: collect and fit until the budget is spent or training fails."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ..budget import Spent
-from ..spec import Method, Optim, batch_size, select_rows
+from ..spec import Method, batch_size, select_rows
 from .rig import Rig
 
-PATIENCE = 25  # iterations without a single group whose rewards differ, before a run is called collapsed
-RATIO = (1e-2, 1e2)  # outside of this the mean policy ratio counts as exploded
+PATIENCE = 25  # iterations in which no group's rewards differ, after which a run counts as collapsed
+RATIO = (1e-2, 1e2)  # a mean policy ratio outside of this counts as exploded
 
 
 class Stop(Exception):
@@ -26,21 +27,39 @@ def optimiser(method: Method, rig: Rig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(rig.model.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
 
 
+def _plain_backward(loss: torch.Tensor) -> None:
+    loss.backward()
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """How the gradients of a loss are computed: by which backward pass, and scaled by what."""
+
+    backward: Callable[[torch.Tensor], None] = _plain_backward
+    # Multiplies losses where gradients would vanish in half precision; an update that overflows is skipped, and tried anew
+    # with half the factor.
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler(enabled=False))
+
+
 def train(
     method: Method,
     rig: Rig,
-    adam: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     *,
-    backward: Callable[[torch.Tensor], None],
-    scaler: torch.amp.GradScaler | None = None,
     after: Callable[[dict[str, float]], None],
+    gradients: Gradients | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Train until the budget is spent; returns why it stopped. The weights are those of the last complete update.
+    """Train until the budget is spent; returns why training stopped. The weights are those of the last complete update.
 
-    backward: how a loss is differentiated. scaler: multiplies losses where gradients would vanish in half precision; an update
-    that overflows is skipped, as everywhere, and tried anew with half the factor. after: called at the end of every iteration
-    with its numbers, the clock stopped; it writes, judges and checkpoints.
+    Args:
+        method: collects a batch and computes its loss.
+        rig: what the method may use.
+        optimizer: of the trained parameters, from `optimiser`.
+        after: called with the iteration's notes at the end of every iteration, the clock stopped; it writes, evaluates and
+            saves checkpoints.
+        gradients: how they are computed; None is `loss.backward()` without scaling.
+        interrupted: asked after every iteration whether to stop.
     """
     try:
         rig.meter.agree(rig.processes)
@@ -49,11 +68,11 @@ def train(
             batch = method.collect(rig)
             rows = batch_size(batch)
             rig.note("batch/rows", rows)
-            rig.barren = rig.barren + 1 if rows == 0 else 0
-            if rig.barren >= PATIENCE:
+            rig.iterations_without_signal = rig.iterations_without_signal + 1 if rows == 0 else 0
+            if rig.iterations_without_signal >= PATIENCE:
                 raise Stop(f"collapsed: the rewards of every group were equal for {PATIENCE} iterations")
             if rows:
-                _fit(method, rig, adam, batch, rows, backward, scaler or torch.amp.GradScaler(enabled=False))
+                _fit(method, rig, optimizer, gradients or Gradients(), batch, rows)
             rig.iteration += 1
             rig.meter.stop()
             rig.meter.agree(rig.processes)
@@ -66,59 +85,61 @@ def train(
         return str(stop)
     finally:
         rig.meter.stop()
-        adam.zero_grad(set_to_none=True)  # what an unfinished update had gathered is dropped
+        optimizer.zero_grad(set_to_none=True)  # drops the gradients of an unfinished update
 
 
 def _fit(
-    method: Method,
-    rig: Rig,
-    adam: torch.optim.Optimizer,
-    batch: Any,
-    rows: int,
-    backward: Callable[..., None],
-    scaler: torch.amp.GradScaler,
+    method: Method, rig: Rig, optimizer: torch.optim.Optimizer, gradients: Gradients, batch: Any, rows: int
 ) -> None:
+    """Update the weights on a batch: epochs of minibatches, each in micro-batches."""
     o = method.optim
     for _ in range(o.epochs):
-        for part in torch.randperm(rows, generator=rig.rng).chunk(o.minibatches):
-            keys = torch.randint(2**62, (len(part),), generator=rig.rng)
-            broken: float | None = None
-            for k, some in enumerate(torch.arange(len(part)).split(o.micro or len(part))):
-                with rig.keyed(keys[some]), rig.turn(k) as mine:
-                    loss = method.loss(rig, select_rows(batch, part[some]))
-                    rig.note("policy/loss", loss)
-                if mine and not bool(loss.isfinite()):
-                    broken = float(loss.detach())
-                elif mine:
-                    backward(scaler.scale(loss * (len(some) / len(part))))
-            for worst in rig.processes.gather([] if broken is None else [broken]):
-                if worst:
-                    raise Stop(f"the loss is {worst[0]:g} after {rig.meter.updates} updates")
+        for minibatch in torch.randperm(rows, generator=rig.rng).chunk(o.minibatches):
+            _differentiate(method, rig, gradients, batch, minibatch)
             rig.processes.sum_gradients(rig.model.parameters())
-            _update(rig, adam, o, scaler)
+            _update(method, rig, optimizer, gradients.scaler)
             ratio = rig.mean("policy/ratio")
             if not math.isnan(ratio) and not RATIO[0] < ratio < RATIO[1]:
                 raise Stop(f"exploded: the policy ratio is {ratio:.3g} after {rig.meter.updates} updates")
 
 
-def _update(rig: Rig, adam: torch.optim.Optimizer, o: Optim, scaler: torch.amp.GradScaler) -> None:
-    scaler.unscale_(adam)
+def _differentiate(method: Method, rig: Rig, gradients: Gradients, batch: Any, minibatch: torch.Tensor) -> None:
+    """Add up the gradients of the rows of a minibatch that this process computes. Raises Stop on a loss that is not finite."""
+    keys = torch.randint(2**62, (len(minibatch),), generator=rig.rng)
+    infinite_loss: float | None = None
+    for k, rows in enumerate(torch.arange(len(minibatch)).split(method.optim.micro or len(minibatch))):
+        with rig.keyed(keys[rows]), rig.turn(k) as computed_here:
+            loss = method.loss(rig, select_rows(batch, minibatch[rows]))
+            rig.note("policy/loss", loss)
+        if computed_here and not bool(loss.isfinite()):
+            infinite_loss = float(loss.detach())
+        elif computed_here:
+            gradients.backward(gradients.scaler.scale(loss * (len(rows) / len(minibatch))))
+    for losses in rig.processes.gather([] if infinite_loss is None else [infinite_loss]):
+        if losses:
+            raise Stop(f"the loss is {losses[0]:g} after {rig.meter.updates} updates")
+
+
+def _update(method: Method, rig: Rig, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Clip the gradient and step the optimiser, unless half precision overflowed."""
+    o = method.optim
+    scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(rig.model.parameters(), o.clip)
-    over = not bool(norm.isfinite())
+    overflowed = not bool(norm.isfinite())
     if scaler.is_enabled():
-        rig.note("policy/skipped", float(over))
-        if over and scaler.get_scale() > 1:  # the factor was too large, not the gradient
+        rig.note("policy/skipped", float(overflowed))
+        if overflowed and scaler.get_scale() > 1:  # the factor was too large, not the gradient
             scaler.update()
-            adam.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
             return
-    if over:
+    if overflowed:
         raise Stop(f"the gradient's norm is {float(norm):g} after {rig.meter.updates} updates")
     rig.meter.charge(updates=1)
     rig.note("policy/grad_norm", norm)
-    for group in adam.param_groups:
+    for group in optimizer.param_groups:
         group["lr"] = o.lr * min(1.0, rig.meter.updates / o.warmup if o.warmup else 1.0)
-    scaler.step(adam)
+    scaler.step(optimizer)
     scaler.update()
-    adam.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     if o.ema:
         rig.model.update_copy("ema", o.ema)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpobench.bench import registry
-from gpobench.bench.experiments.config import resolve
+from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.leaderboards.baseline import Baseline, Claim, baseline_files, find_baseline, read_baseline
 from gpobench.leaderboards.baseline_runs import BaselineRun
 from gpobench.leaderboards.board import BASE
@@ -56,7 +56,7 @@ def test_the_settings_are_still_those_of_the_presets(name: str) -> None:
             command = BaselineRun(baseline, claim, claim.seeds[0]).command(Path("runs"))
             sets = [command[i + 1] for i, word in enumerate(command) if word == "--set"]
             budget = command[command.index("--budget") + 1]
-            plan = resolve(claim.method, baseline.task, baseline.model, budget=budget, sets=sets)
+            plan = resolve(RunRequest(claim.method, baseline.task, baseline.model, budget=budget, sets=sets))
             now = plan.mapping()["settings"]
             for key, value in claim.settings.items():
                 if key.startswith("settings."):
@@ -105,7 +105,7 @@ def verdicts(out: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_tenth_of_the_learning_rate_is_worse_on_the_embedded_model(tmp_path: Path) -> None:
-    rate = resolve("gpo", "ocr", "tiny").settings
+    rate = resolve(RunRequest("gpo", "ocr", "tiny")).settings
     assert isinstance(rate, GPO)
     for seed in row(shipped_baseline("ocr"), "gpo").seeds:
         trained(tmp_path, seed, f"optim.lr={rate.optim.lr / 10}")

@@ -75,7 +75,7 @@ class Lab:
         """The numbers of each iteration of the real loop."""
         numbers: list[dict[str, float]] = []
         train(
-            method, rig, adam or optimiser(method, rig), backward=lambda loss: loss.backward(),
+            method, rig, adam or optimiser(method, rig), 
             after=numbers.append, interrupted=lambda: len(numbers) >= iterations,
         )  # fmt: skip
         return numbers

@@ -21,9 +21,9 @@ from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.evaluator import sample_protocol
 from gpobench.bench.evaluation.record import Record
-from gpobench.bench.evaluation.search import answers, search
+from gpobench.bench.evaluation.search import SearchSettings, answers, search
 from gpobench.bench.experiments import run as running
-from gpobench.bench.experiments.config import Config, resolve
+from gpobench.bench.experiments.config import Config, RunRequest, resolve
 from gpobench.bench.experiments.run import Interrupted
 from gpobench.bench.models.open import open_model
 from gpobench.bench.progress import NullProgress
@@ -52,12 +52,12 @@ def make(tiny_pipe: Path, redness: str) -> Iterator[Callable[..., Rig]]:
 
 
 def look(rig: Rig, n: int, images: int = 2, seed: int = 0) -> str:
-    return search(BestOfN(n=n), rig, images, noise_seed=7, seed=seed)
+    return search(BestOfN(n=n), rig, SearchSettings(images, noise_seed=7, seed=seed))
 
 
 def rewards(rig: Rig) -> torch.Tensor:
     """Of the answers, by the scorer itself."""
-    other = Rig(rig.model, rig.book, rig.scorer, Meter(Budget(nfe=1e9)))
+    other = Rig(rig.model, rig.train_prompts, rig.scorer, Meter(Budget(nfe=1e9)))
     try:
         return other.score(answers(rig), torch.arange(len(BOOK)).repeat_interleave(2))
     finally:
@@ -178,7 +178,7 @@ def test_what_could_not_be_scored_never_wins(make: Any) -> None:
 @pytest.fixture
 def plan(tiny_pipe: Path, redness: str) -> Callable[..., Config]:
     def make(*sets: str, task: str = "Paint", budget: str = "nfe=500", **more: Any) -> Config:
-        return resolve("best-of-n", f"{redness}:{task}", str(tiny_pipe), budget=budget, sets=sets, **more)
+        return resolve(RunRequest("best-of-n", f"{redness}:{task}", str(tiny_pipe), budget=budget, sets=sets, **more))
 
     return make
 

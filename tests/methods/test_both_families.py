@@ -94,7 +94,7 @@ def test_every_method_updates_both_families_and_costs_what_it_says(make: Any, na
     method = build(name, optim=Optim(lr=1e-4, minibatches=1))
     before, seen = [p.detach().clone() for p in rig.model.parameters()], []
     why = train(
-        method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(),
+        method, rig, optimiser(method, rig), 
         after=seen.append, interrupted=lambda: len(seen) == 2,
     )  # fmt: skip
     assert why == "interrupted" and rig.meter.updates >= 2
@@ -122,7 +122,7 @@ def test_the_static_cost_of_gpo_is_what_the_meter_shows(make: Any, guidance: flo
     rig = make("tiny_unet")
     method = GPO(prompts=3, group=4, steps=5, guidance=guidance, optim=Optim(epochs=2, minibatches=1, micro=1))
     train(
-        method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(),
+        method, rig, optimiser(method, rig), 
         after=lambda numbers: None, interrupted=lambda: True,
     )  # fmt: skip
     expected = {role: 12 * each for role, each in method.cost(rig.model.steps, rig.model.guidance).items()}

@@ -14,8 +14,8 @@ import torch
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
-from gpobench.bench.experiments.config import resolve, variants
-from gpobench.bench.experiments.make_pairs import make_pairs
+from gpobench.bench.experiments.config import RunRequest, resolve, variants
+from gpobench.bench.experiments.make_pairs import PairsRequest, make_pairs
 from gpobench.bench.flow import mix
 from gpobench.bench.losses import apart, dpo
 from gpobench.bench.model_spec import SMALL
@@ -36,7 +36,7 @@ BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squar
 def dataset(tiny_pipe: Path, redness: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Pairs that `gpobench pairs` makes of the base's own images."""
     out = tmp_path_factory.mktemp("pairs")
-    make_pairs(str(tiny_pipe), f"{redness}:Paint", out, progress=NullProgress(), prompts=24, group=6, seed=3)
+    make_pairs(PairsRequest(str(tiny_pipe), f"{redness}:Paint", prompts=24, group=6, seed=3), out, NullProgress())
     return str(out)
 
 
@@ -49,7 +49,7 @@ def go(method: DiffusionDPO, rig: Rig, adam: torch.optim.Optimizer, iterations: 
     """So many iterations of the real loop; their numbers."""
     numbers: list[dict[str, float]] = []
     train(
-        method, rig, adam, backward=lambda loss: loss.backward(), after=numbers.append,
+        method, rig, adam, after=numbers.append,
         interrupted=lambda: len(numbers) == iterations,
     )  # fmt: skip
     return numbers
@@ -155,7 +155,7 @@ def test_pairs_are_those_of_a_search_by_hand(
 ) -> None:
     rig, nan = make(), math.nan
     reward = torch.tensor([[0, 0.25, 1, 1], [1, 1, 1, 1], [nan, nan, nan, 1], [nan, 0.5, 0, nan], [2, 1, 0, 3]])
-    monkeypatch.setattr(rig, "_take", lambda answer: reward.flatten())
+    monkeypatch.setattr(rig, "_reward", lambda answer: reward.flatten())
     monkeypatch.setattr(rig, "prompts", lambda n: torch.arange(n))
     kept: list[Any] = []
     real = rig.groups
@@ -236,7 +236,9 @@ def test_after_a_refresh_the_policy_is_the_reference(make: Any, collector: Any) 
     numbers = go(method, rig, adam, 4)
     still = [abs(n["policy/loss"] - at) < 1e-9 for n in numbers]
     assert still == [True, False, True, False]  # the first update of each refresh begins at its reference
-    assert [n["policy/kl"] == 0 for n in numbers] == still
+    # The squared difference of two velocities of size 1: with a gradient torch may choose another kernel, whose rounding is below
+    # 1e-6 of them; an update of this learning rate moves them by 1e-3.
+    assert [n["policy/kl"] < 1e-12 for n in numbers] == still
     assert set(rig.meter.roles) == {"rollout", "policy", "old"}
 
 
@@ -283,13 +285,9 @@ def test_learning_from_given_pairs_ranks_pairs_it_never_saw(
 ) -> None:
     for name, seed in (("seen", 3), ("unseen", 99)):
         make_pairs(
-            str(tiny_pipe),
-            f"{redness}:Paint",
+            PairsRequest(str(tiny_pipe), f"{redness}:Paint", prompts=100, group=8, seed=seed),
             tmp_path / name,
-            progress=NullProgress(),
-            prompts=100,
-            group=8,
-            seed=seed,
+            NullProgress(),
         )
     rig = make(adapter=SMALL["adapter"])
     optim = Optim(lr=3e-3, weight_decay=0, minibatches=1)
@@ -346,7 +344,7 @@ def test_the_static_cost_is_what_the_meter_shows(make: Any, choose: Any, guidanc
 def test_it_makes_the_model_better(make: Any) -> None:
     rig = make(nfe=8_000, adapter=SMALL["adapter"])
     method = DiffusionDPO(prompts=6, group=8, beta=30.0, optim=Optim(lr=3e-3, weight_decay=0, minibatches=1))
-    why = train(method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(), after=lambda numbers: None)
+    why = train(method, rig, optimiser(method, rig), after=lambda numbers: None)
     assert why == "budget: nfe"
     rig.meter = Meter(Budget(nfe=1e9))
     x, prompt_ids = rig.noise(60), torch.arange(6).repeat(10)
@@ -378,19 +376,19 @@ def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
 @pytest.mark.parametrize("bad", ["choose=best", "collector=old", "timestep_sampling=log"])
 def test_a_word_that_is_no_choice_is_refused(bad: str, redness: str) -> None:
     with pytest.raises(UserError, match=f"setting {bad.partition('=')[0]}"):
-        resolve("dpo", f"{redness}:Paint", "tiny", sets=[bad])
+        resolve(RunRequest("dpo", f"{redness}:Paint", "tiny", sets=[bad]))
 
 
 def test_its_presets_and_variants_resolve() -> None:
     assert load("method", "dpo") is load("method", "diffusion-dpo") is DiffusionDPO
     assert variants("diffusion-dpo") == ["random", "margin", "offline"]
     for model in ("tiny", "sd35m"):
-        plain = resolve("dpo", "ocr", model).settings
-        assert resolve("dpo:random", "ocr", model).settings == replace(plain, choose="random")
-        assert resolve("dpo:offline", "ocr", model).settings == replace(
+        plain = resolve(RunRequest("dpo", "ocr", model)).settings
+        assert resolve(RunRequest("dpo:random", "ocr", model)).settings == replace(plain, choose="random")
+        assert resolve(RunRequest("dpo:offline", "ocr", model)).settings == replace(
             plain, pairs="pairs", prompts=32, collector="policy", ref_update_step=0
         )  # the reference of a fixed data set never moves
-        gap = resolve("dpo:margin", "ocr", model).settings
+        gap = resolve(RunRequest("dpo:margin", "ocr", model)).settings
         assert (gap.choose, gap.margin) == ("all", 0.25)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
-from gpobench.bench.experiments.config import resolve
+from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.bench.flow import ode, rectified
 from gpobench.bench.losses import guarded, standardise
 from gpobench.bench.model_spec import SMALL, Adapter, find_model_spec
@@ -94,7 +94,7 @@ def fit(method: Any, rig: Rig, iterations: int) -> tuple[torch.optim.Optimizer, 
 def go_on(method: Any, rig: Rig, adam: torch.optim.Optimizer, iterations: int, seen: list[Any]) -> None:
     end = rig.iteration + iterations
     train(
-        method, rig, adam, backward=lambda loss: loss.backward(),
+        method, rig, adam, 
         after=seen.append, interrupted=lambda: rig.iteration >= end,
     )  # fmt: skip
 
@@ -262,7 +262,7 @@ def test_an_image_without_a_score_teaches_nothing(make: Any, method: Any, monkey
 
 def test_advantages_are_held_within_their_bound(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rig, method = make(), FlowGRPO(prompts=1, group=40, steps=2, std="group")
-    monkeypatch.setattr(rig, "_take", lambda answer: torch.tensor([100.0] + [0.0] * 39))
+    monkeypatch.setattr(rig, "_reward", lambda answer: torch.tensor([100.0] + [0.0] * 39))
     batch = method.collect(rig)
     assert float(batch.advantage.max()) == 5 and float(standardise(torch.tensor([[100.0] + [0.0] * 39])).max()) > 6
 
@@ -333,7 +333,7 @@ def test_they_make_the_model_better(make: Any) -> None:
 )
 @pytest.mark.parametrize("model", ["tiny", "sd35m"])
 def test_presets_and_search_spaces_are_settings(name: str, model: str) -> None:
-    method = resolve(name, "ocr", model).settings
+    method = resolve(RunRequest(name, "ocr", model)).settings
     known = {f.name for f in fields(method)} | {f"optim.{f.name}" for f in fields(Optim)}
     assert set(type(method).space) <= known
     assert method.cost(10, 1.0)["rollout"] > 0

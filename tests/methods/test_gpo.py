@@ -82,7 +82,7 @@ def test_a_group_is_informative_when_two_of_its_scored_images_differ(
 ) -> None:
     rig, nan = make(), math.nan
     reward = torch.tensor([[1, 1, 1.0], [0, 1, 2], [nan, nan, 1], [nan, 0, 2], [nan, nan, nan]])
-    monkeypatch.setattr(rig, "_take", lambda answer: reward.flatten())
+    monkeypatch.setattr(rig, "_reward", lambda answer: reward.flatten())
     monkeypatch.setattr(rig, "prompts", lambda n: torch.arange(n))
     batch = GPO(prompts=5, group=3).collect(rig)
     assert batch.prompt_ids.tolist() == [1, 3] and rig.mean("groups/informative") == pytest.approx(0.4)
@@ -151,7 +151,7 @@ def test_the_static_cost_is_what_the_meter_shows(make: Any, guidance: float) -> 
     rig = make(push=0.02)
     method = GPO(prompts=3, group=4, steps=5, guidance=guidance, optim=Optim(epochs=2, minibatches=1, micro=1))
     train(
-        method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(),
+        method, rig, optimiser(method, rig), 
         after=lambda numbers: None, interrupted=lambda: True,
     )  # fmt: skip
     pg = 12
@@ -165,7 +165,7 @@ def test_it_makes_the_model_better(make: Any) -> None:
     method = GPO(prompts=4, group=8, beta=30.0, optim=Optim(lr=3e-3, weight_decay=0))
     means: list[float] = []
     why = train(
-        method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(),
+        method, rig, optimiser(method, rig), 
         after=lambda numbers: means.append(numbers["reward/mean"]),
     )  # fmt: skip
     assert why == "budget: nfe" and len(means) == 31

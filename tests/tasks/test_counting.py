@@ -10,7 +10,7 @@ import pytest
 
 from gpobench.bench.assets.glyphs import COUNTS, SHAPE_COLOURS, SHAPES, VOCABULARY
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
+from gpobench.bench.evaluation.splits import prompts_hash, refuse_overlap
 from gpobench.bench.registry import DOMAINS
 from gpobench.bench.spec import SupportsColumns, SupportsOwnPrompts
 from gpobench.tasks import counting, geneval_open

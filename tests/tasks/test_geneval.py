@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
+from gpobench.bench.evaluation.splits import prompts_hash, refuse_overlap
 from gpobench.bench.registry import DOMAINS
 from gpobench.bench.spec import Prompt, SupportsColumns, SupportsOwnPrompts, SupportsSummary
 from gpobench.tasks import counting, geneval, geneval_open

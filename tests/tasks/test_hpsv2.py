@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
+from gpobench.bench.evaluation.splits import prompts_hash, refuse_overlap
 from gpobench.bench.spec import Prompt, Split, SupportsColumns, SupportsOwnPrompts, SupportsSummary, fold_text
 from gpobench.tasks import hpsv2, pickscore, scenes
 from gpobench.tasks.base import SPLITS

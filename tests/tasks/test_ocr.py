@@ -9,7 +9,7 @@ import pytest
 
 from gpobench.bench.assets.glyphs import VOCABULARY, split_of
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
+from gpobench.bench.evaluation.splits import prompts_hash, refuse_overlap
 from gpobench.bench.spec import Prompt, SupportsColumns, SupportsOwnPrompts
 from gpobench.rewards.rules import target_of
 from gpobench.tasks import ocr, ocr_open

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gpobench.bench.assets.glyphs import COUNTS, NUMBERS, SHAPE_COLOURS, SHAPES, VOCABULARY
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
+from gpobench.bench.evaluation.splits import prompts_hash, refuse_overlap
 from gpobench.bench.spec import Prompt, Split, SupportsColumns, SupportsOwnPrompts, fold_text
 from gpobench.tasks import ocr, pickscore
 from gpobench.tasks.base import SPLITS

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gpobench.bench import spec
 from gpobench.bench.assets.prompts import PromptRow, parse_option, read_prompts, with_own_prompts
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluation.evaluator import prompts_hash, refuse_overlap
+from gpobench.bench.evaluation.splits import prompts_hash, refuse_overlap
 from gpobench.bench.registry import load
 from gpobench.bench.spec import Prompt, SupportsColumns, SupportsOwnPrompts, SupportsSummary
 from gpobench.tasks.hpsv2 import HPSv2

@@ -14,10 +14,12 @@ import pandas as pd
 import pytest
 
 from gpobench.bench import registry
-from gpobench.bench.evaluation import evaluation_cache, record
-from gpobench.bench.evaluation.evaluator import Evaluation
+from gpobench.bench.evaluation import evaluation_cache, evaluator, record
+from gpobench.bench.evaluation.estimates import Evaluation
+from gpobench.bench.evaluation.evaluation_cache import RunConditions
+from gpobench.bench.evaluation.request import EvaluationRequest
 from gpobench.bench.experiments import run as running
-from gpobench.bench.experiments.config import Config, resolve
+from gpobench.bench.experiments.config import Config, RunRequest, resolve
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.process_group import ProcessGroup
 from gpobench.bench.progress import NullProgress
@@ -44,33 +46,36 @@ def judged(value: float, *names: str) -> Evaluation:
 
 
 @pytest.fixture
-def ground(redness: str) -> Callable[..., str]:
+def base_key(redness: str) -> Callable[..., str]:
     model_spec, task = find_model_spec("tiny"), registry.load("task", f"{redness}:Paint")()
 
     def name(**change: Any) -> str:
         prompts = list(task.prompts("test", model_spec.domain))
-        asked = {
-            "card": model_spec, "task": task, "prompts": prompts, "judges": [registry.scorer(task.reward(model_spec.domain))],
-            "drift": [], "images": 2, "seed": 0, "rows": 8, "precision": "fp32", "weights": "w", "device": "cpu",
-        } | change  # fmt: skip
-        return evaluation_cache.cache_key(**asked)  # type: ignore[arg-type]
+        request = EvaluationRequest(
+            prompts, [registry.scorer(task.reward(model_spec.domain))], images=2, seed=0, rows=8
+        )
+        conditions = RunConditions(model_spec, task, precision="fp32", weights_hash="w", device="cpu")
+        own = {key: value for key, value in change.items() if hasattr(conditions, key)}
+        rest = {key: value for key, value in change.items() if key not in own}
+        return evaluation_cache.cache_key(replace(request, **rest), replace(conditions, **own))
 
-    name.card, name.task = model_spec, task  # type: ignore[attr-defined]
+    name.model_spec, name.task = model_spec, task  # type: ignore[attr-defined]
     return name
 
 
 def test_a_place_is_named_after_everything_the_look_depends_on(
-    ground: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    base_key: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model_spec, prompts = ground.card, list(ground.task.prompts("test", "glyphs"))
+    model_spec, prompts = base_key.model_spec, list(base_key.task.prompts("test", "glyphs"))
     changes: list[dict[str, Any]] = [
-        {"images": 3}, {"seed": 1}, {"rows": 4}, {"precision": "bf16"}, {"weights": "v"}, {"device": "cuda"},
-        {"card": replace(model_spec, steps=model_spec.steps + 1)}, {"card": replace(model_spec, guidance=2.0)}, {"prompts": prompts[:-1]},
+        {"images": 3}, {"seed": 1}, {"rows": 4}, {"precision": "bf16"}, {"weights_hash": "v"}, {"device": "cuda"},
+        {"model_spec": replace(model_spec, steps=model_spec.steps + 1)}, {"model_spec": replace(model_spec, guidance=2.0)},
+        {"prompts": prompts[:-1]},
         {"prompts": prompts[::-1]}, {"prompts": [replace(prompts[0], meta={"target": "A"}), *prompts[1:]]},
-        {"drift": [Named("a")]}, {"judges": []},
+        {"drift": [Named("a")]}, {"scorers": []},
     ]  # fmt: skip
-    names = [ground(), *(ground(**change) for change in changes)]
-    assert len(set(names)) == len(names) and ground() == names[0]
+    names = [base_key(), *(base_key(**change) for change in changes)]
+    assert len(set(names)) == len(names) and base_key() == names[0]
 
     source = tmp_path / "mine.py"  # a person's own scorer, whose id stays while it is worked on
     found = set[str]()
@@ -79,17 +84,17 @@ def test_a_place_is_named_after_everything_the_look_depends_on(
         space: dict[str, Any] = {"__name__": "mine"}
         exec(compile(source.read_text(), str(source), "exec"), space)
         monkeypatch.setattr(evaluation_cache.inspect, "getfile", lambda kind: str(source))
-        found.add(ground(judges=[space["Mine"]()]))
+        found.add(base_key(scorers=[space["Mine"]()]))
     assert len(found) == 2
 
 
-def test_a_blend_is_named_after_the_files_of_its_parts(ground: Any, tmp_path: Path) -> None:
+def test_a_blend_is_named_after_the_files_of_its_parts(base_key: Any, tmp_path: Path) -> None:
     source, found = tmp_path / "mine.py", set[str]()
     for body in ("1.0", "2.0", "1.0"):
         source.write_text(
             f"class Mine:\n    id = name = 'mine'\n    metrics = ['m']\n    def __call__(self, *a): return {body}\n"
         )
-        found.add(ground(judges=[Blend([(registry.scorer(f"{source}:Mine"), 2.0)])]))
+        found.add(base_key(scorers=[Blend([(registry.scorer(f"{source}:Mine"), 2.0)])]))
     assert len(found) == 2
 
 
@@ -128,7 +133,7 @@ def test_a_damaged_look_is_said_and_made_anew(tmp_path: Path, kind: str, left: i
     file = tmp_path / f"x.{kind}"
     file.write_bytes(file.read_bytes()[:left])
     found = evaluation_cache.cached_evaluation(tmp_path / "x", lambda: judged(0.5), [], ProcessGroup(), said.append)
-    assert found.table.value.iloc[0] == 0.5 and len(said) == 1 and "is damaged and is made anew" in said[0]
+    assert found.table.value.iloc[0] == 0.5 and len(said) == 1 and "is damaged and is computed again" in said[0]
     assert (
         evaluation_cache.cached_evaluation(
             tmp_path / "x", lambda: judged(0.7), [], ProcessGroup(), said.append
@@ -197,13 +202,13 @@ def test_runs_of_one_folder_share_the_base_and_differ_in_nothing_else(
     tiny_pipe: Path, redness: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def plan(seed: int) -> Config:
-        return resolve("gpo", f"{redness}:Paint", str(tiny_pipe), seed=seed, budget="nfe=400", sets=SETS)
+        return resolve(RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe), seed=seed, budget="nfe=400", sets=SETS))
 
     seen = list[str]()
-    judge = running.evaluate.judge
-    monkeypatch.setattr(running.evaluate, "judge", lambda *a, **k: (seen.append(k["by"]), judge(*a, **k))[1])
+    evaluate = evaluator.evaluate
+    monkeypatch.setattr(evaluator, "evaluate", lambda m, r, **k: (seen.append(r.weights), evaluate(m, r, **k))[1])
     alone = running.run(plan(1), runs=tmp_path / "a", progress=NullProgress())
-    assert seen.count("ref") == 2  # the test prompts, and the curve's first mark
+    assert seen.count("ref") == 2  # the test prompts, and the curve's first point
     running.run(plan(0), runs=tmp_path / "b", progress=NullProgress())
     seen.clear()
     behind = running.run(plan(1), runs=tmp_path / "b", progress=NullProgress())

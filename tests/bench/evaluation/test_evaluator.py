@@ -1,4 +1,4 @@
-"""The judge's eyes: the same noise for the same prompt whatever stands beside it, and no prompt seen in training."""
+"""Evaluation: noise that depends on prompt, ordinal and seed only, the table of scores, and disjoint splits."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ import pytest
 import torch
 
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluation.evaluator import (
+from gpobench.bench.evaluation.estimates import (
     Evaluation,
     add_drift,
     by_stratum,
     cmmd_by_embedder,
     differences,
-    embed,
     estimates,
-    fold,
     invalid,
-    judge,
-    noise,
-    prompts_hash,
-    refuse_overlap,
 )
+from gpobench.bench.evaluation.evaluator import embed, evaluate, noise, sample_protocol
+from gpobench.bench.evaluation.request import EvaluationRequest
+from gpobench.bench.evaluation.splits import fold, prompts_hash, refuse_overlap
+from gpobench.bench.flow import ode
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import load, scorer
@@ -46,8 +44,11 @@ def scorers(redness: str) -> list[Any]:
     return [scorer(f"{redness}:Redness"), scorer(f"{redness}:Warmth")]
 
 
-def look(model: Any, scorers: list[Any], prompts: list[Prompt] = PROMPTS, **more: Any) -> Evaluation:
-    return judge(model, prompts, scorers, **{"images": 2, "seed": 7, **more})
+def evaluated(
+    model: Any, scorers: list[Any], prompts: list[Prompt] = PROMPTS, advance: Any = lambda images: None, **more: Any
+) -> Evaluation:
+    request = EvaluationRequest(prompts, scorers, **{"images": 2, "seed": 7, **more})
+    return evaluate(model, request, advance=advance)
 
 
 # Noise
@@ -76,7 +77,7 @@ def starts(model: Any, monkeypatch: pytest.MonkeyPatch, scorers: list[Any], **mo
 
     with monkeypatch.context() as patch:
         patch.setattr(model, "velocity", spying)
-        look(model, scorers, **more)
+        evaluated(model, scorers, **more)
     return torch.cat(seen)
 
 
@@ -85,7 +86,7 @@ def test_neither_batch_size_nor_weights_change_the_noise(
 ) -> None:
     whole = starts(model, monkeypatch, scorers, rows=64)
     assert len(whole) == 10
-    for more in ({"rows": 1}, {"rows": 3}, {"rows": 64, "by": "ref"}):
+    for more in ({"rows": 1}, {"rows": 3}, {"rows": 64, "weights": "ref"}):
         assert torch.equal(starts(model, monkeypatch, scorers, **more), whole)
     alone = starts(model, monkeypatch, scorers, rows=64, prompts=[PROMPTS[3]])
     assert torch.equal(alone, whole[6:8])  # the company a prompt keeps does not matter
@@ -93,15 +94,30 @@ def test_neither_batch_size_nor_weights_change_the_noise(
 
 
 def test_batch_size_changes_no_score_worth_mentioning(model: Any, scorers: list[Any]) -> None:
-    a, b = look(model, scorers, rows=64), look(model, scorers, rows=3)
+    a, b = evaluated(model, scorers, rows=64), evaluated(model, scorers, rows=3)
     assert a.table.drop(columns=["value", "note"]).equals(b.table.drop(columns=["value", "note"]))
     assert np.allclose(a.table.value, b.table.value, atol=0.01)
     assert np.abs(a.images.astype(int) - b.images.astype(int)).max() <= 1
 
 
-def test_the_same_look_twice_is_the_same_to_the_last_bit(model: Any, scorers: list[Any]) -> None:
-    a, b = look(model, scorers), look(model, scorers)
+def test_the_same_evaluation_twice_is_the_same_to_the_last_bit(model: Any, scorers: list[Any]) -> None:
+    a, b = evaluated(model, scorers), evaluated(model, scorers)
     assert a.table.equals(b.table) and np.array_equal(a.images, b.images)
+
+
+@pytest.mark.parametrize("weights", ["policy", "ref"])
+def test_the_sampler_is_the_protocols_loop_to_the_last_bit(model: Any, weights: str) -> None:
+    """The rig's walk, which evaluation uses, against the protocol's ODE written out: each text embedded by itself."""
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[0]]
+    start = torch.stack([noise(p.text, k, 7, model.shape) for k, p in enumerate(prompts)])
+    embedded = [model.encode([p.text]) for p in prompts]
+    cond = {key: torch.cat([one[key] for one in embedded]) for key in embedded[0]}
+    times, x = model.times(model.steps), start
+    with torch.no_grad():
+        for t, s in zip(times[:-1], times[1:], strict=True):
+            v = model.velocity(x, t.expand(3), cond, guidance=model.guidance, weights=weights)
+            x = ode(model.path, x, v, t.expand(3), s.expand(3)).mean
+    assert torch.equal(sample_protocol(model, start, prompts, weights), x)
 
 
 # The table
@@ -109,7 +125,7 @@ def test_the_same_look_twice_is_the_same_to_the_last_bit(model: Any, scorers: li
 
 def test_every_image_stands_in_the_table_once(model: Any, scorers: list[Any]) -> None:
     done: list[int] = []
-    seen = look(model, scorers, rows=4, keep=3, advance=done.append)
+    seen = evaluated(model, scorers, rows=4, shown=3, advance=done.append)
     assert sum(done) == 10 and len(seen.table) == 20 and len(seen.images) == 3
     assert not seen.table.duplicated(["prompt", "ordinal", "scorer", "metric"]).any()
     assert seen.keys() == ["redness/mean", "warmth/mean"] and seen.matrix("redness/mean").shape == (5, 2)
@@ -120,7 +136,7 @@ def test_every_image_stands_in_the_table_once(model: Any, scorers: list[Any]) ->
 
 @pytest.mark.parametrize("keep", [3, 5, 7, 10, 99])
 def test_people_see_as_many_prompts_as_there_are_pictures(model: Any, scorers: list[Any], keep: int) -> None:
-    seen = look(model, scorers, rows=4, keep=keep)
+    seen = evaluated(model, scorers, rows=4, shown=keep)
     places = [(i, o) for i in range(5) for o in range(2) if o * 5 + i < keep]  # every prompt's first, then the second
     assert list(zip(seen.shown().prompt, seen.shown().ordinal, strict=True)) == places
     assert seen.texts() == [PROMPTS[i].text for i, _ in places] and len(seen.images) == min(keep, 10)
@@ -132,7 +148,7 @@ def test_people_see_as_many_prompts_as_there_are_pictures(model: Any, scorers: l
 @pytest.mark.parametrize("name", ["Raises", "ReturnsNone", "WrongCount"])
 def test_a_failing_scorer_fails_alone(model: Any, scorers: list[Any], redness: str, name: str) -> None:
     broken = scorer(f"{redness}:{name}")
-    seen = look(model, [broken, scorers[1]])
+    seen = evaluated(model, [broken, scorers[1]])
     assert np.isnan(seen.matrix("redness/mean")).all() and np.isfinite(seen.matrix("warmth/mean")).all()
     assert (seen.table[seen.table.scorer == "redness"].reason != "").all()
     assert invalid(seen.table)
@@ -200,22 +216,22 @@ class MeanColour:
 
 
 def test_diversity_is_the_mean_distance_between_the_images_of_a_prompt(model: Any, scorers: list[Any]) -> None:
-    seen = look(model, scorers[:1], images=3, keep=15, spread=[MeanColour()], drift=[MeanColour()])
+    seen = evaluated(model, scorers[:1], images=3, shown=15, diversity=[MeanColour()], drift=[MeanColour()])
     spread = seen.matrix("diversity-colour/pairwise")
     v = seen.images.reshape(5, 3, *seen.images.shape[1:]).mean((2, 3)) / 255
     for prompt in range(5):
         pairs = [((v[prompt, a] - v[prompt, b]) ** 2).sum() for a, b in ((0, 1), (0, 2), (1, 2))]
         assert spread[prompt].mean() == pytest.approx(np.mean(pairs), rel=1e-4)
     assert np.allclose(seen.vectors["colour"], v.reshape(15, 3), atol=1e-6)
-    smaller = look(model, scorers[:1], images=3, rows=2, spread=[MeanColour()])
+    smaller = evaluated(model, scorers[:1], images=3, rows=2, diversity=[MeanColour()])
     assert np.allclose(smaller.matrix("diversity-colour/pairwise"), spread, atol=1e-4)
-    one = look(model, scorers[:1], images=1, spread=[MeanColour()])
+    one = evaluated(model, scorers[:1], images=1, diversity=[MeanColour()])
     assert one.keys() == ["redness/mean"]  # there is nothing to compare
 
 
 def test_drift_is_nothing_against_oneself_and_the_distance_against_another(model: Any, scorers: list[Any]) -> None:
     e = MeanColour()
-    base, other = (look(model, scorers[:1], seed=seed, drift=[e]) for seed in (7, 8))
+    base, other = (evaluated(model, scorers[:1], seed=seed, drift=[e]) for seed in (7, 8))
     same = add_drift(base, base, [e])[1]
     assert (same.matrix("drift-colour/paired") == 0).all()
     before, after = add_drift(base, other, [e])

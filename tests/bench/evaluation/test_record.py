@@ -64,7 +64,8 @@ def test_what_could_not_be_scored_is_null_and_stays_valid(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"schema_version": 3}, "has schema 3; this gpobench reads up to 2: update it"),
+        ({"schema_version": 2}, "has schema version 2; this gpobench reads version 3: do the run again"),
+        ({"schema_version": 4}, "has schema version 4; this gpobench reads version 3: update gpobench"),
         ({"surprise": 1}, "is not a record"),
         ({"seed": "zero"}, "is not a record"),
         ({"flags": {"hack": False}}, "is not a record"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpobench.bench.budget import Budget
-from gpobench.bench.evaluation.search import share
+from gpobench.bench.evaluation.search import scaled_budget
 
 
 @pytest.mark.parametrize("whole", [1, 7, 12, 656])
@@ -13,7 +13,7 @@ from gpobench.bench.evaluation.search import share
 @pytest.mark.parametrize("bound", [1.0, 999.0, 120_000.0, 6_400_000.0])
 def test_a_share_of_a_budget_affords_each_image_the_same(bound: float, part: int, whole: int) -> None:
     for each in (1, 4, 20):
-        mine = share(Budget(nfe=bound), part, whole).nfe
+        mine = scaled_budget(Budget(nfe=bound), part, whole).nfe
         assert mine is not None and mine // each // part == bound // each // whole
-    both = share(Budget(nfe=10, seconds=3), 2, 4)
+    both = scaled_budget(Budget(nfe=10, seconds=3), 2, 4)
     assert both.bounds() == pytest.approx({"nfe": 5, "seconds": 1.5})

@@ -19,12 +19,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from gpobench.bench import registry
-from gpobench.bench.errors import UserError
+from gpobench.bench.errors import Interrupted, UserError
 from gpobench.bench.evaluation import evaluator, record
-from gpobench.bench.evaluation.evaluator import COLUMNS
+from gpobench.bench.evaluation.estimates import COLUMNS
 from gpobench.bench.evaluation.record import Record
+from gpobench.bench.evaluation.scorer_set import open_scorer_set
+from gpobench.bench.evaluation.splits import prompts_hash
 from gpobench.bench.experiments import run as running
-from gpobench.bench.experiments.config import Config, resolve
+from gpobench.bench.experiments.artifacts import truncate_metrics
+from gpobench.bench.experiments.config import Config, RunRequest, resolve
+from gpobench.bench.experiments.evaluate_model import ModelEvaluation, evaluate_model
 from gpobench.bench.models.sd3 import SD3
 from gpobench.bench.progress import NullProgress
 from gpobench.bench.spec import Prompt
@@ -41,7 +45,7 @@ class Ears(NullProgress):
         self.fractions: list[float] = []
         self.done = 0.0
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self.said.append(text)
 
     def advance(self, by: float) -> None:
@@ -55,20 +59,20 @@ class Ears(NullProgress):
 def plan(tiny_pipe: Path, redness: str) -> Callable[..., Config]:
     def make(*sets: str, task: str = "Paint", budget: str = "nfe=2000", model: Path = tiny_pipe, **more: Any) -> Config:
         task = task if task.islower() else f"{redness}:{task}"
-        return resolve("gpo", task, str(model), budget=budget, sets=[*SETTINGS, *sets], **more)
+        return resolve(RunRequest("gpo", task, str(model), budget=budget, sets=[*SETTINGS, *sets], **more))
 
     return make
 
 
 class Counter:
-    """Rows times calls of the transformer, three for each row that a backward follows; the judge's apart."""
+    """Rows times calls of the transformer, three for each row that a backward follows; those of evaluations apart."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         from diffusers import SD3Transformer2DModel
 
         self.training = self.evaluation = 0
         self._off = 0
-        forward, judge, flops = SD3Transformer2DModel.forward, evaluator.judge, SD3.flops_a_forward
+        forward, evaluate, flops = SD3Transformer2DModel.forward, evaluator.evaluate, SD3.flops_a_forward
 
         def counting(module: Any, *args: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
             rows = len(hidden_states) * (3 if torch.is_grad_enabled() else 1)
@@ -89,7 +93,7 @@ class Counter:
             return inner
 
         monkeypatch.setattr(SD3Transformer2DModel, "forward", counting)
-        monkeypatch.setattr(evaluator, "judge", apart(judge))
+        monkeypatch.setattr(evaluator, "evaluate", apart(evaluate))
         monkeypatch.setattr(SD3, "flops_a_forward", apart(flops))
 
 
@@ -133,7 +137,9 @@ def test_no_bound_is_passed_and_the_one_that_binds_is_named(
 
 @pytest.fixture(scope="module")
 def finished(tiny_pipe: Path, redness: str, tmp_path_factory: pytest.TempPathFactory) -> Record:
-    config = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", sets=[*SETTINGS, "optim.ema=0.5"])
+    config = resolve(
+        RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", sets=[*SETTINGS, "optim.ema=0.5"])
+    )
     return running.run(config, runs=tmp_path_factory.mktemp("runs"), progress=NullProgress())
 
 
@@ -184,7 +190,7 @@ def test_the_record_says_what_was_used(finished: Record) -> None:
     assert finished.scorers["redness"].calls == finished.spent["reward_calls"] and finished.scorers["warmth"].calls == 0
     assert finished.task_version == "1" and set(finished.prompts) == {"train", "validation", "test"}
     assert len(finished.provenance["weights"]) == 64 and finished.provenance["dtype"] == "fp32"
-    assert {"load", "judge", "train", "checkpoint"} <= finished.wall.keys()
+    assert {"load", "evaluate", "train", "checkpoint"} <= finished.wall.keys()
     assert finished.spent["seconds"] <= finished.wall["train"] * 1.01
     assert not finished.flags.invalid and finished.flags.single_seed
 
@@ -200,20 +206,18 @@ def test_the_card_names_the_numbers_and_the_way_to_load(finished: Record) -> Non
 
 
 def test_the_saved_adapter_is_what_was_judged(finished: Record, redness: str, tiny_pipe: Path) -> None:
-    again = running.evaluate_only(
-        f"{redness}:Paint", str(tiny_pipe), adapter=Path(finished.run_dir) / "adapter", images=None, split="test",
-        progress=NullProgress(),
-    )  # fmt: skip
+    adapter = Path(finished.run_dir) / "adapter"
+    again = evaluate_model(ModelEvaluation(f"{redness}:Paint", str(tiny_pipe), adapter), NullProgress())
     assert again["scores"]["redness/mean"]["mean"] == pytest.approx(finished.after["redness/mean"].mean, abs=1e-4)
-    base = running.evaluate_only(
-        f"{redness}:Paint", str(tiny_pipe), adapter=None, images=None, split="test", progress=NullProgress()
-    )
+    base = evaluate_model(ModelEvaluation(f"{redness}:Paint", str(tiny_pipe)), NullProgress())
     assert base["scores"]["redness/mean"]["mean"] == finished.before["redness/mean"].mean
 
 
 def test_a_written_config_names_the_same_run(finished: Record, tiny_pipe: Path, redness: str) -> None:
     run_dir = Path(finished.run_dir)
-    again = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", config=run_dir / "config.toml")
+    again = resolve(
+        RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", config=run_dir / "config.toml")
+    )
     assert again.slug() == run_dir.name
 
 
@@ -254,7 +258,7 @@ def test_a_test_prompt_in_the_train_split_is_refused(plan: Any, tmp_path: Path) 
 def test_a_further_scorer_that_is_not_there_is_said_and_left_out(plan: Any, tmp_path: Path) -> None:
     ears = Ears()
     done = running.run(plan(task="Further", budget="nfe=100"), runs=tmp_path, progress=ears)
-    assert any("not judged by" in line and "pip install absent" in line for line in ears.said)
+    assert any("not evaluated by" in line and "pip install absent" in line for line in ears.said)
     assert set(done.scorers) == {"redness", "warmth"} and ears.done > 0
 
 
@@ -287,7 +291,7 @@ def test_drift_goes_on_from_the_base_of_an_earlier_start(plan: Any, tmp_path: Pa
         asked.append(1)
         return len(asked) >= 2
 
-    with pytest.raises(running.Interrupted):
+    with pytest.raises(Interrupted):
         running.run(config, runs=tmp_path / "cut", progress=NullProgress(), interrupted=soon)
     again = running.run(config, runs=tmp_path / "cut", progress=NullProgress())
     assert again.after == whole.after and again.cmmd == whole.cmmd and again.strata == whole.strata
@@ -299,20 +303,20 @@ def test_prompts_of_ones_own(plan: Any, tmp_path: Path) -> None:
     config = plan(task="Paint", budget="nfe=100", prompts=[str(mine)])
     done = running.run(config, runs=tmp_path, progress=NullProgress())
     assert done.task_version == "1+own" and done.config["prompts"]["train"].startswith("mine.txt@")
-    assert done.prompts["train"] == evaluator.prompts_hash([Prompt("a red house"), Prompt("a blue house")])
+    assert done.prompts["train"] == prompts_hash([Prompt("a red house"), Prompt("a blue house")])
     mine.write_text("a red triangle\n")  # a test prompt
     with pytest.raises(UserError, match="stands in the train split"):
         running.run(plan(task="Paint", budget="nfe=100", prompts=[str(mine)]), runs=tmp_path, progress=NullProgress())
 
 
 def test_an_embedder_that_is_not_there_is_not_replaced_by_another(redness: str) -> None:
-    made = running.open_scorer_set(registry.load("task", f"{redness}:Patchy")(), "glyphs", lambda _: None)
-    assert [e.name for e in made.spread] == ["colour"] and made.drift == []
+    made = open_scorer_set(registry.load("task", f"{redness}:Patchy")(), "glyphs", lambda _: None)
+    assert [e.name for e in made.diversity] == ["colour"] and made.drift == []
 
 
 def test_two_scorers_of_one_name_are_refused(redness: str) -> None:
     with pytest.raises(UserError, match="called 'redness'"):
-        running.open_scorer_set(registry.load("task", f"{redness}:Twins")(), "glyphs", lambda _: None)
+        open_scorer_set(registry.load("task", f"{redness}:Twins")(), "glyphs", lambda _: None)
 
 
 def test_fresh_forgets(plan: Any, tmp_path: Path) -> None:
@@ -348,7 +352,7 @@ def test_half_precision_wants_an_accelerator(plan: Any, tmp_path: Path) -> None:
 def test_the_metrics_of_a_cut_off_line_are_dropped(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"iteration": 1}\n{"iteration": 2}\n{"iteration": 3}\n{"iterat')
-    running._cut(log, 2)  # pyright: ignore[reportPrivateUsage]
+    truncate_metrics(log, 2)
     assert log.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
 
 
@@ -371,7 +375,7 @@ def test_parts_of_a_strangers_package_run(
         "[gpobench.tasks]\nforeign = stranger:Foreign\n\n[gpobench.rewards]\nstranger = stranger:make\n"
     )
     monkeypatch.syspath_prepend(site)
-    config = resolve("gpo", "foreign", str(tiny_pipe), budget="nfe=500", sets=SETTINGS)
+    config = resolve(RunRequest("gpo", "foreign", str(tiny_pipe), budget="nfe=500", sets=SETTINGS))
     done = running.run(replace(config), runs=tmp_path / "runs", progress=NullProgress())
     assert done.scorers["redness"].id == "stranger-bold" and done.task == "foreign" and done.spent["updates"] > 0
 
@@ -388,12 +392,12 @@ def test_a_part_of_a_blend_holds_nothing_out(redness: str) -> None:
     """What a method is trained on may not judge it, under whatever weight."""
     task, say = registry.load("task", f"{redness}:Paint")(), lambda _: None
     for blend in (f"{redness}:Redness*0.5+rapidocr", f"{redness}:Redness*2"):
-        made = running.open_scorer_set(task, "glyphs", say, blend)
+        made = open_scorer_set(task, "glyphs", say, blend)
         assert [s.name for s in made.held_out] == ["warmth"] and made.training.metrics[0] == "blend"
         assert "redness" not in [s.name for s in made.all]
     with pytest.raises(UserError, match="trains on every scorer that the task paint holds out"):
-        running.open_scorer_set(task, "glyphs", say, f"{redness}:Redness+{redness}:Warmth")
-    made = running.open_scorer_set(registry.load("task", "ocr")(), "glyphs", say, "hpsv2:tiny*0.5+rapidocr")
+        open_scorer_set(task, "glyphs", say, f"{redness}:Redness+{redness}:Warmth")
+    made = open_scorer_set(registry.load("task", "ocr")(), "glyphs", say, "hpsv2:tiny*0.5+rapidocr")
     assert [s.name for s in made.held_out] == ["reader"]
     assert not {"rapidocr", "hpsv2-tiny"} & {s.name for s in made.all}
 
@@ -402,7 +406,7 @@ def test_a_budget_that_pays_for_no_update_is_said(plan: Any, tmp_path: Path) -> 
     said: list[str] = []
 
     class Heard(NullProgress):
-        def say(self, text: str) -> None:
+        def message(self, text: str) -> None:
             said.append(text)
 
     done = running.run(plan(budget="nfe=1"), runs=tmp_path, progress=Heard())
@@ -469,8 +473,8 @@ class Mine(Paint):
         f"class Held(Warmth):\n    def __init__(self): super().__init__('held-v{n}', 'held')\n"
     )
     version(1)
-    config = resolve("gpo", f"{source}:Mine", plan().model, budget="nfe=400", sets=SETTINGS)
-    with pytest.raises(running.Interrupted):
+    config = resolve(RunRequest("gpo", f"{source}:Mine", plan().model, budget="nfe=400", sets=SETTINGS))
+    with pytest.raises(Interrupted):
         running.run(config, runs=tmp_path / "runs", progress=NullProgress(), interrupted=lambda: True)
     version(2)
     with pytest.raises(UserError, match="the scorer held changed since .*--fresh starts over"):
@@ -550,7 +554,7 @@ def test_what_the_settings_cost_to_find_stands_in_the_record(plan: Any, tmp_path
     assert done.tuning == {"trials": 4, "command": "gpobench tune", "spent": {"nfe": 8000}}
     assert "chosen in 4 trials" in (Path(done.run_dir) / "README.md").read_text()
     written = Path(done.run_dir) / "config.toml"
-    again = resolve(config.method, config.task, config.model, budget="nfe=100", config=written)
+    again = resolve(RunRequest(config.method, config.task, config.model, budget="nfe=100", config=written))
     assert again.digest() == config.digest() and again.tuned == config.tuned
     by_hand = replace(plan("beta=31.0", budget="nfe=100"), tuned={})  # the same settings, found at no price
     tuned = replace(by_hand, tuned=config.tuned)
@@ -569,7 +573,7 @@ def test_what_the_settings_cost_to_find_stands_in_the_record(plan: Any, tmp_path
 def test_what_cannot_work_is_said_before_the_base_is_judged(
     method: str, sets: list[str], said: str, tiny_pipe: Path, redness: str, tmp_path: Path
 ) -> None:
-    config = resolve(method, f"{redness}:Paint", str(tiny_pipe), budget="nfe=500", sets=[*sets, "steps=0"])
+    config = resolve(RunRequest(method, f"{redness}:Paint", str(tiny_pipe), budget="nfe=500", sets=[*sets, "steps=0"]))
     with pytest.raises(UserError, match=said):
         running.run(config, runs=tmp_path, progress=NullProgress())
     assert not list(tmp_path.glob("*/before.parquet"))

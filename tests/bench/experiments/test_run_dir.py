@@ -127,7 +127,7 @@ def test_a_directory_that_is_half_forgotten_shows_no_old_result(
 
 
 def test_a_finished_run_is_shown_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(homes, "ROOM", 2**62)
+    monkeypatch.setattr(homes, "MIN_FREE_DISK", 2**62)
     with pytest.raises(UserError, match="a run needs"), report_disk_errors(tmp_path):
         pass
     (tmp_path / "record.json").touch()

@@ -18,7 +18,8 @@ from PIL import Image
 from gpobench.bench.assets.glyphs import draw_word
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments import score_folder as scoring
-from gpobench.bench.experiments.score_folder import COLUMNS, Interrupted, find_pairs, score_folder
+from gpobench.bench.experiments.image_folder import read_image_folder
+from gpobench.bench.experiments.score_folder import COLUMNS, FolderRequest, Interrupted
 from gpobench.bench.scoring import scorers as doors
 from gpobench.bench.spec import Prompt
 from gpobench.bench.stats.intervals import mean_ci
@@ -33,6 +34,20 @@ def prompt(word: str) -> str:
 def draw(path: Path, word: str, **more: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(draw_word(word)).save(path, **more)
+
+
+def score_folder(
+    folder: Path,
+    scorers: Sequence[str],
+    *,
+    progress: Any = None,
+    fresh: bool = False,
+    interrupted: Any = None,
+    **more: Any,
+) -> dict[str, Any]:
+    stop = interrupted or (lambda: False)
+    request = FolderRequest(folder, scorers, **more)
+    return scoring.score_folder(request, progress=progress, fresh=fresh, interrupted=stop)
 
 
 def scored(out: Path) -> pd.DataFrame:
@@ -72,22 +87,22 @@ def geneval(folder: Path) -> None:
 
 def test_geneval_visits_digits_only(folder: Path) -> None:
     geneval(folder)
-    found = find_pairs(folder)
-    assert [pair.file for pair in found.pairs[:4]] == [f"00000/samples/{k}.png" for k in (0, 1, 2, 10)]
-    assert len(found.pairs) == 12 and found.layout == "geneval"
-    assert [pair.prompt.stratum for pair in found.pairs[::4]] == ["tag 0", "tag 1", "tag 0"]
-    assert found.pairs[4].prompt == Prompt(prompt("BOX"), {"tag": "tag 1"}, stratum="tag 1")
+    found = read_image_folder(folder)
+    assert [pair.file for pair in found.images[:4]] == [f"00000/samples/{k}.png" for k in (0, 1, 2, 10)]
+    assert len(found.images) == 12 and found.layout == "geneval"
+    assert [pair.prompt.stratum for pair in found.images[::4]] == ["tag 0", "tag 1", "tag 0"]
+    assert found.images[4].prompt == Prompt(prompt("BOX"), {"tag": "tag 1"}, stratum="tag 1")
     assert "4 images belong to no prompt" in found.notes[0]
     (folder / "00001" / "metadata.jsonl").unlink()
     with pytest.raises(UserError, match="00001/metadata.jsonl"):
-        find_pairs(folder)
+        read_image_folder(folder)
     (folder / "00001" / "metadata.jsonl").write_text("\n", "utf-8")
     with pytest.raises(UserError, match="holds 0 prompts, not one"):
-        find_pairs(folder)
+        read_image_folder(folder)
     shutil.rmtree(folder / "00001")
     shutil.rmtree(folder / "00002" / "samples")
     with pytest.raises(UserError, match="00002/samples holds no image"):
-        find_pairs(folder)
+        read_image_folder(folder)
 
 
 @pytest.mark.parametrize("form", ["csv", "tsv", "jsonl", "parquet"])
@@ -105,8 +120,8 @@ def test_a_table_in_any_form_and_any_order(folder: Path, form: str, column: str)
             frame.to_json(path, orient="records", lines=True)
         else:
             frame.to_csv(path, index=False, sep="," if form == "csv" else "\t")
-        for found in (find_pairs(folder), find_pairs(folder, prompts=path)):
-            assert [(p.file, p.prompt) for p in found.pairs] == [
+        for found in (read_image_folder(folder), read_image_folder(folder, prompts=path)):
+            assert [(p.file, p.prompt) for p in found.images] == [
                 (f"deep/{i}.png", Prompt(prompt(w), {"target": w})) for i, w in enumerate(WORDS[:4])
             ]
             assert found.notes == ["1 images belong to no prompt and were left out: extra.png"]
@@ -123,21 +138,21 @@ def test_a_table_that_does_not_fit_its_folder(folder: Path) -> None:
     ):
         table.write_text(text, "utf-8")
         with pytest.raises(UserError, match=said):
-            find_pairs(folder)
+            read_image_folder(folder)
     table.write_text("file,prompt\n0.png,a\n", "utf-8")
     (folder / "other.jsonl").write_text('{"file": "0.png", "prompt": "b"}', "utf-8")
     with pytest.raises(UserError, match="several tables: other.jsonl, table.csv"):
-        find_pairs(folder)
+        read_image_folder(folder)
 
 
 def test_a_text_beside_every_image(folder: Path) -> None:
     for i, word in enumerate(WORDS[:3]):
         draw(folder / f"{i}.png", word)
         (folder / f"{i}.txt").write_text(prompt(word) + "\n", "utf-8")
-    assert [p.prompt.text for p in find_pairs(folder).pairs] == [prompt(word) for word in WORDS[:3]]
+    assert [p.prompt.text for p in read_image_folder(folder).images] == [prompt(word) for word in WORDS[:3]]
     (folder / "1.txt").unlink()
     with pytest.raises(UserError, match="1 of 3 images have no .txt beside them: 1.png"):
-        find_pairs(folder)
+        read_image_folder(folder)
 
 
 def test_as_many_prompts_as_images_in_the_order_of_the_names(folder: Path, tmp_path: Path) -> None:
@@ -145,14 +160,14 @@ def test_as_many_prompts_as_images_in_the_order_of_the_names(folder: Path, tmp_p
         draw(folder / f"{i}.png", word)  # 10 and 11 come behind 9
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(map(prompt, WORDS)), "utf-8")
-    assert [(p.file, p.prompt.text) for p in find_pairs(folder, prompts=path).pairs] == [
+    assert [(p.file, p.prompt.text) for p in read_image_folder(folder, prompts=path).images] == [
         (f"{i}.png", prompt(word)) for i, word in enumerate(WORDS)
     ]
     path.write_text("a cat\n" * 5, "utf-8")
     with pytest.raises(UserError, match="holds 5 prompts and .* 12 images"):
-        find_pairs(folder, prompts=path)
+        read_image_folder(folder, prompts=path)
     with pytest.raises(UserError, match=r"ends in \.txt"):
-        find_pairs(folder, prompts=tmp_path / "prompts.docx")
+        read_image_folder(folder, prompts=tmp_path / "prompts.docx")
 
 
 def benchmark(folder: Path, prompts: Path) -> None:
@@ -165,19 +180,19 @@ def benchmark(folder: Path, prompts: Path) -> None:
 
 def test_the_layout_of_hpsv2(folder: Path, tmp_path: Path) -> None:
     benchmark(folder, tmp_path / "lists")
-    found = find_pairs(folder, prompts=tmp_path / "lists")
-    assert [(p.file, p.prompt.text, p.prompt.stratum) for p in found.pairs][2:4] == [
+    found = read_image_folder(folder, prompts=tmp_path / "lists")
+    assert [(p.file, p.prompt.text, p.prompt.stratum) for p in found.images][2:4] == [
         ("anime/00002.jpg", prompt("JUDGE"), "anime"), ("photo/00000.png", prompt("SILK"), "photo"),
     ]  # fmt: skip
     (tmp_path / "lists" / "drawbench.json").write_text('["a"]', "utf-8")
-    assert find_pairs(folder, prompts=tmp_path / "lists").notes == ["no images of: drawbench"]
+    assert read_image_folder(folder, prompts=tmp_path / "lists").notes == ["no images of: drawbench"]
     draw(folder / "anime" / "00001.png", "ACT")
     with pytest.raises(UserError, match="anime: 4 images for 3 prompts"):
-        find_pairs(folder, prompts=tmp_path / "lists")
+        read_image_folder(folder, prompts=tmp_path / "lists")
     (folder / "anime" / "00001.png").unlink()
     (folder / "anime" / "00001.jpg").unlink()
     with pytest.raises(UserError, match="anime: 2 images for 3 prompts; the first that is missing is 00001"):
-        find_pairs(folder, prompts=tmp_path / "lists")
+        read_image_folder(folder, prompts=tmp_path / "lists")
 
 
 def test_the_layout_of_hpsv2_with_the_tasks_prompts(folder: Path) -> None:
@@ -188,25 +203,25 @@ def test_the_layout_of_hpsv2_with_the_tasks_prompts(folder: Path) -> None:
     for p in test:
         draw(folder / p.stratum / f"{counts[p.stratum]:05}.png", "ACT")
         counts[p.stratum] += 1
-    found = find_pairs(folder, task=HPSv2(), domain="glyphs")
+    found = read_image_folder(folder, task=HPSv2(), domain="glyphs")
     shapes = [p for p in test if p.stratum == "shape"]
-    assert [pair.prompt for pair in found.pairs[: len(shapes)]] == shapes and len(found.pairs) == len(test)
+    assert [pair.prompt for pair in found.images[: len(shapes)]] == shapes and len(found.images) == len(test)
     shutil.rmtree(folder / "word")
     with pytest.raises(UserError, match="word: 0 images for 45 prompts"):
-        find_pairs(folder, task=HPSv2(), domain="glyphs")
+        read_image_folder(folder, task=HPSv2(), domain="glyphs")
 
 
 def test_folders_that_say_nothing(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are no images"):
-        find_pairs(folder)
+        read_image_folder(folder)
     with pytest.raises(UserError, match="no such folder"):
-        find_pairs(tmp_path / "none")
+        read_image_folder(tmp_path / "none")
     draw(folder / ".hidden" / "0.png", "ACT")
     with pytest.raises(UserError, match="there are no images"):
-        find_pairs(folder)
+        read_image_folder(folder)
     draw(folder / "0.png", "ACT")
     with pytest.raises(UserError, match="nothing says what the 1 images"):
-        find_pairs(folder)
+        read_image_folder(folder)
 
 
 # Scores
@@ -341,15 +356,15 @@ def test_a_prompt_the_scorer_cannot_judge_stops_it(listed: Path, tmp_path: Path)
 
 def test_what_makes_no_sense(listed: Path, tmp_path: Path, redness: str) -> None:
     for more, said in (
-        ({"references": []}, "at least one --scorer"),
+        ({"scorers": []}, "at least one --scorer"),
         ({"rows": 0}, "--rows must be at least 1"),
         ({"out": tmp_path / "s.xlsx"}, "a .parquet or a .csv"),
-        ({"references": ["raeder"]}, "did you mean 'reader'"),
-        ({"references": ["reader", "reader"]}, "two scorers are called reader"),
+        ({"scorers": ["raeder"]}, "did you mean 'reader'"),
+        ({"scorers": ["reader", "reader"]}, "two scorers are called reader"),
         ({"task": "orc"}, "did you mean 'ocr'"),
     ):
         with pytest.raises(UserError, match=said):
-            score_folder(listed, **{"references": ["reader"], "out": tmp_path / "s.csv", **more})  # type: ignore[arg-type]
+            score_folder(listed, **{"scorers": ["reader"], "out": tmp_path / "s.csv", **more})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["Raises", "ReturnsNone", "WrongShape", "WrongCount"])
@@ -492,7 +507,7 @@ def test_progress_reaches_its_end(listed: Path, tmp_path: Path) -> None:
     class Bar:
         total = done = 0.0
 
-        def say(self, text: str) -> None: ...
+        def message(self, text: str) -> None: ...
         def phase(self, name: str, total: float) -> None:
             self.total = total
 

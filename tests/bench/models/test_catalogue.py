@@ -29,7 +29,7 @@ def test_both_names_have_a_card_and_an_adapter() -> None:
 
 @pytest.mark.skipif(not (SHIPPED / "recipe.json").is_file(), reason="the embedded model has not been made yet")
 def test_a_card_costs_no_torch() -> None:
-    code = "import sys; from gpobench.bench.model_spec import find; find('tiny'); assert 'torch' not in sys.modules"
+    code = "import sys; from gpobench.bench.model_spec import find_model_spec; find_model_spec('tiny'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

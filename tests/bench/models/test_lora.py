@@ -11,6 +11,10 @@ import torch
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 
+# Of a velocity of size 2: 1e-6 for each product on its way. Equal weights give equal bits only where torch takes the same kernel, and
+# it folds a batch into one matrix or not depending on whether a parameter requires a gradient, though none is recorded.
+ROUNDING = 1e-5
+
 
 def draw(model: Any, weights: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
@@ -61,16 +65,19 @@ def test_copies_blend_and_stay_behind(model: Any) -> None:
     push(model)
     model.update_copy("ema", 0.9)  # the first call makes it equal
     start = {k.removeprefix("ema/"): v for k, v in model.lora.state().items() if k.startswith("ema/")}
-    assert torch.equal(draw(model, "ema"), draw(model, "policy"))
+    assert all(torch.equal(value, model.lora.state()[f"policy/{key}"]) for key, value in start.items())
+    assert torch.allclose(draw(model, "ema"), draw(model, "policy"), atol=ROUNDING)
     push(model, 0.1)
     assert not torch.allclose(draw(model, "ema"), draw(model, "policy"), atol=1e-5)
     model.update_copy("ema", 0.9)
     state = model.lora.state()
     for key, was in start.items():
-        assert torch.allclose(state[f"ema/{key}"], 0.9 * was + 0.1 * state[f"live/{key}"], atol=1e-7)
+        assert torch.allclose(state[f"ema/{key}"], 0.9 * was + 0.1 * state[f"policy/{key}"], atol=1e-7)
     model.update_copy("old", 0.5)
     model.update_copy("old", 0.0)
-    assert torch.equal(draw(model, "old"), draw(model, "policy"))
+    state = model.lora.state()
+    assert all(torch.equal(state[f"old/{key}"], state[f"policy/{key}"]) for key in start)
+    assert torch.allclose(draw(model, "old"), draw(model, "policy"), atol=ROUNDING)
 
 
 def test_switching_leaves_no_trace(model: Any) -> None:
@@ -123,8 +130,8 @@ def test_state_goes_over_to_a_fresh_module(tiny_pipe: Path, model: Any) -> None:
     model.update_copy("ema", 0.9)
     push(model)
     fresh = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=9)
-    fresh.weights.restore(model.lora.state())
+    fresh.lora.restore(model.lora.state())
     for weights in ("policy", "ema", "ref"):
         assert torch.equal(draw(fresh, weights), draw(model, weights))
-    assert fresh.weights.copies == ["ema"]
+    assert fresh.lora.copies == ["ema"]
     assert sum(p.requires_grad for p in fresh.transformer.parameters()) == len(fresh.parameters())

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import Missing, UserError
-from gpobench.bench.evaluation.evaluator import judge, noise
+from gpobench.bench.evaluation.evaluator import evaluate, noise
+from gpobench.bench.evaluation.request import EvaluationRequest
 from gpobench.bench.flow import mix, split, timestep
 from gpobench.bench.model_spec import ATTENTION, UNET_ATTENTION, Adapter, find_model_spec
 from gpobench.bench.models.common import LORA_FILE
@@ -136,7 +137,9 @@ def test_the_protocol_samples_with_ddim_whatever_scheduler_the_folder_ships(
 @pytest.mark.parametrize("guidance", [1.0, 7.5])
 def test_the_judge_sees_the_pipelines_own_pictures(tiny_unet: Path, theirs: Any, redness: str, guidance: float) -> None:
     model = open_model(replace(find_model_spec(str(tiny_unet)), guidance=guidance), device="cpu")
-    seen = judge(model, [Prompt(p) for p in PROMPTS], [scorer(f"{redness}:Redness")], images=1, seed=7, rows=2)
+    seen = evaluate(
+        model, EvaluationRequest([Prompt(p) for p in PROMPTS], [scorer(f"{redness}:Redness")], images=1, seed=7, rows=2)
+    )
     expected = np.stack([np.asarray(image) for image in ask(theirs, starts(model.shape), guidance, "pil")])
     assert expected.std() > 1
     # the sums run in another order: a value that lies on the edge between two bytes may fall to either side

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
-from gpobench.bench.evaluation.evaluator import judge, noise
+from gpobench.bench.evaluation.evaluator import evaluate, noise
+from gpobench.bench.evaluation.request import EvaluationRequest
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.common import LORA_FILE
 from gpobench.bench.models.open import open_model
@@ -84,7 +85,9 @@ def test_sampling_is_the_pipelines_own(tiny_pipe: Path, theirs: Any, redness: st
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 def test_the_judge_sees_the_pipelines_own_pictures(tiny_pipe: Path, theirs: Any, redness: str, guidance: float) -> None:
     model = open_model(replace(find_model_spec(str(tiny_pipe)), guidance=guidance), device="cpu")
-    seen = judge(model, [Prompt(p) for p in PROMPTS], [scorer(f"{redness}:Redness")], images=1, seed=7, rows=2)
+    seen = evaluate(
+        model, EvaluationRequest([Prompt(p) for p in PROMPTS], [scorer(f"{redness}:Redness")], images=1, seed=7, rows=2)
+    )
     start = torch.stack([noise(p, 0, 7, model.shape) for p in PROMPTS])
     expected = np.stack([np.asarray(image) for image in ask(theirs, start, guidance, "pil")])
     assert expected.std() > 1
@@ -234,9 +237,9 @@ def fresh_noise() -> Iterator[None]:
 def test_a_saved_adapter_is_the_same_bytes_in_every_process(tiny_pipe: Path, tmp_path: Path) -> None:
     """Python orders a set anew in each process, and peft keeps the targets in one."""
     code = (
-        "import sys; from pathlib import Path; from gpobench.bench.model_spec import find; "
-        "from gpobench.bench.models.open import open_model; card = find(sys.argv[1]); "
-        "open_model(card, device='cpu', adapter=card.adapter).save_adapter(Path(sys.argv[2]))"
+        "import sys; from pathlib import Path; from gpobench.bench.model_spec import find_model_spec; "
+        "from gpobench.bench.models.open import open_model; spec = find_model_spec(sys.argv[1]); "
+        "open_model(spec, device='cpu', adapter=card.adapter).save_adapter(Path(sys.argv[2]))"
     )
     for seed in ("1", "2"):
         command = [sys.executable, "-c", code, str(tiny_pipe), str(tmp_path / seed)]

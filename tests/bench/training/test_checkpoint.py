@@ -73,7 +73,7 @@ def work(rig: Rig, adam: torch.optim.Optimizer) -> None:
     rig.meter.charge(updates=1)
     rig.state["baseline"] = rig.state.get("baseline", torch.zeros(3)) + rig.normal(3)
     rig.state["count"] = rig.state.get("count", 0) + 1
-    rig.iteration, rig.barren = rig.iteration + 1, 4
+    rig.iteration, rig.iterations_without_signal = rig.iteration + 1, 4
     rig.failures = ["why"]
 
 
@@ -93,7 +93,7 @@ def test_everything_comes_back(make: Any, tmp_path: Path) -> None:
     moments, others = adam.state_dict()["state"], other_adam.state_dict()["state"]
     assert moments.keys() == others.keys()
     assert all(torch.equal(v, others[i][k]) for i, own in moments.items() for k, v in own.items())
-    assert (other.iteration, other.barren, other.failures) == (4, 4, ["why"])
+    assert (other.iteration, other.iterations_without_signal, other.failures) == (4, 4, ["why"])
     mine, theirs = rig.meter.state(), other.meter.state()
     for state in (mine, theirs):
         state["seconds"] = 0
@@ -216,6 +216,8 @@ def whole(gpobench: Any, tiny_pipe: Path, redness: str, tmp_path_factory: pytest
 AT = """
 import itertools, shutil, signal
 from pathlib import Path
+from gpobench.bench.evaluation import evaluator
+from gpobench.bench.experiments.artifacts import RunFiles
 def at(home, name, n, act):
     real, calls = getattr(home, name), itertools.count(1)
     def counted(*args, **kwargs):
@@ -230,7 +232,7 @@ def terminate(): os.kill(os.getpid(), signal.SIGTERM)
 STEP = "torch.optim.AdamW, 'step'"  # two in each iteration; a mark falls on every other iteration
 MOMENTS = [
     ("before anything is on disk", "os, 'fsync', 1"),
-    ("while the base is judged", "running.evaluate, 'pixels', 1"),
+    ("while the base is evaluated", "evaluator, 'to_uint8', 1"),
     ("between the base's pictures and their table", "os, 'fsync', 3"),
     ("when the first checkpoint waits for its name", "Path, 'rename', 1"),
     ("in the first update", f"{STEP}, 1"),
@@ -239,9 +241,9 @@ MOMENTS = [
     ("when a checkpoint waits for its name", "Path, 'rename', 2"),
     ("between two checkpoints", f"{STEP}, 6"),
     ("while a checkpoint too many is removed", "shutil, 'rmtree', 2"),
-    ("while the result is judged", "running.evaluate, 'differences', 1"),
-    ("before the scores are written", "running, '_scores', 1"),
-    ("after the scores were written", "running, '_samples', 1"),
+    ("while the result is evaluated", "running, 'estimates', 1"),
+    ("before the scores are written", "RunFiles, 'write_scores', 1"),
+    ("after the scores were written", "RunFiles, 'write_samples', 1"),
     ("before the record is written", "running.record, 'write', 1"),
 ]
 
@@ -393,7 +395,7 @@ def fill():
         file.write(bytes(max(0, room)))
 at({STEP}, 13, fill)
 from gpobench.bench.experiments import run_dir as place
-place.ROOM = 0  # else the run would not begin on so small a disk
+place.MIN_FREE_DISK = 0  # else the run would not begin on so small a disk
 """
     ended = gpobench(*argv, before=AT + fill)
     assert ended.code == 2 and ended.out == "", ended.err
@@ -401,7 +403,7 @@ place.ROOM = 0  # else the run would not begin on so small a disk
     kept = checkpoint.numbers(home_of(out) / "checkpoint")
     assert kept and kept[-1] > 0
     ballast.unlink()
-    ended = gpobench(*argv, before="from gpobench.bench.experiments import run_dir; run_dir.ROOM = 0")
+    ended = gpobench(*argv, before="from gpobench.bench.experiments import run_dir; run_dir.MIN_FREE_DISK = 0")
     assert ended.code == 0 and "damaged" not in ended.err, ended.err
     assert same(result(out), result(whole)) and iterations(out) == iterations(whole)
 
@@ -429,6 +431,6 @@ def test_a_disk_with_too_little_room_is_refused_at_once(
 ) -> None:
     ended = gpobench(
         *command(tiny_pipe, redness, tmp_path),
-        before="from gpobench.bench.experiments import run_dir; run_dir.ROOM = 2**62",
+        before="from gpobench.bench.experiments import run_dir; run_dir.MIN_FREE_DISK = 2**62",
     )
     assert ended.code == 2 and "MB are free" in ended.err and ended.out == "" and list(tmp_path.iterdir()) == []

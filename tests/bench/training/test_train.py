@@ -19,7 +19,7 @@ from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import InitialNoise, Optim, Prompt
 from gpobench.bench.training.rig import Rig
-from gpobench.bench.training.train import PATIENCE, _fit, optimiser, train  # pyright: ignore[reportPrivateUsage]
+from gpobench.bench.training.train import PATIENCE, Gradients, _fit, optimiser, train  # pyright: ignore[reportPrivateUsage]
 from gpobench.methods.gpo import GPO
 
 
@@ -58,7 +58,7 @@ def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
 
 def go(method: Any, rig: Rig, **more: Any) -> tuple[str, list[dict[str, float]]]:
     seen: list[dict[str, float]] = []
-    why = train(method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(), after=seen.append, **more)
+    why = train(method, rig, optimiser(method, rig), after=seen.append, **more)
     return why, seen
 
 
@@ -89,7 +89,7 @@ def test_the_clock_runs_in_training_only(make: Make) -> None:
     rig = make(updates=4)
     ran: list[bool] = []
     train(
-        Shrink(), rig, optimiser(Shrink(), rig), backward=lambda loss: loss.backward(),
+        Shrink(), rig, optimiser(Shrink(), rig), 
         after=lambda numbers: ran.append(rig.meter._since is None),  # pyright: ignore[reportPrivateUsage]
     )  # fmt: skip
     assert ran == [True, True] and rig.meter.seconds > 0
@@ -122,7 +122,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(make: Make) -> None:
     def backward(loss: Tensor) -> None:
         (loss * math.inf).backward()
 
-    why = train(Shrink(), rig, optimiser(Shrink(), rig), backward=backward, after=lambda numbers: None)
+    why = train(Shrink(), rig, optimiser(Shrink(), rig), gradients=Gradients(backward), after=lambda numbers: None)
     assert why.startswith("the gradient's norm is") and rig.meter.updates == 0
     assert all(torch.equal(a, b) for a, b in zip(before, rig.model.parameters(), strict=True))
 
@@ -136,7 +136,7 @@ def test_scaled_losses_make_the_same_updates(make: Make, factor: float) -> None:
         rig = make(nfe=1e9)
         numbers: list[dict[str, float]] = []
         why = train(
-            method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(), scaler=scaler,
+            method, rig, optimiser(method, rig), gradients=Gradients(scaler=scaler) if scaler else None,
             after=numbers.append, interrupted=lambda: rig.meter.updates >= 1,
         )  # fmt: skip
         assert why == "interrupted"
@@ -159,7 +159,8 @@ def test_a_gradient_that_is_never_finite_ends_a_scaled_run(make: Make) -> None:
         (loss * math.inf).backward()
 
     scaler = GradScaler("cpu", init_scale=8.0)
-    why = train(Shrink(), rig, optimiser(Shrink(), rig), backward=backward, scaler=scaler, after=lambda numbers: None)
+    gradients = Gradients(backward, scaler)
+    why = train(Shrink(), rig, optimiser(Shrink(), rig), gradients=gradients, after=lambda numbers: None)
     assert why.startswith("the gradient's norm is") and rig.meter.updates == 0 and scaler.get_scale() == 1
 
 
@@ -195,9 +196,7 @@ def test_splitting_a_minibatch_changes_neither_loss_nor_gradient(make: Make, lin
         before = [p.detach().clone() for p in rig.model.parameters()]
         batch = method.collect(rig)
         steepest = torch.optim.SGD(rig.model.parameters(), lr=1.0)  # one step is minus the gradient
-        _fit(
-            method, rig, steepest, batch, len(batch.prompt_ids), lambda loss: loss.backward(), GradScaler(enabled=False)
-        )
+        _fit(method, rig, steepest, Gradients(), batch, len(batch.prompt_ids))
         moved = [a - b.detach() for a, b in zip(before, rig.model.parameters(), strict=True)]
         return moved, rig.meter.updates, rig.meter.nfe
 
@@ -213,7 +212,7 @@ def test_epochs_and_minibatches_make_the_updates(make: Make) -> None:
     rig = make(nfe=1e9)
     method = Shrink(optim=Optim(epochs=3, minibatches=2), rows=5)
     train(
-        method, rig, optimiser(method, rig), backward=lambda loss: loss.backward(),
+        method, rig, optimiser(method, rig), 
         after=lambda numbers: None, interrupted=lambda: True,
     )  # fmt: skip
     assert rig.meter.updates == 6 and rig.meter.nfe == 3 * 5 * 3
@@ -224,7 +223,7 @@ def test_the_rate_warms_up(make: Make) -> None:
     method = Shrink(optim=Optim(lr=1e-3, warmup=4, minibatches=1))
     adam = optimiser(method, rig)
     train(
-        method, rig, adam, backward=lambda loss: loss.backward(),
+        method, rig, adam, 
         after=lambda numbers: rates.append(adam.param_groups[0]["lr"]),
     )  # fmt: skip
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
@@ -235,7 +234,7 @@ def test_the_average_follows_the_updates(make: Make) -> None:
     go(replace(Shrink(), optim=Optim(ema=0.75, minibatches=2, lr=1e-2)), rig)
     assert rig.model.lora.copies == ["ema"]
     state = rig.model.lora.state()
-    gaps = [float((state[f"live/{k[4:]}"] - v).abs().max()) for k, v in state.items() if k.startswith("ema/")]
+    gaps = [float((state[f"policy/{k[4:]}"] - v).abs().max()) for k, v in state.items() if k.startswith("ema/")]
     assert 0 < max(gaps) < 0.01
 
 
@@ -249,5 +248,5 @@ def test_the_gradient_is_clipped(make: Make) -> None:
 
     adam = optimiser(method, rig)
     adam.register_step_pre_hook(step)
-    train(method, rig, adam, backward=lambda loss: loss.backward(), after=lambda numbers: None)
+    train(method, rig, adam, after=lambda numbers: None)
     assert norms and norms[0] == pytest.approx(1e-3, rel=1e-3)

@@ -1,0 +1,183 @@
+"""The files of a run directory: their names, and the one place that writes each of them.
+
+Beside these a run directory holds `checkpoint/` (training/checkpoint.py), `before.*`, the evaluation of the base
+(evaluation/evaluation_cache.py), and `inputs.json` with `.lock` (run_dir.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..evaluation import plots, record
+from ..evaluation.estimates import Evaluation
+from ..evaluation.ranking import BINARY_METRICS
+from ..evaluation.record import Record
+from ..files import write_atomically
+from ..spec import Scorer
+from .config import Config
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run found, beside the record: evaluations before and after, and the curve in between."""
+
+    stop: str  # why training or search ended
+    before: Evaluation
+    after: Evaluation
+    curve: Sequence[dict[str, Any]]  # points {spent, scores}, the base first
+    cmmd: Mapping[str, Any]  # embedder -> {mean, ci, n}
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one run directory."""
+
+    run_dir: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The folder of checkpoints."""
+        return self.run_dir / "checkpoint"
+
+    @property
+    def base_evaluation(self) -> Path:
+        """The stem of the files that hold the evaluation of the base."""
+        return self.run_dir / "before"
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the trained LoRA; the model writes it."""
+        return self.run_dir / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON line for each iteration."""
+        return self.run_dir / "metrics.jsonl"
+
+    @property
+    def record(self) -> Path:
+        """The record, written last: its presence says that the run is complete."""
+        return self.run_dir / "record.json"
+
+    def write_config(self, config: Config) -> None:
+        """Write config.toml."""
+        _write_text(self.run_dir / "config.toml", config_toml(config))
+
+    def open_metrics(self, iteration: int) -> MetricsLog:
+        """Open metrics.jsonl for more lines, without those after the checkpoint of this iteration."""
+        truncate_metrics(self.metrics, iteration)
+        return MetricsLog(self.metrics)
+
+    def write_curve_point(self, number: int, evaluation: Evaluation) -> None:
+        """Write every score of point `number` of the curve behind the points before it; later ones are of an earlier start."""
+        path = self.run_dir / "curve.parquet"
+        scores = evaluation.table.drop(columns=["text", "reason", "note"]).assign(eval_point=number)
+        try:
+            old = pd.read_parquet(path) if number and path.is_file() else None
+        except (ValueError, OSError):  # damaged: the means of the points are in the checkpoint
+            old = None
+        tables: list[Any] = [scores] if old is None else [old[old.eval_point < number], scores]
+        _write_parquet(path, pd.concat(tables, ignore_index=True))
+
+    def write_scores(self, before: Evaluation, after: Evaluation) -> None:
+        """Write scores.parquet: every score before and after."""
+        phases = [before.table.assign(phase="before"), after.table.assign(phase="after")]
+        _write_parquet(self.run_dir / "scores.parquet", pd.concat(phases, ignore_index=True))
+
+    def write_samples(self, before: Evaluation, after: Evaluation, scorer: Scorer) -> None:
+        """Write samples/: sheets of the images for people, and the images themselves."""
+        folder = self.run_dir / "samples"
+        folder.mkdir(exist_ok=True)
+        plots.samples([before], ["before"], scorer).save(folder / "before.png")
+        plots.samples([after], ["after"], scorer).save(folder / "after.png")
+        plots.samples([before, after], ["before", "after"], scorer).save(folder / "pairs.png")
+        rows = after.shown()
+        prompt, ordinal = rows.prompt.to_numpy(), rows.ordinal.to_numpy()
+
+        def write(path: Path) -> None:
+            with path.open("wb") as file:
+                np.savez_compressed(file, before=before.images, after=after.images, prompt=prompt, ordinal=ordinal)
+
+        write_atomically(folder / "images.npz", write)
+
+    def write_curve_plot(self, curve: Sequence[dict[str, Any]], scorer: Scorer, currency: str) -> None:
+        """Write curve.png: the metrics that say most, over what was spent of a currency."""
+        shown = (scorer.metrics[0], *BINARY_METRICS)
+        keys = [key for key in curve[0]["scores"] if key.partition("/")[2] in shown]
+        plots.curve(self.run_dir / "curve.png", curve, keys, currency)
+
+    def write_record(self, finished: Record, readme: str) -> None:
+        """Write README.md and then, as the run's last file, record.json."""
+        _write_text(self.run_dir / "README.md", readme)
+        record.write(self.record, finished)
+
+
+class MetricsLog:
+    """metrics.jsonl: one line for each iteration, flushed at once."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8")
+
+    def __call__(self, numbers: Mapping[str, float]) -> None:
+        """Append a line; JSON has no NaN, so what is not finite becomes null."""
+        finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def truncate_metrics(path: Path, iteration: int) -> None:
+    """Drop the lines after an iteration, and lines cut short: they were written after the checkpoint that a run goes on from."""
+    if not path.is_file():
+        return
+    lines: list[str] = []
+    for line in path.read_text("utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                lines.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue  # the process was killed while it wrote this line
+    _write_text(path, "".join(line + "\n" for line in lines))
+
+
+def config_toml(config: Config) -> str:
+    """The settings as a TOML file that --config reads."""
+    mapping = config.mapping()
+    budget = ",".join(f"{k}={v!r}" for k, v in config.budget.bounds().items())
+    lines = [
+        f"# gpobench run --method {config.method} --task {config.task} --model {config.model} "
+        f"--reward {config.reward} --seed {config.seed} --budget {budget} --config config.toml"
+    ]
+    top = {**mapping["settings"], "precision": config.precision, **config.execution}
+    tables = {"": top, "adapter": mapping["adapter"], "evaluation": mapping["evaluation"]}
+    if config.tuned:
+        tables["tuned"] = {**config.tuned, **config.tuned["spent"], "spent": None}
+    tables |= {key: top.pop(key) for key in [k for k, v in top.items() if isinstance(v, dict)]}
+    for name, table in tables.items():
+        lines += ["", f"[{name}]"] if name else [""]
+        lines += [f"{key} = {_toml_value(value)}" for key, value in table.items() if value is not None]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    """A TOML value: as in JSON, but for numbers that are not finite."""
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else json.dumps(value)
+
+
+def _write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, "utf-8"))
+
+
+def _write_parquet(path: Path, table: pd.DataFrame) -> None:
+    write_atomically(path, lambda temporary: table.to_parquet(temporary, index=False))

@@ -1,0 +1,204 @@
+"""What a run works with: its settings, model, scorers, files and processes, opened once and closed together."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import registry
+from ..assets.prompts import with_own_prompts
+from ..errors import Missing, UserError
+from ..evaluation.evaluation_cache import RunConditions
+from ..evaluation.evaluator import EvaluationPlan, Evaluator
+from ..evaluation.scorer_set import ScorerSet, open_scorer_set
+from ..evaluation.splits import refuse_overlap
+from ..model_spec import ModelSpec, find_model_spec
+from ..models.open import open_model
+from ..process_group import ProcessGroup
+from ..progress import Progress
+from ..spec import Prompt, Task, counted_guidance
+from ..training.pairs import open_pairs
+from .artifacts import RunFiles
+from .config import Config
+
+
+class PhaseTimer:
+    """Wall-clock seconds by phase; a phase inside another one is not counted twice."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Generator[None]:
+        """Time the block as a part of a phase."""
+        start, counted = time.perf_counter(), sum(self.seconds.values())
+        try:
+            yield
+        finally:
+            inner = sum(self.seconds.values()) - counted
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start - inner
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of a run in one process."""
+
+    config: Config
+    run_dir: Path
+    base_folder: Path  # evaluations of the base that the runs of one folder share
+    weights_hash: str  # of the model's files
+    processes: ProcessGroup
+    progress: Progress
+    track: str | None  # a tracker of accelerate's
+    interrupted: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """An opened run: all that training, search, evaluation and the record need."""
+
+    launch: Launch
+    model_spec: ModelSpec
+    task: Task
+    model: Any  # a spec.Model with its LoRA
+    scorers: ScorerSet
+    accelerator: Any  # accelerate's: the device, the backward pass and the trackers
+    train_prompts: Sequence[Prompt]
+    plan: EvaluationPlan
+    timer: PhaseTimer
+
+    @property
+    def config(self) -> Config:
+        """The resolved settings."""
+        return self.launch.config
+
+    @property
+    def files(self) -> RunFiles:
+        """The files of the run directory."""
+        return RunFiles(self.launch.run_dir)
+
+    @property
+    def processes(self) -> ProcessGroup:
+        """The processes that share the run."""
+        return self.launch.processes
+
+    @property
+    def progress(self) -> Progress:
+        """Where progress is shown."""
+        return self.launch.progress
+
+    @property
+    def interrupted(self) -> Callable[[], bool]:
+        """Whether the run was asked to stop."""
+        return self.launch.interrupted
+
+    def evaluator(self) -> Evaluator:
+        """The evaluator of this run's model."""
+        conditions = RunConditions(
+            self.model_spec,
+            self.task,
+            self.config.precision,
+            self.launch.weights_hash,
+            str(self.accelerator.device),
+        )
+        return Evaluator(
+            self.model, self.scorers, self.plan, self.launch.base_folder, conditions, self.processes, self.progress
+        )
+
+
+@contextmanager
+def open_run(launch: Launch) -> Generator[RunContext]:
+    """Open task, scorers, device and model of a run; scorers and trackers are closed at the end of the block.
+
+    Raises UserError where settings, scorers or model do not fit, Missing where a part is not installed.
+    """
+    config, timer = launch.config, PhaseTimer()
+    model_spec, task = config.model_spec(), open_task(config)
+    with ExitStack() as stack:
+        with timer("load"):
+            refuse_overlap(task, model_spec.domain)
+            scorers = open_scorer_set(
+                task, model_spec.domain, launch.progress.message, config.reward, config.scorer_locations
+            )
+            stack.callback(scorers.close)
+            accelerator = open_accelerator(config.precision, launch.track, launch.run_dir)
+            # Ends the trackers, and the communication between several processes.
+            stack.callback(accelerator.end_training)
+            model = open_model(
+                model_spec,
+                device=accelerator.device,
+                precision=config.precision,
+                adapter=config.adapter,
+                seed=config.seed,
+            )
+            RunFiles(launch.run_dir).write_config(config)
+            _check_settings(config.settings, model)
+        yield RunContext(
+            launch=launch,
+            model_spec=model_spec,
+            task=task,
+            model=model,
+            scorers=scorers,
+            accelerator=accelerator,
+            train_prompts=task.prompts("train", model_spec.domain),
+            plan=EvaluationPlan.of_task(task, model_spec.domain, config.evaluation),
+            timer=timer,
+        )
+
+
+def open_task(config: Config) -> Task:
+    """The task of a configuration, with the user's own prompts where they are given."""
+    task = registry.load("task", config.task)()
+    return with_own_prompts(task, config.prompts, find_model_spec(config.model).domain) if config.prompts else task
+
+
+def process_group() -> ProcessGroup:
+    """The processes that `accelerate launch` or `torchrun` started for this run."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ProcessGroup()
+    from accelerate import PartialState
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    return ProcessGroup(state.process_index, state.num_processes)
+
+
+def open_accelerator(precision: str, track: str | None = None, run_dir: Path | None = None) -> Any:
+    """The device and the trackers. The model casts by itself, so that differences and latents stay float32.
+
+    On a GPU, kernels that add in a changing order are replaced by deterministic ones, so that the same command gives the same
+    bytes.
+    """
+    from accelerate import Accelerator
+
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("precision fp16 needs a CUDA device: --set precision=bf16 or fp32")
+    try:
+        on_cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", log_with=track, project_dir=run_dir)
+    except ValueError as error:
+        raise UserError(f"--track {track}: {error}") from None
+    if accelerator.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrices are multiplied
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    if track and not accelerator.log_with:  # accelerate skips a tracker that is not installed without a message
+        raise Missing(f"the tracker {track!r} is not installed; tensorboard comes with: pip install 'gpobench[track]'")
+    if track:
+        accelerator.init_trackers("tracker")
+    return accelerator
+
+
+def _check_settings(settings: Any, model: Any) -> None:
+    """Raise UserError on settings that cannot work with this model, before minutes go into evaluating the base."""
+    cost = getattr(type(settings), "cost", None)  # a third party's method may lack it; `gpobench check` asks for it
+    if cost is not None:
+        cost(settings, model.steps, counted_guidance(model))
+    pairs = asdict(settings).get("pairs")
+    if isinstance(pairs, str) and pairs:
+        open_pairs(pairs)
