@@ -106,8 +106,8 @@ def test_scores_come_back_where_they_were(make: Make, before_and_after: Any) -> 
     assert run.strata == tuple(f"s{i % 3}" for i in range(40))
 
 
-def test_a_record_without_strata_is_read(make: Make) -> None:
-    assert set(load_runs([make("old", columns=["stratum"], schema_version=1)])[0].strata) == {""}
+def test_scores_without_strata_are_read(make: Make) -> None:
+    assert set(load_runs([make("old", columns=["stratum"])])[0].strata) == {""}
 
 
 def test_what_is_no_finished_run_is_said(make: Make, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_what_is_no_finished_run_is_said(make: Make, tmp_path: Path) -> None:
         tmp_path / "begun": "is not finished",
         tmp_path / "gone": "is no folder of runs",
         cut: "cannot read",
-        newer: "has schema 99",
+        newer: "has schema version 99",
         lost: "cannot read",
         make("bare", columns=["value"]): "has no column 'value'",
         make("eval", kind="eval"): "is no run but an eval",
