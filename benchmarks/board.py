@@ -1,11 +1,11 @@
-"""How long a big table takes: 30 runs of 10,000 prompts x 4 images, read, resampled 10,000 times and rendered.
+"""Measures the time of a large table: 30 runs of 10,000 prompts x 4 images, read, resampled 10,000 times and rendered.
 
     python benchmarks/board.py                              # the size of a large study, a few minutes to make its runs
-    python benchmarks/board.py --seeds 1                    # thirty methods of one seed, 465 pairs of rows, all by sign flips
+    python benchmarks/board.py --seeds 1                    # thirty methods of one seed: 465 pairs of rows, sign flips
     python benchmarks/board.py --runs 6 --prompts 553       # a smaller one
 
-Made runs: ten methods with three seeds unless told, a training and a held-out scorer. Each of the two measurements is a process of
-its own.
+The runs are synthetic: ten methods with three seeds by default, a training and a held-out scorer. Each of the two measurements
+is a process of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 
 
 def make(run_dir: Path, runs: int, prompts: int, images: int, seeds: int) -> None:
-    """Run directories with records and scores as a run writes them."""
+    """Write synthetic run directories with records and scores in the format of a run."""
     import pandas as pd
 
     from gpobench.bench.evaluation import record
@@ -72,22 +72,23 @@ def make(run_dir: Path, runs: int, prompts: int, images: int, seeds: int) -> Non
 
 
 def measure(run_dir: Path) -> None:
-    """Seconds of each part and the peak of memory, of this process."""
+    """Print the seconds of each part and the peak memory of this process."""
     start = time.perf_counter()
-    from gpobench.leaderboards.board import board, load
+    from gpobench.leaderboards.build_board import build_board
     from gpobench.leaderboards.render import render
+    from gpobench.leaderboards.runs import load_runs
 
-    marks = [("import", start, time.perf_counter())]
-    runs = load([run_dir])
-    marks.append(("read", marks[-1][2], time.perf_counter()))
-    made = board(runs)
-    marks.append(("resample", marks[-1][2], time.perf_counter()))
-    text = render(made)
-    marks.append(("render", marks[-1][2], time.perf_counter()))
+    spans = [("import", start, time.perf_counter())]
+    runs = load_runs([run_dir])
+    spans.append(("read", spans[-1][2], time.perf_counter()))
+    board = build_board(runs)
+    spans.append(("resample", spans[-1][2], time.perf_counter()))
+    text = render(board)
+    spans.append(("render", spans[-1][2], time.perf_counter()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    said = ", ".join(f"{name} {end - begin:.2f}" for name, begin, end in marks)
+    seconds = ", ".join(f"{name} {end - begin:.2f}" for name, begin, end in spans)
     cpu = time.process_time()
-    print(f"{said}: {marks[-1][2] - start:.2f} s ({cpu:.2f} s of processor), {peak:.2f} GB", flush=True)
+    print(f"{seconds}: {spans[-1][2] - start:.2f} s ({cpu:.2f} s of processor), {peak:.2f} GB", flush=True)
     print(text.splitlines()[2], flush=True)
 
 
@@ -98,13 +99,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3, help="of each method")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
-    a = parser.parse_args()
-    if a.measure:
-        measure(a.measure)
+    options = parser.parse_args()
+    if options.measure:
+        measure(options.measure)
         return
     with tempfile.TemporaryDirectory() as run_dir:
-        make(Path(run_dir), a.runs, a.prompts, a.images, a.seeds)
-        print(f"{a.runs} runs, {a.prompts:,} prompts x {a.images} images, 2 scorers:", flush=True)
+        make(Path(run_dir), options.runs, options.prompts, options.images, options.seeds)
+        print(f"{options.runs} runs, {options.prompts:,} prompts x {options.images} images, 2 scorers:", flush=True)
         for _ in range(2):
             subprocess.run([sys.executable, __file__, "--measure", run_dir], check=True)
 

@@ -1,7 +1,7 @@
-"""Stable Diffusion 3.5 Medium at full size with random weights on a GPU: does it fit, and how fast does each method train?
+"""Measures memory and training speed of each method on Stable Diffusion 3.5 Medium at full size with random weights on a GPU.
 
-The true architecture (2.2 billion parameters in the transformer, the 16-channel autoencoder, CLIP-L, CLIP-G, T5-XXL cut to
-one layer: prompts are encoded once and cached, so its depth is neither in the speed nor, off-loaded, in the memory), random
+The real architecture (2.2 billion parameters in the transformer, the 16-channel autoencoder, CLIP-L, CLIP-G, T5-XXL cut to
+one layer: prompts are encoded once and cached, so its depth affects neither speed nor, off-loaded, memory), random
 weights, bfloat16, 512 px, 10 rollout steps with guidance 4.5, the LoRA of rank 32. Prints Markdown: peak memory, images/s of the
 rollout, and per method seconds and peak memory of one iteration of 2 prompts x 4 images, one row a backward.
 Run on a GPU: python benchmarks/full_size.py [method ...]
@@ -39,7 +39,7 @@ AUTOENCODER: dict[str, Any] = dict(
 
 
 def pipeline(dtype: torch.dtype) -> Any:
-    """The pipeline in memory, its weights drawn on the GPU."""
+    """The pipeline with random weights on the GPU."""
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
@@ -82,7 +82,7 @@ def pipeline(dtype: torch.dtype) -> Any:
 
 
 class Brightness:
-    """A scorer that costs nothing and tells images apart."""
+    """A scorer of negligible cost that gives different images different scores."""
 
     id, name, metrics = "brightness-v1", "brightness", ("mean",)
 
@@ -91,12 +91,12 @@ class Brightness:
 
 
 def shrunk(settings: Any) -> Any:
-    """Two prompts, four images each, ten steps, one row a backward: what changes with size is left to arithmetic."""
-    known = {f.name for f in fields(settings)}
-    asked = {"prompts": 2, "group": 4, "steps": 10}
+    """The settings with two prompts, four images each, ten steps and one row a backward; other sizes scale from it."""
+    names = {f.name for f in fields(settings)}
+    small = {"prompts": 2, "group": 4, "steps": 10}
     return replace(
         settings,
-        **{k: v for k, v in asked.items() if k in known},
+        **{k: v for k, v in small.items() if k in names},
         optim=replace(settings.optim, micro=1, minibatches=1),
     )
 
@@ -147,8 +147,8 @@ def main(names: list[str]) -> None:
 
 
 @dataclass
-class Watched:
-    """A method, and a look at the clock whenever its experience is paid."""
+class TimedMethod:
+    """A method that records when each collect begins and how long it takes."""
 
     method: Any
     optim: Any
@@ -171,22 +171,20 @@ def clock() -> float:
 
 
 def train_a_little(settings: Any, model: Any, book: Any) -> str:
-    """The cells of one row, of the second iteration: the first one pays for the allocator."""
+    """The cells of one row, of the second iteration: the first one includes the one-time cost of the allocator."""
     meter = Meter(Budget(nfe=1e12))
-    rig, watched = Rig(model, book, Brightness(), meter, rows=8), Watched(settings, settings.optim)
+    rig, timed = Rig(model, book, Brightness(), meter, rows=8), TimedMethod(settings, settings.optim)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     ends: list[float] = []
     train.train(
-        watched, rig, train.optimiser(settings, rig),  # type: ignore[arg-type]
+        timed, rig, train.optimiser(settings, rig),  # type: ignore[arg-type]
         after=lambda numbers: ends.append(clock()),
         interrupted=lambda: rig.iteration >= 2,
     )  # fmt: skip
     rig.close()
     peak = torch.cuda.max_memory_allocated() / GB
-    return (
-        f"{ends[1] - watched.began:.2f} | {watched.rollout:.2f} | {meter.nfe // 2} | {meter.updates // 2} | {peak:.1f}"
-    )
+    return f"{ends[1] - timed.began:.2f} | {timed.rollout:.2f} | {meter.nfe // 2} | {meter.updates // 2} | {peak:.1f}"
 
 
 if __name__ == "__main__":

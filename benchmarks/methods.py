@@ -1,10 +1,10 @@
-"""Every method on one task and one model under one budget, several seeds: the runs, and docs/methods.md made of them.
+"""Runs every method on one task and one model under one budget with several seeds, and writes docs/methods.md from the runs.
 
-    python benchmarks/methods.py run --jobs 2          # all rows, three seeds; goes on where it was cut off
+    python benchmarks/methods.py run --jobs 2          # all rows, three seeds; resumes after an interruption
     python benchmarks/methods.py table                 # docs/methods.md, docs/methods.png, docs/near-ties.png
     python benchmarks/methods.py run --only gpo,sft --seeds 1 --budget nfe=20000
 
-The runs judge on validation prompts: methods are compared while they are developed, and the test prompts stay unseen.
+The runs evaluate on validation prompts: methods are compared while they are developed, and the test prompts stay unused.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from gpobench.bench.experiments import config
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.spec import Search
 from gpobench.bench.stats import intervals
+from gpobench.leaderboards.method_colours import row_styles
 
 TASK, MODEL, IMAGES = "ocr", "tiny", 2
-HERE = Path(__file__).resolve().parent.parent
+REPO = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-c", "from gpobench.bench.commands.app import main; main()"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: a label, a method (with its variant) and the settings that make it another one."""
+    """One line of a table: a label, a method (with its variant) and the settings that differ from its preset."""
 
     label: str
     method: str
     sets: tuple[str, ...] = ()
-    budget: str = ""  # its own, in place of the one that is asked for
+    budget: str = ""  # replaces the one of the command line
 
 
 METHODS = [
@@ -96,23 +97,23 @@ def run(rows: list[Row], seeds: int, budget: str, out: Path, jobs: int) -> int:
     out.mkdir(parents=True, exist_ok=True)
     todo = {run_dir(row, s, budget, out): arguments(row, s, budget, out) for s in range(seeds) for row in rows}
 
-    def one(item: tuple[Path, list[str]]) -> int:
-        place, line = item
-        with (out / f"{place.name}.log").open("w") as log:
-            code = subprocess.run([*COMMAND, *line], stdout=log, stderr=log, cwd=HERE).returncode
-        print(f"{'done' if code == 0 else f'FAILED ({code})'}  {place.name}", flush=True)
+    def run_one(item: tuple[Path, list[str]]) -> int:
+        folder, command = item
+        with (out / f"{folder.name}.log").open("w") as log:
+            code = subprocess.run([*COMMAND, *command], stdout=log, stderr=log, cwd=REPO).returncode
+        print(f"{'done' if code == 0 else f'FAILED ({code})'}  {folder.name}", flush=True)
         return code
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // jobs)))
     with ThreadPoolExecutor(jobs) as pool:
-        return sum(code != 0 for code in pool.map(one, todo.items()))
+        return sum(code != 0 for code in pool.map(run_one, todo.items()))
 
 
 # Reading runs
 
 
 @dataclass(frozen=True)
-class Seen:
+class RowRuns:
     """The finished seeds of one row."""
 
     row: Row
@@ -121,7 +122,7 @@ class Seen:
 
     @property
     def label(self) -> str:
-        """The row's, and that it rests on one seed where it does: such an interval knows nothing of their spread."""
+        """The row's label, marked where there is one seed: its interval does not contain the spread between seeds."""
         return self.row.label + (" (one seed)" if len(self.records) == 1 else "")
 
     def gains(self, key: str) -> list[np.ndarray]:
@@ -129,7 +130,7 @@ class Seen:
         return [_gain(pd.read_parquet(f / "scores.parquet"), key, "phase", "after", "before") for f in self.folders]
 
     def gains_at(self, key: str, currency: str, spend: float) -> list[np.ndarray]:
-        """For each seed (prompts,): the gain at an equal spend, between the two validation marks around it."""
+        """For each seed (prompts,): the gain at an equal spend, between the two eval points around it."""
         return [_between(f, r, key, currency, spend) for f, r in zip(self.folders, self.records, strict=True)]
 
     def spent(self, currency: str) -> float:
@@ -145,25 +146,25 @@ def _gain(table: pd.DataFrame, key: str, column: str, after: object, before: obj
 
 
 def _between(folder: Path, r: record.Record, key: str, currency: str, spend: float) -> np.ndarray:
-    marks = pd.read_parquet(folder / "curve.parquet")
+    curve = pd.read_parquet(folder / "curve.parquet")
     at = np.array([point.spent[currency] for point in r.curve])
     right = int(np.searchsorted(at, spend).clip(1, len(at) - 1))
     share = float(np.clip((spend - at[right - 1]) / max(at[right] - at[right - 1], 1e-9), 0, 1))
-    ends = [_gain(marks, key, "eval_point", k, 0) if k else 0.0 for k in (right - 1, right)]
+    ends = [_gain(curve, key, "eval_point", k, 0) if k else 0.0 for k in (right - 1, right)]
     return np.asarray((1 - share) * ends[0] + share * ends[1])
 
 
-def read(rows: list[Row], seeds: int, budget: str, out: Path) -> list[Seen]:
-    """The rows that have runs; what is missing is said on stderr."""
-    found: list[Seen] = []
+def read(rows: list[Row], seeds: int, budget: str, out: Path) -> list[RowRuns]:
+    """The rows that have finished runs; missing seeds are named on stderr."""
+    read_rows: list[RowRuns] = []
     for row in rows:
         folders = [run_dir(row, s, budget, out) for s in range(seeds)]
-        whole = [f for f in folders if (f / "record.json").is_file()]
-        if len(whole) < len(folders):
-            print(f"{row.label}: {len(folders) - len(whole)} of {len(folders)} seeds are missing", file=sys.stderr)
-        if whole:
-            found.append(Seen(row, whole, [record.read(f / "record.json") for f in whole]))
-    return found
+        finished = [f for f in folders if (f / "record.json").is_file()]
+        if len(finished) < len(folders):
+            print(f"{row.label}: {len(folders) - len(finished)} of {len(folders)} seeds are missing", file=sys.stderr)
+        if finished:
+            read_rows.append(RowRuns(row, finished, [record.read(f / "record.json") for f in finished]))
+    return read_rows
 
 
 # Tables
@@ -177,101 +178,103 @@ def cell(gains: list[np.ndarray]) -> str:
 
 def code_lines(path: Path) -> int:
     """Lines that hold code: no blank lines, comments or docstrings."""
-    kept: set[int] = set()
+    numbers: set[int] = set()
     before = tokenize.NEWLINE
     for token in tokenize.generate_tokens(io.StringIO(path.read_text("utf-8")).readline):
         if token.type in (tokenize.COMMENT, tokenize.NL, tokenize.ENCODING):
             continue
         doc = token.type == tokenize.STRING and before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
         if token.type not in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER) and not doc:
-            kept.update(range(token.start[0], token.end[0] + 1))
+            numbers.update(range(token.start[0], token.end[0] + 1))
         before = token.type
-    return len(kept)
+    return len(numbers)
 
 
 def facts(row: Row) -> tuple[str, int]:
     """The paper's arXiv link and the lines of code of a method's file."""
     value = registry.entries("method")[row.method.partition(":")[0]].value
-    path = HERE / "methods" / f"{value.partition(':')[0].rpartition('.')[2]}.py"
+    path = REPO / "methods" / f"{value.partition(':')[0].rpartition('.')[2]}.py"
     paper = re.search(r"arXiv[: ](\d{4}\.\d{4,5})", path.read_text("utf-8"))
     return (f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else "-"), code_lines(path)
 
 
-def passes(row: Row, seen: Seen) -> str:
+def passes(row: Row, runs: RowRuns) -> str:
     """F and B an image: what the method declares, and what the runs spent (groups without spread are not learnt from)."""
     model_spec = find_model_spec(MODEL)
     settings = config.resolve(config.RunRequest(row.method, TASK, MODEL, sets=row.sets)).settings
-    roles, images = seen.records[0].nfe_by_role, seen.records[0].spent["images"]
+    roles, images = runs.records[0].nfe_by_role, runs.records[0].spent["images"]
     static = settings.cost(model_spec.steps, model_spec.guidance)
-    said, done = (
+    declared, spent = (
         (sum(v for k, v in r.items() if k != "policy") + r.get("policy", 0) / 3, r.get("policy", 0) / 3)
         for r in (dict(static), {k: v / images for k, v in roles.items()})
     )
     if isinstance(settings, Search):
-        return f"{said[0]:g}F / {done[0]:.1f}F"
-    return f"{said[0]:g}F + {said[1]:g}B / {done[0]:.1f}F + {done[1]:.1f}B"
+        return f"{declared[0]:g}F / {spent[0]:.1f}F"
+    return f"{declared[0]:g}F + {declared[1]:g}B / {spent[0]:.1f}F + {spent[1]:.1f}B"
 
 
-def training_table(rows: list[Seen], reward: str, training: str, held_out: str) -> list[str]:
+def training_table(rows: list[RowRuns], reward: str, training: str, held_out: str) -> list[str]:
     lines = [
         "| method | paper | lines | passes per image: declared / spent | reward | training scorer | held-out scorer "
         "| images | updates | seconds | stop |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for seen in sorted(rows, key=lambda s: -np.mean(s.gains(training))):
-        paper, lines_of_code = facts(seen.row)
-        stops = {r.stop for r in seen.records}
-        flags = "".join(" **hack**" for r in seen.records if r.flags.hack)
+    for runs in sorted(rows, key=lambda s: -np.mean(s.gains(training))):
+        paper, lines_of_code = facts(runs.row)
+        stops = {r.stop for r in runs.records}
+        flags = "".join(" **hack**" for r in runs.records if r.flags.hack)
         lines.append(
-            f"| {seen.label} | {paper} | {lines_of_code} | {passes(seen.row, seen)} | {cell(seen.gains(reward))} "
-            f"| {cell(seen.gains(training))} | {cell(seen.gains(held_out))}{flags} "
-            f"| {seen.spent('images'):,.0f} | {seen.spent('updates'):,.0f} "
-            f"| {seen.spent('seconds'):,.0f} | {'; '.join(sorted(stops))} |"
+            f"| {runs.label} | {paper} | {lines_of_code} | {passes(runs.row, runs)} | {cell(runs.gains(reward))} "
+            f"| {cell(runs.gains(training))} | {cell(runs.gains(held_out))}{flags} "
+            f"| {runs.spent('images'):,.0f} | {runs.spent('updates'):,.0f} "
+            f"| {runs.spent('seconds'):,.0f} | {'; '.join(sorted(stops))} |"
         )
     return lines
 
 
-def equal_table(rows: list[Seen], training: str) -> list[str]:
+def equal_table(rows: list[RowRuns], training: str) -> list[str]:
     """The training scorer's gain at an equal spend in each currency: the least that any of these methods spent."""
     trained = [s for s in rows if (s.folders[0] / "curve.parquet").is_file() and s.records[0].spent["updates"]]
     currencies = ("nfe", "images", "updates", "seconds")
     least = {c: min(r.spent[c] for s in trained for r in s.records) for c in currencies}
     heads = " | ".join(f"{least[c]:,.0f} {c}" for c in currencies)
     lines = [f"| method | {heads} |", "|---" * (len(currencies) + 1) + "|"]
-    for seen in sorted(trained, key=lambda s: -np.mean(s.gains(training))):
-        gains = " | ".join(cell(seen.gains_at(training, c, least[c])) for c in currencies)
-        lines.append(f"| {seen.label} | {gains} |")
+    for runs in sorted(trained, key=lambda s: -np.mean(s.gains(training))):
+        gains = " | ".join(cell(runs.gains_at(training, c, least[c])) for c in currencies)
+        lines.append(f"| {runs.label} | {gains} |")
     return lines
 
 
-def claim_table(rows: list[Seen], training: str, held_out: str) -> list[str]:
+def claim_table(rows: list[RowRuns], training: str, held_out: str) -> list[str]:
     base = next(s for s in rows if s.row.label == "GPO")
     lines = ["| what learns | training scorer | held-out scorer | against GPO |", "|---|---|---|---|"]
-    for seen in rows:
-        against = [a - b for a, b in zip(seen.gains(training), base.gains(training), strict=False)]
+    for runs in rows:
+        against = [a - b for a, b in zip(runs.gains(training), base.gains(training), strict=False)]
         lines.append(
-            f"| {seen.label} | {cell(seen.gains(training))} | {cell(seen.gains(held_out))} "
-            f"| {'' if seen is base else cell(against)} |"
+            f"| {runs.label} | {cell(runs.gains(training))} | {cell(runs.gains(held_out))} "
+            f"| {'' if runs is base else cell(against)} |"
         )
     return lines
 
 
-def picture(path: Path, rows: list[Seen], training: str, held_out: str) -> None:
-    """Gain on the training and on the held-out scorer against nfe: the mean of the seeds, a band from lowest to highest."""
+def plot_gains(path: Path, rows: list[RowRuns], training: str, held_out: str) -> None:
+    """Plot the gain on the training and on the held-out scorer against nfe: the mean of the seeds and their range."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), dpi=120, sharey=True)
-    colours = pyplot.get_cmap("tab20")
-    trained = [s for s in rows if s.records[0].spent["updates"]]
+    trained = [runs for runs in rows if runs.records[0].spent["updates"]]
+    styles = row_styles({runs.row.label: runs.row.method for runs in rows})
     for axis, key, title in zip(axes, (training, held_out), ("trained on", "held out"), strict=True):
-        for k, seen in enumerate(trained):
-            grid = np.linspace(0, min(r.spent["nfe"] for r in seen.records), 21)
-            gains = np.array([[100 * g.mean() for g in seen.gains_at(key, "nfe", x)] for x in grid])
-            axis.plot(grid / 1000, gains.mean(1), color=colours(k % 20), label=seen.row.label, linewidth=1.6)
-            axis.fill_between(grid / 1000, gains.min(1), gains.max(1), color=colours(k % 20), alpha=0.12, linewidth=0)
+        for runs in trained:
+            style = styles[runs.row.label]
+            grid = np.linspace(0, min(r.spent["nfe"] for r in runs.records), 21)
+            gains = np.array([[100 * g.mean() for g in runs.gains_at(key, "nfe", x)] for x in grid])
+            line = {"color": style.light, "linestyle": style.dash, "linewidth": 1.6}
+            axis.plot(grid / 1000, gains.mean(1), label=runs.row.label, **line)
+            axis.fill_between(grid / 1000, gains.min(1), gains.max(1), color=style.light, alpha=0.12, linewidth=0)
         axis.axhline(0, color="black", linewidth=0.6)
         axis.set_title(f"{key}, {title}", fontsize=10)
         axis.set_xlabel("spent, thousand nfe")
@@ -294,9 +297,9 @@ def table(seeds: int, budget: str, out: Path, docs: Path, metric: str) -> None:
     names = {use.role: name for name, use in reversed(first.scorers.items())}
     training, held_out = f"{names['training']}/{metric}", f"{names['held-out']}/{metric}"
     reward = f"{names['training']}/{registry.scorer(first.config['reward']).metrics[0]}"
-    picture(docs / "methods.png", methods, training, held_out)
+    plot_gains(docs / "methods.png", methods, training, held_out)
     if claim:
-        picture(docs / "near-ties.png", claim, training, held_out)
+        plot_gains(docs / "near-ties.png", claim, training, held_out)
     p, prompts = first.provenance, first.delta[training].n
     notes = docs / "methods.notes.md"
     parts = [
@@ -355,18 +358,18 @@ def main() -> None:
     parser.add_argument("--budget", default="tiny")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--docs", type=Path, default=HERE / "docs")
+    parser.add_argument("--docs", type=Path, default=REPO / "docs")
     parser.add_argument("--metric", default="exact")
     parser.add_argument("--rows", default="all", choices=("all", "methods", "claim"))
     parser.add_argument("--only", default="", help="labels or methods, by comma")
-    a = parser.parse_args()
-    if a.what == "table":
-        table(a.seeds, a.budget, a.out, a.docs, a.metric)
+    options = parser.parse_args()
+    if options.what == "table":
+        table(options.seeds, options.budget, options.out, options.docs, options.metric)
         return
-    wanted = set(filter(None, a.only.split(",")))
-    rows = {"all": [*METHODS, *CLAIM], "methods": METHODS, "claim": CLAIM}[a.rows]
+    wanted = set(filter(None, options.only.split(",")))
+    rows = {"all": [*METHODS, *CLAIM], "methods": METHODS, "claim": CLAIM}[options.rows]
     rows = [r for r in rows if not wanted or {r.label, r.method} & wanted]
-    sys.exit(1 if run(rows, a.seeds, a.budget, a.out, a.jobs) else 0)
+    sys.exit(1 if run(rows, options.seeds, options.budget, options.out, options.jobs) else 0)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Where a method's training time goes: model, scorer, decoder, optimiser, and what is left, the harness itself.
+"""Measures the parts of a method's training time: model, scorer, decoder, optimiser, and the rest, which is the harness itself.
 
-For every trained method a few iterations on the embedded model after one to warm up. Times are wall seconds of the main
-thread: forwards, backwards, decoding, encoding, and waiting for the scorer (which works beside the sampler); optimiser = the
-gradient's norm, AdamW and the averaged weights. The last column is everything else. Prints Markdown.
+Every trained method does a few iterations on the embedded model after one warm-up iteration. Times are wall seconds of the main
+thread: forwards, backwards, decoding, encoding, and waiting for the scorer (which runs concurrently with the sampler); optimiser = the
+gradient's norm, AdamW and the averaged weights. The last column is everything else. Prints a Markdown table.
 Run: python benchmarks/overhead.py [iterations] [method ...]
 """
 
@@ -65,7 +65,7 @@ def profile(name: str, iterations: int) -> tuple[Counter[str], float]:
     began = [0.0]
 
     def after(numbers: dict[str, float]) -> None:
-        if rig.iteration == 1:  # what the first one pays once: the scorer's model, the allocator, the optimiser's state
+        if rig.iteration == 1:  # one-time costs: the scorer's model, the allocator, the optimiser's state
             clock.seconds.clear()
             began[0] = time.perf_counter()
         total[0] = time.perf_counter() - began[0]

@@ -1,7 +1,7 @@
-"""The project's own numbers as pages: the table of the README, and leaderboards/tiny.md with every column and the curves.
+"""Writes the project's own numbers into pages: the table of the README, and leaderboards/tiny.md with every column and the curves.
 
-make board                                         # makes the runs (hours), the baselines, then calls this
-python benchmarks/own_numbers.py                   # the pages anew from runs/tiny
+make board                                         # makes the runs (hours), the baselines, then runs this script
+python benchmarks/own_numbers.py                   # writes the pages from runs/tiny
 python benchmarks/own_numbers.py DIR --print       # the README's tables on stdout, nothing written
 """
 
@@ -14,42 +14,47 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gpobench.bench.errors import UserError
-from gpobench.leaderboards.board import Board, LoadedRun, board, load
-from gpobench.leaderboards.render import cell, p_value, rank, render, spend
-from gpobench.leaderboards.report import gather, plots
+from gpobench.leaderboards.board import Board
+from gpobench.leaderboards.build_board import build_board
+from gpobench.leaderboards.figures import write_figures
+from gpobench.leaderboards.formatting import cell, p_value, rank, spend
+from gpobench.leaderboards.render import render
+from gpobench.leaderboards.report_data import read_report_data
+from gpobench.leaderboards.runs import LoadedRun, load_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "leaderboards" / "tiny.md"
 README = ROOT / "README.md"
 FIGURES = ROOT / "docs"
-MARKS = ("<!-- made by benchmarks/own_numbers.py -->", "<!-- end -->")
-SHOWN = ("training", "quality", "diversity")  # one column of each role, and the drift
+MARKERS = ("<!-- made by benchmarks/own_numbers.py -->", "<!-- end -->")
+SHOWN_ROLES = ("training", "quality", "diversity")  # one column of each role, and the drift
 
 
 def tables(runs: Sequence[LoadedRun]) -> dict[str, Board]:
-    """Task -> its table, the one of most prompts first: it tells most."""
+    """Task -> its board, the one with most prompts first."""
     tasks = dict.fromkeys(run.record.task for run in runs)
-    found = {task: board([run for run in runs if run.record.task == task]) for task in tasks}
-    return dict(sorted(found.items(), key=lambda item: (-prompts(item[1]), item[0])))
+    boards = {task: build_board([run for run in runs if run.record.task == task]) for task in tasks}
+    return dict(sorted(boards.items(), key=lambda item: (-prompts(item[1]), item[0])))
 
 
 def prompts(table: Board) -> int:
-    """How many the model was judged on."""
-    base = next(row for row in table.rows if row.kind == "base")
-    return base.cells[table.key].after.n
+    """How many prompts the model was evaluated on."""
+    return table.base_row.cells[table.key].after.n
 
 
-def short(table: Board, roles: Sequence[str] = SHOWN) -> list[str]:
-    """Rank, gains by role, drift and spend: what fits a page. One line a row. roles: further columns; of one, no drift."""
+def short(table: Board, roles: Sequence[str] = SHOWN_ROLES) -> list[str]:
+    """The lines of a Markdown table that fits a page: rank, gains by role, drift and spend of each row.
+
+    roles: one column is shown for each; with a single role the drift is left out.
+    """
     shown = [key for role in roles if (key := _first(table, role))]
     drift = next((name for row in table.rows for name in row.cmmd), "") if len(roles) > 1 else ""
-    base = next(row for row in table.rows if row.kind == "base")
-    first = cell(base.cells[table.key].after)
+    first = cell(table.base_row.cells[table.key].after)
     head = ["rank", "method", f"{table.key} (held out), base {first}", "p (Holm)"]
     head += [f"{key} (training scorer)" if key == _first(table, "training") else key for key in shown]
     head += [f"CMMD ({drift})"] if drift else []
-    marked = any(row.hacked or row.single_seed for row in table.rows)
-    head += ["images", "updates", "seconds", *(["marks"] if marked else [])]
+    has_flags = any(row.hacked or row.single_seed for row in table.rows)
+    head += ["images", "updates", "seconds", *(["marks"] if has_flags else [])]
     lines = [head, ["---"] * len(head)]
     for row in table.rows:
         if row.kind == "base":
@@ -58,8 +63,8 @@ def short(table: Board, roles: Sequence[str] = SHOWN) -> list[str]:
         line += [cell(row.cells[key].delta, sign=True) if key in row.cells else "" for key in shown]
         line += [cell(row.cmmd.get(drift))] if drift else []
         line += [spend(c, row.spent[c]) for c in ("images", "updates", "seconds")]
-        marks = ["hack" if row.hacked else "", "one seed" if row.single_seed else ""]
-        line += [", ".join(filter(None, marks))] if marked else []
+        flags = ["hack" if row.hacked else "", "one seed" if row.single_seed else ""]
+        line += [", ".join(filter(None, flags))] if has_flags else []
         lines.append(line)
     return [f"| {' | '.join(text.replace('<', '&lt;') for text in line)} |" for line in lines]
 
@@ -70,8 +75,8 @@ def _first(table: Board, role: str) -> str:
     return next((key for key in keys if key.partition("/")[2] == metric), next(iter(keys), ""))
 
 
-def ground(runs: Sequence[LoadedRun]) -> str:
-    """Where the numbers come from, in a sentence."""
+def run_facts(runs: Sequence[LoadedRun]) -> str:
+    """The model, budget, seeds, commits and machines of the runs, in a sentence."""
     first = runs[0].record
     commits = sorted({str(run.record.provenance.get("revision", ""))[:12] for run in runs})
     machines = sorted({str(run.record.provenance.get("machine", "")) for run in runs})
@@ -83,62 +88,64 @@ def ground(runs: Sequence[LoadedRun]) -> str:
     )
 
 
-def readme(found: dict[str, Board], runs: Sequence[LoadedRun]) -> str:
-    """The part between the marks."""
-    lines = [f"`make board`: {ground(runs)}", ""]
-    for task, table in found.items():
+def readme(boards: dict[str, Board], runs: Sequence[LoadedRun]) -> str:
+    """The text between the two markers of the README."""
+    lines = [f"`make board`: {run_facts(runs)}", ""]
+    for task, table in boards.items():
         split = table.evaluation.get("split", "test")
         lines += [f"**{task}**, {prompts(table)} {split} prompts", "", *short(table, roles=["training"]), ""]
     return "\n".join(lines)
 
 
-def page(found: dict[str, Board], runs: Sequence[LoadedRun]) -> str:
-    """leaderboards/tiny.md."""
+def page(boards: dict[str, Board], runs: Sequence[LoadedRun]) -> str:
+    """The text of leaderboards/tiny.md."""
     lines = [
         "# The methods on the embedded model",
         "",
-        f"Made by `make board`: {ground(runs)}",
+        f"Made by `make board`: {run_facts(runs)}",
         "`leaderboards/tiny.toml` guards these numbers; how the table is made and read: [docs/leaderboards.md](../docs/leaderboards.md).",
         "",
     ]
-    for task, table in found.items():
+    for task, table in boards.items():
         lines += [f"## {task}", "", *short(table), "", f"![curves](../docs/board-{task}-curves.png)"]
         lines += ["", f"![score against drift](../docs/board-{task}-pareto.png)", ""]
         lines += ["<details><summary>every column</summary>", "", render(table, "md"), "</details>", ""]
     return "\n".join(lines)
 
 
-def figures(found: dict[str, Board], runs: Sequence[LoadedRun]) -> None:
-    """docs/board-TASK-*.png."""
-    for task, table in found.items():
-        mine = [run for run in runs if run.record.task == task]
+def figures(boards: dict[str, Board], runs: Sequence[LoadedRun]) -> None:
+    """Write docs/board-TASK-*.png."""
+    for task, table in boards.items():
+        group = [run for run in runs if run.record.task == task]
         with TemporaryDirectory() as folder:
-            for file in plots(table, gather(table, mine), Path(folder)):
+            for file in write_figures(table, read_report_data(table, group), Path(folder)):
                 if file.suffix == ".png":
                     shutil.copy(file, FIGURES / f"board-{task}-{file.name}")
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("runs", nargs="?", type=Path, default=ROOT / "runs" / "tiny")
-    options.add_argument("--print", action="store_true")
-    said = options.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="?", type=Path, default=ROOT / "runs" / "tiny")
+    parser.add_argument("--print", action="store_true")
+    options = parser.parse_args()
     try:
-        runs = load([said.runs])
+        runs = load_runs([options.runs])
     except UserError as error:
         raise SystemExit(f"own_numbers: {error}") from None
-    found = tables(runs)
-    if said.print:
-        print(readme(found, runs))
+    boards = tables(runs)
+    if options.print:
+        print(readme(boards, runs))
         return
     text = README.read_text("utf-8")
-    if any(mark not in text for mark in MARKS):
-        raise SystemExit(f"own_numbers: {README.name} has no place for the table: put {MARKS[0]} and {MARKS[1]} there")
-    PAGE.write_text(page(found, runs), "utf-8")
-    figures(found, runs)
-    head, _, rest = text.partition(MARKS[0])
-    _, _, tail = rest.partition(MARKS[1])
-    README.write_text(f"{head}{MARKS[0]}\n\n{readme(found, runs)}\n{MARKS[1]}{tail}", "utf-8")
+    if any(marker not in text for marker in MARKERS):
+        raise SystemExit(
+            f"own_numbers: {README.name} has no place for the table: put {MARKERS[0]} and {MARKERS[1]} there"
+        )
+    PAGE.write_text(page(boards, runs), "utf-8")
+    figures(boards, runs)
+    head, _, rest = text.partition(MARKERS[0])
+    _, _, tail = rest.partition(MARKERS[1])
+    README.write_text(f"{head}{MARKERS[0]}\n\n{readme(boards, runs)}\n{MARKERS[1]}{tail}", "utf-8")
 
 
 if __name__ == "__main__":

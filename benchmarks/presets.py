@@ -1,10 +1,10 @@
-"""What every preset asks of a graphics card, as two tables: gigabytes and the smallest card that has them; evaluations, images and hours.
+"""Estimates the needs of every preset, as two tables: memory and the smallest graphics card; network evaluations, images and hours.
 
-Nothing is loaded: these are the estimates of `gpobench run --dry-run` (bench/models/memory.py). On a GPU only sd35m was measured.
+No model is loaded: these are the estimates of `gpobench run --dry-run` (bench/models/memory.py). On a GPU only sd35m was measured.
 
     python benchmarks/presets.py                       # every method on every model of the catalogue, as Markdown
     python benchmarks/presets.py --device rtx4090      # the hours of another device
-    python benchmarks/presets.py --write               # the same into docs/models.md, between its two marks
+    python benchmarks/presets.py --write               # the same into docs/models.md, between its two markers
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gpobench.bench.spec import Search
 MODELS = ("sd35m", "sd35l", "flux1-dev", "sdxl", "sd15", "tiny")
 LARGE = MODELS[:-1]  # the embedded model fits anywhere
 CARDS = (24, 48, 80)
-# By what a method learns from; one that is not here is named by its kind.
+# By what a method learns from; a method that is not listed is "search" or "other".
 FAMILIES = {
     "policy gradient": ("flow-grpo", "grpo-guard", "mix-grpo"),
     "preference": ("gpo", "dgpo", "diffusion-dpo"),
@@ -30,12 +30,12 @@ FAMILIES = {
 }
 TASK = "ocr"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
-MARKS = ("<!-- made by benchmarks/presets.py -->", "<!-- end -->")
+MARKERS = ("<!-- made by benchmarks/presets.py -->", "<!-- end -->")
 
 
 @dataclass(frozen=True)
 class Need:
-    """One line of the table."""
+    """The estimated needs of one preset on one model."""
 
     plan: Config
     family: str
@@ -53,12 +53,12 @@ def methods() -> list[str]:
 
 
 def need(method: str, model: str, device: str = "h100", sets: tuple[str, ...] = ()) -> Need:
-    """What the preset of a method for a model holds and takes, estimated."""
+    """Estimate the memory, evaluations and hours of the preset of a method for a model."""
     plan = resolve(RunRequest(method, TASK, model, sets=sets))
-    told, size = estimate_cost(plan, device), held(plan)
+    cost, size = estimate_cost(plan, device), held(plan)
     gpu_gb = next((gigabytes for gigabytes in CARDS if size.fits(gigabytes)), 0)
-    nfe = sum(told["nfe_an_image"].values())
-    return Need(plan, family(method, plan), latents(plan), size, gpu_gb, nfe, told["images"], told["hours"][device])
+    nfe = sum(cost["nfe_an_image"].values())
+    return Need(plan, family(method, plan), latents(plan), size, gpu_gb, nfe, cost["images"], cost["hours"][device])
 
 
 def family(method: str, plan: Config) -> str:
@@ -68,19 +68,19 @@ def family(method: str, plan: Config) -> str:
 
 
 def table() -> list[str]:
-    """The lines of a Markdown table: for every model and every kind of method what the presets need."""
+    """The lines of a Markdown table: the memory that presets need, for every model and every kind of method."""
     lines = [
         "| model | kind | methods, each with the latents of its backward pass | images at once | GB | card |",
         "|---|---|---|---|---|---|",
     ]
     for model in LARGE:
         needs = {method: need(method, model) for method in methods()}
-        for kind in dict.fromkeys(one.family for one in needs.values()):
-            own = {method: one for method, one in needs.items() if one.family == kind}
-            names = ", ".join(f"{method} {one.held}" if one.held else method for method, one in own.items())
-            sizes = [one.size.peak / GB for one in own.values()]
+        for kind in dict.fromkeys(each.family for each in needs.values()):
+            own = {method: each for method, each in needs.items() if each.family == kind}
+            names = ", ".join(f"{method} {each.held}" if each.held else method for method, each in own.items())
+            sizes = [each.size.peak / GB for each in own.values()]
             low, high = f"{min(sizes):.1f}", f"{max(sizes):.1f}"
-            cards = [one.gpu_gb for one in own.values()]
+            cards = [each.gpu_gb for each in own.values()]
             lines.append(
                 f"| `{model}` | {kind} | {names} | {next(iter(own.values())).plan.model_spec().rows} | "
                 f"{low if low == high else f'{low} to {high}'} | {f'{max(cards)} GB' if all(cards) else 'larger'} |"
@@ -89,31 +89,31 @@ def table() -> list[str]:
 
 
 def prices(device: str = "h100") -> list[str]:
-    """The lines of a second one: what an image costs, how many the model's own budget pays for, and the network's hours."""
+    """The lines of a second table: evaluations an image, images that the model's own budget pays for, and the network's hours."""
     head = "| | " + " | ".join(f"`{model}`" for model in LARGE) + " |"
     lines = [head, "|---" * (len(LARGE) + 1) + "|"]
     for method in methods():
         cells = [need(method, model, device) for model in LARGE]
-        lines.append(f"| {method} | " + " | ".join(f"{one.nfe:.4g}; {one.images:,}" for one in cells) + " |")
+        lines.append(f"| {method} | " + " | ".join(f"{each.nfe:.4g}; {each.images:,}" for each in cells) + " |")
     spent = [need("gpo", model, device) for model in LARGE]
-    lines.append(f"| hours, {device} | " + " | ".join(f"{one.hours:.0f}" for one in spent) + " |")
+    lines.append(f"| hours, {device} | " + " | ".join(f"{each.hours:.0f}" for each in spent) + " |")
     return lines
 
 
 def written(page: str, lines: list[str]) -> str:
-    """The page with the lines between its marks. Raises ValueError where a mark is missing."""
-    before, rest = page.split(MARKS[0])
-    _, after = rest.split(MARKS[1])
-    return "\n".join([f"{before}{MARKS[0]}", *lines, f"{MARKS[1]}{after}"])
+    """The page with the lines between its markers. Raises ValueError where a marker is missing."""
+    before, rest = page.split(MARKERS[0])
+    _, after = rest.split(MARKERS[1])
+    return "\n".join([f"{before}{MARKERS[0]}", *lines, f"{MARKERS[1]}{after}"])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What every preset asks of a graphics card.")
+    parser = argparse.ArgumentParser(description="Estimates what every preset needs of a graphics card.")
     parser.add_argument("--device", default="h100", choices=list(DEVICES))
     parser.add_argument("--write", action="store_true", help="into docs/models.md")
-    asked = parser.parse_args()
-    lines = [*table(), "", *prices(asked.device)]
-    if asked.write:
+    options = parser.parse_args()
+    lines = [*table(), "", *prices(options.device)]
+    if options.write:
         PAGE.write_text(written(PAGE.read_text("utf-8"), lines), "utf-8")
     else:
         print("\n".join(lines))

@@ -1,8 +1,8 @@
-"""How fast the embedded model samples, and what the harness adds to a bare loop over the same transformer.
+"""Measures how fast the embedded model samples, and what the rig adds to a bare loop over the same transformer.
 
 Prints images a second at batch 32 and 10 steps, for the base and with a LoRA attached, in float32 and in bfloat16, and the
 ratio rig / bare measured in turn within one process. The bare loop calls the pipeline's transformer and takes Euler
-steps, nothing else; the rig adds embedding look-ups, the meter, the kernels and the noise's bookkeeping.
+steps, nothing else; the rig adds embedding look-ups, the meter, the kernels and per-row noise.
 Run: python benchmarks/sampling.py [rounds]
 """
 
@@ -50,9 +50,9 @@ def measure(precision: str, adapted: bool, rounds: int) -> None:
         return rig.sample(noise, prompt_ids, steps=STEPS)
 
     work: dict[str, Callable[[], torch.Tensor]] = {"bare": bare, "rig": metered, "decode": lambda: model.decode(noise)}
-    apart = (bare() - metered()).abs().max().item()
-    assert apart < (1e-3 if precision == "fp32" else 0.5), (
-        f"the two loops must do the same work, they are {apart} apart"
+    difference = (bare() - metered()).abs().max().item()
+    assert difference < (1e-3 if precision == "fp32" else 0.5), (
+        f"the two loops must do the same work, their results differ by {difference}"
     )
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for _ in range(rounds):

@@ -1,6 +1,6 @@
-"""Several seeds of one run as one table: per seed and over seeds, before, after and their paired difference.
+"""Prints the seeds of one run as a Markdown table: per seed and over seeds, before, after and their paired difference.
 
-The last row resamples seeds and prompts (two-level bootstrap). Prints Markdown.
+The last row resamples seeds and prompts (two-level bootstrap).
 Run: python benchmarks/seeds.py runs/gpo-ocr-tiny-s*
 """
 

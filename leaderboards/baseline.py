@@ -1,4 +1,4 @@
-"""Numbers that are to hold, as a text file a person can review, with the score of every prompt in a second one beside it."""
+"""Baseline files: reported numbers with their margins as TOML for review, and the score of every prompt as CSV beside it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from ..bench.files import write_atomically
 from .board import BASE
 
 Array = NDArray[np.float64]
+FORMAT = 2  # 1 had the words of settings before they were renamed
 HEAD = ("row", "key", "seed")
-STRATUM = "stratum"  # the line of the scores that says which stratum each prompt is of, where there are several
+STRATUM = "stratum"  # the key of the line with each prompt's stratum, where there are several
 
 
-class _Part(BaseModel):
+class _BaselinePart(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class BaselineNumber(_Part):
-    """The mean of one scorer/metric over the prompts, after training, and how far from it is still the same."""
+class BaselineNumber(_BaselinePart):
+    """The mean of one scorer/metric over the prompts, after training, and the margin within which a new mean is the same."""
 
     key: str
     mean: float
@@ -45,8 +46,8 @@ class BaselineNumber(_Part):
     )
 
 
-class Claim(_Part):
-    """A method with one set of settings and its numbers; the base is one, without seeds."""
+class Claim(_BaselinePart):
+    """The numbers of a method with one set of settings; the base is a claim without seeds."""
 
     label: str
     method: str
@@ -61,10 +62,10 @@ class Claim(_Part):
     number: tuple[BaselineNumber, ...]
 
 
-class Baseline(_Part):
-    """What was measured, on what ground, by whom and when."""
+class Baseline(_BaselinePart):
+    """The claims of one task, the inputs that they were measured with, and where and when."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = FORMAT
     command: str
     date: str
     commit: str
@@ -96,65 +97,91 @@ class BaselineScores:
     strata: Sequence[str] | None = None  # (prompts,), where there are several
 
 
-def locate(name: str) -> Path:
-    """A baseline's file: a path, or the name of one that comes with the package."""
+def find_baseline(name: str) -> Path:
+    """The file of a baseline, given its path or the name of one that comes with the package."""
     path = Path(name)
     own = Path(__file__).parent / f"{path.name}.toml"
     return own if not path.is_file() and path.name == name and own.is_file() else path
 
 
-def parts(path: Path) -> list[Path]:
+def baseline_files(path: Path) -> list[Path]:
     """The baselines behind a file: itself, or those that an index lists, one a task. Raises UserError on a damaged index."""
     try:
         table = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
-        return [path]  # `read` says what is wrong
+        return [path]  # read_baseline reports the error
     if "parts" not in table:
         return [path]
-    listed: Any = table["parts"]
-    if set(table) != {"format", "parts"} or not isinstance(listed, list) or not listed:
+    names: Any = table["parts"]
+    if set(table) != {"format", "parts"} or not isinstance(names, list) or not names:
         raise UserError(
-            f"{path} is no list of baselines: it holds `format = 1` and `parts`, the names of files beside it"
+            f"{path} is no list of baselines: it holds `format = {FORMAT}` and `parts`, the names of files beside it"
         )
-    return [path.with_name(str(name)) for name in cast(list[Any], listed)]
+    _check_format(path, table)
+    return [path.with_name(str(name)) for name in cast(list[Any], names)]
 
 
-def write_index(path: Path, listed: Sequence[Path]) -> None:
-    """A file that stands for several baselines beside it."""
-    names = "".join(f"  {literal(part.name)},\n" for part in listed)
-    head = "# Reported numbers that are to hold, one file a task: `gpobench regress` takes this one for all."
-    text = f"{head}\nformat = 1\nparts = [\n{names}]\n"
+def write_index(path: Path, files: Sequence[Path]) -> None:
+    """Write a file that names several baselines beside it."""
+    names = "".join(f"  {literal(file.name)},\n" for file in files)
+    head = "# Reported numbers, one file a task: `gpobench regress` takes this file for all of them."
+    text = f"{head}\nformat = {FORMAT}\nparts = [\n{names}]\n"
     try:
         write_atomically(path, lambda p: p.write_text(text, "utf-8"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
-def beside(path: Path) -> Path:
-    """Where a baseline's scores are."""
+def scores_path(path: Path) -> Path:
+    """The file with the scores of a baseline."""
     return path.with_name(f"{path.stem}.scores.csv")
 
 
-def write(path: Path, known: Baseline, scores: BaselineScores) -> Baseline:
-    """Both files, each whole or not at all; returns the baseline with the sum of its scores."""
-    table = _scores_text(known, scores)
-    known = known.model_copy(update={"scores_sha256": hashlib.sha256(table.encode()).hexdigest()})
+def write_baseline(path: Path, baseline: Baseline, scores: BaselineScores) -> Baseline:
+    """Write both files, each whole or not at all; returns the baseline with the hash of its scores."""
+    table = _scores_text(baseline, scores)
+    baseline = baseline.model_copy(update={"scores_sha256": hashlib.sha256(table.encode()).hexdigest()})
     try:
-        write_atomically(beside(path), lambda p: p.write_text(table, "utf-8"))
-        write_atomically(path, lambda p: p.write_text(_text(known, path), "utf-8"))
+        write_atomically(scores_path(path), lambda p: p.write_text(table, "utf-8"))
+        write_atomically(path, lambda p: p.write_text(_text(baseline, path), "utf-8"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-    return known
+    return baseline
 
 
-def read(path: Path) -> tuple[Baseline, BaselineScores]:
+def read_baseline(path: Path) -> tuple[Baseline, BaselineScores]:
     """A baseline and its scores.
 
-    Raises UserError where either cannot be read, the scores are not those the baseline was written with, a mean is not
-    that of its scores, or a method is unknown here.
+    Raises UserError where either cannot be read, the format is another one, the scores are not those the baseline was written
+    with, a mean is not that of its scores, or a method is not registered.
     """
+    baseline = _read_toml(path)
+    for claim in baseline.row:
+        name = claim.method.partition(":")[0]
+        if claim.label != BASE and ".py:" not in claim.method and name not in registry.entries("method"):
+            raise registry.unknown(f"method in {path}", name, registry.entries("method"))
     try:
-        known = Baseline.model_validate(tomllib.loads(path.read_text("utf-8")))
+        raw = scores_path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {scores_path(path)}: {error.strerror}") from None
+    if hashlib.sha256(raw).hexdigest() != baseline.scores_sha256:
+        raise UserError(f"{scores_path(path)} is not the file that {path} was written with: its sha256 differs")
+    scores = _parse_scores(scores_path(path), raw.decode("utf-8"), baseline)
+    for claim in baseline.row:
+        for number in claim.number:
+            mean = mean_over_prompts(scores.by[claim.label, number.key], scores.strata)
+            if not abs(mean - number.mean) <= 10.0**-baseline.digits:  # both are rounded
+                raise UserError(
+                    f"{path} says {claim.label} has a {number.key} of {number.mean:g}, its scores say {mean:g}"
+                )
+    return baseline, scores
+
+
+def _read_toml(path: Path) -> Baseline:
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+        _check_format(path, table)
+        return Baseline.model_validate(table)
     except FileNotFoundError:
         raise UserError(f"no baseline at {path}; `--update` writes one from runs") from None
     except ValidationError as error:
@@ -163,48 +190,39 @@ def read(path: Path) -> tuple[Baseline, BaselineScores]:
         raise UserError(f"{path} is no baseline: {where}: {first['msg']}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {(str(error).splitlines() or ['damaged'])[0]}") from None
-    for claim in known.row:
-        name = claim.method.partition(":")[0]
-        if claim.label != BASE and ".py:" not in claim.method and name not in registry.entries("method"):
-            raise registry.unknown(f"method in {path}", name, registry.entries("method"))
-    try:
-        raw = beside(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {beside(path)}: {error.strerror}") from None
-    if hashlib.sha256(raw).hexdigest() != known.scores_sha256:
-        raise UserError(f"{beside(path)} is not the file that {path} was written with: its sha256 differs")
-    scores = _parse(beside(path), raw.decode("utf-8"), known)
-    for claim in known.row:
-        for number in claim.number:
-            told = mean(scores.by[claim.label, number.key], scores.strata)
-            if not abs(told - number.mean) <= 10.0**-known.digits:  # both are rounded
-                raise UserError(
-                    f"{path} says {claim.label} has a {number.key} of {number.mean:g}, its scores say {told:g}"
-                )
-    return known, scores
 
 
-def mean(vectors: Sequence[Array], strata: Sequence[str] | None = None) -> float:
-    """Of (prompts,) vectors, one a seed: over seeds, then prompts, then strata; prompts without a score under a seed left out."""
+def _check_format(path: Path, table: Mapping[str, Any]) -> None:
+    """Raise UserError where a file is of another format than this code reads and writes."""
+    stated = table.get("format")
+    if stated != FORMAT:
+        raise UserError(
+            f"{path} has format {stated}, this gpobench reads format {FORMAT}: write a new one with --update"
+        )
+
+
+def mean_over_prompts(vectors: Sequence[Array], strata: Sequence[str] | None = None) -> float:
+    """The mean of (prompts,) vectors, one a seed: over seeds, then prompts, then strata.
+
+    A prompt without a score under some seed is left out.
+    """
     x = np.mean(vectors, axis=0)
     labels = np.array(strata if strata is not None else [""] * len(x))
-    there = np.isfinite(x)
-    return (
-        float(np.mean([x[there & (labels == one)].mean() for one in np.unique(labels[there])]))
-        if there.any()
-        else math.nan
-    )
+    scored = np.isfinite(x)
+    if not scored.any():
+        return math.nan
+    return float(np.mean([x[scored & (labels == label)].mean() for label in np.unique(labels[scored])]))
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys with points; None, which TOML cannot hold, is left out. Values as JSON knows them."""
-    found: dict[str, Any] = {}
+    """A nested table as dotted key -> value, values of JSON's types; None, which TOML cannot hold, is left out."""
+    flattened: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")  # type: ignore[arg-type]
+            flattened |= flat(value, f"{prefix}{key}.")  # type: ignore[arg-type]
         elif value is not None:
-            found[prefix + key] = json.loads(json.dumps(value, default=str))
-    return found
+            flattened[prefix + key] = json.loads(json.dumps(value, default=str))
+    return flattened
 
 
 def literal(value: Any) -> str:
@@ -212,21 +230,21 @@ def literal(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{literal(key)} = {literal(one)}" for key, one in value.items()) + "}"
+        return "{" + ", ".join(f"{literal(key)} = {literal(item)}" for key, item in value.items()) + "}"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return "[" + ", ".join(literal(one) for one in value) + "]"
-    # JSON's strings are TOML's, but for the one control character that JSON leaves as it is
+        return "[" + ", ".join(literal(item) for item in value) + "]"
+    # A JSON string is a TOML string, except for the one control character that JSON does not escape.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
-def _text(known: Baseline, path: Path) -> str:
+def _text(baseline: Baseline, path: Path) -> str:
     """The TOML, in the order of the model."""
     lines = [
-        "# Reported numbers that are to hold. `gpobench regress RUNS --against` this file judges new runs by it; `--update` writes it.",
-        f"# The score of every prompt is in {beside(path).name}. A margin is a person's choice and may be edited; all else is measured.",
+        "# Reported numbers. `gpobench regress RUNS --against` this file compares new runs with them; `--update` writes it.",
+        f"# The score of every prompt is in {scores_path(path).name}. Margins are chosen and may be edited; all else is measured.",
         "",
     ]
-    whole = known.model_dump()
+    whole = baseline.model_dump()
     rows: Sequence[dict[str, Any]] = whole.pop("row")
     lines += [f"{key} = {literal(value)}" for key, value in whole.items() if not isinstance(value, dict)]
     for key, value in whole.items():
@@ -237,36 +255,36 @@ def _text(known: Baseline, path: Path) -> str:
         lines += ["", "[[row]]", *(f"{key} = {literal(value)}" for key, value in row.items())]
         lines += ["", "[row.settings]", *_pairs(settings)] if settings else []
         for number in numbers:
-            said = [f"{key} = {literal(value)}" for key, value in number.items() if value is not None]
-            lines += ["", "[[row.number]]", *said]
+            entries = [f"{key} = {literal(value)}" for key, value in number.items() if value is not None]
+            lines += ["", "[[row.number]]", *entries]
     return "\n".join(lines) + "\n"
 
 
 def _pairs(table: Mapping[str, Any]) -> Iterator[str]:
-    """Keys are quoted whole, so that a point in one opens no table: what is flat stays flat."""
+    """Lines of TOML. A key with a dot is quoted whole, so that it opens no nested table."""
     for key, value in table.items():
         bare = key.replace("_", "").replace("-", "")
         yield f"{key if bare.isascii() and bare.isalnum() else literal(key)} = {literal(value)}"
 
 
-def _scores_text(known: Baseline, scores: BaselineScores) -> str:
-    """One line a row, key and seed, one column a prompt: a number that did not change leaves its line as it was."""
+def _scores_text(baseline: Baseline, scores: BaselineScores) -> str:
+    """CSV with one line a row, key and seed and one column a prompt, so that a diff shows only the numbers that changed."""
     out = io.StringIO()
     sheet = csv.writer(out, lineterminator="\n")
     prompts = len(next(iter(scores.by.values()))[0])
     sheet.writerow([*HEAD, *range(prompts)])
     if scores.strata is not None:
         sheet.writerow(["", STRATUM, "", *scores.strata])
-    for claim in known.row:
+    for claim in baseline.row:
         for number in claim.number:
             for seed, vector in zip(claim.seeds or ("",), scores.by[claim.label, number.key], strict=True):
-                cells = [f"{x:.{known.digits}f}" if math.isfinite(x) else "" for x in vector.tolist()]
+                cells = [f"{x:.{baseline.digits}f}" if math.isfinite(x) else "" for x in vector.tolist()]
                 sheet.writerow([claim.label, number.key, seed, *cells])
     return out.getvalue()
 
 
-def _parse(path: Path, text: str, known: Baseline) -> BaselineScores:
-    found: dict[tuple[str, str, str], Array] = {}
+def _parse_scores(path: Path, text: str, baseline: Baseline) -> BaselineScores:
+    vectors: dict[tuple[str, str, str], Array] = {}
     strata: list[str] | None = None
     try:
         head, *lines = csv.reader(io.StringIO(text))
@@ -278,10 +296,10 @@ def _parse(path: Path, text: str, known: Baseline) -> BaselineScores:
             if (row, key) == ("", STRATUM):
                 strata = cells
             else:
-                found[row, key, seed] = np.array([float(cell) if cell else math.nan for cell in cells])
+                vectors[row, key, seed] = np.array([float(cell) if cell else math.nan for cell in cells])
         by = {
-            (claim.label, number.key): [found[claim.label, number.key, str(seed)] for seed in claim.seeds or ("",)]
-            for claim in known.row
+            (claim.label, number.key): [vectors[claim.label, number.key, str(seed)] for seed in claim.seeds or ("",)]
+            for claim in baseline.row
             for number in claim.number
         }
     except (ValueError, csv.Error) as error:

@@ -1,4 +1,4 @@
-"""Numbers as papers print them: shown beside what was measured, entered in no test and in no ranking."""
+"""Paper numbers: reads the table of numbers that papers report, which boards show beside measured ones and never rank or test."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..bench.errors import UserError
 
-MODELS = {"SD3.5-M": "sd35m", "SD1.5": "sd15"}  # what papers call a base model -> its name here
+MODELS = {"SD3.5-M": "sd35m", "SD1.5": "sd15"}  # the name of a base model in papers -> in the registry
 
 
-class Reported(BaseModel):
+class PaperNumber(BaseModel):
     """One number of one paper."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -24,19 +24,19 @@ class Reported(BaseModel):
         "base", "awm", "best-of-n", "dgpo", "diffusion-dpo", "diffusion-nft", "flow-grpo", "gpo", "grpo-guard",
         "mix-grpo", "rwr", "sft",
     ]  # fmt: skip
-    base_model: Annotated[str, Field(min_length=1)]  # as the paper calls it
+    base_model: Annotated[str, Field(min_length=1)]  # its name in the paper
     task: Literal["counting", "geneval", "hpsv2", "ocr", "pickscore"]
     metric: Annotated[str, Field(min_length=1)]
     value: Annotated[float, Field(allow_inf_nan=False)]
     unit: Literal["fraction", "percent", "percentage points", "exp(logit_scale)*cosine", "100*cosine"]
-    setting: str  # how it was had, as far as it is said
+    setting: str  # how it was measured, as far as the paper states it
     arxiv: Annotated[str, Field(pattern=r"^\d{4}\.\d{5}$")]
-    table: Annotated[str, Field(min_length=1)]  # where it stands
+    table: Annotated[str, Field(min_length=1)]  # of the paper
     provenance: Literal["paper", "readme", "abstract"]
 
 
-def load(path: Path | None = None) -> list[Reported]:
-    """All rows of the table, each checked. Raises UserError naming the line that is not one."""
+def load_paper_numbers(path: Path | None = None) -> list[PaperNumber]:
+    """All rows of the table. Raises UserError naming the first line that is invalid."""
     if path is None:
         text = resources.files(__package__ or "").joinpath("reported.csv").read_text("utf-8")
     else:
@@ -44,10 +44,10 @@ def load(path: Path | None = None) -> list[Reported]:
             text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {path}: {error}") from None
-    rows: list[Reported] = []
+    rows: list[PaperNumber] = []
     for number, row in enumerate(csv.DictReader(text.splitlines()), start=2):
         try:
-            rows.append(Reported.model_validate(row))
+            rows.append(PaperNumber.model_validate(row))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
@@ -57,6 +57,10 @@ def load(path: Path | None = None) -> list[Reported]:
     return rows
 
 
-def beside(task: str, model: str, rows: Sequence[Reported] | None = None) -> list[Reported]:
-    """What papers report of this task on this model, by the names they have here."""
-    return [r for r in (load() if rows is None else rows) if r.task == task and MODELS.get(r.base_model) == model]
+def matching(task: str, model: str, rows: Sequence[PaperNumber] | None = None) -> list[PaperNumber]:
+    """The numbers that papers report of a task and a model, given by their registered names."""
+    return [
+        r
+        for r in (load_paper_numbers() if rows is None else rows)
+        if r.task == task and MODELS.get(r.base_model) == model
+    ]

@@ -1,4 +1,4 @@
-"""Verdicts in four dresses: for a terminal, a summary on a web page, a build server and a program."""
+"""Renders a regression report for a terminal and as Markdown, JUnit XML and JSON."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from xml.etree import ElementTree as Xml
 
 from pydantic_core import to_json
 
-from .regress import Finding, Report
-from .render import cell, number, p_value, plain
+from .formatting import cell, number, p_value, plain
+from .regress import Finding, RegressionReport
 
 HEAD = ("verdict", "row", "number", "reported", "now", "change", "margin", "p")
-MANY = 24  # numbers that a screen shows at once
+MAX_LINES = 24  # numbers that a terminal shows at once
 RULE = (
     "Same: the 90 % interval of the change lies within the margin, or the runs repeat the reported ones to the last digit. Worse, "
-    "better: otherwise, when the change can be told from none at 5 %, corrected over the table (Holm). Intervals shown are 95 %, over "
-    "prompts and training seeds."
+    "better: otherwise, when the change differs significantly from none at 5 %, corrected over the table (Holm). Intervals shown "
+    "are 95 %, over prompts and training seeds."
 )
 
 
-def headline(report: Report) -> str:
+def headline(report: RegressionReport) -> str:
     """12 numbers: 10 same, 1 worse, 1 missing."""
     words = [(report.count(verdict), str(verdict)) for verdict in ("same", "better", "worse", "cannot tell")]
     words.append((len(report.missing), "missing"))
@@ -33,12 +33,12 @@ def _cells(f: Finding) -> list[str]:
     digits = max(3, 1 - math.floor(math.log10(f.margin)))
     some = f"{f.seeds[0]} of {f.seeds[1]} seeds run, " if f.seeds[0] < f.seeds[1] else ""
     change = f"{some}repeated exactly" if f.repeated else cell(f.change, sign=True)
-    words = (f.verdict, f.row, f.key, cell(f.was), number(f.now, digits), change, f"{f.margin:g}", p_value(f.holm))
+    words = (f.verdict, f.row, f.key, cell(f.reported), number(f.now, digits), change, f"{f.margin:g}", p_value(f.holm))
     return [plain(word) for word in words]
 
 
-def _said(report: Report) -> list[str]:
-    """What stands below the table."""
+def _notes(report: RegressionReport) -> list[str]:
+    """The lines below the table."""
     notes = [f"{f.row} {f.key}: {f.note}." for f in report.findings if f.note]
     missing = [f"{row} {key}" for row, key in report.missing]
     return [
@@ -47,30 +47,30 @@ def _said(report: Report) -> list[str]:
     ]
 
 
-def terminal(report: Report) -> str:
-    """A block for every number and margin, its rows under one another, worst first; of many numbers only those not the same."""
-    found = ordered(report)
-    told = [f for f in found if f.verdict != "same"] if len(found) > MANY else found
+def terminal(report: RegressionReport) -> str:
+    """A block for every number and margin, worst first; of many numbers only those whose verdict is not "same"."""
+    findings = ordered(report)
+    shown = [f for f in findings if f.verdict != "same"] if len(findings) > MAX_LINES else findings
     blocks: dict[tuple[str, str], list[list[str]]] = {}
-    for f in told:
-        verdict, row, key, was, now, change, margin, p = _cells(f)
-        blocks.setdefault((key, margin), []).append([verdict, row, was, now, change, p])
-    head = [word for word in HEAD if word not in ("number", "margin")]  # said once, above each block
+    for f in shown:
+        verdict, row, key, reported, now, change, margin, p = _cells(f)
+        blocks.setdefault((key, margin), []).append([verdict, row, reported, now, change, p])
+    head = [word for word in HEAD if word not in ("number", "margin")]  # these stand above each block
     rows = [head, *(row for block in blocks.values() for row in block)]
-    wide = [max(len(row[k]) for row in rows) for k in range(len(head))]
-    aligned = lambda row: "  ".join(word.ljust(w) for word, w in zip(row, wide, strict=True)).rstrip()
-    lines = [aligned(head)] if told else []
+    widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
+    aligned = lambda row: "  ".join(word.ljust(w) for word, w in zip(row, widths, strict=True)).rstrip()
+    lines = [aligned(head)] if shown else []
     for (key, margin), block in blocks.items():
         lines += [f"{key}, margin {margin}", *map(aligned, block)]
-    if len(told) < len(found):
-        more = " more" if told else ""
+    if len(shown) < len(findings):
+        more = " more" if shown else ""
         lines.append(
-            f"same: {len(found) - len(told)}{more} numbers, which --json, --junit and a build's summary list one by one"
+            f"same: {len(findings) - len(shown)}{more} numbers, which --json, --junit and a build's summary list one by one"
         )
-    return "\n".join([plain(report.ground), "", *lines, "", *_said(report), headline(report)]) + "\n"
+    return "\n".join([plain(report.protocol), "", *lines, "", *_notes(report), headline(report)]) + "\n"
 
 
-def markdown(report: Report) -> str:
+def markdown(report: RegressionReport) -> str:
     """A table for a summary on a web page."""
     escape = lambda word: word.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
     rows = [
@@ -78,22 +78,22 @@ def markdown(report: Report) -> str:
         for f in ordered(report)
     ]
     lines = ["| " + " | ".join(row) + " |" for row in ([*HEAD], ["---"] * len(HEAD), *rows)]
-    top = [f"### {headline(report)}", "", f"{escape(plain(report.ground))}, against `{plain(report.baseline)}`", ""]
-    return "\n".join([*top, *lines, "", RULE, *(f"\n{escape(line)}" for line in _said(report))]) + "\n"
+    top = [f"### {headline(report)}", "", f"{escape(plain(report.protocol))}, against `{plain(report.baseline)}`", ""]
+    return "\n".join([*top, *lines, "", RULE, *(f"\n{escape(line)}" for line in _notes(report))]) + "\n"
 
 
-def junit(reports: Sequence[Report], allow_unsure: bool = False) -> str:
+def junit(reports: Sequence[RegressionReport], allow_unsure: bool = False) -> str:
     """A test case for every number: worse fails, cannot tell is an error (or skipped, when allowed), a missing one is an error."""
     counts = [_counts(report, allow_unsure) for report in reports]
-    whole = {key: str(sum(one[key] for one in counts)) for key in counts[0]}
-    root = Xml.Element("testsuites", {"name": "gpobench regress", **whole})
-    for report, own in zip(reports, counts, strict=True):
-        said = {key: str(value) for key, value in own.items()}
-        suite = Xml.SubElement(root, "testsuite", {"name": plain(report.ground), **said})
+    total = {key: str(sum(of_report[key] for of_report in counts)) for key in counts[0]}
+    root = Xml.Element("testsuites", {"name": "gpobench regress", **total})
+    for report, of_report in zip(reports, counts, strict=True):
+        attributes = {key: str(value) for key, value in of_report.items()}
+        suite = Xml.SubElement(root, "testsuite", {"name": plain(report.protocol), **attributes})
         for f in report.findings:
             case = Xml.SubElement(suite, "testcase", classname=plain(f.row), name=plain(f.key))
             text = plain(
-                f"{f.verdict}: reported {cell(f.was)}, now {number(f.now)}, change {cell(f.change, sign=True)}, "
+                f"{f.verdict}: reported {cell(f.reported)}, now {number(f.now)}, change {cell(f.change, sign=True)}, "
                 f"margin {f.margin:g}"
             )
             if f.verdict == "worse":
@@ -110,7 +110,7 @@ def junit(reports: Sequence[Report], allow_unsure: bool = False) -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + Xml.tostring(root, "unicode") + "\n"
 
 
-def _counts(report: Report, allow_unsure: bool) -> dict[str, int]:
+def _counts(report: RegressionReport, allow_unsure: bool) -> dict[str, int]:
     unsure = 0 if allow_unsure else report.count("cannot tell")
     return {
         "tests": len(report.findings) + len(report.missing),
@@ -120,7 +120,7 @@ def _counts(report: Report, allow_unsure: bool) -> dict[str, int]:
     }
 
 
-def as_json(reports: Sequence[Report], code: int) -> str:
+def as_json(reports: Sequence[RegressionReport], code: int) -> str:
     """One object: verdicts, counts and the exit code; of several baselines, each in `parts`."""
     counts = {v: sum(report.count(v) for report in reports) for v in ("same", "better", "worse", "cannot tell")}
     whole: dict[str, Any] = {"exit_code": code, "counts": counts}
@@ -128,17 +128,17 @@ def as_json(reports: Sequence[Report], code: int) -> str:
     return to_json(whole, indent=1, inf_nan_mode="null").decode() + "\n"
 
 
-def _plain(report: Report) -> dict[str, Any]:
+def _plain(report: RegressionReport) -> dict[str, Any]:
     return {
         "baseline": report.baseline,
-        "ground": report.ground,
+        "protocol": report.protocol,
         "counts": {verdict: report.count(verdict) for verdict in ("same", "better", "worse", "cannot tell")},
         "findings": [
             {
                 "row": f.row,
                 "key": f.key,
                 "verdict": f.verdict,
-                "reported": {"mean": f.was.mean, "ci": [f.was.low, f.was.high], "n": f.was.n},
+                "reported": {"mean": f.reported.mean, "ci": [f.reported.low, f.reported.high], "n": f.reported.n},
                 "now": f.now,
                 "change": {
                     "mean": f.change.mean,
@@ -160,7 +160,7 @@ def _plain(report: Report) -> dict[str, Any]:
     }
 
 
-def ordered(report: Report) -> list[Finding]:
+def ordered(report: RegressionReport) -> list[Finding]:
     """Worst first."""
     place = ("worse", "cannot tell", "better", "same")
     return sorted(report.findings, key=lambda f: (place.index(f.verdict), f.row != "base", f.row, f.key))

@@ -3,7 +3,6 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const at = (id) => document.getElementById(id);
-  const COLOURS = 8;
   const MANY = 6; // lines, from where bands of all of them hide one another
   const FIRST = 9; // cards at first
 
@@ -24,13 +23,9 @@
     return node;
   }
 
-  // A row has one colour and dash everywhere: by its place in the table, the base apart.
-  const measured = data.labels.filter((label) => label !== "base");
-  const colour = (label) => {
-    const k = measured.indexOf(label);
-    return k < 0 ? "var(--soft)" : `var(--c${k % COLOURS})`;
-  };
-  const dash = (label) => ["", "7 4", "2 3"][Math.floor(Math.max(0, measured.indexOf(label)) / COLOURS) % 3];
+  // Rows of one method share its colour and differ in their dashes; data.styles is made by leaderboards/method_colours.py.
+  const colour = (label) => data.styles[label].colour;
+  const dash = (label) => ["", "7 4", "2 3"][data.styles[label].variant % 3];
 
   const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
   function text(x, span = 1) {
@@ -398,7 +393,7 @@
         const frame = album.frames[label][k];
         const sides = ["before", "after"].map((title, phase) => {
           const which = frame.pictures[phase];
-          const look = which === null ? make("div", { class: "none" }, "not kept")
+          const look = which === null ? make("div", { class: "none" }, "not stored")
             : make("button", { type: "button", class: "look", "aria-haspopup": "dialog", "aria-label": `Enlarge: ${title}, ${words(noise)}`, onclick: (event) => { opener = event.currentTarget; enlarge(k); } }, picture(which, `${title}: ${words(noise)}`));
           return make("figure", {}, look, caption(title, frame, phase, scored));
         });
@@ -412,7 +407,7 @@
       const frame = album.frames[label][open];
       const keys = Object.keys(frame.scores);
       at("album-title").textContent = `${words(album.noises[open])} · image ${album.noises[open][1]}`;
-      const shot = (title, frame, phase, some) => make("figure", {}, frame.pictures[phase] === null ? make("div", { class: "none" }, "not kept") : picture(frame.pictures[phase], `${title}: ${words(album.noises[open])}`), caption(title, frame, phase, some));
+      const shot = (title, frame, phase, some) => make("figure", {}, frame.pictures[phase] === null ? make("div", { class: "none" }, "not stored") : picture(frame.pictures[phase], `${title}: ${words(album.noises[open])}`), caption(title, frame, phase, some));
       at("album-main").replaceChildren(shot("before", frame, 0, keys), shot(`after: ${label}, seed ${album.seeds[label]}`, frame, 1, keys));
       at("album-others").hidden = labels.length < 2;
       at("album-shots").replaceChildren(...(labels.length < 2 ? [] : labels.map((l) => shot(`${l}, seed ${album.seeds[l]}`, album.frames[l][open], 1, scored))));

@@ -168,9 +168,11 @@ def _role_sign(r: Record, key: str) -> str:
 
 def _strata_table(r: Record) -> Any:
     """Return a table of the training scorer's number by stratum."""
+    from ..evaluation.ranking import BINARY_METRICS
+
     name = next(name for name, scorer in r.scorers.items() if scorer.role == "training")
     keys = [key for key in r.delta if key.startswith(f"{name}/")]
-    key = next((key for key in keys if key.endswith(("/exact", "/correct"))), keys[0])
+    key = next((key for key in keys if key.partition("/")[2] in BINARY_METRICS), keys[0])
     table = before_after_table("by stratum")
     for stratum, numbers in r.strata.items():
         d = numbers.delta[key]

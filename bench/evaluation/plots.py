@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..spec import Images, Scorer
 from .estimates import Evaluation
+from .ranking import binary_metric
 
 PAD, LINE = 6, 13
 PAPER, INK, FAINT, GOOD, BAD = (250, 250, 250), (30, 30, 30), (120, 120, 120), (20, 120, 50), (180, 40, 30)
@@ -61,7 +62,7 @@ def grid(
 def samples(versions: Sequence[Evaluation], titles: Sequence[str], scorer: Scorer) -> Image.Image:
     """Draw the images of evaluations side by side, with the scorer's notes, coloured where its metric is right or wrong."""
     count = min(len(version.images) for version in versions)
-    binary = next((metric for metric in ("exact", "correct") if metric in scorer.metrics), None)
+    binary = binary_metric(scorer.metrics)
     metric = binary or scorer.metrics[0]
     correct: list[list[bool | None]] = []
     for version in versions:

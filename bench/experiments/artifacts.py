@@ -18,6 +18,7 @@ import pandas as pd
 
 from ..evaluation import plots, record
 from ..evaluation.estimates import Evaluation
+from ..evaluation.ranking import BINARY_METRICS
 from ..evaluation.record import Record
 from ..files import write_atomically
 from ..spec import Scorer
@@ -109,8 +110,8 @@ class RunFiles:
 
     def write_curve_plot(self, curve: Sequence[dict[str, Any]], scorer: Scorer, currency: str) -> None:
         """Write curve.png: the metrics that say most, over what was spent of a currency."""
-        shown = (f"/{scorer.metrics[0]}", "/exact", "/correct")
-        keys = [key for key in curve[0]["scores"] if key.endswith(shown)]
+        shown = (scorer.metrics[0], *BINARY_METRICS)
+        keys = [key for key in curve[0]["scores"] if key.partition("/")[2] in shown]
         plots.curve(self.run_dir / "curve.png", curve, keys, currency)
 
     def write_record(self, finished: Record, readme: str) -> None:

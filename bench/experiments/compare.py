@@ -23,6 +23,7 @@ from .. import registry
 from ..budget import CURRENCIES, Budget
 from ..errors import Interrupted, UserError
 from ..evaluation import record
+from ..evaluation.ranking import MANDATORY_BASELINES, primary_key
 from ..evaluation.record import Record
 from ..files import write_atomically
 from ..progress import NullProgress, Progress
@@ -33,8 +34,6 @@ from .in_process import run_in_process
 from .jobs import Job, make_folder, run_jobs, spent_so_far
 from .run_dir import is_locked
 
-# The baselines that any method must beat; the base model is in every record.
-MANDATORY = ("sft", "best-of-n")
 # Settings that every method has.
 COMMON = ("adapter", "evaluation", "precision", "scorer", "tuned", *EXECUTION)
 
@@ -168,7 +167,7 @@ def plan(grid: Grid, out: Path) -> list[PlannedRun]:
     Raises UserError on a wrong name or setting in any run, before anything runs.
     """
     named = _by_identity("method", grid.methods)
-    methods = {**named, **(_by_identity("method", MANDATORY) if grid.baselines else {})}
+    methods = {**named, **(_by_identity("method", MANDATORY_BASELINES) if grid.baselines else {})}
     sets = _by_method(map(_split_setting, grid.sets), methods)
     files = _by_method(map(_split_config, grid.configs), methods)
     if twice := next((texts for texts in files.values() if len(texts) > 1), None):
@@ -517,16 +516,7 @@ def _spent(run: PlannedRun) -> dict[str, float]:
 
 
 def _shown_keys(run_record: Record) -> tuple[str, str]:
-    """Return the `scorer/metric` that leaderboards rank by, of a held-out scorer, and that of the training scorer.
-
-    Of several scorers the first by name counts, of its metrics the accuracy.
-    """
-
-    def first(role: str) -> str | None:
-        names = {name for name, scorer in run_record.scorers.items() if scorer.role == role}
-        keys = [key.partition("/") for key in run_record.delta if key.partition("/")[0] in names]
-        best = min(keys, key=lambda k: (k[0], k[2] not in ("exact", "correct"), k[2]), default=None)
-        return "".join(best) if best else None
-
-    trained = first("training") or next(iter(run_record.delta))
-    return first("held-out") or trained, trained
+    """Return the `scorer/metric` that leaderboards rank by, and the one of the training scorer."""
+    roles = {name: scorer.role for name, scorer in run_record.scorers.items()}
+    by_key = {key: roles.get(key.partition("/")[0], "") for key in run_record.delta}
+    return str(primary_key(by_key)), str(primary_key(by_key, preferred=("training",)))

@@ -35,16 +35,16 @@ def make_run(
     seed: int = 0,
     gain: float = 0.1,
     *,
-    looks: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
+    scores_by_key: Mapping[str, tuple[np.ndarray, np.ndarray]] | None = None,
     strata: Sequence[str] | None = None,
     columns: Sequence[str] = (),
     **change: Any,
 ) -> Path:
-    """A run directory. looks: scorer/metric -> before and after; columns: those of scores.parquet to leave out."""
-    looks = looks or {key: scores(gain, 10 * k + seed) for k, key in enumerate(KEYS)}
+    """Write a run directory. scores_by_key: scorer/metric -> before and after; columns: those of scores.parquet to leave out."""
+    scores_by_key = scores_by_key or {key: scores(gain, 10 * k + seed) for k, key in enumerate(KEYS)}
     parts: list[pd.DataFrame] = []
     for phase in (0, 1):
-        for key, both in looks.items():
+        for key, both in scores_by_key.items():
             matrix = both[phase]
             prompt, ordinal = (part.ravel() for part in np.indices(matrix.shape))
             scorer, _, metric = key.partition("/")
@@ -61,8 +61,8 @@ def make_run(
     delta = Difference(mean=0.0, ci=(-0.1, 0.1), n=40, p=1.0, mde=0.1)
     facts: dict[str, Any] = {
         "method": method, "task": "ocr", "model": "tiny", "seed": seed, "stop": "budget: nfe",
-        "before": dict.fromkeys(looks, number), "after": dict.fromkeys(looks, number),
-        "delta": dict.fromkeys(looks, delta), "spent": {"nfe": 1000.0 + seed, "seconds": 5.0}, "run_dir": str(run_dir),
+        "before": dict.fromkeys(scores_by_key, number), "after": dict.fromkeys(scores_by_key, number),
+        "delta": dict.fromkeys(scores_by_key, delta), "spent": {"nfe": 1000.0 + seed, "seconds": 5.0}, "run_dir": str(run_dir),
         "flags": Flags(hack=False, invalid=False), "scorers": USES, "task_version": "1",
         "config": {
             "budget": {"name": "tiny", "nfe": 1000.0}, "evaluation": {"split": "test", "seed": 1}, "seed": seed,
@@ -93,22 +93,29 @@ def make_at() -> Callable[..., Path]:
 
 
 @pytest.fixture
-def look() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+def before_and_after() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     return scores
 
 
 def make_full_run(
-    run_dir: Path, method: str = "gpo", seed: int = 0, gain: float = 0.1, *, marks: int = 5, size: int = 16, **more: Any
+    run_dir: Path,
+    method: str = "gpo",
+    seed: int = 0,
+    gain: float = 0.1,
+    *,
+    eval_points: int = 5,
+    size: int = 16,
+    **more: Any,
 ) -> Path:
-    """A run directory with its curve and its pictures too: looks at 20 validation prompts, whose mean rises by gain."""
-    spends = [{"nfe": 1000.0 * k / (marks - 1), "seconds": 3.0 * k} for k in range(marks)]
+    """Write a run directory with a curve over 20 validation prompts, whose mean rises by gain, and with images."""
+    spends = [{"nfe": 1000.0 * k / (eval_points - 1), "seconds": 3.0 * k} for k in range(eval_points)]
     number = {key: Number(mean=0.5, ci=(0.4, 0.6), n=20) for key in KEYS}
     make_run(run_dir, method, seed, gain, curve=[Point(spent=s, scores=number) for s in spends], **more)
     base = np.random.default_rng(7).random(20)
     lines = [
         {"prompt": p, "ordinal": 0, "stratum": "", "scorer": key.partition("/")[0], "metric": "exact",
-         "value": base[p] + gain * k / (marks - 1), "eval_point": k}
-        for key in KEYS for k in range(marks) for p in range(20)
+         "value": base[p] + gain * k / (eval_points - 1), "eval_point": k}
+        for key in KEYS for k in range(eval_points) for p in range(20)
     ]  # fmt: skip
     pd.DataFrame(lines).to_parquet(run_dir / "curve.parquet", index=False)
     before = np.random.default_rng(3).integers(0, 256, (6, size, 2 * size, 3), np.uint8)

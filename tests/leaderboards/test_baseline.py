@@ -1,4 +1,4 @@
-"""A baseline comes back as it was written, and one that was meddled with is refused."""
+"""A baseline is read as it was written, and an edited or damaged one is refused."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from gpobench.leaderboards.baseline import (
     BaselineNumber,
     BaselineScores,
     Claim,
-    beside,
+    find_baseline,
     flat,
     literal,
-    locate,
-    read,
-    write,
+    read_baseline,
+    scores_path,
+    write_baseline,
 )
 
 
@@ -32,7 +32,7 @@ def example(n: int = 6, strata: list[str] | None = None, **change: Any) -> tuple
     by = {("base", "a/b"): [rng.random(n).round(4)], ("gpo", "a/b"): [rng.random(n).round(4) for _ in range(2)]}
     by["gpo", "a/b"][1][2] = math.nan
     weight = lambda v: (
-        float(np.mean([np.nanmean(v[[s == one for s in strata]]) for one in set(strata)]))
+        float(np.mean([np.nanmean(v[[s == label for s in strata]]) for label in set(strata)]))
         if strata
         else float(np.nanmean(v))
     )
@@ -68,44 +68,44 @@ def example(n: int = 6, strata: list[str] | None = None, **change: Any) -> tuple
 @pytest.mark.parametrize("strata", [None, ["x", "x", "x", "y, z", "y, z", "y, z"]])
 def test_round_trip(tmp_path: Path, strata: list[str] | None) -> None:
     path = tmp_path / "t.toml"
-    known, scores = example(strata=strata)
-    written = write(path, known, scores)
-    back, same = read(path)
-    assert back == written and back.model_copy(update={"scores_sha256": ""}) == known and same.strata == strata
+    baseline, scores = example(strata=strata)
+    written = write_baseline(path, baseline, scores)
+    back, same = read_baseline(path)
+    assert back == written and back.model_copy(update={"scores_sha256": ""}) == baseline and same.strata == strata
     for key, vectors in scores.by.items():
         assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(vectors, same.by[key], strict=True))
-    text = path.read_text(), beside(path).read_text()
-    write(path, back, same)
-    assert text == (path.read_text(), beside(path).read_text())
+    text = path.read_text(), scores_path(path).read_text()
+    write_baseline(path, back, same)
+    assert text == (path.read_text(), scores_path(path).read_text())
 
 
 def test_a_person_can_read_it(tmp_path: Path) -> None:
     path = tmp_path / "t.toml"
-    write(path, *example())
+    write_baseline(path, *example())
     table = tomllib.loads(path.read_text())
     assert table["row"][1]["settings"]["settings.optim.lr"] == 1e-5 and table["row"][1]["number"][0]["margin"] == 0.03
-    lines = beside(path).read_text().splitlines()
+    lines = scores_path(path).read_text().splitlines()
     assert lines[0] == "row,key,seed,0,1,2,3,4,5" and lines[2].startswith("gpo,a/b,0,0.") and len(lines) == 4
     assert lines[3].split(",")[5] == ""  # no score
 
 
 def test_a_margin_may_be_edited(tmp_path: Path) -> None:
     path = tmp_path / "t.toml"
-    write(path, *example())
+    write_baseline(path, *example())
     path.write_text(path.read_text().replace("margin = 0.03", "margin = 0.05"))
-    assert read(path)[0].row[0].number[0].margin == 0.05
+    assert read_baseline(path)[0].row[0].number[0].margin == 0.05
 
 
-def test_what_was_meddled_with_is_refused(tmp_path: Path) -> None:
+def test_an_edited_baseline_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "t.toml"
 
-    def meddle(old: str, new: str, scores: bool = False) -> None:
-        write(path, *example())
-        file = beside(path) if scores else path
+    def edit_file(old: str, new: str, scores: bool = False) -> None:
+        write_baseline(path, *example())
+        file = scores_path(path) if scores else path
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new, 1))
 
-    for edit, said in (
+    for edit, message in (
         (("gpo,a/b,0,0.", "gpo,a/b,0,1.", True), "its sha256 differs"),
         (("margin = 0.03", "margin = -0.03"), "row.0.number.0.margin: Input should be greater than 0"),
         (("margin = 0.03", "margin = inf"), "row.0.number.0.margin"),
@@ -114,21 +114,21 @@ def test_what_was_meddled_with_is_refused(tmp_path: Path) -> None:
         (("mean = 0.", "mean = 1."), "its scores say"),
         (("seeds = [0, 7]", "seeds = [0, 8]"), "lacks the scores of gpo a/b 8"),
         (('method = "gpo"', 'method = "gpoo"'), "unknown method in .* 'gpoo'; did you mean 'gpo'"),
-        (("format = 1", "format = 2"), "format"),
+        (("format = 2", "format = 1"), "has format 1, this gpobench reads format 2"),
         (("[budget]", "[budget"), "cannot read"),
     ):
-        meddle(*edit)
-        with pytest.raises(UserError, match=said) as caught:
-            read(path)
+        edit_file(*edit)
+        with pytest.raises(UserError, match=message) as caught:
+            read_baseline(path)
         assert "\n" not in str(caught.value)
-    write(path, *example())
-    beside(path).unlink()
+    write_baseline(path, *example())
+    scores_path(path).unlink()
     with pytest.raises(UserError, match=r"cannot read .*t\.scores\.csv"):
-        read(path)
+        read_baseline(path)
     with pytest.raises(UserError, match="no baseline at"):
-        read(tmp_path / "gone.toml")
+        read_baseline(tmp_path / "gone.toml")
     with pytest.raises(UserError, match="cannot write"):
-        write(tmp_path / "gone" / "t.toml", *example())
+        write_baseline(tmp_path / "gone" / "t.toml", *example())
 
 
 leaves = st.one_of(
@@ -153,4 +153,4 @@ def test_flat_keys_have_points() -> None:
 
 def test_a_name_is_a_file_or_one_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert locate("x/y.toml") == Path("x/y.toml") and locate("nothing") == Path("nothing")
+    assert find_baseline("x/y.toml") == Path("x/y.toml") and find_baseline("nothing") == Path("nothing")

@@ -1,4 +1,4 @@
-"""The command reads folders, writes a table where it is told to, and says what a person can mend."""
+"""The leaderboard command reads folders, writes the table to --out, and names the user's error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from gpobench.bench.errors import UserError
-from gpobench.leaderboards.commands import leaderboard
+from gpobench.leaderboards.commands.leaderboard import leaderboard
 
 Make = Callable[..., Path]
 app = typer.Typer()
@@ -21,21 +21,21 @@ app.command()(leaderboard)
 
 
 def run(*arguments: object) -> str:
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    assert done.exit_code == 0, done.output
-    return done.stdout
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
 
 
 def test_it_prints_a_table(make: Make, tmp_path: Path) -> None:
     make("a", "gpo", 0, 0.2)
     make("b", "awm", 0, 0.1)
     assert run(tmp_path).splitlines()[3].startswith("1  gpo") or "gpo" in run(tmp_path)
-    said = json.loads(
+    output = json.loads(
         run(tmp_path / "a", tmp_path / "b", "--format", "json", "--baseline", "awm", "--key", "engine/exact")
     )
-    assert said["baseline"] == "awm" and said["key"] == "engine/exact"
+    assert output["baseline"] == "awm" and output["key"] == "engine/exact"
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,9 @@ def test_the_suffix_chooses_the_format(make: Make, tmp_path: Path, name: str, be
     assert (tmp_path / name).read_text("utf-8").startswith(begins)
 
 
-def test_what_a_person_can_mend_is_said(make: Make, tmp_path: Path) -> None:
+def test_user_errors_are_named(make: Make, tmp_path: Path) -> None:
     folder = make("a")
-    for arguments, said in (
+    for arguments, message in (
         ((folder, "--format", "docx"), "unknown format 'docx'"),
         ((tmp_path / "gone",), "is no folder of runs"),
         ((folder, "--baseline", "gpoo"), "did you mean 'gpo'"),
@@ -66,7 +66,7 @@ def test_what_a_person_can_mend_is_said(make: Make, tmp_path: Path) -> None:
         ((folder, "--across", "--task", "ocr"), "leave --task and --key out"),
         ((folder, "--across"), "several tasks; these runs are of ocr"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             run(*arguments)
 
 
@@ -84,7 +84,8 @@ def test_help_has_examples() -> None:
 
 
 def test_the_module_is_light() -> None:
-    code = "import sys, gpobench.leaderboards.commands; print(*sys.modules)"
+    names = ", ".join(f"gpobench.leaderboards.commands.{c}" for c in ("leaderboard", "report", "regress", "export"))
+    code = f"import sys, {names}; print(*sys.modules)"
     loaded = set(
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     )

@@ -1,4 +1,4 @@
-"""The project's own numbers: whole, told alike everywhere, and spoiled on purpose with the embedded model itself."""
+"""The project's own numbers are complete, equal on every page, and become worse when training is broken on purpose."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ import pytest
 
 from gpobench.bench import registry
 from gpobench.bench.experiments.config import RunRequest, resolve
-from gpobench.leaderboards.baseline import Baseline, Claim, locate, parts, read
-from gpobench.leaderboards.board import BASE, load
-from gpobench.leaderboards.regress import judge, words
+from gpobench.leaderboards.baseline import Baseline, Claim, baseline_files, find_baseline, read_baseline
+from gpobench.leaderboards.baseline_runs import BaselineRun
+from gpobench.leaderboards.board import BASE
+from gpobench.leaderboards.regress import LoadedBaseline, check
+from gpobench.leaderboards.runs import load_runs
 from gpobench.methods.gpo import GPO
 
 TASKS = ("ocr", "counting")
 KEYS = {"ocr": "reader/exact", "counting": "geneval-shapes/correct"}
 
 
-def known(task: str) -> Baseline:
-    return next(one for one, _ in map(read, parts(locate("tiny"))) if one.task == task)
+def shipped_baseline(task: str) -> Baseline:
+    return next(
+        baseline for baseline, _ in map(read_baseline, baseline_files(find_baseline("tiny"))) if baseline.task == task
+    )
 
 
 def row(baseline: Baseline, label: str) -> Claim:
@@ -34,72 +38,76 @@ def mean(claim: Claim, key: str) -> float:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_method_is_there_under_one_budget(task: str) -> None:
-    baseline = known(task)
+    baseline = shipped_baseline(task)
     methods = {registry.canonical("method", name) for name in registry.entries("method")}
     assert {claim.method for claim in baseline.row} == {*methods, BASE}
     seeds = {claim.seeds for claim in baseline.row if claim.label != BASE}
-    assert len(seeds) == 1 and len(next(iter(seeds))) >= 3 and baseline.budget == known("ocr").budget
+    assert len(seeds) == 1 and len(next(iter(seeds))) >= 3 and baseline.budget == shipped_baseline("ocr").budget
 
 
 @pytest.mark.parametrize("name", ["tiny", "short"])
 def test_the_settings_are_still_those_of_the_presets(name: str) -> None:
     """Where a preset was changed on purpose, `make board` measures it anew."""
-    for path in parts(locate(name)):
-        baseline, _ = read(path)
+    for path in baseline_files(find_baseline(name)):
+        baseline, _ = read_baseline(path)
         for claim in baseline.row:
             if claim.label == BASE:
                 continue
-            said = words(baseline, claim, claim.seeds[0], Path("runs"))
-            sets = [said[i + 1] for i, word in enumerate(said) if word == "--set"]
-            budget = said[said.index("--budget") + 1]
+            command = BaselineRun(baseline, claim, claim.seeds[0]).command(Path("runs"))
+            sets = [command[i + 1] for i, word in enumerate(command) if word == "--set"]
+            budget = command[command.index("--budget") + 1]
             plan = resolve(RunRequest(claim.method, baseline.task, baseline.model, budget=budget, sets=sets))
             now = plan.mapping()["settings"]
             for key, value in claim.settings.items():
                 if key.startswith("settings."):
-                    found = now
+                    current = now
                     for part in key.split(".")[1:]:
-                        found = found[part]
-                    assert found == value, (claim.label, key)
+                        current = current[part]
+                    assert current == value, (claim.label, key)
 
 
 @pytest.mark.parametrize("page", ["README.md", "leaderboards/tiny.md"])
 @pytest.mark.parametrize("task", TASKS)
 def test_the_pages_say_what_the_baseline_says(task: str, page: str, repo: Path) -> None:
-    baseline, key, text = known(task), KEYS[task], (repo / page).read_text("utf-8")
+    baseline, key, text = shipped_baseline(task), KEYS[task], (repo / page).read_text("utf-8")
     table = text[text.index(f"{key} (held out), base") :].split("\n\n")[0]
-    told = {
+    gains = {
         cells[2]: float(cells[3].split()[0].lstrip("*"))
         for line in table.splitlines()[2:]
         if (cells := [cell.strip() for cell in line.split("|")])
     }
     first = mean(row(baseline, BASE), key)
-    assert told.keys() == {claim.label for claim in baseline.row} - {BASE}
-    for label, gain in told.items():
+    assert gains.keys() == {claim.label for claim in baseline.row} - {BASE}
+    for label, gain in gains.items():
         assert gain == pytest.approx(mean(row(baseline, label), key) - first, abs=6e-4), label
     stated = re.search(r"held out\), base (\.\d+)", text[text.index(f"{key} (held out)") :])
     assert stated and float(stated[1]) == pytest.approx(first, abs=6e-4)
 
 
-# The embedded model, spoiled
+# The embedded model with a planted fault
 
 
 def trained(out: Path, seed: int, *sets: str) -> None:
-    baseline = known("ocr")
-    argv = words(baseline, row(baseline, "gpo"), seed, out)
+    baseline = shipped_baseline("ocr")
+    argv = BaselineRun(baseline, row(baseline, "gpo"), seed).command(out)
     more = [word for text in sets for word in ("--set", text)]
     subprocess.run([sys.executable, "-m", "gpobench.bench.commands.app", *argv, *more], check=True)
 
 
 def verdicts(out: Path) -> dict[str, str]:
-    path = next(path for path in parts(locate("tiny")) if read(path)[0].task == "ocr")
-    return {f.key: f.verdict for f in judge(path, *read(path), load([out])).findings if f.row == "gpo"}
+    path = next(path for path in baseline_files(find_baseline("tiny")) if read_baseline(path)[0].task == "ocr")
+    return {
+        f.key: f.verdict
+        for f in check(LoadedBaseline(path, *read_baseline(path)), load_runs([out])).findings
+        if f.row == "gpo"
+    }
 
 
 @pytest.mark.slow
 def test_a_tenth_of_the_learning_rate_is_worse_on_the_embedded_model(tmp_path: Path) -> None:
     rate = resolve(RunRequest("gpo", "ocr", "tiny")).settings
     assert isinstance(rate, GPO)
-    for seed in row(known("ocr"), "gpo").seeds:
+    for seed in row(shipped_baseline("ocr"), "gpo").seeds:
         trained(tmp_path, seed, f"optim.lr={rate.optim.lr / 10}")
     assert "worse" in verdicts(tmp_path).values()
 

@@ -1,4 +1,4 @@
-"""Trained for real, spoiled on purpose: too slow or backwards is worse, other seeds are not, a hack is flagged."""
+"""Real training with planted faults: a small learning rate or a flipped loss is worse, other seeds are not, a hack is flagged."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gpobench.bench.experiments import jobs
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.bench.progress import NullProgress
-from gpobench.leaderboards.baseline import read
-from gpobench.leaderboards.board import load
-from gpobench.leaderboards.commands import regress
-from gpobench.leaderboards.regress import Report, judge
+from gpobench.leaderboards.baseline import read_baseline
+from gpobench.leaderboards.commands.regress import regress
+from gpobench.leaderboards.regress import LoadedBaseline, RegressionReport, check
+from gpobench.leaderboards.runs import load_runs
 from gpobench.methods.gpo import GPO
 
 Train = Callable[..., Record]
@@ -32,13 +32,13 @@ app.command()(regress)
 
 @pytest.fixture(scope="module")
 def train(tiny_pipe: Path, redness: str) -> Train:
-    def one(out: Path, seed: int, *sets: str, task: str = "Many") -> Record:
+    def run_once(out: Path, seed: int, *sets: str, task: str = "Many") -> Record:
         plan = resolve(
             RunRequest("gpo", f"{redness}:{task}", str(tiny_pipe), seed=seed, budget="nfe=16000", sets=[*SETS, *sets])
         )
         return running.run(plan, runs=out, progress=NullProgress())
 
-    return one
+    return run_once
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +56,17 @@ def reported(train: Train, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def exit_code(*arguments: object) -> int:
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done.exit_code
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code
 
 
-def judged(path: Path, runs: Path) -> Report:
-    return judge(path, *read(path), load([runs]))
+def check_runs(path: Path, runs: Path) -> RegressionReport:
+    return check(LoadedBaseline(path, *read_baseline(path)), load_runs([runs]))
 
 
-def verdicts(report: Report, row: str = "gpo") -> dict[str, str]:
+def verdicts(report: RegressionReport, row: str = "gpo") -> dict[str, str]:
     return {f.key: f.verdict for f in report.findings if f.row == row}
 
 
@@ -77,14 +77,14 @@ def trained(train: Train, out: Path, seeds: Iterable[int], *sets: str) -> Path:
 
 
 def test_the_method_learns_at_all(reported: Path) -> None:
-    known, _ = read(reported)
-    base, gpo = ({n.key: n.mean for n in claim.number} for claim in known.row)
+    baseline, _ = read_baseline(reported)
+    base, gpo = ({n.key: n.mean for n in claim.number} for claim in baseline.row)
     assert set(gpo) == KEYS and all(gpo[key] > base[key] + 0.02 for key in KEYS)
 
 
 def test_the_same_seeds_repeat_to_the_last_digit(train: Train, reported: Path, tmp_path: Path) -> None:
     runs = trained(train, tmp_path, [0, 1, 2])
-    assert all(f.repeated for f in judged(reported, runs).findings) and exit_code(runs, "--against", reported) == 0
+    assert all(f.repeated for f in check_runs(reported, runs).findings) and exit_code(runs, "--against", reported) == 0
 
 
 def test_runs_that_are_done_are_read_and_not_begun(reported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,13 +97,13 @@ def test_runs_that_are_done_are_read_and_not_begun(reported: Path, monkeypatch: 
 
 def test_other_seeds_are_not_worse(train: Train, reported: Path, tmp_path: Path) -> None:
     runs = trained(train, tmp_path, [3, 4, 5])
-    assert set(verdicts(judged(reported, runs)).values()) <= {"same", "cannot tell"}
+    assert set(verdicts(check_runs(reported, runs)).values()) <= {"same", "cannot tell"}
     assert exit_code(runs, "--against", reported) in (0, 3)
 
 
 def test_a_tenth_of_the_learning_rate_is_worse(train: Train, reported: Path, tmp_path: Path) -> None:
     runs = trained(train, tmp_path, [0, 1, 2], "optim.lr=3e-4")
-    report = judged(reported, runs)
+    report = check_runs(reported, runs)
     assert verdicts(report)["redness/mean"] == "worse" and exit_code(runs, "--against", reported) == 1
     assert set(verdicts(report).values()) <= {"worse", "cannot tell"}
     assert set(verdicts(report, "base").values()) == {"same"}
@@ -119,11 +119,12 @@ def test_a_flipped_sign_is_worse(train: Train, reported: Path, tmp_path: Path, m
     monkeypatch.setattr(GPO, "loss", flipped)  # a fault in the code: the settings are the reported ones
     runs = trained(train, tmp_path, [0, 1, 2])
     assert (
-        verdicts(judged(reported, runs)) == dict.fromkeys(KEYS, "worse") and exit_code(runs, "--against", reported) == 1
+        verdicts(check_runs(reported, runs)) == dict.fromkeys(KEYS, "worse")
+        and exit_code(runs, "--against", reported) == 1
     )
 
 
-def test_who_paints_what_only_the_training_scorer_likes_is_flagged(train: Train, tmp_path: Path) -> None:
+def test_a_hack_of_the_training_scorer_is_flagged(train: Train, tmp_path: Path) -> None:
     bait, honest = train(tmp_path, 0, task="Bait"), train(tmp_path, 0)
     assert bait.delta["redness/mean"].ci[0] > 0 and bait.delta["balance/mean"].ci[1] < 0  # type: ignore[operator]
     assert bait.flags.hack and not honest.flags.hack

@@ -1,4 +1,4 @@
-"""What was planted is found, what was not is not said more often than the rule allows, and numbers of other ground are refused."""
+"""Regression checks find planted changes, have the stated error rates, and refuse runs with other inputs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.record import Flags, ScorerUse
 from gpobench.bench.stats.intervals import holm
-from gpobench.leaderboards import render_regression as dresses
-from gpobench.leaderboards.baseline import beside, parts, read
-from gpobench.leaderboards.board import load
-from gpobench.leaderboards.commands import regress
-from gpobench.leaderboards.regress import Report, change, judge, judge_all, repeat, verdicts, words
+from gpobench.leaderboards import render_regression
+from gpobench.leaderboards.baseline import baseline_files, read_baseline, scores_path
+from gpobench.leaderboards.baseline_runs import BaselineRun, RunOptions, run_baselines
+from gpobench.leaderboards.change import change, expected_half_width, verdicts
+from gpobench.leaderboards.commands.regress import regress
+from gpobench.leaderboards.regress import LoadedBaseline, RegressionReport, check, check_all
+from gpobench.leaderboards.runs import load_runs
 
 Make = Callable[..., Path]
 Vectors = list[np.ndarray]
@@ -39,10 +41,10 @@ def commit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    done = CliRunner().invoke(app, [str(a) for a in arguments])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done.exit_code, done.stdout
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout
 
 
 @pytest.fixture
@@ -57,12 +59,12 @@ def baseline(make: Make, tmp_path: Path) -> Path:
     return path
 
 
-def verdict_of(report: Report) -> dict[tuple[str, str], str]:
+def verdict_of(report: RegressionReport) -> dict[tuple[str, str], str]:
     return {(f.row, f.key): f.verdict for f in report.findings}
 
 
-def judged(path: Path, *folders: Path) -> Report:
-    return judge(path, *read(path), load(folders))
+def check_runs(path: Path, *folders: Path) -> RegressionReport:
+    return check(LoadedBaseline(path, *read_baseline(path)), load_runs(folders))
 
 
 # The rule
@@ -90,15 +92,17 @@ def rates(times: int, shift: float, margin: float, numbers: int = 1, **more: Any
     rng = np.random.default_rng(7)
     some: dict[str, float] = dict.fromkeys(("same", "better", "worse", "cannot tell", "all same"), 0.0)
     for _ in range(times):
-        said = [v for v, _ in verdicts([change(*draw(rng, shift, **more)) for _ in range(numbers)], [margin] * numbers)]
-        for verdict in set(said):
+        drawn = [
+            v for v, _ in verdicts([change(*draw(rng, shift, **more)) for _ in range(numbers)], [margin] * numbers)
+        ]
+        for verdict in set(drawn):
             some[verdict] += 1 / times
-        some["all same"] += set(said) == {"same"}
+        some["all same"] += set(drawn) == {"same"}
     return some
 
 
 def bound(rate: float, times: int) -> float:
-    """Three standard errors above a rate that is kept."""
+    """Three standard errors above a rate that holds."""
     return rate + 3 * math.sqrt(rate * (1 - rate) / times)
 
 
@@ -142,12 +146,12 @@ def test_errors_of_a_whole_table_are_as_rare_in_a_thousand() -> None:
     assert still["worse"] <= bound(0.025, 1000), still
 
 
-def test_what_is_there_is_found() -> None:
+def test_real_changes_are_detected() -> None:
     assert rates(60, -0.2, 0.05)["worse"] > 0.95 and rates(60, 0.2, 0.05)["better"] > 0.95
     assert rates(60, 0.0, 0.12)["same"] > 0.9
 
 
-def test_signs_turn_verdicts_round() -> None:
+def test_the_opposite_change_has_the_opposite_verdict() -> None:
     rng = np.random.default_rng(0)
     for shift in (-0.3, -0.06, 0.0, 0.06, 0.3):
         new, old = draw(rng, shift)
@@ -157,7 +161,7 @@ def test_signs_turn_verdicts_round() -> None:
         assert back == {"better": "worse", "worse": "better"}.get(there, there)
 
 
-def test_of_one_seed_each_only_the_margin_speaks() -> None:
+def test_with_one_seed_each_the_margin_decides() -> None:
     rng = np.random.default_rng(1)
     near = [change(*draw(rng, -0.05, seeds=(1, 1), spread=0.0, own=0.01))]
     assert not near[0].seeds and verdicts(near, [0.1])[0][0] == "same"
@@ -174,53 +178,55 @@ def test_strata_weigh_alike() -> None:
     )
 
 
-def test_too_few_prompts_cannot_be_told() -> None:
+def test_too_few_prompts_give_no_verdict() -> None:
     one = change([np.array([0.1, np.nan])], [np.array([0.9, 0.9])])
     assert verdicts([one], [0.5])[0][0] == "cannot tell" and math.isnan(one.se)
 
 
-def test_repeat_is_what_a_repetition_shows() -> None:
-    """Half the 90 % interval, as announced from one side's seeds, against what other seeds then give."""
+def test_the_expected_half_width_is_that_of_a_repetition() -> None:
+    """Half the 90 % interval as predicted from one side's seeds agrees with that of other seeds."""
     rng = np.random.default_rng(3)
-    told, seen = list[float](), list[float]()
+    expected, observed = list[float](), list[float]()
     for _ in range(60):
         new, old = draw(rng, seeds=(4, 4))
-        told.append(repeat(old) or math.nan)
-        seen.append(change(new, old).half(0.9))
-    assert np.median(told) == pytest.approx(np.median(seen), rel=0.25) and repeat(old[:1]) is None
+        expected.append(expected_half_width(old) or math.nan)
+        observed.append(change(new, old).half(0.9))
+    assert np.median(expected) == pytest.approx(np.median(observed), rel=0.25) and expected_half_width(old[:1]) is None
 
 
 # Runs against a baseline
 
 
 def test_the_same_runs_repeat_their_numbers(baseline: Path, tmp_path: Path) -> None:
-    report = judged(baseline, tmp_path / "old")
+    report = check_runs(baseline, tmp_path / "old")
     assert set(verdict_of(report).values()) == {"same"} and all(f.repeated for f in report.findings)
     assert len(report.findings) == 6 and report.code() == 0 and not report.missing
-    one = judged(baseline, tmp_path / "old" / "gpo1")  # one of the reported seeds
+    one = check_runs(baseline, tmp_path / "old" / "gpo1")  # one of the reported seeds
     assert all(f.change.mean == 0 == f.change.high for f in one.findings)
-    assert "1 of 3 seeds run, repeated exactly" in dresses.terminal(one)
+    assert "1 of 3 seeds run, repeated exactly" in render_regression.terminal(one)
     assert {f.row: f.seeds for f in one.findings} == {"base": (0, 0), "gpo": (1, 3)}
     assert one.missing == (("awm", "engine/exact"), ("awm", KEY))
 
 
-def test_a_number_that_nobody_looked_at_is_not_passed(baseline: Path, tmp_path: Path) -> None:
-    """Runs of one row of two: what is there is the same, and the other is guarded by nobody, whatever is allowed."""
+def test_a_missing_number_never_passes(baseline: Path, tmp_path: Path) -> None:
+    """Runs of one row of two: its numbers are the same, and those of the other row are missing, with --allow-unsure too."""
     for allow in ([], ["--allow-unsure"]):
-        code, said = run(tmp_path / "old" / "gpo1", "--against", baseline, *allow)
-        assert code == 3 and "Not in these runs: awm engine/exact" in said and "6 numbers: 4 same, 2 missing" in said
+        code, output = run(tmp_path / "old" / "gpo1", "--against", baseline, *allow)
+        assert (
+            code == 3 and "Not in these runs: awm engine/exact" in output and "6 numbers: 4 same, 2 missing" in output
+        )
     assert run(tmp_path / "old" / "gpo1", "--against", baseline, "--row", "gpo", "--row", "base")[0] == 0
-    tree = Xml.fromstring(dresses.junit([judged(baseline, tmp_path / "old" / "gpo1")], allow_unsure=True))
+    tree = Xml.fromstring(render_regression.junit([check_runs(baseline, tmp_path / "old" / "gpo1")], allow_unsure=True))
     assert tree.get("errors") == "2" and {e.get("type") for e in tree.iter("error")} == {"missing"}
 
 
 def test_other_seeds_are_no_regression(baseline: Path, make: Make, tmp_path: Path) -> None:
     for seed in (5, 6, 7):
         make(f"new/gpo{seed}", "gpo", seed, 0.2)
-    report = judged(baseline, tmp_path / "new")
+    report = check_runs(baseline, tmp_path / "new")
     assert not any(f.repeated for f in report.findings if f.row == "gpo")
     assert set(verdict_of(report).values()) == {"same"}
-    one = judged(baseline, tmp_path / "new" / "gpo6")
+    one = check_runs(baseline, tmp_path / "new" / "gpo6")
     assert set(verdict_of(one).values()) <= {"same", "cannot tell"}
 
 
@@ -228,94 +234,94 @@ MINE, OTHER_KIND = "AuthenticAMD family 26 model 2, AVX512", "GenuineIntel famil
 
 
 def test_the_last_digits_are_expected_of_the_kind_of_processor_that_made_them(
-    make: Make, look: Any, tmp_path: Path
+    make: Make, before_and_after: Any, tmp_path: Path
 ) -> None:
-    """On another kind the change of a last digit is no regression, and one line says so; on the same one it is news."""
+    """On another kind the change of a last digit is no regression, and a note says so; on the same kind it is reported."""
     for seed in range(2):
         make(f"old/{seed}", "gpo", seed, 0.2, provenance={"processor": MINE})
         shaken = {
             key: (before + 1e-3, after - 1e-3)
             for k, key in enumerate(("engine/exact", KEY))
-            for before, after in [look(0.2, 10 * k + seed)]
+            for before, after in [before_and_after(0.2, 10 * k + seed)]
         }
-        make(f"same/{seed}", "gpo", seed, 0.2, looks=shaken, provenance={"processor": MINE})
-        make(f"elsewhere/{seed}", "gpo", seed, 0.2, looks=shaken, provenance={"processor": OTHER_KIND})
-        make(f"unknown/{seed}", "gpo", seed, 0.2, looks=shaken)
+        make(f"same/{seed}", "gpo", seed, 0.2, scores_by_key=shaken, provenance={"processor": MINE})
+        make(f"elsewhere/{seed}", "gpo", seed, 0.2, scores_by_key=shaken, provenance={"processor": OTHER_KIND})
+        make(f"unknown/{seed}", "gpo", seed, 0.2, scores_by_key=shaken)
         make(f"none changed/{seed}", "gpo", seed, 0.2, provenance={"processor": OTHER_KIND})
     path = tmp_path / "mine.toml"
     assert run(tmp_path / "old", "--against", path, "--update", "--margin", "0.05")[0] == 0
-    assert read(path)[0].processor == MINE
-    assert not judged(path, tmp_path / "old").notes
+    assert read_baseline(path)[0].processor == MINE
+    assert not check_runs(path, tmp_path / "old").notes
     made = f"Made on {MINE}; this is {OTHER_KIND}: numbers repeat within the margin, not to the last digit."
-    for folder, said in {
+    for folder, message in {
         "same": f"Made on the same kind of processor ({MINE})",
         "elsewhere": made,
         "unknown": f"Made on {MINE}: on another kind of processor numbers repeat within the margin",
         "none changed": made,
     }.items():
-        report = judged(path, tmp_path / folder)
+        report = check_runs(path, tmp_path / folder)
         assert report.code() == 0 and set(verdict_of(report).values()) == {"same"}
-        assert len([note for note in report.notes if said in note]) == 1, (folder, report.notes)
-        assert said in dresses.terminal(report).replace("\n", " ")
+        assert len([note for note in report.notes if message in note]) == 1, (folder, report.notes)
+        assert message in render_regression.terminal(report).replace("\n", " ")
 
 
 def test_a_baseline_without_the_kind_of_processor_is_read(baseline: Path, tmp_path: Path) -> None:
     lines = baseline.read_text().splitlines(keepends=True)
     baseline.write_text("".join(line for line in lines if not line.startswith("processor = ")))
-    assert read(baseline)[0].processor == "" and not judged(baseline, tmp_path / "old").notes
+    assert read_baseline(baseline)[0].processor == "" and not check_runs(baseline, tmp_path / "old").notes
 
 
 def test_a_planted_regression_fails(baseline: Path, make: Make, tmp_path: Path) -> None:
     for seed in range(3):
         make(f"new/gpo{seed}", "gpo", seed, 0.05)
         make(f"new/awm{seed}", "awm", seed, 0.3)
-    report = judged(baseline, tmp_path / "new")
-    said = verdict_of(report)
-    assert said["gpo", KEY] == said["gpo", "engine/exact"] == "worse" and said["awm", KEY] == "better"
-    assert said["base", KEY] == "same" and report.code() == report.code(allow_unsure=True) == 1
+    report = check_runs(baseline, tmp_path / "new")
+    by_number = verdict_of(report)
+    assert by_number["gpo", KEY] == by_number["gpo", "engine/exact"] == "worse" and by_number["awm", KEY] == "better"
+    assert by_number["base", KEY] == "same" and report.code() == report.code(allow_unsure=True) == 1
     code, text = run(tmp_path / "new", "--against", baseline)
     assert code == 1 and text.splitlines()[4].startswith("worse")
 
 
-def test_a_flipped_sign_fails(baseline: Path, make: Make, look: Any, tmp_path: Path) -> None:
+def test_a_flipped_sign_fails(baseline: Path, make: Make, before_and_after: Any, tmp_path: Path) -> None:
     for seed in range(3):
-        looks = {}
+        scores_by_key = {}
         for k, key in enumerate(("engine/exact", KEY)):
-            before, after = look(0.2, 10 * k + seed)
-            looks[key] = (before, before - (after - before))
-        make(f"new/gpo{seed}", "gpo", seed, looks=looks)
-    assert verdict_of(judged(baseline, tmp_path / "new"))["gpo", KEY] == "worse"
+            before, after = before_and_after(0.2, 10 * k + seed)
+            scores_by_key[key] = (before, before - (after - before))
+        make(f"new/gpo{seed}", "gpo", seed, scores_by_key=scores_by_key)
+    assert verdict_of(check_runs(baseline, tmp_path / "new"))["gpo", KEY] == "worse"
 
 
-def test_what_cannot_be_told_exits_with_3(baseline: Path, make: Make, look: Any, tmp_path: Path) -> None:
+def test_an_undecided_number_exits_with_3(baseline: Path, make: Make, before_and_after: Any, tmp_path: Path) -> None:
     for seed in (7, 8, 9):
-        looks = {key: look(0.2, 10 * k + seed) for k, key in enumerate(("engine/exact", KEY))}
-        looks[KEY] = (looks[KEY][0], looks[KEY][1] + 0.3 * (seed - 8))  # seeds far apart
-        make(f"new/gpo{seed}", "gpo", seed, looks=looks)
-    assert verdict_of(judged(baseline, tmp_path / "new"))["gpo", KEY] == "cannot tell"
+        scores_by_key = {key: before_and_after(0.2, 10 * k + seed) for k, key in enumerate(("engine/exact", KEY))}
+        scores_by_key[KEY] = (scores_by_key[KEY][0], scores_by_key[KEY][1] + 0.3 * (seed - 8))  # seeds far apart
+        make(f"new/gpo{seed}", "gpo", seed, scores_by_key=scores_by_key)
+    assert verdict_of(check_runs(baseline, tmp_path / "new"))["gpo", KEY] == "cannot tell"
     mine = ("--row", "gpo", "--row", "base")
     assert run(tmp_path / "new", "--against", baseline, *mine)[0] == 3
     assert run(tmp_path / "new", "--against", baseline, *mine, "--allow-unsure")[0] == 0
-    case = Xml.fromstring(dresses.junit([judged(baseline, tmp_path / "new")])).find(
+    case = Xml.fromstring(render_regression.junit([check_runs(baseline, tmp_path / "new")])).find(
         ".//testcase[@classname='gpo']/error"
     )
     assert case is not None and case.get("type") == "cannot tell"
 
 
-def test_few_missing_scores_are_borne_many_refused(baseline: Path, make: Make, look: Any) -> None:
-    before, after = look(0.2, 10)
-    big = {"engine/exact": look(0.2, 0), KEY: (before, after.copy())}
+def test_few_missing_scores_are_tolerated_many_refused(baseline: Path, make: Make, before_and_after: Any) -> None:
+    before, after = before_and_after(0.2, 10)
+    big = {"engine/exact": before_and_after(0.2, 0), KEY: (before, after.copy())}
     big[KEY][1][0, 0] = math.nan
     with pytest.raises(UserError, match=r"1.2 % of the images have no other/exact, more than 0.5 %"):
-        judged(baseline, make("holes", "gpo", 0, looks=big))
-    looks = {key: look(0.2, k, prompts=150) for k, key in enumerate(("engine/exact", KEY))}
-    looks[KEY][1][0, 0] = math.nan
-    folder = make("wide", "gpo", 0, looks=looks)
+        check_runs(baseline, make("holes", "gpo", 0, scores_by_key=big))
+    scores_by_key = {key: before_and_after(0.2, k, prompts=150) for k, key in enumerate(("engine/exact", KEY))}
+    scores_by_key[KEY][1][0, 0] = math.nan
+    folder = make("wide", "gpo", 0, scores_by_key=scores_by_key)
     path = baseline.with_name("wide.toml")
     assert run(folder, "--against", path, "--update", "--margin", "0.03")[0] == 0
-    assert judged(path, folder).code() == 0
+    assert check_runs(path, folder).code() == 0
     with pytest.raises(UserError, match="is marked invalid"):
-        judged(baseline, make("bad", "gpo", 0, 0.2, flags=Flags(hack=False, invalid=True)))
+        check_runs(baseline, make("bad", "gpo", 0, 0.2, flags=Flags(hack=False, invalid=True)))
 
 
 OTHER = {
@@ -327,17 +333,17 @@ OTHER = {
     "budget nfe is 2000.0 in": {"config": {"budget": {"nfe": 2000.0}}},
     "budget seconds is 9 in": {"config": {"budget": {"nfe": 1000.0, "seconds": 9}}},
     "weights of the model is w2 in": {"provenance": {"weights": "w2"}},
-    "judging seed is 2 in": {"config": {"evaluation": {"split": "test", "seed": 2}}},
+    "evaluation seed is 2 in": {"config": {"evaluation": {"split": "test", "seed": 2}}},
     "no run in common: .* is of awm, gpo on ocr with tiny; these are of sft on ocr with tiny": {"method": "sft"},
     "no run in common": {"task": "counting"},
     "no run in common.*these are of gpo on ocr with big": {"model": "big"},
 }
 
 
-@pytest.mark.parametrize("said", OTHER)
-def test_other_ground_is_refused(baseline: Path, make: Make, said: str) -> None:
-    with pytest.raises(UserError, match=said) as caught:
-        judged(baseline, make("new", **OTHER[said]))
+@pytest.mark.parametrize("message", OTHER)
+def test_other_inputs_are_refused(baseline: Path, make: Make, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        check_runs(baseline, make("new", **OTHER[message]))
     assert "\n" not in str(caught.value)
 
 
@@ -346,47 +352,51 @@ def test_what_cannot_be_read_is_refused(baseline: Path, make: Make, tmp_path: Pa
     empty.mkdir()
     whole = (cut / "scores.parquet").read_bytes()
     (cut / "scores.parquet").write_bytes(whole[: len(whole) // 2])
-    for folder, said in ((cut, "cannot read"), (empty, "no finished run"), (tmp_path / "gone", "is no folder of runs")):
-        with pytest.raises(UserError, match=said):
+    for folder, message in (
+        (cut, "cannot read"),
+        (empty, "no finished run"),
+        (tmp_path / "gone", "is no folder of runs"),
+    ):
+        with pytest.raises(UserError, match=message):
             run(folder, "--against", baseline)
 
 
 def test_other_settings_are_judged_and_said(baseline: Path, make: Make, tmp_path: Path) -> None:
     other = {"config": {"settings": {"lr": 5.0, "optim": {"clip": 1.0}}}}
     make("new/a", "gpo", 0, 0.2, **other)
-    report = judged(baseline, tmp_path / "new")
+    report = check_runs(baseline, tmp_path / "new")
     assert any("gpo has other settings than reported: lr 0.001 -> 5.0" in note for note in report.notes)
     make("new/b", "gpo", 0, 0.2)  # now one of them is the reported one
-    assert not judged(baseline, tmp_path / "new").notes
+    assert not check_runs(baseline, tmp_path / "new").notes
     make("more/c", "gpo", 0, 0.2, config={"settings": {"lr": 7.0, "optim": {"clip": 1.0}}})
     with pytest.raises(
         UserError, match="several settings and none of them is the reported one: gpo .lr=5.0.; gpo .lr=7.0."
     ):
-        judged(baseline, tmp_path / "new" / "a", tmp_path / "more")
+        check_runs(baseline, tmp_path / "new" / "a", tmp_path / "more")
 
 
 def test_settings_tell_the_rows_of_one_method_apart(make: Make, tmp_path: Path) -> None:
-    """Runs of one of two rows are not held against the other, which is missing."""
+    """Runs of one of two rows are not compared with the other, which is missing."""
     low = {"config": {"settings": {"lr": 1e-4, "optim": {"clip": 1.0}}}}
     for seed in range(2):
         make(f"old/high{seed}", "gpo", seed, 0.3)
         make(f"old/low{seed}", "gpo", seed, 0.1, **low)
     path = tmp_path / "two.toml"
     assert run(tmp_path / "old", "--against", path, "--update", "--margin", "0.03")[0] == 0
-    report = judged(path, tmp_path / "old" / "low0", tmp_path / "old" / "low1")
+    report = check_runs(path, tmp_path / "old" / "low0", tmp_path / "old" / "low1")
     assert set(verdict_of(report).values()) == {"same"} and {row for row, _ in report.missing} == {"gpo (lr=0.001)"}
 
 
-def test_a_base_that_moved_does_not_hide_behind_the_first_run(make: Make, look: Any, tmp_path: Path) -> None:
+def test_a_changed_base_is_detected_in_any_run(make: Make, before_and_after: Any, tmp_path: Path) -> None:
     """Two of three runs saw a base that is lower by more than the margin, though by little of its spread."""
-    before, after = look(0.2, 3)
+    before, after = before_and_after(0.2, 3)
     shift = 0.04 * float(before.mean(1).std())
-    make("old/a", looks={KEY: (before, after)})
+    make("old/a", scores_by_key={KEY: (before, after)})
     path = tmp_path / "one.toml"
     assert run(tmp_path / "old", "--against", path, "--update", "--margin", str(shift / 4))[0] == 0
     for seed in range(3):
-        make(f"new/{seed}", "gpo", seed, looks={KEY: (before - shift * (seed > 0), after)})
-    report = judged(path, tmp_path / "new")
+        make(f"new/{seed}", "gpo", seed, scores_by_key={KEY: (before - shift * (seed > 0), after)})
+    report = check_runs(path, tmp_path / "new")
     assert verdict_of(report)["base", KEY] == "worse"
     assert any("base's scores are not the same" in note for note in report.notes)
 
@@ -397,7 +407,7 @@ def test_a_margin_that_a_person_edited_stays_with_its_row(baseline: Path, tmp_pa
     first, rest = rows.split("[[row]]", 1)
     baseline.write_text("[[row]]".join([head, first.replace("margin = 0.03", "margin = 0.001"), rest]))
     assert run(tmp_path / "old", "--against", baseline, "--update")[0] == 0
-    margins = {claim.label: {n.margin for n in claim.number} for claim in read(baseline)[0].row}
+    margins = {claim.label: {n.margin for n in claim.number} for claim in read_baseline(baseline)[0].row}
     assert margins == {"base": {0.001}, "awm": {0.03}, "gpo": {0.03}}
     with pytest.raises(UserError, match="finest"):
         run(tmp_path / "old", "--against", baseline, "--update", "--margin", "1e-11")
@@ -406,40 +416,47 @@ def test_a_margin_that_a_person_edited_stays_with_its_row(baseline: Path, tmp_pa
 def test_runs_that_did_not_end_are_named(baseline: Path, make: Make, tmp_path: Path) -> None:
     (tmp_path / "old" / "gpo9").mkdir()
     (tmp_path / "old" / "gpo9" / "config.toml").write_text("# gpobench run --method gpo --task ocr\n")
-    code, said = run(tmp_path / "old", "--against", baseline)
-    assert code == 0 and "gpo9 (not finished)" in said
+    code, output = run(tmp_path / "old", "--against", baseline)
+    assert code == 0 and "gpo9 (not finished)" in output
 
 
 def test_runs_of_other_methods_are_left_out(baseline: Path, make: Make, tmp_path: Path) -> None:
     make("new/gpo", "gpo", 0, 0.2)
     make("new/sft", "sft", 0, 0.2, config={"budget": {"nfe": 5.0}})
-    report = judged(baseline, tmp_path / "new")
+    report = check_runs(baseline, tmp_path / "new")
     assert "1 runs are not of this baseline and were left out." in report.notes and {
         f.row for f in report.findings
     } == {"base", "gpo"}
 
 
-def test_a_key_that_is_not_there_is_missing(baseline: Path, make: Make, look: Any) -> None:
+def test_a_key_that_is_not_there_is_missing(baseline: Path, make: Make, before_and_after: Any) -> None:
     engine = ScorerUse(id="engine-1", role="training", calls=9, seconds=1.0, errors=0)
-    folder = make("new", "gpo", 0, looks={"engine/exact": look(0.2, 0)})
+    folder = make("new", "gpo", 0, scores_by_key={"engine/exact": before_and_after(0.2, 0)})
     text = json.loads((folder / "record.json").read_text())
     (folder / "record.json").write_text(json.dumps(text | {"scorers": {"engine": engine.model_dump()}}))
-    report = judged(baseline, folder)
+    report = check_runs(baseline, folder)
     assert ("gpo", KEY) in report.missing and verdict_of(report)["gpo", "engine/exact"] == "same"
 
 
 # The command
 
 
-def test_every_dress_says_the_same(baseline: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_format_has_the_same_verdicts(
+    baseline: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make("new/gpo0", "gpo", 0, 0.0001)
     summary = tmp_path / "summary.md"
     summary.write_text("before\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     files = tmp_path / "v.xml", tmp_path / "v.md"
     code, text = run(tmp_path / "new", "--against", baseline, "--junit", files[0], "--markdown", files[1], "--json")
-    said = json.loads(text)
-    assert code == said["exit_code"] == 1 and said["counts"] == {"same": 2, "better": 0, "worse": 2, "cannot tell": 0}
+    output = json.loads(text)
+    assert code == output["exit_code"] == 1 and output["counts"] == {
+        "same": 2,
+        "better": 0,
+        "worse": 2,
+        "cannot tell": 0,
+    }
     suite = Xml.parse(files[0]).getroot().find("testsuite")
     assert suite is not None and (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("6", "2", "2")
     failed = [(c.get("classname"), c.get("name")) for c in suite.findall("testcase") if c.find("failure") is not None]
@@ -450,20 +467,20 @@ def test_every_dress_says_the_same(baseline: Path, make: Make, tmp_path: Path, m
 
 
 def test_only_the_rows_asked_for(baseline: Path, tmp_path: Path) -> None:
-    said = json.loads(run(tmp_path / "old", "--against", baseline, "--row", "awm", "--json")[1])
-    assert {f["row"] for f in said["findings"]} == {"awm"} and "3 runs are not of this baseline" in said["notes"][0]
-    said = json.loads(run(tmp_path / "old", "--against", baseline, "--row", "base", "--json")[1])
-    assert {f["row"] for f in said["findings"]} == {"base"}
+    output = json.loads(run(tmp_path / "old", "--against", baseline, "--row", "awm", "--json")[1])
+    assert {f["row"] for f in output["findings"]} == {"awm"} and "3 runs are not of this baseline" in output["notes"][0]
+    output = json.loads(run(tmp_path / "old", "--against", baseline, "--row", "base", "--json")[1])
+    assert {f["row"] for f in output["findings"]} == {"base"}
     with pytest.raises(UserError, match="did you mean 'gpo'"):
         run(tmp_path / "old", "--against", baseline, "--row", "gpoo")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("RUNS",), "name one baseline"),
         (("RUNS", "--against", "a.toml", "--run", "a.toml"), "name one baseline"),
-        (("--against", "a.toml"), "name runs to judge"),
+        (("--against", "a.toml"), "name runs to compare"),
         (("RUNS", "--run", "a.toml"), "leave RUNS out"),
         (("RUNS", "--against", "a.toml", "--margin", "1"), "--update writes"),
         (("RUNS", "--against", "a.toml", "--update", "--row", "gpo"), "--update writes all rows"),
@@ -471,9 +488,9 @@ def test_only_the_rows_asked_for(baseline: Path, tmp_path: Path) -> None:
         (("--run", "a.toml", "--update"), "no baseline at a.toml that says what to run"),
     ],
 )
-def test_requests_that_make_no_sense(make: Make, arguments: Sequence[str], said: str) -> None:
+def test_requests_that_make_no_sense(make: Make, arguments: Sequence[str], message: str) -> None:
     folder = make("old/gpo")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         run(*(folder if word == "RUNS" else word for word in arguments))
 
 
@@ -493,9 +510,9 @@ def both(make: Make, tmp_path: Path) -> Path:
 
 def test_runs_of_several_tasks_make_a_baseline_each_and_an_index(both: Path, make: Make, tmp_path: Path) -> None:
     listed = [both.with_name(f"all-{task}.toml") for task in ("ocr", "counting")]
-    assert sorted(parts(both)) == sorted(listed) and all(parts(one) == [one] for one in listed)
-    code, said = run(tmp_path / "old", "--against", both, "--json")
-    found = json.loads(said)
+    assert sorted(baseline_files(both)) == sorted(listed) and all(baseline_files(one) == [one] for one in listed)
+    code, output = run(tmp_path / "old", "--against", both, "--json")
+    found = json.loads(output)
     assert code == 0 and found["counts"]["same"] == sum(len(part["findings"]) for part in found["parts"]) > 0
     assert {part["baseline"] for part in found["parts"]} == {str(one) for one in listed}
     make("new/bad", "gpo", 0, 0.0, task="counting")
@@ -512,18 +529,18 @@ def test_numbers_of_all_parts_are_corrected_together(both: Path, make: Make, tmp
     for task in ("ocr", "counting"):
         for seed in (3, 4):
             make(f"new/{task}{seed}", "gpo", seed, 0.17, task=task)
-    together = [(part, *read(part)) for part in parts(both)]
-    runs = load([tmp_path / "new"])
-    joint = [f.holm for report in judge_all(together, runs) for f in report.findings]
-    alone = [f.holm for one in together for f in judge(*one, runs).findings]
-    raw = [f.change.p for report in judge_all(together, runs) for f in report.findings]
+    together = [LoadedBaseline(part, *read_baseline(part)) for part in baseline_files(both)]
+    runs = load_runs([tmp_path / "new"])
+    joint = [f.holm for report in check_all(together, runs) for f in report.findings]
+    alone = [f.holm for one in together for f in check(one, runs).findings]
+    raw = [f.change.p for report in check_all(together, runs) for f in report.findings]
     assert joint == pytest.approx(holm(raw)) and all(a >= b for a, b in zip(joint, alone, strict=True))
     assert joint != alone
 
 
 def test_a_part_without_runs_is_missing_and_all_without_are_an_error(both: Path, make: Make, tmp_path: Path) -> None:
-    code, said = run(tmp_path / "old" / "ocr0", "--against", both, "--json")
-    found = {part["ground"].split()[0]: part for part in json.loads(said)["parts"]}
+    code, output = run(tmp_path / "old" / "ocr0", "--against", both, "--json")
+    found = {part["protocol"].split()[0]: part for part in json.loads(output)["parts"]}
     assert code == 3 and not found["counting"]["findings"] and found["counting"]["missing"] and found["ocr"]["findings"]
     assert run(tmp_path / "old" / "ocr0", "--against", both, "--task", "ocr")[0] == 0
     with pytest.raises(UserError, match="did you mean 'ocr'"):
@@ -538,19 +555,19 @@ def test_one_task_is_written_anew_without_the_other(both: Path, make: Make, tmp_
     for seed in range(3):
         make(f"newer/{seed}", "gpo", seed, 0.3, task="ocr")
     assert run(tmp_path / "newer", "--against", both, "--update")[0] == 0
-    assert both.with_name("all-counting.toml").read_text() == kept and len(parts(both)) == 2
+    assert both.with_name("all-counting.toml").read_text() == kept and len(baseline_files(both)) == 2
     assert run(tmp_path / "newer", "--against", both, "--task", "ocr")[0] == 0
     with pytest.raises(UserError, match="is of one task"):
         run(tmp_path / "old", "--against", both.with_name("all-ocr.toml"), "--update", "--margin", "0.03")
 
 
-@pytest.mark.parametrize("text", ["format = 1\nparts = []", "format = 1\nparts = 'a'", "parts = ['a.toml']\nx = 1"])
+@pytest.mark.parametrize("text", ["format = 2\nparts = []", "format = 2\nparts = 'a'", "parts = ['a.toml']\nx = 1"])
 def test_a_damaged_index_is_refused(text: str, make: Make, tmp_path: Path) -> None:
     path = tmp_path / "index.toml"
     path.write_text(text)
     with pytest.raises(UserError, match="no list of baselines"):
         run(make("old/a"), "--against", path)
-    path.write_text("format = 1\nparts = ['nowhere.toml']")
+    path.write_text("format = 2\nparts = ['nowhere.toml']")
     with pytest.raises(UserError, match="no baseline at .*nowhere"):
         run(make("old/b"), "--against", path)
 
@@ -561,64 +578,70 @@ def test_a_damaged_index_is_refused(text: str, make: Make, tmp_path: Path) -> No
 def test_update_keeps_margins_and_takes_new_ones(baseline: Path, make: Make, tmp_path: Path) -> None:
     make("old/sft", "sft", 0, 0.1)
     assert run(tmp_path / "old", "--against", baseline, "--update", "--margin", f"{KEY}=0.05")[0] == 0
-    known, _ = read(baseline)
-    assert {n.key: n.margin for c in known.row for n in c.number} == {"engine/exact": 0.03, KEY: 0.05}
-    assert [c.label for c in known.row] == ["base", "awm", "gpo", "sft"]
-    assert [c.number[0].repeat is None for c in known.row] == [True, False, False, True]
+    written, _ = read_baseline(baseline)
+    assert {n.key: n.margin for c in written.row for n in c.number} == {"engine/exact": 0.03, KEY: 0.05}
+    assert [c.label for c in written.row] == ["base", "awm", "gpo", "sft"]
+    assert [c.number[0].repeat is None for c in written.row] == [True, False, False, True]
     assert (
-        known.commit == "0123abc" and known.runs_commits == ("abc",) and known.task == "ocr" and known.date[:2] == "20"
+        written.commit == "0123abc"
+        and written.runs_commits == ("abc",)
+        and written.task == "ocr"
+        and written.date[:2] == "20"
     )
     text = baseline.read_text()
     assert run(tmp_path / "old", "--against", baseline, "--update")[0] == 0
-    assert text.replace(known.command, "") == baseline.read_text().replace(read(baseline)[0].command, "")
+    assert text.replace(written.command, "") == baseline.read_text().replace(read_baseline(baseline)[0].command, "")
 
 
 @pytest.mark.parametrize("revision", ["0123abc-dirty", ""])
 def test_a_baseline_is_of_a_commit(make: Make, tmp_path: Path, revision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     good, bad = make("good"), make("bad", provenance={"revision": revision})
     path = tmp_path / "x.toml"
-    with pytest.raises(UserError, match="bad was made with changes that are in none"):
+    with pytest.raises(UserError, match="bad was made with uncommitted changes"):
         run(bad, "--against", path, "--update", "--margin", "0.1")
     monkeypatch.setattr("gpobench.bench.evaluation.record.revision", lambda: revision)
-    with pytest.raises(UserError, match="this tree has changes that are in none, or no history"):
+    with pytest.raises(UserError, match="this tree has uncommitted changes, or no history"):
         run(good, "--against", path, "--update", "--margin", "0.1")
-    assert not path.exists() and not beside(path).exists()
+    assert not path.exists() and not scores_path(path).exists()
 
 
 def test_a_baseline_needs_margins_and_keys_that_exist(make: Make, tmp_path: Path) -> None:
     folder, path = make("old/gpo"), tmp_path / "x.toml"
-    for more, said in (
+    for more, message in (
         ((), "state how far from its number engine/exact is still the same"),
         (("--margin", "wide"), "--margin wants a positive number"),
         (("--margin", "0"), "--margin wants a positive number"),
         (("--margin", "othr/exact=0.1"), "did you mean 'other/exact'"),
         (("--margin", "0.1", "--key", "other/exat"), "did you mean 'other/exact'"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             run(folder, "--against", path, "--update", *more)
     assert run(folder, "--against", path, "--update", "--margin", "0.0005", "--key", KEY)[0] == 0
-    known, _ = read(path)
+    written, _ = read_baseline(path)
     assert (
-        known.digits == 6
-        and {n.key for c in known.row for n in c.number} == {KEY}
-        and set(known.scorers) == {"engine", "other"}
+        written.digits == 6
+        and {n.key for c in written.row for n in c.number} == {KEY}
+        and set(written.scorers) == {"engine", "other"}
     )
 
 
-def test_the_words_make_the_settings_again(baseline: Path, tmp_path: Path) -> None:
-    """What stands behind `gpobench` for a run of the baseline; the preset's own settings are not repeated."""
-    known, _ = read(baseline)
-    claim = next(c for c in known.row if c.label == "gpo")
-    said = words(known, claim, 2, tmp_path)
-    assert said[:9] == ["run", "--method", "gpo", "--task", "ocr", "--model", "tiny", "--seed", "2"]
-    assert "lr=0.001" in said and "optim.clip=1.0" not in said and "nfe=1000.0" in said and "precision=fp32" not in said
+def test_the_command_reproduces_the_settings(baseline: Path, tmp_path: Path) -> None:
+    """The command line of a run of the baseline contains only settings that differ from the preset."""
+    written, _ = read_baseline(baseline)
+    claim = next(c for c in written.row if c.label == "gpo")
+    command = BaselineRun(written, claim, 2).command(tmp_path)
+    assert command[:9] == ["run", "--method", "gpo", "--task", "ocr", "--model", "tiny", "--seed", "2"]
+    assert (
+        "lr=0.001" in command
+        and "optim.clip=1.0" not in command
+        and "nfe=1000.0" in command
+        and "precision=fp32" not in command
+    )
 
 
 @pytest.mark.slow
 def test_run_does_what_the_baseline_needs(tmp_path: Path) -> None:
     """A real run, a baseline of it, and the same run again in a fresh folder: the same to the last digit."""
-    from gpobench.leaderboards.regress import train
-
     first = tmp_path / "first"
     command = [
         sys.executable,
@@ -645,10 +668,10 @@ def test_run_does_what_the_baseline_needs(tmp_path: Path) -> None:
     path = tmp_path / "sft.toml"
     assert run(first, "--against", path, "--update", "--margin", "0.05")[0] == 0
     assert run("--run", path, "--out", tmp_path / "second")[0] == 0
-    report = judged(path, tmp_path / "second")
+    report = check_runs(path, tmp_path / "second")
     assert all(f.repeated for f in report.findings)
     (name,) = (place.name for place in (tmp_path / "second").glob("sft-*"))
     (tmp_path / "third").mkdir()
     (tmp_path / "third" / name).write_text("in the way")
     with pytest.raises(UserError, match="the run sft on ocr, seed 0 failed"):
-        train([read(path)[0]], tmp_path / "third", lambda _: None)
+        run_baselines([read_baseline(path)[0]], RunOptions(tmp_path / "third"), lambda _: None)

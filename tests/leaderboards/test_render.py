@@ -1,4 +1,4 @@
-"""Six dresses of one table: the numbers in each are the same, and no name can tear one of them."""
+"""The six formats of a board have the same numbers, and no name breaks one of them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.record import Flags, Number
 from gpobench.bench.stats.intervals import Estimate
 from gpobench.leaderboards import paper_numbers
-from gpobench.leaderboards.board import Board, board, load
-from gpobench.leaderboards.render import LATEX, cell, number, p_value, plain, render, spend
+from gpobench.leaderboards.board import Board
+from gpobench.leaderboards.build_board import build_board
+from gpobench.leaderboards.formatting import cell, number, p_value, plain, spend
+from gpobench.leaderboards.render import render
+from gpobench.leaderboards.render_markup import LATEX
+from gpobench.leaderboards.runs import load_runs
 
 FORMATS = ("terminal", "md", "csv", "json", "latex", "html")
 KEY = "other/exact"
@@ -32,7 +36,7 @@ HOSTILE = r"""<script>alert("1")</script> | a & b_c $x$ {~^#%} \end{tabular} \\ 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, make_at: Callable[..., Path]) -> Board:
-    """Three methods, one of them invalid, one with the hack flag; beside them what papers say of another model."""
+    """Three methods, one of them invalid, one with the hack flag; and the paper numbers of another model."""
     run_dir = tmp_path_factory.mktemp("runs")
     for s in range(2):
         make_at(
@@ -45,11 +49,13 @@ def made(tmp_path_factory: pytest.TempPathFactory, make_at: Callable[..., Path])
         )
     make_at(run_dir / "awm", "awm", 0, 0.1, flags=Flags(hack=True, invalid=False))
     make_at(run_dir / "sft", "sft", 0, 0.0, flags=Flags(hack=False, invalid=True))
-    return replace(board(load([run_dir]), resamples=300), reported=tuple(paper_numbers.beside("ocr", "sd35m")))
+    return replace(
+        build_board(load_runs([run_dir]), resamples=300), reported=tuple(paper_numbers.matching("ocr", "sd35m"))
+    )
 
 
 def named(b: Board, name: str) -> Board:
-    """With one row, its scorer, the task and a note called so."""
+    """The board with one row, its scorer, the task and a note of this name."""
     rows = tuple(replace(r, label=name) if r.label == "gpo" else r for r in b.rows)
     return replace(b, rows=rows, task=name, notes=(name, *b.notes))
 
@@ -58,7 +64,7 @@ def named(b: Board, name: str) -> Board:
 
 
 @pytest.mark.parametrize(
-    ("x", "said"),
+    ("x", "expected"),
     [
         (0.45, ".450"),
         (-0.04, "-.040"),
@@ -69,12 +75,12 @@ def named(b: Board, name: str) -> Board:
         (0.0, ".000"),
     ],
 )
-def test_a_number_loses_only_its_leading_zero(x: float, said: str) -> None:
-    assert number(x) == said and number(abs(x), sign=True) in (f"+{said.lstrip('-')}", "-")
+def test_a_number_loses_only_its_leading_zero(x: float, expected: str) -> None:
+    assert number(x) == expected and number(abs(x), sign=True) in (f"+{expected.lstrip('-')}", "-")
 
 
 @pytest.mark.parametrize(
-    ("mean", "low", "high", "said"),
+    ("mean", "low", "high", "expected"),
     [
         (0.45, 0.41, 0.49, ".450 [.41, .49]"),
         (21.7234, 21.7, 21.746, "21.723 [21.70, 21.75]"),
@@ -84,8 +90,8 @@ def test_a_number_loses_only_its_leading_zero(x: float, said: str) -> None:
         (math.nan, math.nan, math.nan, "not scored"),
     ],
 )
-def test_a_cell_shows_the_interval(mean: float, low: float, high: float, said: str) -> None:
-    assert cell(Estimate(mean, low, high, 9)) == said
+def test_a_cell_shows_the_interval(mean: float, low: float, high: float, expected: str) -> None:
+    assert cell(Estimate(mean, low, high, 9)) == expected
 
 
 def test_small_texts() -> None:
@@ -95,7 +101,7 @@ def test_small_texts() -> None:
     assert plain("a\x1b[31m\nb\u202ec\tü→") == "a?[31m b?c ü→"
 
 
-# Each dress
+# Each format
 
 
 def cells_of(text: str) -> list[list[str]]:
@@ -138,8 +144,8 @@ def latex_rows(text: str) -> list[list[str]]:
     for line in body.splitlines():
         assert line.endswith(r" \\")
         parts = line.removesuffix(r" \\").split(" & ")
-        for raw, said in LATEX.items():
-            parts = [part.replace(said, f"\0{ord(raw)};") for part in parts]
+        for raw, escaped in LATEX.items():
+            parts = [part.replace(escaped, f"\0{ord(raw)};") for part in parts]
         assert not any(set(part) & set("\\{}$&#_%~^<>") for part in parts), line
         rows.append([re.sub("\0(\\d+);", lambda m: chr(int(m[1])), part) for part in parts])
     return rows
@@ -165,8 +171,8 @@ def test_the_full_tables_say_the_same(made: Board) -> None:
 
 def test_programs_read_it(made: Board) -> None:
     text = render(made, "json")
-    said = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
-    gpo = next(r for r in said["rows"] if r["label"] == "gpo")
+    output = json.loads(text, parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
+    gpo = next(r for r in output["rows"] if r["label"] == "gpo")
     mine = made.rows[0].cells[KEY]
     metric = next(m for m in gpo["metrics"] if m["name"] == KEY)
     assert metric["value"] == mine.after.mean and (metric["ci_low"], metric["ci_high"]) == (
@@ -179,9 +185,11 @@ def test_programs_read_it(made: Board) -> None:
     assert gpo["train_seeds"] == [0, 1] and gpo["flags"] == {"hack": False, "single_seed": False, "invalid": False}
     assert gpo["provenance"]["kind"] == "reproduced" and len(gpo["provenance"]["source"]) == 2
     assert (
-        said["task"]["name"] == "ocr" and said["base_model"]["revision"] == "w1" and said["budget"] == {"nfe": 1000.0}
+        output["task"]["name"] == "ocr"
+        and output["base_model"]["revision"] == "w1"
+        and output["budget"] == {"nfe": 1000.0}
     )
-    assert {r["provenance"]["kind"] for r in said["reported"]} == {"reported"}
+    assert {r["provenance"]["kind"] for r in output["reported"]} == {"reported"}
     rows = list(csv.DictReader(io.StringIO(render(made, "csv"))))
     assert [r["label"] for r in rows[:4]] == [r.label for r in made.rows] and len(rows) == 4 + len(made.reported)
     assert float(rows[0][f"{KEY} after"]) == pytest.approx(mine.after.mean, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Whatever the dress, nothing that is not the same is left out, and the counts are those of the findings."""
+"""Every format contains all numbers whose verdict is not "same", and the counts are those of the findings."""
 
 from __future__ import annotations
 
@@ -9,50 +9,52 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpobench.bench.stats.intervals import Estimate, Verdict
-from gpobench.leaderboards.regress import Finding, Report
-from gpobench.leaderboards.render_regression import MANY, as_json, headline, junit, markdown, terminal
+from gpobench.leaderboards.regress import Finding, RegressionReport
+from gpobench.leaderboards.render_regression import MAX_LINES, as_json, headline, junit, markdown, terminal
 
 VERDICTS: tuple[Verdict, ...] = ("same", "better", "worse", "cannot tell")
 
 
-def report(found: list[Verdict]) -> Report:
+def make_report(verdicts: list[Verdict]) -> RegressionReport:
     number = Estimate(0.5, 0.4, 0.6, 40)
     findings = [
         Finding(f"row{k}", "engine/exact", v, number, 0.5, Estimate(0.0, -0.1, 0.1, 40), 0.3, 0.05, (2, 2), False)
-        for k, v in enumerate(found)
+        for k, v in enumerate(verdicts)
     ]
-    return Report("mine.toml", "toy on tiny", tuple(findings), (("lost", "engine/soft"),), ())
+    return RegressionReport("mine.toml", "toy on tiny", tuple(findings), (("lost", "engine/soft"),), ())
 
 
-@given(st.lists(st.sampled_from(VERDICTS), min_size=1, max_size=3 * MANY))
-def test_every_dress_tells_what_is_not_the_same(found: list[Verdict]) -> None:
-    told = report(found)
-    shown = [line.split() for line in terminal(told).splitlines()]
+@given(st.lists(st.sampled_from(VERDICTS), min_size=1, max_size=3 * MAX_LINES))
+def test_every_format_contains_what_is_not_the_same(verdicts: list[Verdict]) -> None:
+    shown_report = make_report(verdicts)
+    shown = [line.split() for line in terminal(shown_report).splitlines()]
     rows = {word for words in shown for word in words}
-    for k, verdict in enumerate(found):
+    for k, verdict in enumerate(verdicts):
         assert verdict == "same" or f"row{k}" in rows
-        assert f"| row{k} |" in markdown(told)
-    same = found.count("same")
-    if len(found) <= MANY:
-        assert all(f"row{k}" in rows for k in range(len(found)))
+        assert f"| row{k} |" in markdown(shown_report)
+    same = verdicts.count("same")
+    if len(verdicts) <= MAX_LINES:
+        assert all(f"row{k}" in rows for k in range(len(verdicts)))
     elif same:
-        assert f"same: {same} " in terminal(told)
-    assert terminal(told).endswith(f"{headline(told)}\n") and "lost engine/soft" in terminal(told)
-    root = Xml.fromstring(junit([told]))
-    assert int(root.attrib["tests"]) == len(found) + 1 and int(root.attrib["failures"]) == found.count("worse")
-    assert int(root.attrib["errors"]) == found.count("cannot tell") + 1
-    plain = json.loads(as_json([told], told.code()))
-    assert [f["verdict"] for f in plain["findings"]] == found and plain["counts"]["same"] == same
+        assert f"same: {same} " in terminal(shown_report)
+    assert terminal(shown_report).endswith(f"{headline(shown_report)}\n") and "lost engine/soft" in terminal(
+        shown_report
+    )
+    root = Xml.fromstring(junit([shown_report]))
+    assert int(root.attrib["tests"]) == len(verdicts) + 1 and int(root.attrib["failures"]) == verdicts.count("worse")
+    assert int(root.attrib["errors"]) == verdicts.count("cannot tell") + 1
+    plain = json.loads(as_json([shown_report], shown_report.code()))
+    assert [f["verdict"] for f in plain["findings"]] == verdicts and plain["counts"]["same"] == same
 
 
 def test_a_terminal_of_eighty_columns_holds_the_table() -> None:
     number, change = Estimate(0.123, 0.1, 0.2, 40), Estimate(-0.102, -0.15, -0.05, 40)
     rows = [("worse", "flow-grpo:fast", 0.05), ("cannot tell", "diffusion-dpo", 0.05), ("same", "base", 0.08)]
-    found = tuple(
+    verdicts = tuple(
         Finding(row, "geneval-palette/correct", verdict, number, 0.5, change, 0.3, margin, (3, 3), False)
         for verdict, row, margin in rows
     )
-    lines = terminal(Report("mine.toml", "counting on tiny", found, (), ())).splitlines()
+    lines = terminal(RegressionReport("mine.toml", "counting on tiny", verdicts, (), ())).splitlines()
     assert all(len(line) <= 80 for line in lines)
     # A margin of its own is a block of its own; the worst stands first.
     blocks = [line for line in lines if line.startswith("geneval-palette/correct, margin")]

@@ -1,4 +1,4 @@
-"""A page holds what its runs hold, asks the network for nothing, stays small, and obeys no prompt."""
+"""A report page shows the data of its runs, needs no network, stays small, and interprets no prompt as markup."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from gpobench.leaderboards.board import board, load
-from gpobench.leaderboards.commands import report
-from gpobench.leaderboards.render import number
-from gpobench.leaderboards.report import gather, page, plots
+from gpobench.leaderboards.build_board import build_board
+from gpobench.leaderboards.commands.report import report
+from gpobench.leaderboards.figures import write_figures
+from gpobench.leaderboards.formatting import number
+from gpobench.leaderboards.page import page
+from gpobench.leaderboards.report_data import read_report_data
+from gpobench.leaderboards.runs import load_runs
 
 Make = Callable[..., Path]
 EVIL = '</script><script>alert("1")</script><img src=x onerror=alert(2)>\u2028{{ 7*7 }}'
@@ -45,10 +48,10 @@ class Seen(HTMLParser):
         (self.scripts if self._in == "script" else self.words).append(data)
 
 
-def made(*homes: Path, **more: Any) -> str:
-    runs = load(homes)
-    table = board(runs, resamples=200, **more)
-    return page(table, gather(table, runs))
+def made(*run_dirs: Path, **more: Any) -> str:
+    runs = load_runs(run_dirs)
+    table = build_board(runs, resamples=200, **more)
+    return page(table, read_report_data(table, runs))
 
 
 def data(text: str) -> dict[str, Any]:
@@ -56,9 +59,9 @@ def data(text: str) -> dict[str, Any]:
 
 
 def test_it_says_what_the_table_says(make_full: Make) -> None:
-    homes = [make_full(f"{m}{s}", m, s, g) for m, g in (("gpo", 0.3), ("awm", 0.1)) for s in (0, 1)]
-    text = made(*homes)
-    table = board(load(homes), resamples=200)
+    run_dirs = [make_full(f"{m}{s}", m, s, g) for m, g in (("gpo", 0.3), ("awm", 0.1)) for s in (0, 1)]
+    text = made(*run_dirs)
+    table = build_board(load_runs(run_dirs), resamples=200)
     seen = Seen(text)
     for row in table.rows:
         assert row.label in seen.words
@@ -95,7 +98,7 @@ def test_what_looks_like_markup_is_shown_not_obeyed(make_full: Make) -> None:
 
 def test_it_says_what_is_missing(make: Make, make_full: Make) -> None:
     text = made(make("a", "gpo"), make_full("b", "awm", 0, 0.2))
-    assert "No curve kept by: gpo." in text and "No pictures kept by: gpo." in text
+    assert "No curve stored by: gpo." in text and "No pictures stored by: gpo." in text
     bare = made(make("c"))
     assert 'id="curves"' not in bare and 'id="pictures"' not in bare and data(bare)["album"] is None
 
@@ -123,16 +126,16 @@ def test_reported_numbers_stand_beside_and_are_never_ranked(make: Make) -> None:
 
 def test_twelve_methods_of_three_seeds_stay_small(make_full: Make) -> None:
     # Pictures of noise do not compress: no real ones are larger.
-    homes = [make_full(f"m{m}-{s}", f"m{m}", s, 0.01 * m, size=64) for m in range(12) for s in range(3)]
-    text = made(*homes)
+    run_dirs = [make_full(f"m{m}-{s}", f"m{m}", s, 0.01 * m, size=64) for m in range(12) for s in range(3)]
+    text = made(*run_dirs)
     assert len(text.encode()) < 5_000_000
 
 
 def test_plots_are_the_same_bytes_again(make_full: Make, tmp_path: Path) -> None:
-    runs = load([make_full("a", "gpo", 0, 0.3), make_full("b", "$x^", 0, 0.1)])  # a name is no formula
-    table = board(runs, resamples=200)
-    found = gather(table, runs)
-    once, again = plots(table, found, tmp_path / "p"), plots(table, found, tmp_path / "q")
+    runs = load_runs([make_full("a", "gpo", 0, 0.3), make_full("b", "$x^", 0, 0.1)])  # a name is no formula
+    table = build_board(runs, resamples=200)
+    report_data = read_report_data(table, runs)
+    once, again = write_figures(table, report_data, tmp_path / "p"), write_figures(table, report_data, tmp_path / "q")
     assert [p.name for p in once] == ["curves.svg", "curves.png", "pareto.svg", "pareto.png"]
     assert [p.read_bytes() for p in once] == [p.read_bytes() for p in again]
     assert "$x^" in (tmp_path / "p" / "curves.svg").read_text("utf-8")
@@ -143,10 +146,10 @@ def test_the_command_writes_page_and_plots(make: Make, tmp_path: Path) -> None:
     app.command()(report)
     make("a")
     out = tmp_path / "page.html"
-    done = CliRunner().invoke(app, [str(tmp_path / "a"), "-o", str(out), "--plots", str(tmp_path / "p")])
-    assert done.exit_code == 0, done.output
+    result = CliRunner().invoke(app, [str(tmp_path / "a"), "-o", str(out), "--plots", str(tmp_path / "p")])
+    assert result.exit_code == 0, result.output
     assert out.read_text("utf-8").startswith("<!doctype html>")
-    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["pareto.png", "pareto.svg"]  # no curve was kept
+    assert sorted(p.name for p in (tmp_path / "p").iterdir()) == ["pareto.png", "pareto.svg"]  # no curve was stored
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])

@@ -1,0 +1,75 @@
+"""Ranking: which scorer/metric ranks a table, which rows every table must have, and how rows that tie share a rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from ..stats import intervals
+from ..stats.intervals import Estimate
+
+# A method that does not beat these needs no reinforcement learning. The base model itself is evaluated in every run.
+MANDATORY_BASELINES = ("sft", "best-of-n")
+BINARY_METRICS = ("exact", "correct")  # 1 = right, 0 = wrong
+SIGNIFICANCE = 0.05  # the probability that a table of equal methods has a second rank
+RANK_RULE = (
+    "Rank: rows sorted by mean; one more than the number of rows that beat a row: the paired difference, by prompt and image on the "
+    "same noise, is significant at 5 %, corrected over all pairs of rows (Holm); never before the row above. Of tables of equal methods "
+    "5 % at most have a second rank. Rows of one rank do not differ significantly; neighbours of different ranks need not either."
+)
+
+
+def binary_metric(metrics: Iterable[str]) -> str | None:
+    """The metric of a scorer that is 1 for a right image and 0 for a wrong one; None if it has no such metric."""
+    names = list(metrics)
+    return next((metric for metric in BINARY_METRICS if metric in names), None)
+
+
+def key_order(key: str) -> tuple[str, bool, str]:
+    """Sort key of a `scorer/metric`: by scorer, then its binary metric, then its other metrics by name."""
+    scorer, _, metric = key.partition("/")
+    return scorer, metric not in BINARY_METRICS, metric
+
+
+def primary_key(roles: Mapping[str, str], preferred: Sequence[str] = ("held-out", "training")) -> str | None:
+    """The `scorer/metric` that ranks a table: the first of the held-out scorers, else of the training scorer, else of any.
+
+    Methods were not trained on a held-out scorer, and best-of-n did not select images by it.
+
+    roles: `scorer/metric` -> the role of its scorer.
+    """
+    for role in preferred:
+        keys = [key for key in roles if roles[key] == role]
+        if keys:
+            return min(keys, key=key_order)
+    return next(iter(roles), None)
+
+
+def order_by_mean(means: Mapping[str, float]) -> list[str]:
+    """Labels by falling mean, equal means by label; a label without a finite mean is left out."""
+    finite = {label: mean for label, mean in means.items() if math.isfinite(mean)}
+    return sorted(finite, key=lambda label: (-finite[label], label))
+
+
+def significant_pairs(differences: Mapping[tuple[str, str], Estimate]) -> set[tuple[str, str]]:
+    """The pairs (above, below) of which the first is significantly better; p is Holm-corrected over all pairs."""
+    corrected = intervals.holm([math.nan if e.p is None else e.p for e in differences.values()])
+    return {
+        pair for (pair, e), p in zip(differences.items(), corrected, strict=True) if e.mean > 0 and p < SIGNIFICANCE
+    }
+
+
+def ranks(order: Sequence[str], better: set[tuple[str, str]]) -> dict[str, int]:
+    """Rank of each label: one more than the number of rows that beat it, behind each of them, never before the row above.
+
+    All pairs count, not only neighbours: in a long table no row may differ significantly from the next one while the first
+    differs from the last.
+
+    order: labels by falling mean. better: the pairs (above, below) that differ significantly.
+    """
+    by_label: dict[str, int] = {}
+    for place, label in enumerate(order):
+        above = [other for other in order[:place] if (other, label) in better]
+        least = by_label[order[place - 1]] if place else 1
+        by_label[label] = max(least, 1 + len(above), *(1 + by_label[other] for other in above))
+    return by_label

@@ -1,0 +1,96 @@
+"""Builds a leaderboard from finished runs: an interval on every number, and a shared rank where rows do not differ significantly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+
+from ..bench.errors import UserError
+from ..bench.evaluation.ranking import ranks, significant_pairs
+from . import paper_numbers
+from .board import BASE, Board, BoardRow
+from .columns import find_columns, ranking_key
+from .comparable import budget_bounds, check_comparable, check_same_base, scorer_ids
+from .contrasts import Scores, cells_of, corrected_p, estimate_all, row_order
+from .notes import notes_on
+from .rows import base_row, find_row, group_runs, method_row, settings_text
+from .runs import LoadedRun
+
+
+def build_board(
+    runs: Sequence[LoadedRun],
+    baseline: str = BASE,
+    key: str | None = None,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+    notes: Sequence[str] = (),
+) -> Board:
+    """The leaderboard of these runs; their order does not matter.
+
+    Args:
+        runs: finished runs of one task, model, budget and evaluation protocol.
+        baseline: the row that others are compared with, a method or a row's label.
+        key: the scorer/metric that ranks; by default that of the first held-out scorer.
+        resamples: of prompts and seeds; 1 gives means without intervals.
+        seed: of the resampling.
+        notes: put before the board's own notes.
+
+    Returns:
+        The board, its ranked rows first, by falling mean.
+
+    Raises:
+        UserError: when runs do not belong in one table, naming what differs, and on an unknown baseline or key.
+    """
+    if not runs:
+        raise UserError("no runs to compare")
+    runs = sorted(runs, key=lambda r: (r.record.method, settings_text(r.record), r.record.seed, str(r.folder)))
+    check_comparable(runs)
+    columns = find_columns(runs)
+    base_notes = check_same_base(runs)
+    key = ranking_key(columns, key)
+    bases = {c.key: next(r for r in runs if r.has(c.key)) for c in columns}
+    scores = Scores(columns, group_runs(runs), bases, key)
+    unranked = [base_row(bases)] + [method_row(label, group) for label, group in scores.groups.items()]
+    baseline = find_row(unranked, baseline).label
+    rows = _ranked(unranked, scores, baseline, resamples, seed)
+    first = runs[0].record
+    return Board(
+        task=first.task,
+        task_version=first.task_version,
+        model=first.model,
+        weights=str(first.provenance.get("weights", "")),
+        dtype=str(first.provenance.get("dtype", "")),
+        budget=budget_bounds(first),
+        evaluation=dict(first.config.get("evaluation", {})),
+        prompts=dict(first.prompts),
+        scorers={name: scorer_id for r in reversed(runs) for name, scorer_id in scorer_ids(r.record).items()},
+        key=key,
+        baseline=baseline,
+        columns=tuple(columns),
+        rows=tuple(rows),
+        notes=(*notes, *base_notes, *notes_on(rows, columns, key, runs)),
+        reported=tuple(paper_numbers.matching(first.task, first.model)),
+    )
+
+
+def _ranked(rows: Sequence[BoardRow], scores: Scores, baseline: str, resamples: int, seed: int) -> list[BoardRow]:
+    """The rows with cells, tests and ranks; ranked ones first, by falling mean, then the others by label."""
+    order = row_order(rows, scores)
+    estimates = estimate_all(scores, baseline, order, resamples, seed)
+    differences = {pair: estimates[pair[1], scores.key, f"below {pair[0]}"] for pair in combinations(order, 2)}
+    rank_by_label = ranks(order, significant_pairs(differences))
+    holm = corrected_p(order, scores.key, estimates)
+    place = {label: k for k, label in enumerate(order)}
+    return [
+        replace(
+            row,
+            cells=cells_of(row.label, scores, estimates),
+            versus=estimates.get((row.label, scores.key, "versus")),
+            rank=rank_by_label.get(row.label),
+            holm=holm.get(row.label, math.nan),
+        )
+        for row in sorted(rows, key=lambda r: (place.get(r.label, len(rows)), r.label))
+    ]

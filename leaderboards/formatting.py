@@ -1,0 +1,92 @@
+"""Formatting of numbers, intervals, ranks, marks and titles, as every output of the leaderboards prints them."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Sequence
+
+from ..bench.stats.intervals import Estimate
+from .board import Board, BoardRow
+
+ARROW = "→"
+MARKS = {"s": "one training seed", "h": "hack flag", "!": "invalid, not ranked", "t": "tuned"}
+
+
+def number(x: float, digits: int = 3, sign: bool = False) -> str:
+    """.450, or +.450: without the zero before the point."""
+    if not math.isfinite(x):
+        return "-"
+    return re.sub(r"^([+-]?)0\.(?=\d)", r"\1.", f"{x:{'+' if sign else ''}.{digits}f}")
+
+
+def cell(e: Estimate | None, sign: bool = False) -> str:
+    """.450 [.41, .49]: two digits of the ends, more where the interval is narrower than that, and one more of the mean."""
+    if e is None:
+        return ""
+    if not math.isfinite(e.mean):
+        return "not scored"
+    half = (e.high - e.low) / 2
+    digits = min(6, max(2, math.ceil(-math.log10(half)))) if half > 0 else 2
+    if not math.isfinite(half):
+        return f"{number(e.mean, 3, sign)} [too few]"
+    return f"{number(e.mean, digits + 1, sign)} [{number(e.low, digits, sign)}, {number(e.high, digits, sign)}]"
+
+
+def p_value(p: float) -> str:
+    """<.001, .012; empty where nothing was tested."""
+    return "" if not math.isfinite(p) else "<.001" if p < 0.001 else number(p)
+
+
+def spend(currency: str, x: float) -> str:
+    """40,000; 6.72e+12 flops."""
+    return f"{x:.2e}" if currency == "flops" else f"{x:,.0f}"
+
+
+def plain(text: str) -> str:
+    """One line without control characters, which a name from outside may hold."""
+    return "".join("?" if unicodedata.category(c).startswith("C") else c for c in " ".join(text.split()))
+
+
+def rank(row: BoardRow, rows: Sequence[BoardRow]) -> str:
+    """2, or 2= where several rows share the rank."""
+    if row.rank is None:
+        return "-"
+    return f"{row.rank}{'=' if sum(r.rank == row.rank for r in rows) > 1 else ''}"
+
+
+def flags(row: BoardRow) -> dict[str, str]:
+    """Letter of MARKS -> the mark in words, for the marks that a row has."""
+    words = {
+        "s": "one seed" if row.single_seed else "",
+        "h": f"HACK ({row.hacked} of {len(row.seeds)} seeds)" if row.hacked else "",
+        "!": "INVALID" if row.invalid else "",
+        "t": f"tuned in {row.trials} trials" if row.trials else "",
+    }
+    return {letter: text for letter, text in words.items() if text}
+
+
+def title(board: Board) -> str:
+    bounds = ", ".join(f"{plain(str(k))} {v:,.0f}" for k, v in board.budget.items()) or "none"
+    n = board.base_row.cells[board.key].after.n
+    split = board.evaluation.get("split", "test")
+    return (
+        f"{plain(board.task)} (version {plain(board.task_version)}) on {plain(board.model)}, budget {bounds}: "
+        f"ranked by {plain(board.key)} over {n:,} {plain(str(split))} prompts"
+    )
+
+
+def paper_lines(board: Board) -> list[str]:
+    """The numbers of papers, as lines; never part of the table."""
+    head = "Reported elsewhere, not measured here and in no test:"
+    return [head] + [
+        f"  {r.method}, {r.metric}: {r.value:g} {r.unit}{f' ({r.setting})' if r.setting else ''}, "
+        f"arXiv {r.arxiv}, {r.table} [{r.provenance}]"
+        for r in board.reported
+    ]
+
+
+def escape_markdown(text: str) -> str:
+    """Escape the characters that Markdown would interpret."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&!])", r"\\\1", text)

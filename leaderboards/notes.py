@@ -1,0 +1,70 @@
+"""Notes below a board: mandatory rows that are missing, uneven seeds, unchanged or invalid rows, scorers with gaps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..bench.evaluation import record
+from ..bench.evaluation.ranking import MANDATORY_BASELINES
+from .board import BoardRow, Column
+from .rows import runs_by_row
+from .runs import LoadedRun
+
+
+def notes_on(rows: Sequence[BoardRow], columns: Sequence[Column], key: str, runs: Sequence[LoadedRun]) -> list[str]:
+    """What a reader must know about these rows that no cell shows."""
+    methods = {r.method.partition(":")[0] for r in rows}
+    notes: list[str] = []
+    missing = sorted(name for name in MANDATORY_BASELINES if name not in methods)
+    if missing:
+        notes.append(f"Rows that every table should have and this one lacks: {', '.join(missing)}.")
+    notes += _seed_notes(rows) + _row_notes(rows, runs) + _scorer_notes(rows, columns)
+    role = next(c.role for c in columns if c.key == key)
+    if role == "training" and "best-of-n" in methods:
+        notes.append(
+            f"best-of-n was selected by {key.partition('/')[0]} itself: its place in this ranking has no meaning."
+        )
+    machines = {str(r.record.provenance.get("machine", "")) for r in runs}
+    if len(machines) > 1:
+        notes.append(f"Seconds were measured on {len(machines)} machines and do not compare.")
+    return notes
+
+
+def _seed_notes(rows: Sequence[BoardRow]) -> list[str]:
+    seeds = Counter(row.seeds for row in rows if row.kind != "base")
+    if len(seeds) < 2:
+        return []
+    usual = seeds.most_common(1)[0][0]
+    joined = lambda numbers: ", ".join(map(str, numbers))
+    others = "; ".join(f"{r.label} {joined(r.seeds)}" for r in rows if r.kind != "base" and r.seeds != usual)
+    return [f"Not all rows have the seeds {joined(usual)}: {others}."]
+
+
+def _row_notes(rows: Sequence[BoardRow], runs: Sequence[LoadedRun]) -> list[str]:
+    notes: list[str] = []
+    by_row = runs_by_row(rows, runs)
+    for row in rows:
+        group = by_row[row.label]
+        if group and all(
+            np.array_equal(r.before[k], r.after[k], equal_nan=True) for r in group for k in r.after if k in r.before
+        ):
+            updates = row.spent.get("updates", 0)
+            notes.append(
+                f"{row.label} changed no score of any image; it made {updates:,.0f} updates within the budget."
+            )
+        if row.invalid:
+            share = 100 * record.INVALID
+            notes.append(f"{row.label}: more than {share:g} % of the images could not be scored, so it is not ranked.")
+    return notes
+
+
+def _scorer_notes(rows: Sequence[BoardRow], columns: Sequence[Column]) -> list[str]:
+    notes: list[str] = []
+    for scorer in dict.fromkeys(c.key.partition("/")[0] for c in columns):
+        scored = [r for r in rows if any(key.partition("/")[0] == scorer for key in r.cells)]
+        if len(scored) < len(rows):
+            notes.append(f"{scorer} scored {len(scored)} of {len(rows)} rows: {', '.join(r.label for r in scored)}.")
+    return notes

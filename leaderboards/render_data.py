@@ -1,0 +1,124 @@
+"""Renders a board for programs: CSV and strict JSON with every number and its interval."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..bench.stats.intervals import Estimate
+from .board import RULES, Board, BoardRow
+from .formatting import plain
+
+
+def as_csv(board: Board) -> str:
+    """One line a row, numbers with six digits, every estimate in three columns; reported numbers come last, in columns of theirs."""
+    three = lambda name: [name, f"{name} low", f"{name} high"]
+    ends = lambda e: ["" if e is None or not math.isfinite(x) else f"{x:.6g}" for x in _ends(e)]
+    currencies = list(dict.fromkeys(c for r in board.rows for c in r.spent))
+    embedders = list(dict.fromkeys(name for r in board.rows for name in r.cmmd))
+    head = ["provenance", "rank", "label", "method", *three(f"{board.key} minus {board.baseline}"), "p", "p holm"]
+    for c in board.columns:
+        head += [*three(f"{c.key} before"), *three(f"{c.key} after"), *three(f"{c.key} difference")]
+    head += [part for name in embedders for part in three(f"cmmd {name}")]
+    head += [*(f"spent {c}" for c in currencies), "seeds", "single seed", "hack seeds", "invalid", "tuning trials"]
+    head += ["reported metric", "reported value", "reported unit", "reported setting", "reported source"]
+    out = io.StringIO()
+    write = csv.writer(out, lineterminator="\n")
+    write.writerow(map(plain, head))
+    for r in board.rows:
+        line = ["measured", "" if r.rank is None else str(r.rank), r.label, r.method, *ends(r.versus)]
+        line += ["" if x is None or not math.isfinite(x) else f"{x:.6g}" for x in (r.versus and r.versus.p, r.holm)]
+        for c in board.columns:
+            scores = r.cells.get(c.key)
+            line += [
+                x for e in ((scores.before, scores.after, scores.delta) if scores else (None,) * 3) for x in ends(e)
+            ]
+        line += [x for name in embedders for x in ends(r.cmmd.get(name))]
+        line += [f"{r.spent[c]:.6g}" if c in r.spent else "" for c in currencies]
+        line += [" ".join(map(str, r.seeds)), str(r.single_seed).lower(), str(r.hacked), str(r.invalid).lower()]
+        line += [str(r.trials)]
+        write.writerow([plain(x) for x in line] + [""] * (len(head) - len(line)))
+    for paper in board.reported:
+        line = ["reported", "", paper.method, paper.method]
+        tail = [
+            paper.metric,
+            f"{paper.value:g}",
+            paper.unit,
+            paper.setting,
+            f"arXiv {paper.arxiv}, {paper.table} ({paper.provenance})",
+        ]
+        write.writerow(line + [""] * (len(head) - len(line) - len(tail)) + tail)
+    return out.getvalue()
+
+
+def _ends(e: Estimate | None) -> tuple[float, float, float]:
+    return (e.mean, e.low, e.high) if e else (math.nan, math.nan, math.nan)
+
+
+def as_json(board: Board) -> str:
+    """Strict JSON (null, never NaN): what rows share once, then the rows, each number with its interval."""
+    first = {
+        "schema_version": 1,
+        "task": {"name": board.task, "version": board.task_version, "prompts": dict(board.prompts)},
+        "base_model": {"id": board.model, "revision": board.weights, "dtype": board.dtype},
+        "sampling": {"seed_policy": "noise by (prompt, ordinal, evaluation seed)", **board.evaluation},
+        "budget": dict(board.budget),
+        "scorers": dict(board.scorers),
+        "checkpoint_rule": "the last weights, or their running average where the settings ask for it",
+        "key": board.key,
+        "baseline": board.baseline,
+        "rules": list(RULES),
+        "notes": list(board.notes),
+        "rows": [_json_row(board, r) for r in board.rows],
+        "reported": [{**paper.model_dump(), "provenance": {"kind": "reported", "source": paper.provenance}} for paper in board.reported],
+    }  # fmt: skip
+    return json.dumps(_finite(first), indent=1, allow_nan=False)
+
+
+def _json_row(board: Board, r: BoardRow) -> dict[str, Any]:
+    metrics: list[dict[str, Any]] = []
+    for c in board.columns:
+        scores = r.cells.get(c.key)
+        if scores is None:
+            continue
+        entry: dict[str, Any] = {"name": c.key, "role": c.role, "split": board.evaluation.get("split", "test")}
+        entry |= {**_estimate(scores.after), "n_images": scores.images, "n_errors": scores.errors}
+        entry["before"] = _estimate(scores.before) if scores.before else None
+        entry["difference"] = _estimate(scores.delta) if scores.delta else None
+        metrics.append(entry)
+    return {
+        "label": r.label,
+        "method": r.method,
+        "kind": r.kind,
+        "rank": r.rank,
+        "settings": dict(r.settings),
+        "train_seeds": list(r.seeds),
+        "metrics": metrics,
+        "cmmd": {name: _estimate(e) for name, e in r.cmmd.items()},
+        "versus_baseline": {**_estimate(r.versus), "p_holm": r.holm} if r.versus else None,
+        "budget": dict(r.spent),
+        "flags": {"hack": r.hacked > 0, "single_seed": r.single_seed, "invalid": r.invalid},
+        "hack_seeds": r.hacked,
+        "tuning_trials": r.trials,
+        "provenance": {"kind": "reproduced", "source": list(r.folders), "revisions": list(r.revisions)},
+    }
+
+
+def _estimate(e: Estimate) -> dict[str, Any]:
+    """The keys of a number; what has not been tested has no p."""
+    tested = {"p": e.p, "mde": e.mde} if e.p is not None else {}
+    estimator = "bootstrap over seeds and prompts" if e.seeds > 1 else "bootstrap over prompts"
+    numbers = {"value": e.mean, "stderr": e.se, "ci_low": e.low, "ci_high": e.high, "n_prompts": e.n}
+    return {**numbers, **tested, "estimator": estimator}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}  # type: ignore[arg-type]
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

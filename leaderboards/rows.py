@@ -1,0 +1,131 @@
+"""Rows of a board: groups runs by method and settings, and sums up a group's spend, flags and CMMD."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..bench import registry
+from ..bench.errors import UserError
+from ..bench.evaluation import record
+from ..bench.evaluation.ranking import MANDATORY_BASELINES
+from ..bench.evaluation.record import Record
+from ..bench.stats.intervals import Estimate
+from .board import BASE, BoardRow
+from .runs import Array, LoadedRun
+
+
+def settings_of(r: Record) -> dict[str, Any]:
+    """The part of a run's configuration that makes a row: neither the seed nor what all runs of a table share."""
+    return {k: v for k, v in r.config.items() if k in ("settings", "adapter", "precision", "reward", "sources")}
+
+
+def settings_text(r: Record) -> str:
+    """Method and settings as text: equal for two runs of one row."""
+    return json.dumps([r.method, settings_of(r)], sort_keys=True)
+
+
+def group_runs(runs: Sequence[LoadedRun]) -> dict[str, list[LoadedRun]]:
+    """Label -> the seeds of one method with one set of settings; a label names settings where a method has several rows."""
+    by_method: dict[str, dict[str, list[LoadedRun]]] = {}
+    for run in runs:
+        by_method.setdefault(run.record.method, {}).setdefault(settings_text(run.record), []).append(run)
+    groups: dict[str, list[LoadedRun]] = {}
+    for method, by_settings in by_method.items():
+        tables = [dict(_flat(settings_of(group[0].record))) for group in by_settings.values()]
+        names = dict.fromkeys(name for table in tables for name in table)
+        differing = [name for name in names if len({str(table.get(name)) for table in tables}) > 1]
+        for table, group in zip(tables, by_settings.values(), strict=True):
+            settings = ", ".join(f"{k.removeprefix('settings.')}={table.get(k, 'none')}" for k in differing)
+            # A method may have the same name as the row of the base.
+            label = f"{method} ({settings})" if settings else f"{BASE} (method)" if method == BASE else method
+            groups[label] = group
+    return groups
+
+
+def runs_by_row(rows: Sequence[BoardRow], runs: Sequence[LoadedRun]) -> dict[str, list[LoadedRun]]:
+    """Label -> the runs of that row, in the order of the table; the base has none."""
+    by_folder = {str(r.folder): r for r in runs}
+    return {row.label: [by_folder[folder] for folder in row.folders] for row in rows}
+
+
+def base_row(bases: Mapping[str, LoadedRun]) -> BoardRow:
+    """The row of the base model. bases: scorer/metric -> the run whose scores of the base are shown."""
+    invalid = _missing_share([{key: run.before[key]} for key, run in bases.items()]) > record.INVALID
+    return BoardRow(BASE, BASE, "base", (), (), {}, {}, invalid=invalid)
+
+
+def method_row(label: str, group: Sequence[LoadedRun]) -> BoardRow:
+    """The row of one group of runs, without cells and rank."""
+    records = [r.record for r in group]
+    currencies = dict.fromkeys(c for r in records for c in r.spent)
+    method = records[0].method
+    return BoardRow(
+        label=label,
+        method=method,
+        kind="baseline" if method.partition(":")[0] in MANDATORY_BASELINES else "method",
+        seeds=tuple(r.seed for r in records),
+        folders=tuple(str(r.folder) for r in group),
+        settings=settings_of(records[0]),
+        cells={},
+        cmmd=_cmmd(records),
+        spent={c: float(np.mean([r.spent[c] for r in records if c in r.spent])) for c in currencies},
+        hacked=sum(map(record.flagged, records)),
+        invalid=any(r.flags.invalid for r in records)
+        or _missing_share([scores for r in group for scores in (r.before, r.after)]) > record.INVALID,
+        trials=max(int(r.tuning.get("trials", 0)) for r in records),
+        revisions=tuple(dict.fromkeys(str(r.provenance.get("revision", "")) for r in records)),
+    )
+
+
+def find_row(rows: Sequence[BoardRow], name: str) -> BoardRow:
+    """The row of this label, or the only row of this method. Raises UserError where there is none or several."""
+    matching = [r for r in rows if r.label == name] or [r for r in rows if r.method == name]
+    if not matching:
+        raise registry.unknown("baseline", name, [r.label for r in rows])
+    if len(matching) > 1:
+        raise UserError(f"the baseline {name!r} has several rows, name one: {'; '.join(r.label for r in matching)}")
+    return matching[0]
+
+
+def _missing_share(evaluations: Sequence[Mapping[str, Array]]) -> float:
+    """The largest share of images without a score, over scorers and metrics."""
+    return max((float(np.isnan(scores).mean()) for by_key in evaluations for scores in by_key.values()), default=1.0)
+
+
+def _cmmd(records: Sequence[Record]) -> dict[str, Estimate]:
+    """Embedder -> the mean over seeds of CMMD, which has no value by prompt.
+
+    A seed's own interval estimates the prompts' variance, which seeds share; the variance between seeds is added. The interval
+    is normal, with Student's quantile at Welch-Satterthwaite degrees of freedom.
+    """
+    from scipy.stats import t
+
+    estimates: dict[str, Estimate] = {}
+    for name in dict.fromkeys(name for r in records for name in r.cmmd):
+        numbers = [r.cmmd[name] for r in records if name in r.cmmd]
+        means = np.array([math.nan if n.mean is None else n.mean for n in numbers])
+        ends = np.array([[math.nan if end is None else end for end in n.ci] for n in numbers])
+        mean, seeds = float(means.mean()), len(numbers)
+        if seeds == 1:
+            estimates[name] = Estimate(mean, float(ends[0, 0]), float(ends[0, 1]), numbers[0].n)
+            continue
+        v_prompt = float((((ends[:, 1] - ends[:, 0]) / (2 * 1.96)) ** 2).mean())
+        v_seed = float(means.var(ddof=1)) / seeds
+        n, total = min(number.n for number in numbers), v_prompt + v_seed
+        df = total**2 / (v_prompt**2 / max(n - 1, 1) + v_seed**2 / (seeds - 1)) if total > 0 else 1.0
+        half = float(t.ppf(0.975, df)) * math.sqrt(total)
+        estimates[name] = Estimate(mean, mean - half, mean + half, n, math.sqrt(total), seeds=seeds)
+    return estimates
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")  # type: ignore[arg-type]
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,182 @@
+"""Finished runs as data: finds run directories, reads each run's record and scores, and lists the runs that no table can hold."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bench import registry
+from ..bench.errors import UserError
+from ..bench.evaluation import record
+from ..bench.evaluation.record import Record
+
+Array = NDArray[np.float64]
+WORD_COLUMNS = ("stratum", "scorer", "metric", "phase")  # of scores.parquet; stratum is optional
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A finished run: its record and the scores of every image."""
+
+    folder: Path
+    record: Record
+    before: Mapping[str, Array]  # scorer/metric -> (prompts, images); NaN = could not be scored
+    after: Mapping[str, Array]
+    strata: tuple[str, ...]  # (prompts,)
+
+    def has(self, key: str) -> bool:
+        """Whether both the base and the result have scores of this `scorer/metric`."""
+        return key in self.before and key in self.after
+
+    def gain(self, key: str) -> Array:
+        """(prompts, images): after minus before of one `scorer/metric`, on the same noise."""
+        return self.after[key] - self.before[key]
+
+
+def strata_or_none(strata: Sequence[str]) -> list[str] | None:
+    """The stratum of each prompt; None where all prompts are of one stratum."""
+    return list(strata) if len(set(strata)) > 1 else None
+
+
+def load_runs(paths: Sequence[Path], task: str | None = None) -> list[LoadedRun]:
+    """The finished runs in these paths. Each path is a run directory, a folder of run directories, or a `compare` JSON file.
+
+    A run that several paths name counts once. task: load only the runs of this task.
+    Raises UserError where there is no run, where a run named itself is not finished, and on files that cannot be read.
+    """
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        for folder in _folders_of_comparison(path) if path.suffix == ".json" else _run_folders(path):
+            folders.setdefault(folder.resolve(), folder)
+    runs = [_read_run(folder) for _, folder in sorted(folders.items())]
+    tasks = dict.fromkeys(run.record.task for run in runs)
+    if task is not None and task not in tasks:
+        raise registry.unknown("task of these runs", task, tasks)
+    return [run for run in runs if task in (None, run.record.task)]
+
+
+def excluded_runs(paths: Sequence[Path], task: str | None = None) -> list[str]:
+    """A note on the runs in these paths that no table can hold: failed runs, with the reason, and unfinished runs.
+
+    Without it a method would silently be ranked by only those of its seeds that finished.
+    """
+    reasons: dict[Path, str] = {}
+    for path in paths:
+        if path.suffix == ".json":
+            for run in _runs_of_comparison(path):
+                if run["state"] != "done" and task in (None, run["task"]):
+                    why = f": {run['reason'].rstrip('.')}" if run["reason"] else ""
+                    name = f"{run['method']} on {run['task']} with seed {run['seed']}"
+                    reasons[(path.parent / run["run"]).resolve()] = f"{name} ({run['state']}{why})"
+        elif not (path / "record.json").is_file():
+            for file in sorted(path.glob("*/config.toml")):
+                if not (file.with_name("record.json")).is_file() and task in (None, _task_of_unfinished(file)):
+                    reasons.setdefault(file.parent.resolve(), f"{file.parent.name} (not finished)")
+    return [f"Not in this table: {'; '.join(reasons.values())}."] if reasons else []
+
+
+def _run_folders(path: Path) -> list[Path]:
+    if not path.is_dir():
+        raise UserError(f"{path} is no folder of runs")
+    folders = [path] if (path / "record.json").is_file() else sorted(p.parent for p in path.glob("*/record.json"))
+    if not folders:
+        unfinished = (path / "config.toml").is_file()
+        raise UserError(f"the run in {path} is not finished" if unfinished else f"no finished run in {path}")
+    return folders
+
+
+def _folders_of_comparison(path: Path) -> list[Path]:
+    """The runs that a comparison finished; they are beside its file, also after that folder was moved."""
+    names = [run["run"] for run in _runs_of_comparison(path) if run["state"] == "done"]
+    if not names:
+        raise UserError(f"none of the runs of {path} is done")
+    return [folder for name in names for folder in _run_folders(path.parent / name)]
+
+
+def _runs_of_comparison(path: Path) -> list[dict[str, str]]:
+    """The runs that a comparison's file lists, each with its state."""
+    words = ("method", "task", "seed", "reason")
+    try:
+        return [
+            {"run": str(run["run"]), "state": str(run["state"])} | {word: str(run.get(word, "")) for word in words}
+            for run in json.loads(path.read_text("utf-8"))["runs"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not what `gpobench compare` writes about its runs") from None
+
+
+def _task_of_unfinished(file: Path) -> str | None:
+    """The task of a run that has only its configuration, from the command in the first line of that file."""
+    try:
+        words = shlex.split(file.read_text("utf-8").partition("\n")[0].lstrip("# "))
+        return words[words.index("--task") + 1]
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _read_run(folder: Path) -> LoadedRun:
+    loaded = record.read(folder / "record.json")
+    if loaded.kind != "run":
+        raise UserError(f"{folder} is no run but an {loaded.kind}: a table is made of runs")
+    return LoadedRun(folder, loaded, *_read_scores(folder / "scores.parquet"))
+
+
+def _read_scores(path: Path) -> tuple[dict[str, Array], dict[str, Array], tuple[str, ...]]:
+    """Scores before and after training, scorer/metric -> (prompts, images), and each prompt's stratum."""
+    prompt, ordinal, value, coded = _read_columns(path)
+    shape = (int(prompt.max()) + 1, int(ordinal.max()) + 1)
+    (phase, phases), (scorer, scorers), (metric, metrics) = (coded[name] for name in ("phase", "scorer", "metric"))
+    code = (phase * len(scorers) + scorer) * len(metrics) + metric
+    scores: dict[str, dict[str, Array]] = {"before": {}, "after": {}}
+    for present in np.flatnonzero(np.bincount(code)):
+        rows = code == present
+        cells = prompt[rows].astype(np.int64) * shape[1] + ordinal[rows]
+        matrix = np.full(shape, np.nan)
+        matrix.flat[cells] = value[rows]
+        phase_index, rest = divmod(int(present), len(scorers) * len(metrics))
+        key = "/".join((scorers[rest // len(metrics)], metrics[rest % len(metrics)]))
+        if np.bincount(cells).max() > 1:
+            raise UserError(f"{path} holds two scores of one image {phases[phase_index]} training by {key}")
+        scores.setdefault(phases[phase_index], {})[key] = matrix
+    strata = [""] * shape[0]
+    if "stratum" in coded:
+        codes, names = coded["stratum"]
+        for p, row in zip(*np.unique(prompt, return_index=True), strict=True):
+            strata[int(p)] = names[codes[row]]
+    return scores["before"], scores["after"], tuple(strata)
+
+
+def _read_columns(path: Path) -> tuple[Any, Any, Any, dict[str, tuple[NDArray[np.int64], list[str]]]]:
+    """The columns prompt, ordinal and value of a scores file, and each column of words as (codes, words)."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        names = set(pq.read_schema(path).names)
+        lacking = {"prompt", "ordinal", "value", *WORD_COLUMNS[1:]} - names
+        if lacking:
+            raise UserError(f"{path} has no column {sorted(lacking)[0]!r}")
+        columns = ["prompt", "ordinal", "value", *(word for word in WORD_COLUMNS if word in names)]
+        table = pq.ParquetFile(path, read_dictionary=columns[3:]).read(columns=columns).combine_chunks()
+        prompt, ordinal, value = (table.column(name).to_numpy() for name in columns[:3])
+        coded = {name: _codes(table.column(name)) for name in columns[3:]}
+        if not len(value) or min(prompt.min(), ordinal.min()) < 0:
+            raise ValueError("no scores")
+        if (int(prompt.max()) + 1) * (int(ordinal.max()) + 1) > len(value):
+            raise ValueError("prompts or images are missing")
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise UserError(f"cannot read {path}: {(str(error).splitlines() or ['damaged'])[0]}") from None
+    return prompt, ordinal, value, coded
+
+
+def _codes(column: Any) -> tuple[NDArray[np.int64], list[str]]:
+    """A column of words as (codes, words): row i holds words[codes[i]]."""
+    whole = column.combine_chunks()
+    return whole.indices.to_numpy(zero_copy_only=False).astype(np.int64), [str(w) for w in whole.dictionary.to_pylist()]
