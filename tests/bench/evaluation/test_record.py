@@ -67,7 +67,7 @@ def test_what_could_not_be_scored_is_null_and_stays_valid(tmp_path: Path) -> Non
         ({"flags": {"hack": False}}, "is not a record"),
     ],
 )
-def test_another_form_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_another_schema_version_or_form_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     file = tmp_path / "record.json"
     file.write_text(json.dumps(json.loads(example().model_dump_json()) | change))
     with pytest.raises(UserError) as caught:
@@ -100,7 +100,7 @@ def test_provenance_names_code_versions_and_machine() -> None:
     json.dumps(facts)
 
 
-def test_a_copy_without_history_is_told_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_the_revision_of_a_copy_without_history(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPOBENCH_REVISION", "abc123")
     assert record.revision() == "abc123" and record.provenance()["revision"] == "abc123"
     monkeypatch.delenv("GPOBENCH_REVISION")
