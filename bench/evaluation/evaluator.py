@@ -266,6 +266,7 @@ class Evaluator:
 
     @property
     def model_spec(self) -> ModelSpec:
+        """The model's protocol."""
         return self.conditions.model_spec
 
     def base(self, path: Path) -> Evaluation:

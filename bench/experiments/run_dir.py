@@ -20,7 +20,7 @@ from ..files import MIN_FREE_DISK, digest, full, write_atomically
 
 SMALL = 64 * 2**20  # bytes of a file below which `fingerprint` reads its content
 LOCK_ATTEMPTS, LOCK_PAUSE = 25, 0.02  # half a second in all; the pause in seconds
-INPUTS, EARLIER_INPUTS = "inputs.json", "ground.json"  # the second is what versions before 0.1 wrote
+INPUTS, EARLIER_INPUTS = "inputs.json", "ground.json"  # the second was written by earlier versions
 
 
 def clear_run_dir(run_dir: Path) -> None:

@@ -196,7 +196,19 @@ class Rig:
         detach: bool = False,
         role: str = "",
     ) -> Step:
-        """The kernel's step from x at t to s, charged as one velocity; see `velocity` for the arguments."""
+        """The kernel's step from x at t to s, charged as one velocity.
+
+        Args:
+            kernel: gives the step's distribution.
+            x: latents (B, C, h, w).
+            t: times (B,) of x.
+            s: times (B,) of the end, below t.
+            prompt_ids: (B,).
+            weights: as in `velocity`.
+            guidance: as in `velocity`.
+            detach: as in `velocity`.
+            role: as in `velocity`.
+        """
         v = self.velocity(x, t, prompt_ids, weights=weights, guidance=guidance, detach=detach, role=role)
         return kernel(self.path, x, v, t, s)
 
@@ -242,7 +254,17 @@ class Rig:
         guidance: float | None = None,
         kernel: Kernel = ode,
     ) -> Tensor:
-        """(B, C, h, w): the clean latent reached from x with one kernel, the ODE by default; 0 steps is the protocol's number."""
+        """(B, C, h, w): the clean latents reached from x with one kernel for every step.
+
+        Args:
+            x: latents (B, C, h, w) at the time of step `start`.
+            prompt_ids: (B,).
+            steps: of the whole grid; 0 is the protocol's number.
+            start: number of the first step in the grid.
+            weights: as in `velocity`.
+            guidance: None is the protocol's.
+            kernel: of every step, the ODE by default.
+        """
         steps = steps or self.model.steps
         kernels = [kernel] * (steps - start)
         for *_, x_next in self.walk(x, prompt_ids, kernels, start=start, of=steps, weights=weights, guidance=guidance):

@@ -18,13 +18,12 @@ import torch
 
 from gpobench.bench import model_spec as cards
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.errors import UserError
+from gpobench.bench.errors import Interrupted, UserError
 from gpobench.bench.evaluation.evaluator import sample_protocol
 from gpobench.bench.evaluation.record import Record
 from gpobench.bench.evaluation.search import SearchSettings, answers, search
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import Config, RunRequest, resolve
-from gpobench.bench.experiments.run import Interrupted
 from gpobench.bench.models.open import open_model
 from gpobench.bench.progress import NullProgress
 from gpobench.bench.registry import scorer
@@ -269,8 +268,8 @@ def test_a_kill_and_a_ctrl_c_on_the_command_line(gpobench: Any, redness: str, ti
 
     ended = gpobench(*words, "--out", tmp_path / "cut", before=slow, meanwhile=send(signal.SIGKILL))
     assert ended.code == -signal.SIGKILL
-    small = "import gpobench.bench.experiments.run as r, dataclasses\n"
-    small += "find = r.find_model_spec\nr.find_model_spec = lambda n: dataclasses.replace(find(n), rows=2)\n"
+    small = "import gpobench.bench.experiments.config as c, dataclasses\n"
+    small += "find = c.find_model_spec\nc.find_model_spec = lambda n: dataclasses.replace(find(n), rows=2)\n"
     ended = gpobench(
         *words, "--out", tmp_path / "cut", before=small + slow.replace("0.2", "0.05"), meanwhile=send(signal.SIGINT)
     )

@@ -1,4 +1,4 @@
-"""One look for all who begin from the same base: found again, made anew when anything differs, and made once when many ask."""
+"""Cache of evaluations: read again, computed again when anything differs, computed once for concurrent processes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SETS = """optim.epochs=1 optim.minibatches=2 optim.lr=3e-3 prompts=2 group=4 eva
 
 
 class Named:
-    """An embedder's name, which is all that a place asks of it."""
+    """An embedder of which the cache needs only the name."""
 
     id, distance = "named/1", "cosine"
 
@@ -40,7 +40,7 @@ class Named:
         raise NotImplementedError
 
 
-def judged(value: float, *names: str) -> Evaluation:
+def evaluation(value: float, *names: str) -> Evaluation:
     table = pd.DataFrame({"prompt": [0], "ordinal": [0], "scorer": ["s"], "metric": ["m"], "value": [value]})
     return Evaluation(table, np.full((1, 2, 2, 3), 7, np.uint8), {n: np.full((1, 3), value, np.float32) for n in names})
 
@@ -63,7 +63,7 @@ def base_key(redness: str) -> Callable[..., str]:
     return name
 
 
-def test_a_place_is_named_after_everything_the_look_depends_on(
+def test_the_cache_key_depends_on_everything_the_evaluation_depends_on(
     base_key: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     model_spec, prompts = base_key.model_spec, list(base_key.task.prompts("test", "glyphs"))
@@ -109,34 +109,38 @@ def test_two_files_of_one_name_are_two_sources(tmp_path: Path) -> None:
     )
 
 
-def test_a_look_in_which_a_scorer_failed_is_not_kept(tmp_path: Path) -> None:
+def test_an_evaluation_in_which_a_scorer_failed_is_not_stored(tmp_path: Path) -> None:
     assert (
-        evaluation_cache.cached_evaluation(tmp_path / "x", lambda: judged(float("nan")), [], ProcessGroup())
+        evaluation_cache.cached_evaluation(tmp_path / "x", lambda: evaluation(float("nan")), [], ProcessGroup())
         .table.value.isna()
         .all()
     )
     assert (
-        evaluation_cache.cached_evaluation(tmp_path / "x", lambda: judged(0.5), [], ProcessGroup()).table.value.iloc[0]
+        evaluation_cache.cached_evaluation(
+            tmp_path / "x", lambda: evaluation(0.5), [], ProcessGroup()
+        ).table.value.iloc[0]
         == 0.5
     )
     assert (
-        evaluation_cache.cached_evaluation(tmp_path / "x", lambda: judged(0.7), [], ProcessGroup()).table.value.iloc[0]
+        evaluation_cache.cached_evaluation(
+            tmp_path / "x", lambda: evaluation(0.7), [], ProcessGroup()
+        ).table.value.iloc[0]
         == 0.5
     )
 
 
 @pytest.mark.parametrize("kind", ["parquet", "npy", "npz"])
 @pytest.mark.parametrize("left", [0, 20, -1])
-def test_a_damaged_look_is_said_and_made_anew(tmp_path: Path, kind: str, left: int) -> None:
+def test_a_damaged_evaluation_is_reported_and_computed_again(tmp_path: Path, kind: str, left: int) -> None:
     said: list[str] = []
-    evaluation_cache.cached_evaluation(tmp_path / "x", lambda: judged(0.25), [], ProcessGroup())
+    evaluation_cache.cached_evaluation(tmp_path / "x", lambda: evaluation(0.25), [], ProcessGroup())
     file = tmp_path / f"x.{kind}"
     file.write_bytes(file.read_bytes()[:left])
-    found = evaluation_cache.cached_evaluation(tmp_path / "x", lambda: judged(0.5), [], ProcessGroup(), said.append)
+    found = evaluation_cache.cached_evaluation(tmp_path / "x", lambda: evaluation(0.5), [], ProcessGroup(), said.append)
     assert found.table.value.iloc[0] == 0.5 and len(said) == 1 and "is damaged and is computed again" in said[0]
     assert (
         evaluation_cache.cached_evaluation(
-            tmp_path / "x", lambda: judged(0.7), [], ProcessGroup(), said.append
+            tmp_path / "x", lambda: evaluation(0.7), [], ProcessGroup(), said.append
         ).table.value.iloc[0]
         == 0.5
     )
@@ -148,7 +152,7 @@ def test_what_was_seen_is_found_again_to_the_last_digit(tmp_path: Path) -> None:
     def make() -> Evaluation:
         nonlocal asked
         asked += 1
-        return judged(1 / 3, "a", "b")
+        return evaluation(1 / 3, "a", "b")
 
     one, two = (
         evaluation_cache.cached_evaluation(tmp_path / "deep" / "x", make, drift, ProcessGroup()) for _ in range(2)
@@ -165,13 +169,13 @@ def test_what_was_seen_is_found_again_to_the_last_digit(tmp_path: Path) -> None:
     assert asked == 2
 
 
-def test_of_many_that_ask_at_once_one_looks_and_the_others_wait(tmp_path: Path) -> None:
+def test_of_concurrent_threads_one_evaluates_and_the_others_wait(tmp_path: Path) -> None:
     asked, found = [0], list[float]()
 
     def make() -> Evaluation:
         asked[0] += 1
         time.sleep(0.2)
-        return judged(0.25)
+        return evaluation(0.25)
 
     def ask() -> None:
         found.append(
@@ -186,14 +190,16 @@ def test_of_many_that_ask_at_once_one_looks_and_the_others_wait(tmp_path: Path) 
     assert asked == [1] and found == [0.25] * 5
 
 
-def test_a_look_that_failed_leaves_nothing_to_be_found(tmp_path: Path) -> None:
+def test_a_failed_evaluation_stores_nothing(tmp_path: Path) -> None:
     def broken() -> Evaluation:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
         evaluation_cache.cached_evaluation(tmp_path / "x", broken, [], ProcessGroup())
     assert (
-        evaluation_cache.cached_evaluation(tmp_path / "x", lambda: judged(0.5), [], ProcessGroup()).table.value.iloc[0]
+        evaluation_cache.cached_evaluation(
+            tmp_path / "x", lambda: evaluation(0.5), [], ProcessGroup()
+        ).table.value.iloc[0]
         == 0.5
     )
 

@@ -123,7 +123,7 @@ def test_the_sampler_is_the_protocols_loop_to_the_last_bit(model: Any, weights: 
 # The table
 
 
-def test_every_image_stands_in_the_table_once(model: Any, scorers: list[Any]) -> None:
+def test_every_image_is_in_the_table_once(model: Any, scorers: list[Any]) -> None:
     done: list[int] = []
     seen = evaluated(model, scorers, rows=4, shown=3, advance=done.append)
     assert sum(done) == 10 and len(seen.table) == 20 and len(seen.images) == 3
@@ -135,7 +135,7 @@ def test_every_image_stands_in_the_table_once(model: Any, scorers: list[Any]) ->
 
 
 @pytest.mark.parametrize("keep", [3, 5, 7, 10, 99])
-def test_people_see_as_many_prompts_as_there_are_pictures(model: Any, scorers: list[Any], keep: int) -> None:
+def test_the_returned_images_cover_as_many_prompts_as_possible(model: Any, scorers: list[Any], keep: int) -> None:
     seen = evaluated(model, scorers, rows=4, shown=keep)
     places = [(i, o) for i in range(5) for o in range(2) if o * 5 + i < keep]  # every prompt's first, then the second
     assert list(zip(seen.shown().prompt, seen.shown().ordinal, strict=True)) == places
@@ -202,7 +202,7 @@ def test_the_mean_is_the_mean_of_the_strata() -> None:
 
 @dataclass(frozen=True)
 class MeanColour:
-    """Says where a picture's mean colour points; blind to pictures whose first pixel is pure white."""
+    """Embeds an image as its mean colour; blind to images whose first pixel is pure white."""
 
     id: str = "colour-v1"
     name: str = "colour"

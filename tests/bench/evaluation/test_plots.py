@@ -1,4 +1,4 @@
-"""Pictures of pictures: every sample in its cell, every caption in its colour, every point on its curve."""
+"""Figures: every sample in its cell, every caption in its colour, every point on its curve."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_every_sample_is_shown_whole(columns: int) -> None:
     assert [seen[c] for c in (RED, GREEN, BLUE, PINK)] == [32 * 64 * scale] * 3 + [3 * 32 * 64 * scale]
 
 
-def test_before_stands_left_of_after() -> None:
+def test_before_is_left_of_after() -> None:
     sheet = np.asarray(plots.grid([solid(RED), solid(BLUE)], [[""], [""]], [[None], [None]], ["b", "a"], 1))
     left, right = (np.argwhere((sheet == colour).all(-1))[:, 1] for colour in (RED, BLUE))
     assert left.max() < right.min()
 
 
 @pytest.mark.parametrize(("mark", "ink"), [(True, plots.GOOD), (False, plots.BAD), (None, plots.INK)])
-def test_a_mark_colours_its_caption(mark: bool | None, ink: tuple[int, int, int]) -> None:
+def test_correct_and_wrong_colour_the_caption(mark: bool | None, ink: tuple[int, int, int]) -> None:
     white = solid((255, 255, 255))
     seen = np.array(list(colours(plots.grid([white], [["HELLO"]], [[mark]], [""], 1))))
 

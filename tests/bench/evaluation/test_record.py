@@ -71,7 +71,7 @@ def test_what_could_not_be_scored_is_null_and_stays_valid(tmp_path: Path) -> Non
         ({"flags": {"hack": False}}, "is not a record"),
     ],
 )
-def test_another_form_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_another_schema_version_or_form_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     file = tmp_path / "record.json"
     file.write_text(json.dumps(json.loads(example().model_dump_json()) | change))
     with pytest.raises(UserError) as caught:
@@ -108,7 +108,7 @@ def test_the_kind_of_processor_names_the_instruction_set() -> None:
     """Two machines of one name, or one machine told to use less of itself, do not repeat one another's last digits."""
 
     def said(**environment: str) -> str:
-        code = "from gpobench.bench import record; print(record.provenance()['processor'])"
+        code = "from gpobench.bench.evaluation import record; print(record.provenance()['processor'])"
         return subprocess.run(
             [sys.executable, "-c", code], env=CLEAN | environment, capture_output=True, text=True, check=True
         ).stdout.strip()
@@ -119,7 +119,7 @@ def test_the_kind_of_processor_names_the_instruction_set() -> None:
     assert own.rpartition(", ")[0] == less.split(", DEFAULT")[0]
 
 
-def test_a_copy_without_history_is_told_its_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_the_revision_of_a_copy_without_history(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GPOBENCH_REVISION", "abc123")
     assert record.revision() == "abc123" and record.provenance()["revision"] == "abc123"
     monkeypatch.delenv("GPOBENCH_REVISION")

@@ -1,4 +1,4 @@
-"""The loop of a method without training: every image once, from keys of its own, and no further than the budget goes."""
+"""The loop of a method without training: the budget of a part of the images."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def test_a_run_gives_its_record(plan: Config, tmp_path: Path) -> None:
         (MemoryError(), "MemoryError: ", True),
     ],
 )
-def test_a_failure_is_one_line_and_what_nobody_foresaw_is_logged(
+def test_a_failure_is_one_line_and_an_unexpected_one_is_logged(
     fault: Exception, said: str, logged: bool, plan: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any, **more: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Several at work at once: who begins when, what is said of whom, and that nobody is left running."""
+"""Commands in parallel: their order, their ends, and that no process is left running."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def alive(tmp_path: Path) -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def test_each_end_is_told_in_words_and_ends_no_other(tmp_path: Path, heard: Heard) -> None:
+def test_each_end_is_reported_and_ends_no_other(tmp_path: Path, heard: Heard) -> None:
     ticks: list[float] = []
     work = made(tmp_path, "fine", "broken", "killed", "mute", "stopped", "fine", "crash")
     whole = run_jobs(work, 2, begins=heard.begins, ends=heard.ends, meanwhile=lambda: ticks.append(time.time()))
@@ -90,7 +90,7 @@ def test_each_end_is_told_in_words_and_ends_no_other(tmp_path: Path, heard: Hear
     assert "35 %" in work[2].log.read_text()
 
 
-def test_a_stop_is_told_once_to_each_and_begins_nothing(tmp_path: Path, heard: Heard) -> None:
+def test_a_stop_signals_each_once_and_begins_nothing(tmp_path: Path, heard: Heard) -> None:
     work = made(tmp_path, "long", "long", "fine")
     begun = lambda: len(list(tmp_path.glob("*.txt"))) == 2
     assert not run_jobs(work, 2, begins=heard.begins, ends=heard.ends, interrupted=begun)

@@ -84,7 +84,7 @@ def test_the_set_can_be_learnt_from_and_says_what_it_cost(make: Any, redness: st
     assert "5 preference pairs of mini on paint" in readme and "redness-v1" in readme
 
 
-def test_extremes_and_all_look_at_the_same_groups(make: Any) -> None:
+def test_extremes_and_all_pair_the_same_groups(make: Any) -> None:
     best, every = table(make("a")), table(make("b", choose="all"))
     assert len(best) == 5 and len(every) == 5 * 6
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)

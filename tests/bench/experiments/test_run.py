@@ -1,4 +1,4 @@
-"""A whole run under the eye of an independent counter: what it charges, what it writes, what it refuses."""
+"""Whole runs: charges against an independent counter, the files written, the errors raised."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ SETTINGS = """optim.epochs=1 optim.minibatches=2 optim.weight_decay=0 optim.ema=
 prompts=4 group=6 beta=30 t_min=0""".split()
 
 
-class Ears(NullProgress):
-    """A view that remembers what it was told."""
+class RecordingProgress(NullProgress):
+    """Progress that remembers its messages."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -125,13 +125,13 @@ def test_no_bound_is_passed_and_the_one_that_binds_is_named(
     plan: Any, tmp_path: Path, budget: str, currency: str
 ) -> None:
     config = plan("optim.ema=0.9", budget=budget)
-    ears = Ears()
-    done = running.run(config, runs=tmp_path, progress=ears)
+    shown = RecordingProgress()
+    done = running.run(config, runs=tmp_path, progress=shown)
     assert done.stop == f"budget: {currency}"
     for name, bound in config.budget.bounds().items():
         if name != "seconds":  # time that has passed cannot be refused: at most one charge is under way
             assert done.spent[name] <= bound
-    assert all(0 <= f <= 1 for f in ears.fractions)
+    assert all(0 <= f <= 1 for f in shown.fractions)
     assert json.loads(Path(done.run_dir, "record.json").read_text())["spent"]["nfe"] == done.spent["nfe"]
 
 
@@ -170,7 +170,7 @@ def test_the_scores_are_one_row_an_image_and_scorer(finished: Record) -> None:
         assert d.ci[0] <= d.mean <= d.ci[1] and d.p is not None  # type: ignore[operator]
 
 
-def test_the_curve_uses_validation_and_ten_marks(finished: Record) -> None:
+def test_the_curve_uses_validation_and_ten_eval_points(finished: Record) -> None:
     assert len(finished.curve) == 12 or len(finished.curve) == 11
     spent = [point.spent["nfe"] for point in finished.curve]
     assert spent == sorted(spent) and spent[0] == 0 and spent[-1] == finished.spent["nfe"]
@@ -205,7 +205,7 @@ def test_the_card_names_the_numbers_and_the_way_to_load(finished: Record) -> Non
     assert "load_lora_weights" in text and "redness/mean" in text and f"seed {finished.seed}" in text
 
 
-def test_the_saved_adapter_is_what_was_judged(finished: Record, redness: str, tiny_pipe: Path) -> None:
+def test_the_saved_adapter_is_what_was_evaluated(finished: Record, redness: str, tiny_pipe: Path) -> None:
     adapter = Path(finished.run_dir) / "adapter"
     again = evaluate_model(ModelEvaluation(f"{redness}:Paint", str(tiny_pipe), adapter), NullProgress())
     assert again["scores"]["redness/mean"]["mean"] == pytest.approx(finished.after["redness/mean"].mean, abs=1e-4)
@@ -255,22 +255,22 @@ def test_a_test_prompt_in_the_train_split_is_refused(plan: Any, tmp_path: Path) 
         running.run(plan(task="Overlapping"), runs=tmp_path, progress=NullProgress())
 
 
-def test_a_further_scorer_that_is_not_there_is_said_and_left_out(plan: Any, tmp_path: Path) -> None:
-    ears = Ears()
-    done = running.run(plan(task="Further", budget="nfe=100"), runs=tmp_path, progress=ears)
-    assert any("not evaluated by" in line and "pip install absent" in line for line in ears.said)
-    assert set(done.scorers) == {"redness", "warmth"} and ears.done > 0
+def test_an_auxiliary_scorer_that_is_not_installed_is_left_out_with_a_message(plan: Any, tmp_path: Path) -> None:
+    shown = RecordingProgress()
+    done = running.run(plan(task="Further", budget="nfe=100"), runs=tmp_path, progress=shown)
+    assert any("not evaluated by" in line and "pip install absent" in line for line in shown.said)
+    assert set(done.scorers) == {"redness", "warmth"} and shown.done > 0
 
 
 def test_columns_strata_and_the_tasks_own_summary_stand_in_the_record(plan: Any, tmp_path: Path) -> None:
-    ears = Ears()
-    done = running.run(plan(task="Rich", budget="nfe=300"), runs=tmp_path, progress=ears)
+    shown = RecordingProgress()
+    done = running.run(plan(task="Rich", budget="nfe=300"), runs=tmp_path, progress=shown)
     assert {name: use.role for name, use in done.scorers.items()} == {
         "redness": "training",
         "warmth": "held-out",
         "brightness": "quality",
     }
-    assert done.embedders == {"colour": "colour-v1"} and any("Absent" in line for line in ears.said)
+    assert done.embedders == {"colour": "colour-v1"} and any("Absent" in line for line in shown.said)
     assert done.before["drift-colour/paired"].mean == 0 and (done.after["drift-colour/paired"].mean or 0) > 0
     assert (done.before["diversity-colour/pairwise"].mean or 0) > 0 and (done.cmmd["colour"].mean or 0) >= 0
     assert set(done.strata) == {"shapes", "other"}
@@ -297,7 +297,7 @@ def test_drift_goes_on_from_the_base_of_an_earlier_start(plan: Any, tmp_path: Pa
     assert again.after == whole.after and again.cmmd == whole.cmmd and again.strata == whole.strata
 
 
-def test_prompts_of_ones_own(plan: Any, tmp_path: Path) -> None:
+def test_the_users_own_prompts(plan: Any, tmp_path: Path) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_text("a red house\na blue house\n")
     config = plan(task="Paint", budget="nfe=100", prompts=[str(mine)])
@@ -309,7 +309,7 @@ def test_prompts_of_ones_own(plan: Any, tmp_path: Path) -> None:
         running.run(plan(task="Paint", budget="nfe=100", prompts=[str(mine)]), runs=tmp_path, progress=NullProgress())
 
 
-def test_an_embedder_that_is_not_there_is_not_replaced_by_another(redness: str) -> None:
+def test_an_embedder_that_is_not_installed_is_not_replaced_by_another(redness: str) -> None:
     made = open_scorer_set(registry.load("task", f"{redness}:Patchy")(), "glyphs", lambda _: None)
     assert [e.name for e in made.diversity] == ["colour"] and made.drift == []
 
@@ -329,7 +329,7 @@ def test_fresh_forgets(plan: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_place_that_cannot_be_written_is_one_line(plan: Any, tmp_path: Path, kind: str) -> None:
+def test_a_folder_that_cannot_be_written_is_one_line(plan: Any, tmp_path: Path, kind: str) -> None:
     place = tmp_path / "place"
     if kind == "file":
         place.write_text("in the way")
@@ -356,7 +356,7 @@ def test_the_metrics_of_a_cut_off_line_are_dropped(tmp_path: Path) -> None:
     assert log.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
 
 
-def test_parts_of_a_strangers_package_run(
+def test_parts_of_a_third_party_package_run(
     tiny_pipe: Path, redness: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A task and its scorers from an installed package, by name, as the built-in ones."""
@@ -389,7 +389,7 @@ def test_another_reward_holds_the_tasks_own_out(plan: Any, redness: str, tmp_pat
 
 
 def test_a_part_of_a_blend_holds_nothing_out(redness: str) -> None:
-    """What a method is trained on may not judge it, under whatever weight."""
+    """A scorer that a method is trained on is not held out, under whatever weight."""
     task, say = registry.load("task", f"{redness}:Paint")(), lambda _: None
     for blend in (f"{redness}:Redness*0.5+rapidocr", f"{redness}:Redness*2"):
         made = open_scorer_set(task, "glyphs", say, blend)
@@ -402,7 +402,7 @@ def test_a_part_of_a_blend_holds_nothing_out(redness: str) -> None:
     assert not {"rapidocr", "hpsv2-tiny"} & {s.name for s in made.all}
 
 
-def test_a_budget_that_pays_for_no_update_is_said(plan: Any, tmp_path: Path) -> None:
+def test_a_budget_that_pays_for_no_update_is_reported(plan: Any, tmp_path: Path) -> None:
     said: list[str] = []
 
     class Heard(NullProgress):
@@ -413,7 +413,7 @@ def test_a_budget_that_pays_for_no_update_is_said(plan: Any, tmp_path: Path) -> 
     assert done.spent["updates"] == 0 and any("no update was made" in text for text in said)
 
 
-def test_a_tracker_hears_every_iteration(plan: Any, tmp_path: Path) -> None:
+def test_a_tracker_hshown_every_iteration(plan: Any, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     done = running.run(plan(budget="nfe=600"), runs=tmp_path, progress=NullProgress(), track="tensorboard")
@@ -425,7 +425,7 @@ def test_a_tracker_hears_every_iteration(plan: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("track", "said"), [("nosuch", "--track nosuch"), ("comet_ml", "not installed")])
-def test_a_tracker_that_is_not_there_is_one_line(plan: Any, tmp_path: Path, track: str, said: str) -> None:
+def test_a_tracker_that_is_not_installed_is_one_line(plan: Any, tmp_path: Path, track: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as error:
         running.run(plan(budget="nfe=300"), runs=tmp_path, progress=NullProgress(), track=track)
     assert "\n" not in str(error.value)
@@ -457,7 +457,7 @@ def test_another_configuration_in_the_same_folder_is_another_run(plan: Any, tiny
         running.run(config, runs=tmp_path / "runs", progress=NullProgress())
 
 
-def test_a_scorer_that_changed_its_id_judges_no_second_half(plan: Any, tmp_path: Path) -> None:
+def test_a_scorer_that_changed_its_id_evaluates_no_second_half(plan: Any, tmp_path: Path) -> None:
     source = Path(tmp_path / "mine.py")
     redness = plan().task.partition(":")[0]
     held = f"""
@@ -507,14 +507,14 @@ def test_on_the_validation_split_no_test_prompt_is_touched(
     texts: list[str] = []
     encode = SD3.encode
     monkeypatch.setattr(SD3, "encode", lambda self, prompts: [texts.extend(prompts), encode(self, prompts)][1])
-    ears = Ears()
+    shown = RecordingProgress()
     config = plan(
         "evaluation.split=validation", "evaluation.validation_images=3", "evaluation.curve_images=3", budget="nfe=600"
     )
-    done = running.run(config, runs=tmp_path, progress=ears)
+    done = running.run(config, runs=tmp_path, progress=shown)
     shown = {"four red circles", "five blue triangles"}
     table = pd.read_parquet(Path(done.run_dir) / "scores.parquet")
-    assert set(table.text) == shown and len(table) == 2 * 2 * 3 * 2 and ears.done == 2 * 2 * 3
+    assert set(table.text) == shown and len(table) == 2 * 2 * 3 * 2 and shown.done == 2 * 2 * 3
     assert not {"two green squares", "a sign", "a card"} & set(texts) and shown <= set(texts)
     for numbers in (done.before, done.after, done.delta):
         assert {n.n for n in numbers.values()} == {2}
@@ -546,7 +546,7 @@ def test_the_curve_keeps_every_score(plan: Any, tmp_path: Path, split: str) -> N
         assert len(own) == 2 and own.value.mean() == pytest.approx(point.scores["redness/mean"].mean)
 
 
-def test_what_the_settings_cost_to_find_stands_in_the_record(plan: Any, tmp_path: Path) -> None:
+def test_what_the_settings_cost_to_find_is_in_the_record(plan: Any, tmp_path: Path) -> None:
     file = tmp_path / "best.toml"
     file.write_text('beta = 31.0\ntuned = { trials = 4, nfe = 8000, command = "gpobench tune" }\n')
     config = plan(budget="nfe=100", config=file)
@@ -570,7 +570,7 @@ def test_what_the_settings_cost_to_find_stands_in_the_record(plan: Any, tmp_path
     [("mix-grpo", ["window=4"], "window must be shorter than the 4 steps"),
      ("diffusion-dpo", ["pairs=nowhere"], "no such path: nowhere")],
 )  # fmt: skip
-def test_what_cannot_work_is_said_before_the_base_is_judged(
+def test_settings_that_cannot_work_are_refused_before_the_base_is_evaluated(
     method: str, sets: list[str], said: str, tiny_pipe: Path, redness: str, tmp_path: Path
 ) -> None:
     config = resolve(RunRequest(method, f"{redness}:Paint", str(tiny_pipe), budget="nfe=500", sets=[*sets, "steps=0"]))

@@ -1,4 +1,4 @@
-"""Who holds a run's directory, what the run stands on, and what is left of it when `--fresh` is cut off."""
+"""The lock of a run directory, its inputs, and what is left of it when `--fresh` is interrupted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_one_at_a_time_and_who_asks_takes_nothing(tmp_path: Path) -> None:
     assert not is_locked(tmp_path)
 
 
-def test_asking_refuses_nobody(tmp_path: Path) -> None:
+def test_is_locked_keeps_no_process_from_locking(tmp_path: Path) -> None:
     (tmp_path / ".lock").touch()
     stop = threading.Event()
 
@@ -50,7 +50,7 @@ def test_asking_refuses_nobody(tmp_path: Path) -> None:
         asking.join()
 
 
-def test_where_there_are_no_locks_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_file_system_without_locks_no_process_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*_: object) -> None:
         raise OSError(38, "Function not implemented")
 
@@ -59,9 +59,9 @@ def test_where_there_are_no_locks_nobody_waits(tmp_path: Path, monkeypatch: pyte
         assert not is_locked(tmp_path)
 
 
-def test_what_a_run_stands_on_may_be_added_to_and_not_changed(tmp_path: Path) -> None:
+def test_inputs_may_be_added_and_not_changed(tmp_path: Path) -> None:
     check_inputs(tmp_path, {"weights": "a"}, {"weights": "the weights"})
-    check_inputs(tmp_path, {"task": "ocr"}, {"task": "the task"})  # an older start did not know of it
+    check_inputs(tmp_path, {"task": "ocr"}, {"task": "the task"})  # an earlier start did not store it
     assert json.loads((tmp_path / "inputs.json").read_text()) == {"weights": "a", "task": "ocr"}
     with pytest.raises(UserError, match="the weights changed since .*: --fresh starts over"):
         check_inputs(tmp_path, {"task": "ocr", "weights": "b"}, {"task": "the task", "weights": "the weights"})
@@ -71,7 +71,14 @@ def test_what_a_run_stands_on_may_be_added_to_and_not_changed(tmp_path: Path) ->
             check_inputs(tmp_path, {"task": "ocr"}, {"task": "the task"})
 
 
-def test_a_data_set_is_known_by_names_sizes_and_what_is_in_small_files(
+def test_a_directory_of_an_earlier_version_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "ground.json").write_text("{}")
+    with pytest.raises(UserError, match="written by an earlier version of gpobench .*: --fresh starts over") as error:
+        check_inputs(tmp_path, {"task": "ocr"}, {"task": "the task"})
+    assert "\n" not in str(error.value) and not (tmp_path / "inputs.json").exists()
+
+
+def test_the_fingerprint_is_of_names_sizes_and_the_content_of_small_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "deep").mkdir()

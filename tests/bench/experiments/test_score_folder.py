@@ -1,4 +1,4 @@
-"""Folders of real pictures in every layout, scored by real scorers: one table, however often it was cut off."""
+"""Folders of images in every layout, scored by real scorers: one table, however often scoring was stopped."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def test_the_layout_of_hpsv2_with_the_tasks_prompts(folder: Path) -> None:
         read_image_folder(folder, task=HPSv2(), domain="glyphs")
 
 
-def test_folders_that_say_nothing(folder: Path, tmp_path: Path) -> None:
+def test_folders_without_images_or_prompts(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there are no images"):
         read_image_folder(folder)
     with pytest.raises(UserError, match="no such folder"):
@@ -297,7 +297,7 @@ def test_files_that_are_no_images_are_rows_without_a_score(listed: Path, tmp_pat
     assert fine == 1
 
 
-def test_no_image_is_said_alike_where_pillow_was_taught_a_format_that_is_not_there(
+def test_no_image_has_one_reason_where_pillow_tries_a_format_that_is_not_installed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As ultralytics does when it is imported."""
@@ -321,15 +321,15 @@ def test_no_image_is_said_alike_where_pillow_was_taught_a_format_that_is_not_the
     ) == {""}
 
 
-def test_jpeg_is_taken_and_said(folder: Path, tmp_path: Path) -> None:
+def test_jpeg_is_scored_with_a_note(folder: Path, tmp_path: Path) -> None:
     draw(folder / "0.jpg", "ACT", quality=90)
     (folder / "0.txt").write_text(prompt("ACT"), "utf-8")
     assert scoring.JPEG in score_folder(folder, ["reader"], out=tmp_path / "s.csv")["notes"]
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_a_picture_is_scored_as_it_is_shown(folder: Path, tmp_path: Path, orientation: int) -> None:
-    """Cameras store a picture as the sensor lay and say in EXIF which way is up."""
+def test_an_image_is_scored_as_it_is_shown(folder: Path, tmp_path: Path, orientation: int) -> None:
+    """Cameras store an image as the sensor lay and its orientation in EXIF."""
     upright = Image.fromarray(draw_word("ACT"))
     back = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[orientation]
     exif = Image.Exif()
@@ -343,7 +343,7 @@ def test_a_picture_is_scored_as_it_is_shown(folder: Path, tmp_path: Path, orient
     assert all(table[metric, "0.png"] == table[metric, "1.png"] == 1 for metric in ("exact", "soft"))
 
 
-def test_a_prompt_the_scorer_cannot_judge_stops_it(listed: Path, tmp_path: Path) -> None:
+def test_a_prompt_the_scorer_refuses_stops_it(listed: Path, tmp_path: Path) -> None:
     (listed / "prompts.csv").write_text("file,prompt\n0.png,a cat\n", "utf-8")
     with pytest.raises(UserError, match="reader: an OCR prompt holds its target .*'a cat'"):
         score_folder(listed, ["reader"], out=tmp_path / "s.csv")

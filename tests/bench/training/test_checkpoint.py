@@ -101,7 +101,7 @@ def test_everything_comes_back(make: Any, tmp_path: Path) -> None:
     assert mine == theirs
 
 
-def test_the_two_latest_are_kept_and_leftovers_go(make: Any, tmp_path: Path) -> None:
+def test_the_two_latest_are_kept_and_unfinished_ones_deleted(make: Any, tmp_path: Path) -> None:
     rig, adam = make()
     (tmp_path / ".7.tmp").mkdir()
     for number in (0, 5, 11, 100):
@@ -137,7 +137,7 @@ def harm(place: Path, how: str) -> None:
      "flipped facts middle", "flipped facts last", "flipped tensors first", "flipped tensors middle",
      "flipped tensors last"],
 )  # fmt: skip
-def test_a_damaged_one_is_passed_over_and_said(make: Any, tmp_path: Path, how: str) -> None:
+def test_a_damaged_one_is_passed_over_with_a_message(make: Any, tmp_path: Path, how: str) -> None:
     rig, adam = make()
     for number in (1, 2):
         work(rig, adam)
@@ -205,7 +205,7 @@ def iterations(out: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(gpobench: Any, tiny_pipe: Path, redness: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that nobody disturbed."""
+    """The run that was not interrupted."""
     out = tmp_path_factory.mktemp("whole")
     ended = gpobench(*command(tiny_pipe, redness, out))
     assert ended.code == 0, ended.err
@@ -301,7 +301,7 @@ def test_kills_at_random(
 
 
 @pytest.mark.parametrize("how", ["interrupt", "terminate"])
-def test_asked_to_stop_a_run_says_so_and_goes_on_later(
+def test_an_interrupted_run_says_so_and_continues_later(
     gpobench: Any, whole: Path, tiny_pipe: Path, redness: str, tmp_path: Path, how: str
 ) -> None:
     argv = command(tiny_pipe, redness, tmp_path)
@@ -317,7 +317,7 @@ def test_asked_to_stop_a_run_says_so_and_goes_on_later(
     assert same(result(tmp_path), result(whole)) and iterations(tmp_path) == iterations(whole)
 
 
-def test_asked_twice_a_run_stops_at_once(gpobench: Any, tiny_pipe: Path, redness: str, tmp_path: Path) -> None:
+def test_interrupted_twice_a_run_stops_at_once(gpobench: Any, tiny_pipe: Path, redness: str, tmp_path: Path) -> None:
     argv = command(tiny_pipe, redness, tmp_path)
     ended = gpobench(*argv, before=f"{AT}at({STEP}, 9, interrupt); at({STEP}, 10, interrupt)")
     assert ended.code == 130 and ended.out == "" and "Traceback" not in ended.err
@@ -344,7 +344,7 @@ def test_the_seed_decides_and_nothing_else(
 
 
 @pytest.mark.parametrize("how", ["truncated tensors", "flipped facts middle"])
-def test_a_damaged_checkpoint_is_said_and_the_end_is_the_same(
+def test_a_damaged_checkpoint_is_reported_and_the_result_is_the_same(
     gpobench: Any, whole: Path, tiny_pipe: Path, redness: str, tmp_path: Path, how: str
 ) -> None:
     argv = command(tiny_pipe, redness, tmp_path)

@@ -1,4 +1,4 @@
-"""Preference pairs as strangers hand them over: every container, every broken row, and one line for what cannot be read."""
+"""Preference pairs from elsewhere: every container, every broken row, and one line for what cannot be read."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
                 captions(str(tmp_path / name))
 
 
-def test_captions_of_skipped_rows_are_told_too(tmp_path: Path) -> None:
+def test_captions_of_skipped_rows_are_returned_too(tmp_path: Path) -> None:
     mixed = [
         *rows(2),
         {**rows(1)[0], "caption": "a tie", "label_0": 0.5, "label_1": 0.5},
@@ -276,7 +276,7 @@ def latent(rig: Rig, colour: int) -> torch.Tensor:
     return rig.model.latents(image)[0]
 
 
-def test_drawn_pairs_are_latents_with_handles_of_their_captions(make: Any, tmp_path: Path) -> None:
+def test_drawn_pairs_are_latents_with_the_ids_of_their_captions(make: Any, tmp_path: Path) -> None:
     rig, place = make(), write(tmp_path / "a.parquet", rows())
     batch = rig.pairs(place, 6)
     assert batch.win.shape == batch.lose.shape == (6, *rig.model.shape)
@@ -299,7 +299,7 @@ def test_drawn_pairs_are_latents_with_handles_of_their_captions(make: Any, tmp_p
     assert sorted(set(more.prompt_ids.tolist())) == [2, 3, 4] and rig.mean("pairs/skipped") == 0 and rig.failures == []
 
 
-def test_two_sets_do_not_share_handles(make: Any, tmp_path: Path) -> None:
+def test_two_sets_do_not_share_ids(make: Any, tmp_path: Path) -> None:
     rig = make()
     other = [{**row, "caption": "of the other set"} for row in rows(2)]
     first, second = write(tmp_path / "a.parquet", rows(2)), write(tmp_path / "b.parquet", other)
@@ -308,9 +308,9 @@ def test_two_sets_do_not_share_handles(make: Any, tmp_path: Path) -> None:
 
 
 def test_embeddings_of_captions_do_not_pile_up(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpobench.bench.training.rig as run_dir
+    import gpobench.bench.training.rig as rig_module
 
-    monkeypatch.setattr(run_dir, "CAPTIONS", 0)
+    monkeypatch.setattr(rig_module, "CAPTIONS", 0)
     rig = make()
     many = [{**row, "caption": f"caption {i}"} for i, row in enumerate(rows(6))]
     place = write(tmp_path / "a.parquet", many)
@@ -367,7 +367,7 @@ def test_a_set_that_costs_more_than_the_budget_is_refused_before_the_first_pair(
 
 
 @pytest.mark.parametrize("said", [b"not json", b"[1]", b"{}"])
-def test_a_statement_that_says_nothing_costs_nothing(make: Any, tmp_path: Path, said: bytes) -> None:
+def test_a_set_that_states_no_cost_costs_nothing(make: Any, tmp_path: Path, said: bytes) -> None:
     rig = make()
     rig.pairs(write(tmp_path / "a.parquet", rows(), {pairs.STATEMENT: said}), 2)
     assert rig.meter.nfe == rig.meter.images == 0

@@ -135,7 +135,7 @@ def count_rows(monkeypatch: pytest.MonkeyPatch, model: Any) -> list[int]:
 def test_one_evaluation_is_unguided_or_what_the_network_was_taught(
     cost: int, asked: float, make: Make, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where guidance is an input of the network, what is learnt is what is drawn and judged."""
+    """Where guidance is an input of the network, the guidance of training is that of sampling and evaluation."""
     rig, seen = make(), list[float]()
     velocity = type(model).velocity
     monkeypatch.setattr(model, "guidance", 3.5)
@@ -255,7 +255,7 @@ def test_moves_are_the_transitions_of_what_was_scored(make: Make, rows: int, dro
     assert int(transitions.prompt_ids.unique().numel()) == 2
 
 
-def test_moves_keep_what_they_are_told_and_nothing_without_noise(make: Make) -> None:
+def test_transitions_keep_the_named_steps_and_none_without_noise(make: Make) -> None:
     rig = make()
     kernels = [sde(0.7)] * 4
     transitions, _ = rig.transitions(1, 2, kernels, keep=range(2))

@@ -164,20 +164,22 @@ def test_a_gradient_that_is_never_finite_ends_a_scaled_run(make: Make) -> None:
     assert why.startswith("the gradient's norm is") and rig.meter.updates == 0 and scaler.get_scale() == 1
 
 
-def test_a_few_barren_iterations_are_forgiven(make: Make) -> None:
+def test_a_few_iterations_without_signal_do_not_end_a_run(make: Make) -> None:
     @dataclass(frozen=True)
     class Moody(Shrink):
         def collect(self, rig: Rig) -> InitialNoise:
-            barren = rig.iteration % PATIENCE != 0
+            without_signal = rig.iteration % PATIENCE != 0
             return (
-                super().collect(rig) if not barren else InitialNoise(rig.noise(1)[:0], torch.zeros(0, dtype=torch.long))
+                super().collect(rig)
+                if not without_signal
+                else InitialNoise(rig.noise(1)[:0], torch.zeros(0, dtype=torch.long))
             )
 
     rig = make(updates=6)
     assert go(Moody(), rig)[0] == "budget: updates" and rig.iteration == 3 * PATIENCE
 
 
-def test_asked_to_stop_it_ends_a_whole_iteration(make: Make) -> None:
+def test_an_interruption_ends_a_whole_iteration(make: Make) -> None:
     rig = make(updates=100)
     why, seen = go(Shrink(), rig, interrupted=lambda: rig.iteration == 3)
     assert why == "interrupted" and len(seen) == 3 and rig.meter.updates == 6
