@@ -27,11 +27,11 @@ HEAD = ("row", "key", "seed")
 STRATUM = "stratum"  # the line of the scores that says which stratum each prompt is of, where there are several
 
 
-class _Part(BaseModel):
+class _BaselinePart(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class BaselineNumber(_Part):
+class BaselineNumber(_BaselinePart):
     """The mean of one scorer/metric over the prompts, after training, and how far from it is still the same."""
 
     key: str
@@ -45,7 +45,7 @@ class BaselineNumber(_Part):
     )
 
 
-class Claim(_Part):
+class Claim(_BaselinePart):
     """A method with one set of settings and its numbers; the base is one, without seeds."""
 
     label: str
@@ -61,7 +61,7 @@ class Claim(_Part):
     number: tuple[BaselineNumber, ...]
 
 
-class Baseline(_Part):
+class Baseline(_BaselinePart):
     """What was measured, on what ground, by whom and when."""
 
     format: Literal[1] = 1

@@ -87,6 +87,12 @@ def test_show_says_fields_defaults_preset_and_source(gpobench: Any, redness: str
         ({"set": "gruop=4"}, "unknown setting 'gruop'; did you mean 'group'?"),
         ({"set": "group=1"}, "a group needs at least two images to compare, got group=1"),
         ({"set": "group"}, "--set needs key=value, got 'group'"),
+        # names of earlier versions
+        ({"set": "judging.split=validation"}, "unknown setting 'judging.split'; did you mean 'evaluation.split'?"),
+        ({"set": "judging.seed=1"}, "did you mean 'evaluation.seed'?"),
+        ({"set": "evaluation.marks=4"}, "evaluation.eval_points"),
+        ({"set": "judge=1"}, "unknown setting 'judge'; valid: adapter, beta"),
+        ({"method": "best-of-n", "set": "link=pairwise"}, "unknown setting 'link'"),
         ({"set": "optim.lr=fast"}, "setting optim.lr"),
         ({"config": "gone.toml"}, "cannot read config gone.toml"),
         ({"seed": "-1"}, "--seed must not be negative"),
