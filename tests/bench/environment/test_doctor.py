@@ -373,7 +373,7 @@ def test_heavy_weights_are_looked_at_and_not_loaded(
     own.parent.mkdir(parents=True)
     shutil.copy(tiny_pipe / NETWORK, own)
     monkeypatch.setenv("GPOBENCH_WEIGHTS", str(empty_machine / "own"))
-    monkeypatch.setattr(doctor, "HEAVY", 1000)
+    monkeypatch.setattr(part_checks, "HEAVY_BYTES", 1000)
     need = Need("scorer", f"{toys}:Large", True)
     look = lambda deep: only(part_checks.check_part(need, deep, False, "fetch it"))
     assert look(False).verdict == "ok" and "--deep" in look(False).detail

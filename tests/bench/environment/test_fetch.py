@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from gpobench.bench.assets import weight_store as hub
 from gpobench.bench.model_spec import ModelSpec
 from gpobench.bench.errors import Missing
-from gpobench.bench.assets.downloads import Published
+from gpobench.bench.assets.downloads import PinnedFile
 from gpobench.bench.spec import Columns, EvaluationSettings, Prompt, Scores
 
-LISTS = Published("toy/prompts.txt", "{address}/prompts.txt")
+LISTS = PinnedFile("toy/prompts.txt", "{address}/prompts.txt")
 mini = ModelSpec(name="mini", source="acme/mini", revision="main", pipeline="StableDiffusion3Pipeline")
 
 

@@ -11,7 +11,13 @@ from gpobench.bench import registry
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import RunRequest, resolve
-from gpobench.bench.experiments.cost_estimate import branches, copies, declared, estimate_cost, held
+from gpobench.bench.experiments.cost_estimate import (
+    adapter_copies,
+    estimate_cost,
+    estimate_memory,
+    guidance_branches,
+    nfe_per_image,
+)
 from gpobench.bench.models.memory import GB
 from gpobench.bench.progress import NullProgress
 from gpobench.bench.spec import Search
@@ -57,10 +63,10 @@ def test_guidance_that_is_an_input_costs_nothing(redness: str) -> None:
 @pytest.mark.parametrize("method", ["gpo", "flow-grpo", "mix-grpo", "grpo-guard", "awm"])
 def test_guidance_that_a_person_sets_costs_nothing_either_where_it_is_an_input(method: str) -> None:
     plain, asked = (resolve(RunRequest(method, "ocr", "flux1-dev", sets=[f"guidance={g}"])) for g in (1.0, 3.5))
-    assert declared(plain) == declared(asked) and branches(asked) == 1
+    assert nfe_per_image(plain) == nfe_per_image(asked) and guidance_branches(asked) == 1
     assert (
-        declared(resolve(RunRequest(method, "ocr", "sdxl", sets=["guidance=3.5"])))["rollout"]
-        > declared(plain)["rollout"]
+        nfe_per_image(resolve(RunRequest(method, "ocr", "sdxl", sets=["guidance=3.5"])))["rollout"]
+        > nfe_per_image(plain)["rollout"]
     )
 
 
@@ -71,6 +77,6 @@ def test_a_device_nobody_knows_is_one_line(tiny_pipe: Path, redness: str) -> Non
 
 def test_a_second_copy_of_the_adapter_is_counted() -> None:
     plans = {method: resolve(RunRequest(method, "ocr", "sd15")) for method in ("best-of-n", "gpo", "dgpo")}
-    assert [copies(plan) for plan in plans.values()] == [0, 1, 2]
-    one = held(plans["gpo"]).states / 5  # live, gradient, two moments, ema
-    assert held(plans["dgpo"]).states == pytest.approx(6 * one)
+    assert [adapter_copies(plan) for plan in plans.values()] == [0, 1, 2]
+    one = estimate_memory(plans["gpo"]).states / 5  # live, gradient, two moments, ema
+    assert estimate_memory(plans["dgpo"]).states == pytest.approx(6 * one)

@@ -15,7 +15,7 @@ from gpobench.bench import registry
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import Config, RunRequest, resolve
-from gpobench.bench.experiments.cost_estimate import held
+from gpobench.bench.experiments.cost_estimate import estimate_memory
 from gpobench.bench.experiments.oom_advice import advice
 from gpobench.bench.model_spec import ModelSpec, find_model_spec
 from gpobench.bench.models.memory import GB, MARGIN, MemoryEstimate
@@ -30,7 +30,7 @@ def plan(method: str, *sets: str, model: str = "sd35m") -> Config:
 
 
 def needed(p: Config) -> MemoryEstimate:
-    return held(p)
+    return estimate_memory(p)
 
 
 @pytest.mark.parametrize("sampling", [True, False])
@@ -55,7 +55,7 @@ def test_where_the_estimate_was_too_small_the_knob_of_the_moment_is_halved(sampl
 
 def test_what_no_knob_can_mend_is_said_with_what_it_takes() -> None:
     said = advice(plan("gpo"), 8.0, sampling=False)
-    told = re.search(r"With every knob turned down it takes ([\d.]+) GB", said)
+    told = re.search(r"With the smallest settings it takes ([\d.]+) GB", said)
     assert told and float(told[1]) > 8
 
 
