@@ -69,7 +69,7 @@ def export(run: Path, to: Path, *, repo: str | None = None, benchmark: str | Non
     warnings = tuple(_warnings(run_record, searched))
     sources = {ADAPTER: adapter, "config.toml": run / "config.toml", "samples.png": run / "samples" / "pairs.png"}
     files = {name: path for name, path in sources.items() if path.is_file() and not (searched and name == ADAPTER)}
-    card = _Card(run_record, model_spec, repo, warnings, searched, "samples.png" in files)
+    card = _ModelCard(run_record, model_spec, repo, warnings, searched, "samples.png" in files)
     texts = {"README.md": _readme(card)}
     if benchmark is not None:
         texts[RESULTS] = _results(run_record, benchmark)
@@ -212,7 +212,7 @@ def _eval_results(r: Record) -> list[Any]:
 
 
 @dataclass(frozen=True)
-class _Card:
+class _ModelCard:
     """What a model card is written from."""
 
     record: Record
@@ -223,7 +223,7 @@ class _Card:
     has_samples: bool
 
 
-def _readme(card: _Card) -> str:
+def _readme(card: _ModelCard) -> str:
     """Return the model card, its front matter as the hub reads it; it is read back and compared."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -256,7 +256,7 @@ def _readme(card: _Card) -> str:
     return text
 
 
-def _body(card: _Card) -> str:
+def _body(card: _ModelCard) -> str:
     """Return the text of the model card: warnings, how to use the adapter, the numbers, and how they were made."""
     r, searched = card.record, card.searched
     rows = [
