@@ -1,4 +1,4 @@
-"""A quote that holds: what a dry run promises, the meter shows."""
+"""Cost estimate: the meter of a run shows what the estimate said."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gpobench.bench.spec import Search
 
 
 @pytest.mark.parametrize("method", ["gpo", "diffusion-dpo", "flow-grpo"])
-def test_the_meter_shows_what_was_quoted(method: str, tiny_pipe: Path, redness: str, tmp_path: Path) -> None:
+def test_the_meter_shows_what_was_estimated(method: str, tiny_pipe: Path, redness: str, tmp_path: Path) -> None:
     sets = ["prompts=2", "group=4", "optim.micro=0"]
     plan = resolve(RunRequest(method, f"{redness}:Paint", str(tiny_pipe), budget="nfe=900", sets=sets))
     told = estimate_cost(plan)
@@ -39,13 +39,13 @@ def test_the_meter_shows_what_was_quoted(method: str, tiny_pipe: Path, redness: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted({registry.canonical("method", n) for n in registry.entries("method")}))
-def test_the_preset_of_sd35m_fits_a_card_of_24_gb(method: str) -> None:
+def test_the_preset_of_sd35m_fits_a_gpu_of_24_gb(method: str) -> None:
     plan = resolve(RunRequest(method, "ocr", "sd35m", budget="nfe=1000"))
     if not isinstance(plan.settings, Search):
         assert estimate_cost(plan, "rtx4090")["memory"]["peak"] + GB <= 24 * GB
 
 
-def test_gpo_on_sd35m_fits_a_card_of_24_gb() -> None:
+def test_gpo_on_sd35m_fits_a_gpu_of_24_gb() -> None:
     told = estimate_cost(resolve(RunRequest("gpo", "ocr", "sd35m", budget="nfe=1000000")), "rtx4090")
     assert told["memory"]["peak"] + GB <= 24 * GB and list(told["hours"]) == ["rtx4090"]
     assert told["hours"]["rtx4090"] > 1
@@ -70,7 +70,7 @@ def test_guidance_that_a_person_sets_costs_nothing_either_where_it_is_an_input(m
     )
 
 
-def test_a_device_nobody_knows_is_one_line(tiny_pipe: Path, redness: str) -> None:
+def test_an_unknown_device_is_one_line(tiny_pipe: Path, redness: str) -> None:
     with pytest.raises(UserError, match="unknown device 'h2000'; did you mean 'h200'"):
         estimate_cost(resolve(RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe))), "h2000")
 

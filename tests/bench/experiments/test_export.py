@@ -1,4 +1,4 @@
-"""An exported run is an adapter that loads and a card that the hub's own library reads back, warnings and all."""
+"""Export: the adapter loads, and the hub's own library reads the model card back, warnings included."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_base_from_the_hub_is_named_with_its_licence(make: Make, tmp_path: Pat
     assert data["license_name"].startswith("Stability AI") and data["license_link"].endswith("/" + data["base_model"])
 
 
-def test_samples_come_along(make: Make, tmp_path: Path) -> None:
+def test_samples_are_exported(make: Make, tmp_path: Path) -> None:
     run_dir = make()
     (run_dir / "samples").mkdir()
     (run_dir / "samples" / "pairs.png").write_bytes(b"png")
@@ -114,7 +114,7 @@ def test_samples_come_along(make: Make, tmp_path: Path) -> None:
         ({"provenance": {}}, "changes that are in no commit"),
     ],
 )
-def test_what_a_reader_must_know_stands_on_top(make: Make, tmp_path: Path, change: Any, said: str) -> None:
+def test_warnings_come_before_the_numbers(make: Make, tmp_path: Path, change: Any, said: str) -> None:
     done = export(make(**change), tmp_path / "card")
     assert len(done.warnings) == 1 and said in done.warnings[0]
     assert model_card(done.folder).text.index(said) < model_card(done.folder).text.index("engine/exact")
