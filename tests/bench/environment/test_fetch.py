@@ -196,7 +196,7 @@ def test_fetched_again_nothing_is_downloaded(world: str, hub_server: Any) -> Non
     hub_server.close()
     notes = Notes()
     assert fetch.fetch(None, f"{world}:mini", progress=notes)["bytes"] == first["bytes"]
-    assert any("checked, and no more" in line for line in notes.said)
+    assert any("fetched before are checked" in line for line in notes.said)
 
 
 def test_scorers_by_name(world: str) -> None:
