@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gpobench.bench import registry
 from gpobench.bench.experiments.config import Config, RunRequest, resolve
-from gpobench.bench.experiments.cost_estimate import estimate_cost, held, latents
+from gpobench.bench.experiments.cost_estimate import estimate_cost, estimate_memory, latents_per_backward
 from gpobench.bench.models.memory import DEVICES, GB, MemoryEstimate
 from gpobench.bench.spec import Search
 
@@ -39,7 +39,7 @@ class Need:
 
     plan: Config
     family: str
-    held: int  # latents in one backward pass, both branches of guidance counted
+    estimate_memory: int  # latents in one backward pass, both branches of guidance counted
     size: MemoryEstimate
     gpu_gb: int  # GB of the smallest of CARDS that holds it; 0 where none does
     nfe: float  # of an image
@@ -55,10 +55,12 @@ def methods() -> list[str]:
 def need(method: str, model: str, device: str = "h100", sets: tuple[str, ...] = ()) -> Need:
     """Estimate the memory, evaluations and hours of the preset of a method for a model."""
     plan = resolve(RunRequest(method, TASK, model, sets=sets))
-    cost, size = estimate_cost(plan, device), held(plan)
+    cost, size = estimate_cost(plan, device), estimate_memory(plan)
     gpu_gb = next((gigabytes for gigabytes in CARDS if size.fits(gigabytes)), 0)
     nfe = sum(cost["nfe_an_image"].values())
-    return Need(plan, family(method, plan), latents(plan), size, gpu_gb, nfe, cost["images"], cost["hours"][device])
+    return Need(
+        plan, family(method, plan), latents_per_backward(plan), size, gpu_gb, nfe, cost["images"], cost["hours"][device]
+    )
 
 
 def family(method: str, plan: Config) -> str:

@@ -1,4 +1,4 @@
-"""The house itself under test: one copy of each module, every file in the wheel, every door opens, every wall stands."""
+"""The package: one copy of each module, a complete wheel, entry points that load, import contracts and docstrings."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text("utf-8"))
 GROUPS: dict[str, dict[str, str]] = PROJECT["project"]["entry-points"] | {
     "console_scripts": PROJECT["project"]["scripts"]
 }
+# The least share of public modules, classes, functions and methods with a docstring.
+DOCSTRING_COVERAGE = 0.95
 HEAVY = "torch diffusers transformers accelerate peft pandas pyarrow scipy matplotlib rapidocr onnxruntime cv2".split()
 
 
@@ -199,6 +201,7 @@ PLANTED = [
     ("no method imports another", {"methods/planted.py": "from . import other", "methods/other.py": ""}),
     ("leaderboards read records, never runs", {"leaderboards/planted.py": "from ..bench.training import rig"}),
     ("the hub's folders are layers", {"bench/errors.py": "from . import budget"}),
+    ("the hub's folders are layers", {"bench/training/planted.py": "from ..experiments import config"}),
     (
         "no import circle anywhere",
         {"rewards/planted.py": "from . import other", "rewards/other.py": "from . import planted"},
@@ -206,7 +209,9 @@ PLANTED = [
 ]
 
 
-@pytest.mark.parametrize(("contract", "files"), PLANTED, ids=[contract for contract, _ in PLANTED])
+@pytest.mark.parametrize(
+    ("contract", "files"), PLANTED, ids=[f"{contract}: {next(iter(files))}" for contract, files in PLANTED]
+)
 def test_a_planted_violation_breaks_its_contract(contract: str, files: dict[str, str], copy: Path) -> None:
     before = {file: (copy / file).read_text("utf-8") if (copy / file).exists() else None for file in files}
     try:
@@ -230,6 +235,42 @@ def test_a_planted_violation_breaks_its_contract(contract: str, files: dict[str,
 def test_the_first_line_is_a_caption(file: str) -> None:
     first = (REPO / file).read_text("utf-8").partition("\n")[0]
     assert re.fullmatch(r'"""[^"\s].*\w\W*[.:?!](""")?', first), f"{file} starts with {first!r}"
+
+
+def definitions(file: str) -> Iterator[tuple[str, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """The public module, classes, functions and methods of a file, each with its name; what is nested in a function is left out."""
+    tree = ast.parse((REPO / file).read_text("utf-8"))
+    yield file, tree
+    todo: list[tuple[str, ast.AST]] = [(f"{file}: ", node) for node in tree.body]
+    while todo:
+        prefix, node = todo.pop()
+        if isinstance(node, ast.If):  # a definition for one platform or version
+            todo += [(prefix, inner) for inner in (*node.body, *node.orelse)]
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and not node.name.startswith("_"):
+            yield prefix + node.name, node
+            if isinstance(node, ast.ClassDef):
+                todo += [(f"{prefix}{node.name}.", inner) for inner in node.body]
+
+
+def test_public_names_have_docstrings() -> None:
+    documented = {
+        name: bool(ast.get_docstring(node)) for file in python_files(*FOLDERS) for name, node in definitions(file)
+    }
+    missing = sorted(name for name, has_docstring in documented.items() if not has_docstring)
+    assert not [name for name in missing if name.endswith(".py")]  # modules
+    coverage = 1 - len(missing) / len(documented)
+    assert coverage >= DOCSTRING_COVERAGE, f"{100 * coverage:.1f} % have docstrings; without:\n" + "\n".join(missing)
+
+
+def test_a_type_has_its_name_alone() -> None:
+    """A name that two classes share makes a reader look in the wrong file."""
+    files: dict[str, list[str]] = {}
+    for file in python_files(*FOLDERS):
+        for node in ast.walk(ast.parse((REPO / file).read_text("utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                files.setdefault(node.name, []).append(file)
+    shared = {name: where for name, where in files.items() if len(where) > 1}
+    assert not shared, "\n".join(f"{name}: {', '.join(where)}" for name, where in shared.items())
 
 
 def test_the_constraints_pin_every_dependency_and_name_no_place() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from .tables import before_after_table, cell, p_value
 
 if TYPE_CHECKING:
     from ..evaluation.record import Record
+    from ..experiments.config import Config
 
 
 EPILOG = (
@@ -77,12 +78,7 @@ def run(
         )  # fmt: skip
         config_of_run = resolve(request)
         if dry_run:
-            from ..experiments.cost_estimate import estimate_cost
-
-            estimate = estimate_cost(config_of_run, device)
-            settings, lines = config_of_run.mapping(), estimate.pop("lines")
-            show = lambda: print_dry_run(settings, lines, out / config_of_run.slug())
-            answer(json.dumps({**settings, "cost_estimate": estimate}, indent=1) if as_json else show)
+            answer(_dry_run(config_of_run, device, out, as_json))
             return
         from ..experiments.run import run as train_and_evaluate
 
@@ -90,6 +86,17 @@ def run(
             config_of_run, runs=out, progress=progress, fresh=fresh, track=track, interrupted=stopped
         )
         answer(record.model_dump_json(indent=1) if as_json else lambda: print_run_result(record))
+
+
+def _dry_run(config: Config, device: str, out: Path, as_json: bool) -> str | Callable[[], None]:
+    """Return the settings and the cost estimate of a run as JSON, or a function that prints them."""
+    from ..experiments.cost_estimate import estimate_cost
+
+    estimate = estimate_cost(config, device)
+    settings, lines = config.mapping(), estimate.pop("lines")
+    if as_json:
+        return json.dumps({**settings, "cost_estimate": estimate}, indent=1)
+    return lambda: print_dry_run(settings, lines, out / config.slug())
 
 
 def print_dry_run(settings: Mapping[str, Any], estimate: Sequence[str], run_dir: Path) -> None:
@@ -116,15 +123,15 @@ def print_run_result(r: Record) -> None:
     """Print a run's numbers before and after, their differences, its flags and what it spent."""
     console = open_console()
     console.print(f"\n[bold]{r.method}[/] on {r.task}, {r.model}, seed {r.seed}: ended by {r.stop}", highlight=False)
-    roomy = max(len(key + _role_sign(r, key)) for key in r.delta) <= 17
-    table, above = before_after_table("scorer"), ""
+    fits_on_one_line = max(len(key + _role_sign(r, key)) for key in r.delta) <= 17
+    table, scorer_above = before_after_table("scorer"), ""
     for key, d in r.delta.items():
         scorer, _, metric = key.partition("/")
-        if not roomy and scorer != above:  # a long name stands on a line of its own
+        if not fits_on_one_line and scorer != scorer_above:  # a long name gets a line of its own
             console.print(table)
             console.print(scorer + _role_sign(r, key), style="bold", highlight=False)
-            table, above = before_after_table(), scorer
-        name = key + _role_sign(r, key) if roomy else f"  {metric}"
+            table, scorer_above = before_after_table(), scorer
+        name = key + _role_sign(r, key) if fits_on_one_line else f"  {metric}"
         table.add_row(name, cell(r.before[key]), cell(r.after[key]), cell(d, sign=True), p_value(d.p))
     console.print(table)
     n, split = max(d.n for d in r.delta.values()), r.config["evaluation"].get("split", "test")

@@ -114,11 +114,13 @@ def check(
     return results
 
 
-def _field_values(made: Any) -> dict[str, Any]:
-    return {f.name: getattr(made, f.name) for f in fields(made)}
+def _field_values(method: Any) -> dict[str, Any]:
+    """Return the fields of a method instance with their values."""
+    return {f.name: getattr(method, f.name) for f in fields(method)}
 
 
 def _small_adapter(adapter: Adapter) -> Adapter:
+    """Return an adapter of rank 8 on the same modules."""
     return Adapter(rank=8, alpha=16, targets=adapter.targets)
 
 

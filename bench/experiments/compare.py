@@ -217,10 +217,10 @@ def _takes_setting(method: str, text: str) -> bool:
 
 def _refuse_hopeless(config: Config, named: bool) -> None:
     """Raise UserError where a run is sure to fail later: an unknown scorer, or a search baseline that this budget does not bound."""
-    known = registry.entries("scorer")
+    scorers = registry.entries("scorer")
     for name, _ in parts(config.reward):
-        if ".py:" not in name and name.partition(":")[0] not in known:
-            raise registry.unknown("scorer", name, known)
+        if ".py:" not in name and name.partition(":")[0] not in scorers:
+            raise registry.unknown("scorer", name, scorers)
     counted = {"nfe", "images", "reward_calls", "flops"}
     if not named and isinstance(config.settings, Search) and not counted & set(config.budget.bounds()):
         raise UserError(
@@ -431,7 +431,7 @@ class _RunProgress:
 
     def message(self, text: str) -> None:
         """Show a line; that a scorer is not installed holds for the whole grid and is shown once."""
-        if text not in self.lines_shown or not text.startswith("not judged by "):
+        if text not in self.lines_shown or not text.startswith("not evaluated by "):
             self.progress.message(text)
         self.lines_shown.add(text)
 

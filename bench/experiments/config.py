@@ -161,7 +161,7 @@ def resolve(request: RunRequest) -> Config:
         model=request.model,
         seed=request.seed,
         budget=load_budget(request.budget or model_spec.budget),
-        settings=build(method_class, table, extra=("adapter", "evaluation", "precision", *EXECUTION)),
+        settings=_build_method(method_class, table, type(evaluation)),
         adapter=_build_group(Adapter, "adapter", asdict(model_spec.adapter), adapter_table),
         evaluation=_build_group(EvaluationSettings, "evaluation", asdict(evaluation), evaluation_table),
         precision=precision,
@@ -181,6 +181,24 @@ def _check_seed(seed: int) -> None:
         raise UserError(f"--seed must not be negative, got {seed}")
     if seed >= 2**32:
         raise UserError(f"--seed must be below {2**32}, got {seed}")
+
+
+def _build_method(method_class: Any, table: Mapping[str, Any], evaluation_class: Any) -> Any:
+    """Build the method; of an unknown `group.key` the error names a group that has this key, as `evaluation.split`."""
+    method = method_class()
+    defaults = {f.name: getattr(method, f.name) for f in fields(method)}
+    nested = {name: value for name, value in defaults.items() if is_dataclass(value)}
+    keys_by_group = {
+        group: {f.name for f in fields(kind)}
+        for group, kind in {"adapter": Adapter, "evaluation": evaluation_class, **nested}.items()
+    }
+    for name, value in table.items():
+        if name in defaults or not isinstance(value, Mapping) or get_close_matches(name, keys_by_group, cutoff=0.4):
+            continue  # `build` names the nearest group
+        for key in dict[str, Any](value):
+            if group := next((group for group, keys in keys_by_group.items() if key in keys), ""):
+                raise UserError(f"unknown setting {f'{name}.{key}'!r}; did you mean {f'{group}.{key}'!r}?")
+    return build(method_class, table, extra=("adapter", "evaluation", "precision", *EXECUTION))
 
 
 def _build_group(kind: type, name: str, defaults: Mapping[str, Any], table: Any) -> Any:

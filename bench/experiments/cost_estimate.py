@@ -1,4 +1,4 @@
-"""A quote before the work begins: what a run will draw and evaluate, the memory it will hold, and the hours on a named device."""
+"""Cost estimate of a run before it starts: images, network evaluations, memory, and hours on a named device."""
 
 from __future__ import annotations
 
@@ -16,95 +16,106 @@ from ..spec import Search, SupportsLatentCount
 from .config import Config
 
 
-def estimate_cost(plan: Config, device: str = "") -> dict[str, Any]:
-    """Images, nfe by role, bytes and hours of a run, without loading anything; lines: the same for a person.
+def estimate_cost(config: Config, device: str = "") -> dict[str, Any]:
+    """Estimate images, nfe by role, bytes and hours of a run without loading anything; `lines` holds the same as text.
 
-    device: a name of `memory.DEVICES`; all of them by default. A method whose groups do not all teach spends less than its
-    `cost` says and so draws more images. Judging is not in it. Raises UserError on an unknown device.
+    Evaluations are not included. A method that skips groups spends less than its `cost` says and so draws more images.
+    device: a name of `memory.DEVICES`; "" means all of them. Raises UserError on an unknown device.
     """
     if device and device not in DEVICES:
         raise unknown("device", device, DEVICES)
-    each = declared(plan)
-    found: dict[str, Any] = {"nfe_an_image": {role: round(nfe, 4) for role, nfe in each.items() if nfe}}
-    lines = [f"an image costs {sum(each.values()):.4g} nfe: " + ", ".join(f"{r} {n:.4g}" for r, n in each.items() if n)]
+    nfe_by_role = nfe_per_image(config)
+    total = sum(nfe_by_role.values())
+    result: dict[str, Any] = {"nfe_an_image": {role: round(nfe, 4) for role, nfe in nfe_by_role.items() if nfe}}
+    lines = [f"an image costs {total:.4g} nfe: " + ", ".join(f"{r} {n:.4g}" for r, n in nfe_by_role.items() if n)]
     try:
-        size = held(plan)
+        memory = estimate_memory(config)
     except Missing as missing:
-        return {**found, "lines": [*lines, f"memory: {missing}"]}
-    images = _images(plan, sum(each.values()), size.flops)
+        return {**result, "lines": [*lines, f"memory: {missing}"]}
+    images = _affordable_images(config, total, memory.flops)
     if math.isfinite(images):
-        nfe = images * sum(each.values())
-        times = {name: hours(nfe, size.flops, name) for name in ([device] if device else DEVICES)}
-        found |= {"images": int(images), "nfe": int(nfe), "hours": times}
-        shown = ", ".join(f"{name} {_time(h)}" for name, h in times.items())
+        nfe = images * total
+        hours_by_device = {name: hours(nfe, memory.flops, name) for name in ([device] if device else DEVICES)}
+        result |= {"images": int(images), "nfe": int(nfe), "hours": hours_by_device}
+        times = ", ".join(f"{name} {_duration(h)}" for name, h in hours_by_device.items())
         lines += [
             f"the budget affords about {int(images):,} images and {nfe:,.0f} nfe",
-            f"network alone, at {100 * UTILISATION:.0f} % of the data sheet: {shown}; decoding, scoring, judging beside it",
+            f"network at {100 * UTILISATION:.0f} % of the data sheet: {times}; without decoding, scoring, evaluations",
         ]
-    found |= {"memory": {"peak": size.peak, "training": size.training, "sampling": size.sampling}}
-    return {**found, "lines": [*lines, *size.lines()]}
+    result |= {"memory": {"peak": memory.peak, "training": memory.training, "sampling": memory.sampling}}
+    return {**result, "lines": [*lines, *memory.lines()]}
 
 
-def _images(plan: Config, each: float, flops: float) -> float:
-    """How many images the tightest bound affords; infinite where only updates or seconds are bounded."""
-    price = {"nfe": each, "images": 1.0, "reward_calls": 1.0, "flops": each * flops}
-    bounds = plan.budget.bounds()
+def _affordable_images(config: Config, nfe_an_image: float, flops: float) -> float:
+    """Return how many images the tightest bound affords; infinite where only updates or seconds are bounded.
+
+    flops: of one network evaluation.
+    """
+    price = {"nfe": nfe_an_image, "images": 1.0, "reward_calls": 1.0, "flops": nfe_an_image * flops}
+    bounds = config.budget.bounds()
     return min((bounds[c] / price[c] for c in CURRENCIES if c in bounds and price.get(c)), default=math.inf)
 
 
-def declared(plan: Config) -> dict[str, float]:
-    """Evaluations of an image by role. Where guidance is an input of the network it takes no second one, whoever sets it."""
-    own, model_spec = plan.settings, plan.model_spec()
+def nfe_per_image(config: Config) -> dict[str, float]:
+    """Return the network evaluations of an image by role. A model that takes guidance as an input needs no second one for it."""
+    method, model_spec = config.settings, config.model_spec()
     if pipeline_class(model_spec).guided_cost > 1:
-        return dict(own.cost(model_spec.steps, model_spec.guidance))
-    return dict((replace(own, guidance=1.0) if _guidable(own) else own).cost(model_spec.steps, 1.0))
+        return dict(method.cost(model_spec.steps, model_spec.guidance))
+    unguided = replace(method, guidance=1.0) if _has_guidance(method) else method
+    return dict(unguided.cost(model_spec.steps, 1.0))
 
 
-def _guidable(own: object) -> bool:
-    return "guidance" in {field.name for field in fields(own)}  # type: ignore[arg-type]
+def _has_guidance(method: object) -> bool:
+    """Whether a method has a guidance setting of its own."""
+    return "guidance" in {field.name for field in fields(method)}  # type: ignore[arg-type]
 
 
-def held(plan: Config, model_spec: ModelSpec | None = None, micro: int | None = None) -> MemoryEstimate:
-    """The memory of a run. card, micro: instead of the plan's own and of `latents`. Raises Missing where sizes are unknown."""
-    micro = latents(plan) if micro is None else micro
+def estimate_memory(config: Config, model_spec: ModelSpec | None = None, micro: int | None = None) -> MemoryEstimate:
+    """Estimate the memory of a run. Raises Missing where the model's sizes are unknown.
+
+    model_spec: instead of the config's own. micro: latents of one backward pass, instead of those of the config.
+    """
+    micro = latents_per_backward(config) if micro is None else micro
     return estimate(
-        model_spec or plan.model_spec(),
-        adapter=plan.adapter,
-        precision=plan.precision,
+        model_spec or config.model_spec(),
+        adapter=config.adapter,
+        precision=config.precision,
         micro=micro,
-        copies=copies(plan),
+        copies=adapter_copies(config),
     )
 
 
-def copies(plan: Config) -> int:
-    """LoRA-sized copies beside the live one: the averaged weights, and the older ones that a method's cost names."""
-    if isinstance(plan.settings, Search):
+def adapter_copies(config: Config) -> int:
+    """Return the number of LoRA copies beside the policy: averaged weights, and old ones where the method's cost names them."""
+    if isinstance(config.settings, Search):
         return 0
-    older = "old" in declared(plan)
-    return older + (plan.settings.optim.ema > 0)
+    old = "old" in nfe_per_image(config)
+    return old + (config.settings.optim.ema > 0)
 
 
-def latents(plan: Config) -> int:
-    """Latents of one backward pass, both branches of guidance: of `optim.micro` rows, else of a minibatch of images."""
-    if isinstance(plan.settings, Search):
+def latents_per_backward(config: Config) -> int:
+    """Return the latents of one backward pass with both branches of guidance: of `optim.micro` rows, else of a minibatch."""
+    if isinstance(config.settings, Search):
         return 0
-    o, s = plan.settings.optim, plan.settings
-    images = getattr(s, "prompts", 1) * getattr(s, "group", 1)
-    rows = o.micro * (s.latents if isinstance(s, SupportsLatentCount) else 1) or max(1, images // o.minibatches)
-    return rows * branches(plan)
+    optim, method = config.settings.optim, config.settings
+    images = getattr(method, "prompts", 1) * getattr(method, "group", 1)
+    latents_a_row = method.latents if isinstance(method, SupportsLatentCount) else 1
+    rows = optim.micro * latents_a_row or max(1, images // optim.minibatches)
+    return rows * guidance_branches(config)
 
 
-def branches(plan: Config) -> int:
-    """2 where the policy learns under classifier-free guidance: the unguided branch is in the same forward, detached or not.
+def guidance_branches(config: Config) -> int:
+    """Return 2 where the policy is trained under classifier-free guidance, whose two branches share one forward pass; else 1.
 
-    Read off the static cost: without guidance such a method's policy costs half.
+    It follows from the declared cost: without guidance such a method's policy costs half.
     """
-    own, model_spec = plan.settings, plan.model_spec()
-    if isinstance(own, Search) or not _guidable(own):
+    method, model_spec = config.settings, config.model_spec()
+    if isinstance(method, Search) or not _has_guidance(method):
         return 1
-    plain = replace(own, guidance=1.0).cost(model_spec.steps, 1.0)["policy"]  # type: ignore[call-arg]
-    return round(declared(plan)["policy"] / plain)
+    unguided = replace(method, guidance=1.0).cost(model_spec.steps, 1.0)["policy"]  # type: ignore[call-arg]
+    return round(nfe_per_image(config)["policy"] / unguided)
 
 
-def _time(hours: float) -> str:
+def _duration(hours: float) -> str:
+    """Return a time in hours, minutes or seconds."""
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"

@@ -1,9 +1,8 @@
-"""A finished run as a folder others can use: the adapter, and a model card that says how sure its numbers are."""
+"""Export of a finished run: a folder with the adapter and a model card that gives an interval with every number."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..models.open import usage
 
 ADAPTER = "pytorch_lora_weights.safetensors"
 RESULTS = ".eval_results/gpobench.yaml"
-# The hub's names of licences; any other is "other", with a name and a link to the base that the adapter derives from.
+# The hub's names of licences; any other is "other", with its name and a link to the base model.
 LICENCES = {
     "Apache-2.0": "apache-2.0",
     "MIT": "mit",
@@ -28,7 +27,7 @@ LICENCES = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written where, and what a reader of the card is warned of."""
+    """The folder and files that were written, and the warnings on the card."""
 
     folder: Path
     files: tuple[str, ...]
@@ -38,33 +37,42 @@ class Exported:
 def export(run: Path, to: Path, *, repo: str | None = None, benchmark: str | None = None) -> Exported:
     """Write the adapter, README.md, config.toml and sample images of a run into a folder.
 
-    repo: the owner/name it will have on the hub, for the card. benchmark: a hub data set, registered there as a benchmark, whose
-    leaderboard shall show these numbers: they are also written to .eval_results/gpobench.yaml, in the hub's newer format
-    (https://huggingface.co/docs/hub/eval-results), which the hub refuses for data sets that are no benchmark. None of this
-    package's tasks is one by itself, so without it the card's model-index holds the numbers alone.
-    Raises UserError where the run is not finished, the adapter is missing or damaged, or the folder cannot be written.
+    Args:
+        run: the run directory.
+        to: the folder to write.
+        repo: the owner/name it will have on the hub, for the card.
+        benchmark: a data set that is registered on the hub as a benchmark and whose leaderboard should show these numbers. They
+            are then also written to .eval_results/gpobench.yaml, in the format of https://huggingface.co/docs/hub/eval-results,
+            which the hub refuses for other data sets. Without it only the card's model-index holds them.
+
+    Returns:
+        The files written, and the warnings on the card.
+
+    Raises:
+        UserError: where the run is not finished, the adapter is missing or damaged, or the folder cannot be written.
     """
     if not (run / "record.json").is_file():
         raise UserError(f"no finished run in {run}")
-    known = record.read(run / "record.json")
-    if known.kind != "run":
-        raise UserError(f"{run} is no run but an {known.kind}: it has nothing to export")
+    run_record = record.read(run / "record.json")
+    if run_record.kind != "run":
+        raise UserError(f"{run} is no run but an {run_record.kind}: it has nothing to export")
     if to.resolve() == run.resolve():
-        raise UserError(f"{to} is the run itself, whose own card would be overwritten: name another folder")
+        raise UserError(f"{to} is the run directory, whose own README.md would be overwritten: give another folder")
     for name in (repo, benchmark):
         if name is not None:
             _check_name(name)
-    model_spec = find_model_spec(known.model)
-    searched = known.stop.startswith("search:") or "inference" in known.nfe_by_role
+    model_spec = find_model_spec(run_record.model)
+    searched = run_record.stop.startswith("search:") or "inference" in run_record.nfe_by_role
     adapter = run / "adapter" / ADAPTER
     if not searched:
         _check_adapter(adapter)
-    warned = _warnings(known, searched)
+    warnings = tuple(_warnings(run_record, searched))
     sources = {ADAPTER: adapter, "config.toml": run / "config.toml", "samples.png": run / "samples" / "pairs.png"}
     files = {name: path for name, path in sources.items() if path.is_file() and not (searched and name == ADAPTER)}
-    texts = {"README.md": _readme(known, model_spec, repo, warned, searched, "samples.png" in files)}
+    card = _ModelCard(run_record, model_spec, repo, warnings, searched, "samples.png" in files)
+    texts = {"README.md": _readme(card)}
     if benchmark is not None:
-        texts[RESULTS] = _results(known, benchmark)
+        texts[RESULTS] = _results(run_record, benchmark)
     try:
         (to / RESULTS if benchmark else to / "README.md").parent.mkdir(parents=True, exist_ok=True)
         for name, path in files.items():
@@ -73,11 +81,11 @@ def export(run: Path, to: Path, *, repo: str | None = None, benchmark: str | Non
             write_atomically(to / name, lambda p, text=text: p.write_text(text, "utf-8"))
     except OSError as error:
         raise UserError(f"cannot write {to}: {error.strerror}") from None
-    return Exported(to, (*files, *texts), tuple(warned))
+    return Exported(to, (*files, *texts), warnings)
 
 
-def push(done: Exported, repo: str, *, private: bool = False) -> str:
-    """Upload what was written, and nothing else, to the model hub; returns its address. Raises UserError in one line."""
+def push(exported: Exported, repo: str, *, private: bool = False) -> str:
+    """Upload the exported files, and no others, to the model hub; returns the address. Raises UserError where that fails."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -85,18 +93,19 @@ def push(done: Exported, repo: str, *, private: bool = False) -> str:
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         commit = api.upload_folder(
-            folder_path=done.folder,
+            folder_path=exported.folder,
             repo_id=repo,
-            allow_patterns=list(done.files),
+            allow_patterns=list(exported.files),
             commit_message="Adapter and model card, written by gpobench",
         )
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"cannot upload to {repo}: {said} (a token comes from `hf auth login` or HF_TOKEN)") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"cannot upload to {repo}: {reason} (a token comes from `hf auth login` or HF_TOKEN)") from None
     return str(commit)
 
 
 def _check_name(name: str) -> None:
+    """Raise UserError unless a name is an owner/name as the hub allows it."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
@@ -108,7 +117,7 @@ def _check_name(name: str) -> None:
 
 
 def _check_adapter(path: Path) -> None:
-    """Refuse a file that is not there or not whole; safetensors compares its length with what its header promises."""
+    """Raise UserError where the adapter is missing or truncated; safetensors compares its length with its header."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -122,9 +131,10 @@ def _check_adapter(path: Path) -> None:
 
 
 def _warnings(r: Record, searched: bool) -> list[str]:
+    """Return what a reader of the card must know before the numbers."""
     revision = str(r.provenance.get("revision", ""))
     share = f"{100 * record.INVALID:g} %"
-    found = {
+    warnings = {
         "The training scorer rose while the held-out ones did not, or a quality column fell: the gain may be the scorer's "
         "error rather than better images.": r.flags.hack,
         f"More than {share} of the images of a scorer could not be scored: these numbers are not valid.": r.flags.invalid,
@@ -132,40 +142,45 @@ def _warnings(r: Record, searched: bool) -> list[str]:
         "images, so only the held-out scorers say what was gained.": searched,
         "The code that made this run had changes that are in no commit.": not revision or revision.endswith("-dirty"),
     }
-    return [text for text, true in found.items() if true]
+    return [text for text, applies in warnings.items() if applies]
 
 
 def _split(r: Record) -> str:
+    """Return the split that the run was evaluated on."""
     return str(r.config.get("evaluation", {}).get("split", "test"))
 
 
 def _images(r: Record) -> int | None:
+    """Return the number of images per prompt in the evaluation."""
     evaluation = r.config.get("evaluation", {})
     return evaluation.get("validation_images" if _split(r) == "validation" else "test_images")
 
 
 def _role(r: Record, key: str) -> str:
-    use = r.scorers.get(key.partition("/")[0])
-    return use.role if use else key.partition("-")[0]  # diversity and drift are no scorers
+    """Return the role of the scorer behind a key; diversity and drift have no scorer."""
+    scorer = r.scorers.get(key.partition("/")[0])
+    return scorer.role if scorer else key.partition("-")[0]
 
 
 def _id(r: Record, key: str) -> str:
+    """Return the id of the scorer or embedder behind a key."""
     name = key.partition("/")[0]
     return r.scorers[name].id if name in r.scorers else r.embedders.get(name.partition("-")[2], "")
 
 
 def _number(n: Number) -> dict[str, Any]:
+    """Return a number with its interval as plain values."""
     return {"mean": n.mean, "ci95": None if None in n.ci else list(n.ci), "prompts": n.n}
 
 
-def _known(table: dict[str, Any]) -> dict[str, Any]:
-    """Without None, which the hub's library drops on writing."""
-    inner = {key: _known(value) if isinstance(value, dict) else value for key, value in table.items()}  # type: ignore[arg-type]
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    """Return nested values without None, which the hub's library drops on writing."""
+    inner = {key: _without_none(value) if isinstance(value, dict) else value for key, value in table.items()}  # type: ignore[arg-type]
     return {key: value for key, value in inner.items() if value is not None}
 
 
 def _eval_results(r: Record) -> list[Any]:
-    """One result a scored metric, with its interval; what could not be scored has none."""
+    """Return one result for each scored metric, with its interval."""
     from huggingface_hub import EvalResult
 
     split = _split(r)
@@ -177,12 +192,12 @@ def _eval_results(r: Record) -> list[Any]:
             dataset_name=f"{r.task}, task version {r.task_version}, of gpobench",
             dataset_split=split,
             dataset_revision=r.prompts.get(split),  # sha256 of the prompts in order
-            dataset_args=_known({"images_a_prompt": _images(r)}),
+            dataset_args=_without_none({"images_a_prompt": _images(r)}),
             metric_type=key,
             metric_name=f"{key} ({_role(r, key)})",
             metric_config=_id(r, key),
             metric_value=n.mean,
-            metric_args=_known(
+            metric_args=_without_none(
                 {
                     **_number(n),
                     "before": _number(r.before[key]) if key in r.before else None,
@@ -196,12 +211,23 @@ def _eval_results(r: Record) -> list[Any]:
     ]
 
 
-def _readme(
-    r: Record, model_spec: ModelSpec, repo: str | None, warned: Sequence[str], searched: bool, samples: bool
-) -> str:
-    """Front matter as the hub reads it, proved by reading it back, and the card below it."""
+@dataclass(frozen=True)
+class _ModelCard:
+    """What a model card is written from."""
+
+    record: Record
+    model_spec: ModelSpec
+    repo: str | None
+    warnings: tuple[str, ...]
+    searched: bool  # the run searched at inference and has no adapter
+    has_samples: bool
+
+
+def _readme(card: _ModelCard) -> str:
+    """Return the model card, its front matter as the hub reads it; it is read back and compared."""
     from huggingface_hub import ModelCard, ModelCardData
 
+    r, model_spec, searched = card.record, card.model_spec, card.searched
     results = _eval_results(r)
     licence = LICENCES.get(model_spec.licence)
     hub = model_spec.source if model_spec.revision else None
@@ -223,16 +249,16 @@ def _readme(
         model_name=f"{r.method} on {r.task}, {r.model}",
         eval_results=results or None,
     )
-    text = f"---\n{data.to_yaml()}\n---\n\n{_body(r, model_spec, repo, warned, searched, samples)}"
+    text = f"---\n{data.to_yaml()}\n---\n\n{_body(card)}"
     back = ModelCard(text).data.to_dict()
     if ModelCardData(**back).eval_results != (results or None) or back["library_name"] != "diffusers":
         raise RuntimeError("the model card does not read back as it was written")
     return text
 
 
-def _body(
-    r: Record, model_spec: ModelSpec, repo: str | None, warned: Sequence[str], searched: bool, samples: bool
-) -> str:
+def _body(card: _ModelCard) -> str:
+    """Return the text of the model card: warnings, how to use the adapter, the numbers, and how they were made."""
+    r, searched = card.record, card.searched
     rows = [
         f"| {key} | {_role(r, key)} | {_show(r.before.get(key))} | {_show(n)} | {_show(r.delta.get(key))} | {n.n} |"
         for key, n in r.after.items()
@@ -242,8 +268,8 @@ def _body(
     tuning = f"; its settings were chosen in {r.tuning['trials']} trials, which are not in that" if r.tuning else ""
     split, provenance = _split(r), r.provenance
     versions = ", ".join(f"{name} {version}" for name, version in dict(provenance.get("versions", {})).items())
-    place = repo or "PATH/TO/THIS/FOLDER"
-    use = [line.replace('"adapter"', f'"{place}"') for line in usage(model_spec)]
+    place = card.repo or "PATH/TO/THIS/FOLDER"
+    use = [line.replace('"adapter"', f'"{place}"') for line in usage(card.model_spec)]
     flags = [
         name
         for name, up in (("hack", r.flags.hack), ("invalid", r.flags.invalid), ("one seed", r.flags.single_seed))
@@ -253,9 +279,9 @@ def _body(
         [
             f"# {r.method} on {r.task}, {f'{r.model} as it is' if searched else f'a LoRA for {r.model}'}",
             "",
-            *(line for text in warned for line in (f"> **Warning.** {text}", "")),
+            *(line for text in card.warnings for line in (f"> **Warning.** {text}", "")),
             *([] if searched else ["```python", *use, "```", ""]),
-            *(["![Before and after, on the same noise](samples.png)", ""] if samples else []),
+            *(["![Before and after, on the same noise](samples.png)", ""] if card.has_samples else []),
             "| scorer/metric | role | before | after | difference | prompts |",
             "|---|---|---|---|---|---|",
             *rows,
@@ -269,10 +295,10 @@ def _body(
             f"| method | {r.method}, training seed {r.seed}, ended by {r.stop} |",
             f"| budget | {bounds or 'none'} |",
             f"| spent | {spent}{tuning} |",
-            f"| judged | task {r.task} version {r.task_version}, {split} split, evaluation seed "
+            f"| evaluated | task {r.task} version {r.task_version}, {split} split, evaluation seed "
             f"{r.config.get('evaluation', {}).get('seed', 'unknown')} |",
             *(f"| {name} prompts | sha256 `{digest}` |" for name, digest in r.prompts.items()),
-            *(f"| scorer {name} | `{use.id}`, {use.role} |" for name, use in r.scorers.items()),
+            *(f"| scorer {name} | `{scorer.id}`, {scorer.role} |" for name, scorer in r.scorers.items()),
             *(f"| embedder {name} | `{text}` |" for name, text in r.embedders.items()),
             f"| weights of the base | `{provenance.get('weights', 'unknown')}` |",
             f"| flags | {', '.join(flags) or 'none'} |",
@@ -284,6 +310,7 @@ def _body(
 
 
 def _show(n: Number | None) -> str:
+    """Return a number with its interval as text."""
     if n is None:
         return ""
     if n.mean is None or n.ci[0] is None or n.ci[1] is None:
@@ -292,7 +319,7 @@ def _show(n: Number | None) -> str:
 
 
 def _results(r: Record, benchmark: str) -> str:
-    """The hub's newer format: one entry a metric; it has no place for an interval but the notes."""
+    """Return the results in the hub's newer format, one entry a metric; the interval goes into the notes, the only place for it."""
     import yaml
 
     try:

@@ -18,7 +18,7 @@ import torch
 from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.experiments.config import RunRequest, preset, preset_path, resolve, variants
-from gpobench.bench.experiments.cost_estimate import branches, estimate_cost
+from gpobench.bench.experiments.cost_estimate import estimate_cost, guidance_branches
 from gpobench.bench.flow import ddim_grid, ddpm, ode, sde, to_velocity
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models.memory import GB
@@ -296,7 +296,7 @@ def test_guidance_in_the_loss_holds_two_branches_and_an_input_holds_one() -> Non
         presets.need("flow-grpo:fast", "sd35m").held
         == resolve(RunRequest("flow-grpo:fast", "ocr", "sd35m")).settings.optim.micro
     )
-    assert branches(resolve(RunRequest("gpo", "ocr", "sd15"))) == 1  # guided in the rollout only
+    assert guidance_branches(resolve(RunRequest("gpo", "ocr", "sd15"))) == 1  # guided in the rollout only
 
 
 def test_the_table_in_the_documentation_is_what_the_command_prints() -> None:

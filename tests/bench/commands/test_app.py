@@ -1,4 +1,4 @@
-"""What a person types and what answers: one JSON object, one line of error, one of four exit codes."""
+"""Command line: JSON on stdout, errors of one line on stderr, exit codes, and imports that stay light."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_quick_answer_loads_nothing_heavy(argv: list[str]) -> None:
     assert done.returncode == 0 and done.stdout and done.stderr.strip() == "loaded []"
 
 
-def test_a_typo_costs_no_torch() -> None:
+def test_a_typo_is_refused_without_importing_torch() -> None:
     done = fresh(*words(method="gppo", task="ocr", model="tiny"))
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.splitlines() == [done.stderr.splitlines()[0], "loaded []"]
@@ -87,6 +87,12 @@ def test_show_says_fields_defaults_preset_and_source(gpobench: Any, redness: str
         ({"set": "gruop=4"}, "unknown setting 'gruop'; did you mean 'group'?"),
         ({"set": "group=1"}, "a group needs at least two images to compare, got group=1"),
         ({"set": "group"}, "--set needs key=value, got 'group'"),
+        # names of earlier versions
+        ({"set": "judging.split=validation"}, "unknown setting 'judging.split'; did you mean 'evaluation.split'?"),
+        ({"set": "judging.seed=1"}, "did you mean 'evaluation.seed'?"),
+        ({"set": "evaluation.marks=4"}, "evaluation.eval_points"),
+        ({"set": "judge=1"}, "unknown setting 'judge'; valid: adapter, beta"),
+        ({"method": "best-of-n", "set": "link=pairwise"}, "unknown setting 'link'"),
         ({"set": "optim.lr=fast"}, "setting optim.lr"),
         ({"config": "gone.toml"}, "cannot read config gone.toml"),
         ({"seed": "-1"}, "--seed must not be negative"),
@@ -159,7 +165,7 @@ def test_json_is_one_object_and_all_else_is_on_stderr(gpobench: Any, argv: Any, 
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_score_that_is_not_there_is_said_in_words(
+def test_a_missing_score_is_printed_as_not_scored(
     gpobench: Any, argv: Any, redness: str, again: bool, tmp_path: Path
 ) -> None:
     command = argv(task=f"{redness}:Broken", budget="nfe=100")
@@ -169,7 +175,7 @@ def test_a_score_that_is_not_there_is_said_in_words(
     assert "not scored" in ended.out and "nan" not in ended.out and "INVALID" in ended.out and "on fire" in ended.out
 
 
-def test_eval_judges_a_base_and_an_adapter(
+def test_eval_evaluates_a_base_and_an_adapter(
     gpobench: Any, argv: Any, redness: str, tiny_pipe: Path, tmp_path: Path
 ) -> None:
     done = json.loads(gpobench(*argv(json=True)).out)
@@ -215,7 +221,7 @@ def pictures(tmp_path: Path) -> Path:
 WORDS = (("JUDGE", "JUDGE"), ("SILK", "SILK"), ("FROWN", "CHALK"))
 
 
-def test_score_writes_a_table_and_says_what_failed(gpobench: Any, pictures: Path, tmp_path: Path) -> None:
+def test_score_writes_a_table_and_reports_failures(gpobench: Any, pictures: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.csv"
     (pictures / "1.png").write_bytes((pictures / "1.png").read_bytes()[:60])  # cut off
     ended = gpobench("score", pictures, "--scorer", "reader", "--task", "ocr", "--out", out, "--json")

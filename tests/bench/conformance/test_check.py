@@ -1,4 +1,4 @@
-"""The laws hold for every method there is, and each of them really can be broken."""
+"""Laws: every built-in method keeps them, and each of them fails for a method that breaks it."""
 
 from __future__ import annotations
 
@@ -97,7 +97,9 @@ def test_every_built_in_method_keeps_the_laws_on_the_other_families_too(name: st
         ("sdxl", "Lies", {COST}),
     ],
 )
-def test_the_laws_see_as_sharply_on_the_other_families(broken: str, family: str, name: str, laws: set[str]) -> None:
+def test_the_laws_catch_the_same_faults_on_the_other_families(
+    broken: str, family: str, name: str, laws: set[str]
+) -> None:
     """A network that is shown tokens in a line and one that is shown pictures are counted alike."""
     assert set(failed(check(f"{broken}:{name}", families=[family], soft=False))) == laws
 
@@ -133,7 +135,7 @@ def test_every_variant_keeps_the_laws(name: str) -> None:
         ("Overwrites", {"its answers are latents, and the seed decides them"}),
     ],
 )
-def test_each_law_catches_who_breaks_it(broken: str, name: str, laws: set[str]) -> None:
+def test_each_law_fails_for_a_method_that_breaks_it(broken: str, name: str, laws: set[str]) -> None:
     found = failed(check(f"{broken}:{name}", families=["sd3"], soft=False))
     if name == "Overwrites":  # it spoils the noise of whatever law asks it
         assert laws < set(found)
@@ -142,7 +144,7 @@ def test_each_law_catches_who_breaks_it(broken: str, name: str, laws: set[str]) 
     assert all(re.fullmatch(r"\w*: \S.{10,400}", said, re.DOTALL) for said in found.values()), found
 
 
-def test_who_learns_the_wrong_thing_is_warned_not_refused(broken: str) -> None:
+def test_a_method_that_lowers_the_reward_gets_a_warning(broken: str) -> None:
     verdicts = check(f"{broken}:Backwards", families=["sd3"])
     assert not failed(verdicts) and list(failed(verdicts, soft=True)) == [LEARNS]
     (detail,) = failed(verdicts, soft=True).values()
@@ -177,7 +179,7 @@ PREAMBLE = "import torch\nfrom dataclasses import dataclass\n"
         ("rig.meter.charge(nfe=-5)", ".charge"),
     ],
 )
-def test_what_is_not_a_methods_business_is_seen_in_its_source(line: str, said: str) -> None:
+def test_a_violation_of_the_source_rules_is_found(line: str, said: str) -> None:
     found = list(rule_violations(PREAMBLE + line, "gpobench.methods.mine"))
     assert any(said in each and re.match(r"line [34]: ", each) for each in found), found
 
@@ -194,7 +196,7 @@ def test_what_is_not_a_methods_business_is_seen_in_its_source(line: str, said: s
         "rig.state['old'] = torch.zeros(3)",
     ],
 )
-def test_what_is_a_methods_business_is_not(line: str) -> None:
+def test_allowed_source_has_no_violation(line: str) -> None:
     assert not list(rule_violations(PREAMBLE + line, "gpobench.methods.mine"))
 
 
@@ -204,7 +206,7 @@ def test_an_optimiser_in_a_file_is_caught_by_the_law(broken: str, tmp_path: Path
     assert set(failed(check(f"{file}:Sound", families=["sd3"], soft=False))) == {SOURCE}
 
 
-def test_settings_that_cannot_be_are_the_verdict() -> None:
+def test_impossible_settings_break_the_laws() -> None:
     verdicts = check("gpo", sets=["group=1"])
     assert set(failed(verdicts)) == {CONSTRUCTS, DECLARED, "its settings fit the model"} or CONSTRUCTS in failed(
         verdicts
@@ -229,7 +231,7 @@ def test_the_page_on_extending_shows_a_method_that_keeps_the_laws(repo: Path, tm
 # The two commands
 
 
-def test_a_new_method_works_from_its_first_minute(gpobench: Any, tmp_path: Path) -> None:
+def test_a_method_from_the_template_keeps_the_laws(gpobench: Any, tmp_path: Path) -> None:
     done = gpobench("new", "method", "my-method", "--out", tmp_path / "mine")
     file = tmp_path / "mine" / "my_method.py"
     assert done.code == 0 and f"gpobench check --method {file}:MyMethod" in done.out
@@ -245,12 +247,12 @@ def test_a_new_method_works_from_its_first_minute(gpobench: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["My-Method", "a b", "1st", "../x", "-x", "class", "x-"])
-def test_a_name_that_is_none_is_refused(gpobench: Any, tmp_path: Path, name: str) -> None:
+def test_an_invalid_method_name_is_refused(gpobench: Any, tmp_path: Path, name: str) -> None:
     done = gpobench("new", "method", "--out", tmp_path, "--", name)
     assert done.code == 2 and "lower-case words" in done.err and not list(tmp_path.iterdir())
 
 
-def test_a_broken_law_is_exit_code_one_and_told_with_numbers(gpobench: Any, broken: str) -> None:
+def test_a_broken_law_is_exit_code_one_with_numbers(gpobench: Any, broken: str) -> None:
     done = gpobench("check", "--method", f"{broken}:Lies", "--model", "sd3")
     assert done.code == 1 and "BROKEN" in done.out and "1 broken" in done.out
     assert "declared" in done.out and "rollout" in done.out

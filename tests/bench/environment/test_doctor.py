@@ -1,4 +1,4 @@
-"""Planted diseases, each of which the examination must find and name; and a clean bill for what is healthy."""
+"""Doctor: planted faults, each of which must be found and named, and sound files, which must pass."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def toys(tmp_path: Path) -> str:
 
 @pytest.fixture
 def sick(tiny_pipe: Path, tmp_path: Path) -> Path:
-    """A copy of a healthy model."""
+    """A copy of a sound model."""
     return Path(shutil.copytree(tiny_pipe, tmp_path / "sick"))
 
 
@@ -93,7 +93,7 @@ def only(checks: Any) -> Check:
 # The whole round
 
 
-def test_the_embedded_model_and_its_task_are_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_embedded_model_and_its_task_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GPOBENCH_WEIGHTS", raising=False)
     found = {check.name: check for check in doctor.doctor("ocr", "tiny", progress=NullProgress())}
     assert not check_result.broken(list(found.values())), found
@@ -105,7 +105,9 @@ def test_the_embedded_model_and_its_task_are_healthy(monkeypatch: pytest.MonkeyP
     assert json.loads(json.dumps([asdict(check) for check in found.values()]))
 
 
-def test_one_collapse_does_not_end_the_round(tiny_pipe: Path, redness: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_in_one_check_does_not_end_the_others(
+    tiny_pipe: Path, redness: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def collapse() -> Any:
         raise KeyError("something nobody thought of")
 
@@ -141,12 +143,12 @@ def model_of(folder: Path) -> Check:
     return next(iter(model_checks.check_weights(find_model_spec(str(folder)), offline=True)))
 
 
-def test_a_healthy_folder(tiny_pipe: Path) -> None:
+def test_a_sound_model_folder_passes(tiny_pipe: Path) -> None:
     check = model_of(tiny_pipe)
     assert check.verdict == "ok" and "headers and indexes agree" in check.detail
 
 
-def test_weights_that_are_cut_off_are_found_by_their_head(sick: Path) -> None:
+def test_truncated_weights_are_found_by_their_header(sick: Path) -> None:
     os.truncate(sick / NETWORK, (sick / NETWORK).stat().st_size - 4)
     check = model_of(sick)
     assert (
@@ -164,7 +166,7 @@ def test_weights_that_are_cut_off_are_found_by_their_head(sick: Path) -> None:
         (lambda data: data.replace(b'"shape":[', b'"shape":[9', 1), "damaged|cut off|head"),
     ],
 )
-def test_damaged_heads(sick: Path, harm: Any, said: str) -> None:
+def test_damaged_headers_are_found(sick: Path, harm: Any, said: str) -> None:
     path = sick / NETWORK
     path.write_bytes(harm(path.read_bytes()))
     with pytest.raises(UserError, match=said):
@@ -172,7 +174,7 @@ def test_damaged_heads(sick: Path, harm: Any, said: str) -> None:
     assert model_of(sick).verdict == "broken"
 
 
-def test_the_head_is_what_the_library_reads(tiny_pipe: Path) -> None:
+def test_the_header_is_what_the_library_reads(tiny_pipe: Path) -> None:
     real = {key: list(tensor.shape) for key, tensor in load_file(tiny_pipe / NETWORK).items()}
     assert {key: one["shape"] for key, one in model_checks.read_safetensors_header(tiny_pipe / NETWORK).items()} == real
 
@@ -262,7 +264,7 @@ def test_an_extra_that_is_not_installed_and_one_that_is_too_old(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(("free", "verdict"), [(2**20, "broken"), (2**30, "warning"), (2**40, "ok")])
-def test_the_disk(free: int, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_free_disk_is_reported(free: int, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     assert (
@@ -284,7 +286,7 @@ def test_the_hub_and_the_folders_of_the_environment(
     assert unreachable.verdict == "warning" and "cannot be reached" in unreachable.detail
 
 
-def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     gb = 2**30
@@ -356,24 +358,24 @@ def test_weights_that_a_run_would_fetch_are_missing_not_broken(
     assert check.verdict == "missing" and check.detail.endswith(f"is not below GPOBENCH_DATA ({empty_machine})")
 
 
-def test_a_licence_that_binds_is_said_aloud(toys: str) -> None:
+def test_a_binding_licence_is_a_warning(toys: str) -> None:
     _, licence = part_checks.check_part(Need("scorer", f"{toys}:Good", True), False, False, "fetch it")
     assert licence.verdict == "warning" and "AGPL" in licence.detail
 
 
-def test_an_embedder_that_sees_nothing(toys: str) -> None:
+def test_an_embedder_with_equal_vectors_is_broken(toys: str) -> None:
     check = only(part_checks.check_part(Need("embedder", f"{toys}:Blind", False), False, False, "fetch it"))
     assert check.verdict == "broken" and "equal or not finite" in check.detail
 
 
-def test_heavy_weights_are_looked_at_and_not_loaded(
+def test_of_heavy_weights_only_headers_are_read(
     toys: str, tiny_pipe: Path, empty_machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = empty_machine / "own" / "acme" / "large" / "model.safetensors"
     own.parent.mkdir(parents=True)
     shutil.copy(tiny_pipe / NETWORK, own)
     monkeypatch.setenv("GPOBENCH_WEIGHTS", str(empty_machine / "own"))
-    monkeypatch.setattr(doctor, "HEAVY", 1000)
+    monkeypatch.setattr(part_checks, "HEAVY_BYTES", 1000)
     need = Need("scorer", f"{toys}:Large", True)
     look = lambda deep: only(part_checks.check_part(need, deep, False, "fetch it"))
     assert look(False).verdict == "ok" and "--deep" in look(False).detail

@@ -1,4 +1,4 @@
-"""What a run needs, brought over a real connection from a hub of one's own; and every way a byte can go astray on the journey."""
+"""Fetch: downloads from a local hub over HTTP, hash checks, bundles, and every kind of wrong or missing byte."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from gpobench.bench.assets import weight_store as hub
 from gpobench.bench.model_spec import ModelSpec
 from gpobench.bench.errors import Missing
-from gpobench.bench.assets.downloads import Published
+from gpobench.bench.assets.downloads import PinnedFile
 from gpobench.bench.spec import Columns, EvaluationSettings, Prompt, Scores
 
-LISTS = Published("toy/prompts.txt", "{address}/prompts.txt")
+LISTS = PinnedFile("toy/prompts.txt", "{address}/prompts.txt")
 mini = ModelSpec(name="mini", source="acme/mini", revision="main", pipeline="StableDiffusion3Pipeline")
 
 
@@ -112,7 +112,7 @@ PROMPTS = "".join(
 
 @dataclass
 class Notes(NullProgress):
-    """A view that remembers."""
+    """Progress that keeps what it was told."""
 
     phases: list[list[Any]] = field(default_factory=list[list[Any]])
     said: list[str] = field(default_factory=list[str])
@@ -196,7 +196,7 @@ def test_fetched_again_nothing_is_downloaded(world: str, hub_server: Any) -> Non
     hub_server.close()
     notes = Notes()
     assert fetch.fetch(None, f"{world}:mini", progress=notes)["bytes"] == first["bytes"]
-    assert any("checked, and no more" in line for line in notes.said)
+    assert any("fetched before are checked" in line for line in notes.said)
 
 
 def test_scorers_by_name(world: str) -> None:
@@ -204,7 +204,7 @@ def test_scorers_by_name(world: str) -> None:
     assert [one["repository"] for one in told["repositories"]] == ["acme/clip", "acme/love"]
 
 
-def test_what_a_run_needs_and_cannot_have_is_listed_whole(world: str, hub_server: Any) -> None:
+def test_everything_needed_that_cannot_be_had_is_listed(world: str, hub_server: Any) -> None:
     del hub_server.repositories["acme/mini"]
     hub_server.plain.clear()
     with pytest.raises(UserError) as error:
@@ -231,7 +231,7 @@ def test_wrong_bytes_are_refused(world: str, hub_server: Any, name: str) -> None
     assert not (weight_store.store() / weight_store.LOCK).exists()
 
 
-def test_a_rotten_file_in_the_hub_s_cache_is_found_offline(world: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_corrupt_file_in_the_hubs_cache_is_found_offline(world: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fetch.fetch(scorers=[f"{world}:Love"], progress=NullProgress())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     path = weight_store.file("acme/love", "love.safetensors")
@@ -255,7 +255,7 @@ def test_another_hash_under_the_same_commit_is_refused(
     assert fetch.fetch(scorers=[f"{world}:Love"], progress=NullProgress())["bytes"] > 1000
 
 
-def test_prompts_whose_hash_nobody_published_are_locked_too(world: str, hub_server: Any) -> None:
+def test_prompts_without_a_published_hash_are_locked_too(world: str, hub_server: Any) -> None:
     fetch.fetch(f"{world}:Toy", progress=NullProgress())
     (downloads.cache() / "toy" / "prompts.txt").unlink()
     hub_server.plain["prompts.txt"] = PROMPTS + b"test: more\n"
@@ -263,14 +263,14 @@ def test_prompts_whose_hash_nobody_published_are_locked_too(world: str, hub_serv
         fetch.fetch(f"{world}:Toy", progress=NullProgress())
 
 
-def test_no_room(world: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_refuses_a_download(world: str, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=files.MIN_FREE_DISK + 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     with pytest.raises(UserError, match="acme/mini takes .* free"):
         fetch.fetch(None, f"{world}:mini", progress=NullProgress())
 
 
-def test_over_to_a_machine_without_network(
+def test_a_bundle_installs_on_a_machine_without_network(
     world: str, hub_server: Any, empty_machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stick = empty_machine / "stick"
@@ -295,7 +295,7 @@ def test_over_to_a_machine_without_network(
     assert not (weight_store.store() / "acme").exists()
 
 
-def test_what_was_installed_before_stays_beside_what_comes(
+def test_installing_keeps_the_files_that_were_installed_before(
     world: str, empty_machine: Path, hub_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, scorer in {"one": "Love", "two": "Other"}.items():
@@ -321,7 +321,7 @@ def test_what_was_installed_before_stays_beside_what_comes(
         weight_store.file("acme/love", "love.safetensors")
 
 
-def test_what_no_hub_serves_travels_too(
+def test_a_folder_of_the_persons_own_is_bundled_too(
     world: str, empty_machine: Path, hub_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     toy = Path(world)
@@ -340,7 +340,7 @@ def test_what_no_hub_serves_travels_too(
     assert place is not None and place.read_bytes() == b"net"
 
 
-def test_what_stands_at_an_address_is_locked_and_travels(
+def test_a_file_at_a_plain_address_is_locked_and_bundled(
     world: str, empty_machine: Path, hub_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub_server.plain["net.pth"] = b"net"
@@ -424,7 +424,7 @@ def serve(module: Any, name: str, file: Path, server: Any, monkeypatch: pytest.M
 
 
 @pytest.mark.filterwarnings("ignore:.*AGPL-3.0")
-def test_the_weights_of_other_engines_travel(
+def test_the_weights_of_other_engines_are_bundled(
     world: str, publishers: None, hub_server: Any, empty_machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 

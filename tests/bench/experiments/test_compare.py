@@ -1,4 +1,4 @@
-"""A whole grid from one command: nothing twice, nothing lost, nothing wrong begun, and one failure is nobody else's."""
+"""Compare: nothing is run twice, wrong requests are refused at once, and one failed run stops no other."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Cranky(GPO):
 
 
 class Bar(NullProgress):
-    """A view that remembers."""
+    """Progress that keeps what it was told."""
 
     def __init__(self) -> None:
         self.said: list[str] = []
@@ -218,7 +218,7 @@ def test_a_stop_in_the_middle_changes_no_byte(grid: Any, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_one_that_always_fails_is_shown_and_stops_no_other(grid: Any, tmp_path: Path) -> None:
+def test_a_run_that_always_fails_is_reported_and_stops_no_other(grid: Any, tmp_path: Path) -> None:
     (tmp_path / "cranky.py").write_text(CRANKY)
     bar, g = Bar(), grid(f"{tmp_path}/cranky.py:Cranky", "gpo")
     found = compare(g, out=tmp_path / "runs", progress=bar)
@@ -241,7 +241,7 @@ def test_an_edited_method_is_run_again(grid: Any, tmp_path: Path) -> None:
     assert (first["how"], second["how"]) == ("made", "made") and first["run"] != second["run"]
 
 
-def test_what_another_process_is_at_work_on_is_waited_for(grid: Any, tmp_path: Path) -> None:
+def test_a_run_locked_by_another_process_is_waited_for(grid: Any, tmp_path: Path) -> None:
     """Nothing fails by it, and all else is done first."""
     g, out, bar = grid("gpo", "rwr"), tmp_path / "runs", Bar()
     run_dir = plan(g, out)[0].run_dir
@@ -280,7 +280,7 @@ def test_a_scorer_that_is_not_installed_is_said_before_anything_runs(
 
 
 @pytest.mark.slow
-def test_side_by_side_is_one_by_one_even_with_a_kill_between(grid: Any, gpobench: Any, tmp_path: Path) -> None:
+def test_parallel_runs_equal_serial_ones_even_after_a_kill(grid: Any, gpobench: Any, tmp_path: Path) -> None:
     g = grid("gpo", "rwr", baselines=True, budget="nfe=400")
     here = compare(g, out=tmp_path / "here", progress=NullProgress())
     victim, killed = tmp_path / "apart" / here["runs"][1]["run"], list[int]()

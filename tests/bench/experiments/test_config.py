@@ -1,4 +1,4 @@
-"""Five layers of paint, the last one on top; a colour nobody sells is refused with the nearest one."""
+"""Config: five layers of settings, of which the last wins, and errors that name the nearest valid setting."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def plan(method: str, task: str, model: Path, *sets: str, **more: Any) -> Config
 
 @pytest.fixture
 def named(monkeypatch: pytest.MonkeyPatch, tiny_pipe: Path, tmp_path: Path) -> Path:
-    """The model under a card whose preset section is [mini]."""
+    """The model with a model spec whose preset section is [mini]."""
     from gpobench.bench import model_spec
     from gpobench.bench.experiments import config
 
@@ -105,7 +105,7 @@ def test_the_shipped_preset_is_read(tiny_pipe: Path, redness: str) -> None:
         ("=4", "--set needs key=value"),
     ],
 )
-def test_what_makes_no_sense_is_one_line(tiny_pipe: Path, redness: str, setting: str, said: str) -> None:
+def test_a_wrong_setting_is_one_line(tiny_pipe: Path, redness: str, setting: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         plan("gpo", f"{redness}:Paint", tiny_pipe, setting)
     assert said in str(caught.value) and "\n" not in str(caught.value)
@@ -166,8 +166,9 @@ def test_a_file_beside_a_method_that_is_no_preset_is_refused(
         plan(mine, f"{redness}:Paint", tiny_pipe)
 
 
-def test_what_a_run_wrote_down_is_the_same_run(tiny_pipe: Path, redness: str, tmp_path: Path, mine: str) -> None:
-    from gpobench.bench.experiments.artifacts import config_toml
+def test_the_config_that_a_run_wrote_gives_the_same_run(
+    tiny_pipe: Path, redness: str, tmp_path: Path, mine: str
+) -> None:
 
     for method, sets in (
         (
@@ -238,7 +239,7 @@ def test_how_settings_were_chosen_is_kept_beside_them(mine: str, named: Path, tm
         ('{ trials = 2, nfe = "many" }', "tuned.nfe must be a number"),
     ],
 )
-def test_a_marker_that_says_nothing_is_refused(mine: str, named: Path, tmp_path: Path, marker: str, said: str) -> None:
+def test_an_invalid_tuned_table_is_refused(mine: str, named: Path, tmp_path: Path, marker: str, said: str) -> None:
     file = tmp_path / "config.toml"
     file.write_text(f"tuned = {marker}\n")
     with pytest.raises(UserError) as caught:

@@ -1,4 +1,4 @@
-"""A quote that holds: what a dry run promises, the meter shows."""
+"""Cost estimate: the meter of a run shows what the estimate said."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from gpobench.bench import registry
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import RunRequest, resolve
-from gpobench.bench.experiments.cost_estimate import branches, copies, declared, estimate_cost, held
+from gpobench.bench.experiments.cost_estimate import (
+    adapter_copies,
+    estimate_cost,
+    estimate_memory,
+    guidance_branches,
+    nfe_per_image,
+)
 from gpobench.bench.models.memory import GB
 from gpobench.bench.progress import NullProgress
 from gpobench.bench.spec import Search
 
 
 @pytest.mark.parametrize("method", ["gpo", "diffusion-dpo", "flow-grpo"])
-def test_the_meter_shows_what_was_quoted(method: str, tiny_pipe: Path, redness: str, tmp_path: Path) -> None:
+def test_the_meter_shows_what_was_estimated(method: str, tiny_pipe: Path, redness: str, tmp_path: Path) -> None:
     sets = ["prompts=2", "group=4", "optim.micro=0"]
     plan = resolve(RunRequest(method, f"{redness}:Paint", str(tiny_pipe), budget="nfe=900", sets=sets))
     told = estimate_cost(plan)
@@ -33,13 +39,13 @@ def test_the_meter_shows_what_was_quoted(method: str, tiny_pipe: Path, redness: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", sorted({registry.canonical("method", n) for n in registry.entries("method")}))
-def test_the_preset_of_sd35m_fits_a_card_of_24_gb(method: str) -> None:
+def test_the_preset_of_sd35m_fits_a_gpu_of_24_gb(method: str) -> None:
     plan = resolve(RunRequest(method, "ocr", "sd35m", budget="nfe=1000"))
     if not isinstance(plan.settings, Search):
         assert estimate_cost(plan, "rtx4090")["memory"]["peak"] + GB <= 24 * GB
 
 
-def test_gpo_on_sd35m_fits_a_card_of_24_gb() -> None:
+def test_gpo_on_sd35m_fits_a_gpu_of_24_gb() -> None:
     told = estimate_cost(resolve(RunRequest("gpo", "ocr", "sd35m", budget="nfe=1000000")), "rtx4090")
     assert told["memory"]["peak"] + GB <= 24 * GB and list(told["hours"]) == ["rtx4090"]
     assert told["hours"]["rtx4090"] > 1
@@ -57,20 +63,20 @@ def test_guidance_that_is_an_input_costs_nothing(redness: str) -> None:
 @pytest.mark.parametrize("method", ["gpo", "flow-grpo", "mix-grpo", "grpo-guard", "awm"])
 def test_guidance_that_a_person_sets_costs_nothing_either_where_it_is_an_input(method: str) -> None:
     plain, asked = (resolve(RunRequest(method, "ocr", "flux1-dev", sets=[f"guidance={g}"])) for g in (1.0, 3.5))
-    assert declared(plain) == declared(asked) and branches(asked) == 1
+    assert nfe_per_image(plain) == nfe_per_image(asked) and guidance_branches(asked) == 1
     assert (
-        declared(resolve(RunRequest(method, "ocr", "sdxl", sets=["guidance=3.5"])))["rollout"]
-        > declared(plain)["rollout"]
+        nfe_per_image(resolve(RunRequest(method, "ocr", "sdxl", sets=["guidance=3.5"])))["rollout"]
+        > nfe_per_image(plain)["rollout"]
     )
 
 
-def test_a_device_nobody_knows_is_one_line(tiny_pipe: Path, redness: str) -> None:
+def test_an_unknown_device_is_one_line(tiny_pipe: Path, redness: str) -> None:
     with pytest.raises(UserError, match="unknown device 'h2000'; did you mean 'h200'"):
         estimate_cost(resolve(RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe))), "h2000")
 
 
 def test_a_second_copy_of_the_adapter_is_counted() -> None:
     plans = {method: resolve(RunRequest(method, "ocr", "sd15")) for method in ("best-of-n", "gpo", "dgpo")}
-    assert [copies(plan) for plan in plans.values()] == [0, 1, 2]
-    one = held(plans["gpo"]).states / 5  # live, gradient, two moments, ema
-    assert held(plans["dgpo"]).states == pytest.approx(6 * one)
+    assert [adapter_copies(plan) for plan in plans.values()] == [0, 1, 2]
+    one = estimate_memory(plans["gpo"]).states / 5  # live, gradient, two moments, ema
+    assert estimate_memory(plans["dgpo"]).states == pytest.approx(6 * one)

@@ -1,4 +1,4 @@
-"""An exported run is an adapter that loads and a card that the hub's own library reads back, warnings and all."""
+"""Export: the adapter loads, and the hub's own library reads the model card back, warnings included."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make(tmp_path: Path) -> Make:
     return made
 
 
-def model_spec(folder: Path) -> ModelCard:
+def model_card(folder: Path) -> ModelCard:
     return ModelCard((folder / "README.md").read_text("utf-8"))
 
 
@@ -63,14 +63,14 @@ def test_the_hub_reads_the_card(make: Make, tmp_path: Path) -> None:
     done = export(make(), tmp_path / "a" / "card", repo="me/lora")
     assert set(done.files) == {ADAPTER, "config.toml", "README.md"} and done.warnings == ()
     assert (done.folder / ADAPTER).read_bytes() == (tmp_path / "run" / "adapter" / ADAPTER).read_bytes()
-    data = model_spec(done.folder).data.to_dict()
+    data = model_card(done.folder).data.to_dict()
     assert (
         data["library_name"] == "diffusers"
         and data["pipeline_tag"] == "text-to-image"
         and data["license"] == "apache-2.0"
     )
     assert {"gpobench", "lora", "ocr", "flow-grpo-fast"} <= set(data["tags"]) and "base_model" not in data
-    results: list[EvalResult] = model_spec(done.folder).data.eval_results  # type: ignore[attr-defined]
+    results: list[EvalResult] = model_card(done.folder).data.eval_results  # type: ignore[attr-defined]
     assert [r.metric_type for r in results] == ["engine/exact", "other/exact", "diversity-clip/pairwise"]
     first, few, spread = results
     assert (first.dataset_split, first.dataset_revision, first.verified) == ("test", "bb", False)
@@ -81,7 +81,7 @@ def test_the_hub_reads_the_card(make: Make, tmp_path: Path) -> None:
         "difference": {"mean": 0.1, "ci95": [0.0, 0.2], "prompts": 40, "p": 0.04},
     }  # fmt: skip
     assert few.metric_args is not None and "ci95" not in few.metric_args
-    text = model_spec(done.folder).text
+    text = model_card(done.folder).text
     for words in (
         "| engine/exact | training | 0.333 [0.100, 0.600] | 0.333 [0.100, 0.600] | 0.100 [0.000, 0.200] | 40 |",
         "| pretty/score | quality | not scored |", "| budget | nfe 100,000 |", "flops 2.00e+13", "training seed 3",
@@ -92,17 +92,17 @@ def test_the_hub_reads_the_card(make: Make, tmp_path: Path) -> None:
 
 
 def test_a_base_from_the_hub_is_named_with_its_licence(make: Make, tmp_path: Path) -> None:
-    data = model_spec(export(make(model="sd35m"), tmp_path / "card").folder).data.to_dict()
+    data = model_card(export(make(model="sd35m"), tmp_path / "card").folder).data.to_dict()
     assert data["base_model"] == "stabilityai/stable-diffusion-3.5-medium" and data["license"] == "other"
     assert data["license_name"].startswith("Stability AI") and data["license_link"].endswith("/" + data["base_model"])
 
 
-def test_samples_come_along(make: Make, tmp_path: Path) -> None:
+def test_samples_are_exported(make: Make, tmp_path: Path) -> None:
     run_dir = make()
     (run_dir / "samples").mkdir()
     (run_dir / "samples" / "pairs.png").write_bytes(b"png")
     done = export(run_dir, tmp_path / "card")
-    assert (done.folder / "samples.png").read_bytes() == b"png" and "(samples.png)" in model_spec(done.folder).text
+    assert (done.folder / "samples.png").read_bytes() == b"png" and "(samples.png)" in model_card(done.folder).text
 
 
 @pytest.mark.parametrize(
@@ -114,18 +114,18 @@ def test_samples_come_along(make: Make, tmp_path: Path) -> None:
         ({"provenance": {}}, "changes that are in no commit"),
     ],
 )
-def test_what_a_reader_must_know_stands_on_top(make: Make, tmp_path: Path, change: Any, said: str) -> None:
+def test_warnings_come_before_the_numbers(make: Make, tmp_path: Path, change: Any, said: str) -> None:
     done = export(make(**change), tmp_path / "card")
     assert len(done.warnings) == 1 and said in done.warnings[0]
-    assert model_spec(done.folder).text.index(said) < model_spec(done.folder).text.index("engine/exact")
+    assert model_card(done.folder).text.index(said) < model_card(done.folder).text.index("engine/exact")
 
 
 def test_a_search_has_no_adapter(make: Make, tmp_path: Path) -> None:
     done = export(make(adapter=False, stop="search: 18 candidates an image"), tmp_path / "card")
     assert set(done.files) == {"config.toml", "README.md"} and "trained nothing" in done.warnings[0]
     assert (
-        "lora" not in model_spec(done.folder).data.to_dict()["tags"]
-        and "load_lora_weights" not in model_spec(done.folder).text
+        "lora" not in model_card(done.folder).data.to_dict()["tags"]
+        and "load_lora_weights" not in model_card(done.folder).text
     )
 
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_exported_is_refused(make: Make, tmp_path: Path) -> None:
         (tmp_path, tmp_path / "card", {}, "no finished run"),
         (make("eval", kind="eval"), tmp_path / "card", {}, "is no run but an eval"),
         (lost, tmp_path / "card", {}, "no adapter at"),
-        (run_dir, run_dir / ".", {}, "is the run itself"),
+        (run_dir, run_dir / ".", {}, "is the run directory"),
         (run_dir, tmp_path / "file" / "card", {}, "cannot write"),
         (run_dir, tmp_path / "card", {"repo": "nobody"}, "'nobody' is no owner/name of the hub"),
         (run_dir, tmp_path / "card", {"repo": "me/a b"}, "is no owner/name of the hub"),

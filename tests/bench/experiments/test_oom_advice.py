@@ -1,4 +1,4 @@
-"""A run that did not fit says which knob to turn and by how much, and the knob it names does make it fit."""
+"""Advice after out-of-memory errors: the settings it names make the run fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gpobench.bench import registry
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import Config, RunRequest, resolve
-from gpobench.bench.experiments.cost_estimate import held
+from gpobench.bench.experiments.cost_estimate import estimate_memory
 from gpobench.bench.experiments.oom_advice import advice
 from gpobench.bench.model_spec import ModelSpec, find_model_spec
 from gpobench.bench.models.memory import GB, MARGIN, MemoryEstimate
@@ -30,13 +30,13 @@ def plan(method: str, *sets: str, model: str = "sd35m") -> Config:
 
 
 def needed(p: Config) -> MemoryEstimate:
-    return held(p)
+    return estimate_memory(p)
 
 
 @pytest.mark.parametrize("sampling", [True, False])
 @pytest.mark.parametrize("gigabytes", [18.0, 24.0, 40.0, 80.0])
 @pytest.mark.parametrize("method", ["gpo", "diffusion-nft", "awm", "best-of-n"])
-def test_what_it_says_to_set_makes_the_run_fit(method: str, gigabytes: float, sampling: bool) -> None:
+def test_the_advised_settings_make_the_run_fit(method: str, gigabytes: float, sampling: bool) -> None:
     greedy = [] if method == "best-of-n" else ["optim.micro=64"]
     p = plan(method, "rows=256", "offload=false", "checkpointing=false", *greedy)
     said = advice(p, gigabytes, sampling=sampling)
@@ -48,24 +48,24 @@ def test_what_it_says_to_set_makes_the_run_fit(method: str, gigabytes: float, sa
 
 
 @pytest.mark.parametrize(("sampling", "knob"), [(True, "rows=4"), (False, "optim.micro=4")])
-def test_where_the_estimate_was_too_small_the_knob_of_the_moment_is_halved(sampling: bool, knob: str) -> None:
+def test_where_the_estimate_was_too_small_one_setting_is_halved(sampling: bool, knob: str) -> None:
     p = plan("diffusion-dpo", "optim.micro=8", "rows=8")
     assert needed(p).fits(80) and f"--set {knob} brings" in advice(p, 80, sampling=sampling)
 
 
-def test_what_no_knob_can_mend_is_said_with_what_it_takes() -> None:
+def test_a_run_that_fits_with_no_setting_is_told_what_it_needs() -> None:
     said = advice(plan("gpo"), 8.0, sampling=False)
-    told = re.search(r"With every knob turned down it takes ([\d.]+) GB", said)
+    told = re.search(r"With the smallest settings it takes ([\d.]+) GB", said)
     assert told and float(told[1]) > 8
 
 
 @pytest.mark.parametrize(("value", "said"), [("rows=-1", "number of images"), ("offload=3", "true or false")])
-def test_a_knob_of_another_kind_is_refused(value: str, said: str) -> None:
+def test_a_setting_of_the_wrong_type_is_refused(value: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         plan("gpo", value)
 
 
-def test_a_knob_that_is_as_the_card_has_it_makes_no_other_run() -> None:
+def test_a_setting_equal_to_the_model_specs_makes_no_other_run() -> None:
     model_spec = find_model_spec("sd35m")
     same = plan("gpo", f"rows={model_spec.rows}", "offload=true", "checkpointing=true", "compile=false")
     other = plan("gpo", "compile=true", "checkpointing=false")
@@ -76,7 +76,7 @@ def test_a_knob_that_is_as_the_card_has_it_makes_no_other_run() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_has_a_quote(method: str) -> None:
+def test_every_method_has_a_cost_estimate(method: str) -> None:
     from gpobench.bench.experiments.cost_estimate import estimate_cost
 
     lines = "\n".join(estimate_cost(plan(method), "h100")["lines"])
@@ -110,7 +110,7 @@ def test_a_run_that_does_not_fit_ends_in_one_line(
     assert ("in training:" in text) == (moment == "training")
 
 
-def test_another_fault_is_not_taken_for_it(
+def test_another_error_is_not_taken_for_out_of_memory(
     tiny_pipe: Path, redness: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(self: Any, *args: Any, **more: Any) -> Any:

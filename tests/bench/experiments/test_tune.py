@@ -1,4 +1,4 @@
-"""One rule for everyone who wants to be tuned: the same dice, the same number of throws, and the bill kept."""
+"""Tune: the same draws for every method, the choice of the best trial, and what tuning spent."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_each_range_follows_its_law() -> None:
     assert stats.chisquare([picked.count(option) for option in ("a", 1, False)]).pvalue > 0.01
 
 
-def test_the_dice_are_the_same_for_everyone_and_for_any_company() -> None:
+def test_draws_of_a_key_do_not_depend_on_the_method_or_on_other_keys() -> None:
     mine = draws({"optim.lr": LogUniform(1e-4, 1e-2), "beta": Uniform(0, 1)}, 6, seed=1)
     more = draws({"kl": Uniform(0, 1), "optim.lr": LogUniform(1e-4, 1e-2)}, 9, seed=1)
     assert mine[0] == more[0] == {}
@@ -121,7 +121,7 @@ def argv(redness: str, tiny_pipe: Path, tmp_path: Path) -> Callable[..., list[st
     return make
 
 
-def test_a_tuning_from_the_draws_to_a_run_that_knows_its_price(
+def test_tuning_from_the_draws_to_a_run_that_records_its_cost(
     gpobench: Any, argv: Any, redness: str, tiny_pipe: Path, tmp_path: Path
 ) -> None:
     dry = gpobench(*argv("--dry-run", "--json"))
@@ -224,7 +224,9 @@ def test_without_a_trial_to_choose_there_is_no_best(gpobench: Any, argv: Any, tm
     assert json.loads((run_dir / "tuning.json").read_text())["best"] is None and not (run_dir / "best.toml").exists()
 
 
-def test_two_at_once_find_the_same_and_a_stop_is_taken_up(gpobench: Any, argv: Any, tmp_path: Path) -> None:
+def test_parallel_trials_equal_serial_ones_and_an_interrupted_tuning_resumes(
+    gpobench: Any, argv: Any, tmp_path: Path
+) -> None:
     def stop(pid: int) -> None:
         for _ in range(600):  # until one trial has begun to train
             if list((tmp_path / "apart").glob("*/runs/*/metrics.jsonl")):
