@@ -16,7 +16,8 @@ from rich.cells import cell_len
 
 from ..bench import registry
 from ..bench.errors import UserError
-from ..bench.stats import intervals
+from ..bench.stats import intervals, resampling
+from ..bench.stats.aggregate import iqm, probability_of_improvement
 from ..bench.stats.intervals import Contrast, Estimate
 from .board import BASE, Board, LoadedRun, board
 from .render import cell, escape_markdown, plain
@@ -86,11 +87,11 @@ def across(
     tables[BASE], drawn[BASE] = np.zeros((2, len(tasks))), np.zeros((resamples, 2, len(tasks)))
     lines: list[AggregateRow] = []
     for label in kept:
-        middle = intervals.iqm(tables[label], drawn=drawn[label])
+        middle = iqm(tables[label], drawn=drawn[label])
         better = None
         if label != baseline:
             both = drawn[label], drawn[baseline]
-            better = intervals.probability_of_improvement(tables[label], tables[baseline], drawn=both)
+            better = probability_of_improvement(tables[label], tables[baseline], drawn=both)
         lines.append(AggregateRow(label, tuple(sorted(kept[label][0])), over[label], middle, better))
     lines.sort(key=lambda line: (-line.middle.mean, line.label))
     return Across(models[0], baseline, {task: boards[task].key for task in tasks}, tuple(lines), tuple(said))
@@ -129,7 +130,7 @@ def _numbers(
         seeds = {label: [by[k][seed] for seed in sorted(by[k])] for label, by in kept.items()}
         columns = [vector for vectors in seeds.values() for vector in vectors]
         means = iter(intervals.crossed([Contrast([one]) for one in columns], resamples=1, strata=strata[task]))
-        again = iter(intervals.redrawn(np.stack(columns, axis=1), resamples, strata=strata[task]).T)
+        again = iter(resampling.resampled_means(np.stack(columns, axis=1), resamples, strata=strata[task]).T)
         told = intervals.crossed(
             [Contrast(vectors) for vectors in seeds.values()], resamples=resamples, strata=strata[task]
         )

@@ -19,7 +19,7 @@ from ..bench import registry
 from ..bench.errors import UserError
 from ..bench.evaluation import record
 from ..bench.evaluation.record import Record
-from ..bench.stats import intervals
+from ..bench.stats import intervals, significance
 from ..bench.stats.intervals import Contrast, Estimate
 from . import paper_numbers
 from .paper_numbers import Reported
@@ -415,12 +415,12 @@ def _order(rows: Sequence[BoardRow], ends: Mapping[str, Sequence[Array]], strata
 
 def _holm(versus: Mapping[str, Estimate]) -> dict[str, float]:
     tested = {label: e.p for label, e in versus.items() if e.p is not None}
-    return dict(zip(tested, intervals.holm(list(tested.values())), strict=True))
+    return dict(zip(tested, significance.holm(list(tested.values())), strict=True))
 
 
 def _told(differences: Mapping[tuple[str, str], Estimate]) -> set[tuple[str, str]]:
     """The pairs (above, below) of which the first beats the second, by p corrected over all pairs."""
-    corrected = intervals.holm([math.nan if e.p is None else e.p for e in differences.values()])
+    corrected = significance.holm([math.nan if e.p is None else e.p for e in differences.values()])
     return {pair for (pair, e), p in zip(differences.items(), corrected, strict=True) if e.mean > 0 and p < SURE}
 
 

@@ -33,8 +33,9 @@ from numpy.typing import NDArray
 from ..bench import registry
 from ..bench.errors import Interrupted, UserError
 from ..bench.evaluation import record
-from ..bench.stats import intervals
-from ..bench.stats.intervals import Estimate, Verdict
+from ..bench.stats import intervals, significance
+from ..bench.stats.intervals import Estimate
+from ..bench.stats.significance import Verdict
 from .baseline import Baseline, BaselineNumber, BaselineScores, Claim, flat, literal
 from .baseline import mean as average
 from .board import APART, BASE, Board, BoardRow, LoadedRun, board
@@ -150,7 +151,7 @@ def _seeds(new: Sequence[Array], old: Sequence[Array], strata: Sequence[str] | N
 def verdicts(changes: Sequence[Change], margins: Sequence[float]) -> list[tuple[Verdict, float]]:
     """The verdict on each change and its p, corrected over all of them; margins in units of each score."""
     p = [c.p(0.0 if c.seeds else margin) for c, margin in zip(changes, margins, strict=True)]
-    holm = intervals.holm(p)
+    holm = significance.holm(p)
     return [
         (_verdict(c, margin, adjusted), adjusted) for c, margin, adjusted in zip(changes, margins, holm, strict=True)
     ]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..bench.errors import UserError
 from ..bench.stats import intervals
+from ..bench.stats.curves import area, time_to_target
 from ..bench.stats.intervals import Contrast, Estimate
 from .board import BASE, Array, Board, BoardRow, LoadedRun
 
@@ -92,8 +93,8 @@ class Pace:
 def pace(
     curves: Sequence[Curve], rows: Mapping[str, Sequence[LoadedRun]], key: str, clock: str, bound: float
 ) -> Pace | None:
-    """The area under each curve and what is spent until it stays above the target, by the rules of `stats.area` and
-    `stats.time_to_target`; None where no row was looked at on the way. bound: of the budget, in units of the clock.
+    """The area under each curve and what is spent until it stays above the target, by the rules of `stats.curves.area` and
+    `stats.curves.time_to_target`; None where no row was looked at on the way. bound: of the budget, in units of the clock.
     """
     there = {c.label: c for c in curves if key in c.scores and clock in c.spent and len(c.scores[key]) > 2}
     if not there or not bound > 0:
@@ -106,8 +107,8 @@ def pace(
         looks = [(_marks(run), [point.spent[clock] for point in run.record.curve]) for run in rows[label]]
         seeds = [(spent, look.scores[key] - look.scores[key][:, :1]) for look, spent in looks if look is not None]
         strata = next(list(look.strata) if len(set(look.strata)) > 1 else None for look, _ in looks if look is not None)
-        over = intervals.area(seeds, bound, resamples=RESAMPLES, strata=strata)
-        found[label] = (over, intervals.time_to_target(seeds, target, resamples=RESAMPLES, strata=strata))
+        over = area(seeds, bound, resamples=RESAMPLES, strata=strata)
+        found[label] = (over, time_to_target(seeds, target, resamples=RESAMPLES, strata=strata))
     return Pace(key, clock, target, found)
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.record import Flags, ScorerUse
-from gpobench.bench.stats.intervals import holm
+from gpobench.bench.stats.significance import holm
 from gpobench.leaderboards import render_regression as dresses
 from gpobench.leaderboards.baseline import beside, parts, read
 from gpobench.leaderboards.board import load
