@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic file writes, checksums, and the test for a full disk."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def digest(path: Path) -> str:
 
 
 def full(error: BaseException) -> bool:
-    """Does the error say that the disk is full, or a quota?"""
+    """True where the error means that the disk or a quota is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def sync(path: Path) -> None:
-    """Return when the file, or the folder's entries, are on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -30,7 +30,7 @@ def sync(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file and move it over `path` when it is on the disk."""
+    """Write a file whole or not at all: `write` fills a temporary file, which is synced and moved over `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
     try:
         write(temporary)

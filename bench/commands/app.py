@@ -201,7 +201,7 @@ def list_() -> None:
     for kind in ("method", "task", "model", "scorer", "embedder", "recipe"):
         for name in registry.entries(kind):
             if registry.canonical(kind, name) == name:
-                said = _model_line(name) if kind == "model" else registry.caption(kind, name)
+                said = _model_line(name) if kind == "model" else registry.summary_line(kind, name)
                 table.add_row(kind, name, said + _also(kind, name))
     _console().print(table)
     _console().print("\nFields, defaults and source of one: [bold]gpobench show NAME[/]", highlight=False)
