@@ -37,7 +37,7 @@ class Patience:
 def test_built_in_parts_come_by_the_same_door() -> None:
     assert "gpo" in registry.entries("method")
     assert registry.load("method", "gpo").__name__ == "GPO"
-    assert registry.summary_line("method", "gpo").startswith("GPO: ")
+    assert registry.summary_line("method", "gpo").startswith("Group Preference Optimization (GPO): ")
 
 
 def test_a_third_party_package_is_found_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
