@@ -143,7 +143,7 @@ def estimate(
     float32_vae = precision in model_class.float32_vae
     base = numbers[network] * size + numbers["vae"] * (4 if float32_vae else size)
     weights = base + (0.0 if offload else encoders)
-    states = cost.trained * 4.0 * (4 + copies)  # live, gradient, two moments, copies; all float32
+    states = cost.trained * 4.0 * (4 + copies)  # policy, gradient, two moments, copies; all float32
     # Without checkpointing all of it; else what enters each block, and the largest block once more with its gradients.
     row = cost.outside + (min(cost.inside, cost.inputs + 2 * cost.largest) if checkpointing else cost.inside)
     width = int(dict(parts["vae"][2]).get("block_out_channels", (128,))[0])

@@ -20,7 +20,7 @@ Curve = tuple[ArrayLike, ArrayLike]
 
 
 def smooth(curve: ArrayLike) -> Array:
-    """(..., marks) -> (..., marks): the running median of three marks; the two ends stay as they are."""
+    """(..., E) -> (..., E): the running median of three evaluations; the two ends stay as they are."""
     x = np.asarray(curve, np.float64)
     if x.shape[-1] < 3:
         return x.copy()
@@ -38,25 +38,26 @@ def time_to_target(
 ) -> Estimate:
     """What had been spent when the mean curve crossed the target for good; inf: not within the budget. One curve a seed.
 
-    The rule, fixed before any curve is seen: average over prompts and seeds, smooth by the running median of three marks
-    (`smooth`), take the last mark below the target and the one behind it, and read between them along a straight line. A curve
-    that is never below needs what its first mark had spent. Several seeds are first read, along straight lines, at as many
-    evenly spaced spends as the one with fewest marks has, up to where the first of them ends.
-    The interval: the curve is resampled as in `two_level`, its deviations stretched mark by mark, and the rule applied to each.
-    Prompts without a score at some mark are dropped. Raises UserError when curves have other prompts or spends that fall.
+    The rule, fixed before any curve is seen: average over prompts and seeds, smooth by the running median of three evaluations
+    (`smooth`), take the last evaluation below the target and the one after it, and read between them along a straight line. A curve
+    that is never below needs what its first evaluation had spent. Several seeds are first read, along straight lines, at as many
+    evenly spaced spends as the one with fewest evaluations has, up to where the first of them ends.
+    The interval: the curve is resampled as in `two_level`, its deviations stretched evaluation by evaluation, and the rule applied to each.
+    Prompts without a score at some evaluation are dropped. Raises UserError when curves have other prompts or spends that fall.
     """
     made = [_curve(c) for c in curves]
     if not made or len({scores.shape[0] for _, scores in made}) != 1:
         raise UserError("curves must be of the same prompts, one curve a seed")
     spent = made[0][0]
     if len(made) > 1:
-        start, end, marks = max(s[0] for s, _ in made), min(s[-1] for s, _ in made), min(len(s) for s, _ in made)
-        spent = np.linspace(start, end, marks)
-    table = np.stack([scores @ _interpolation(own, spent) for own, scores in made])  # (seeds, prompts, marks)
+        start, end, n_points = max(s[0] for s, _ in made), min(s[-1] for s, _ in made), min(len(s) for s, _ in made)
+        spent = np.linspace(start, end, n_points)
+    table = np.stack([scores @ _interpolation(own, spent) for own, scores in made])  # (seeds, prompts, E)
     keep = np.isfinite(table).all((0, 2))
-    one, w, groups, dropped = weigh(np.where(keep, 0.0, np.nan), strata)
-    table, rng, s, n = table[:, keep], np.random.default_rng(seed), len(made), len(one)
-    prompts, runs = table.mean(0), np.einsum("snm,n->sm", table, w)
+    sample = weigh(np.where(keep, 0.0, np.nan), strata)
+    groups, dropped = sample.stratum, sample.dropped
+    table, rng, s, n = table[:, keep], np.random.default_rng(seed), len(made), len(sample.values)
+    prompts, runs = table.mean(0), np.einsum("snm,n->sm", table, sample.weights)
     mean = runs.mean(0)
     at = float(_last_crossing(spent, smooth(mean)[None], target)[0]) if n else math.nan
     v_prompt, k = variance_of_mean(prompts, groups)
@@ -87,7 +88,7 @@ def area(
 ) -> Estimate:
     """The mean score over the whole budget: the area under the curve by the trapezoid rule over spend, divided by the budget.
 
-    One curve a seed; each keeps its first value before its first mark and its last one up to the budget, and what lies beyond
+    One curve a seed; each keeps its first value before its first evaluation and its last one up to the budget, and what lies beyond
     the budget is cut off. The area is linear in the scores, so its interval is `two_level`'s on the areas of the prompts.
     """
     if not budget > 0:
@@ -102,28 +103,28 @@ def area(
 
 
 def _curve(curve: Curve) -> tuple[Array, Array]:
-    """Spends (marks,) and scores (prompts, marks)."""
+    """Spends (E,) and scores (prompts, E)."""
     spent, scores = (np.asarray(part, np.float64) for part in curve)
     scores = scores[None] if scores.ndim == 1 else scores
     if spent.ndim != 1 or not len(spent) or scores.ndim != 2 or scores.shape[1] != len(spent):
-        raise UserError(f"a curve is spends (marks,) and scores (prompts, marks), not {spent.shape} and {scores.shape}")
+        raise UserError(f"a curve is spends (E,) and scores (prompts, E), not {spent.shape} and {scores.shape}")
     if not np.isfinite(spent).all() or (np.diff(spent) < 0).any():
         raise UserError("the spends of a curve must not fall")
     return spent, scores
 
 
 def _interpolation(spent: Array, grid: Array) -> Array:
-    """(marks, grid): scores @ this reads a curve at the spends of the grid, along straight lines, flat beyond its ends."""
+    """(E, grid): scores @ this reads a curve at the spends of the grid, along straight lines, flat beyond its ends."""
     return np.stack([np.interp(grid, spent, unit) for unit in np.eye(len(spent))])
 
 
 def _last_crossing(spent: Array, curves: Array, target: float) -> Array:
-    """(rows,): where each of the curves (rows, marks) is below the target for the last time; inf where that is its end."""
-    below, marks = curves < target, curves.shape[1]
-    last = marks - 1 - np.argmax(below[:, ::-1], axis=1)
-    left, row = np.minimum(last, max(marks - 2, 0)), np.arange(len(curves))
-    right = np.minimum(left + 1, marks - 1)
+    """(rows,): where each of the curves (rows, E) is below the target for the last time; inf where that is its end."""
+    below, n_points = curves < target, curves.shape[1]
+    last = n_points - 1 - np.argmax(below[:, ::-1], axis=1)
+    left, row = np.minimum(last, max(n_points - 2, 0)), np.arange(len(curves))
+    right = np.minimum(left + 1, n_points - 1)
     rise = curves[row, right] - curves[row, left]
     share = (target - curves[row, left]) / np.where(rise > 1e-290, rise, 1)
     at = spent[left] + share * (spent[right] - spent[left])
-    return np.where(~below.any(1), spent[0], np.where(last == marks - 1, np.inf, at))
+    return np.where(~below.any(1), spent[0], np.where(last == n_points - 1, np.inf, at))

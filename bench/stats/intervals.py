@@ -14,13 +14,12 @@ import math
 from collections.abc import Sequence
 from copy import deepcopy as copy
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from ..errors import UserError
-from .resampling import Array, resample, resample_within, sign_flips, weigh
+from .resampling import Array, PromptSample, resample, resample_within, sign_flips, weigh
 from .small_samples import expanded_tail, mde, mde_of_se, stretch, variance_of_mean, welch_df
 
 
@@ -68,8 +67,7 @@ def mean_ci(
 
     strata (n,): labels, e.g. GenEval's tags; the mean is then the mean of the strata's means, prompts are resampled within.
     """
-    x, w, groups, dropped = weigh(per_prompt(values), strata)
-    return _estimate(x, w, groups, level, resamples, np.random.default_rng(seed), dropped)
+    return _estimate(weigh(per_prompt(values), strata), level, resamples, np.random.default_rng(seed))
 
 
 def proportion(successes: int, n: int, level: float = 0.95) -> Estimate:
@@ -102,8 +100,9 @@ def paired(
     if b.shape != a.shape and b.ndim:
         raise UserError(f"paired scores must be of the same prompts and images: {b.shape} before, {a.shape} after")
     rng = np.random.default_rng(seed)
-    x, w, groups, dropped = weigh(per_prompt(a - b), strata)
-    estimate = _estimate(x, w, groups, level, resamples, rng, dropped)
+    sample = weigh(per_prompt(a - b), strata)
+    x, w = sample.values, sample.weights
+    estimate = _estimate(sample, level, resamples, rng)
     p = sign_flips((x * w)[:, None], np.ones((1, 1)), resamples, rng)[0] if len(x) else None
     return replace(estimate, p=p, mde=mde(estimate.se * math.sqrt(len(x)), len(x), level))
 
@@ -120,7 +119,7 @@ def two_level(
 ) -> Estimate:
     """The mean over training seeds and prompts, with both as random: seeds, a list of (n,) vectors on the same prompts.
 
-    Prompts are crossed with seeds (every seed is judged on the same ones), so a resample draws prompts once for all seeds:
+    Prompts are crossed with seeds (every seed is evaluated on the same ones), so a resample draws prompts once for all seeds:
     deviation = bootstrap of the prompt means + s / sqrt(S) t(S - 1), s the standard deviation of the seeds' means. Two or three
     values are too few to resample, and percentiles stretched at Welch-Satterthwaite degrees of freedom, which hold for two
     sides with seeds, covered 90 to 93 % here; this covers 95 to 97 % (1,000 simulated nulls, two to five seeds). Prompts missing
@@ -128,12 +127,12 @@ def two_level(
     """
     rows = [per_prompt(s) for s in seeds]
     if not rows or len({len(r) for r in rows}) != 1:
-        raise UserError("seeds must be judged on the same prompts: a list of vectors of one length")
+        raise UserError("seeds must be evaluated on the same prompts: a list of vectors of one length")
     table, rng = np.stack(rows), np.random.default_rng(seed)
-    x, w, groups, dropped = weigh(table.mean(0), strata)
-    runs = (table[:, np.isfinite(table).all(0)] * w).sum(1)
-    boot = resample_within(x, groups, resamples, rng)
-    return _interval(x, w, groups, boot, [runs], level, rng, dropped)
+    sample = weigh(table.mean(0), strata)
+    runs = (table[:, np.isfinite(table).all(0)] * sample.weights).sum(1)
+    boot = resample_within(sample.values, sample.stratum, resamples, rng)
+    return _interval(sample, boot, [runs], level, rng)
 
 
 @dataclass(frozen=True)
@@ -167,52 +166,54 @@ def crossed(
     made = [_sides_by_prompt(c) for c in contrasts]
     if len({prompts.shape for prompts, _ in made}) > 1:
         raise UserError("contrasts must be of the same prompts")
-    found: list[Estimate | None] = [None] * len(made)
+    estimates: list[Estimate | None] = [None] * len(made)
     # Columns that miss the same prompts share their resamples.
     alike: dict[bytes, list[int]] = {}
     for i, (prompts, _) in enumerate(made):
         alike.setdefault(np.isfinite(prompts).tobytes(), []).append(i)
     for columns in alike.values():
         rng = np.random.default_rng(seed)
-        x, w, groups, dropped = weigh(made[columns[0]][0], strata)
+        sample = weigh(made[columns[0]][0], strata)
+        w = sample.weights
         table = np.stack([made[i][0] for i in columns], axis=1)
         keep = np.isfinite(table[:, 0])
         table = table[keep]
         # Thirty rows make 435 pairs: what is resampled are the rows, and pairs are differences of those.
         ends, signs = _distinct_vectors([[side.mean(0)[keep] for side in made[i][1]] for i in columns])
-        boot = resample_within(ends, groups, resamples, rng) @ signs * (table != 0).any(0)
-        flips = [k for k, i in enumerate(columns) if contrasts[i].test and len(x) and max(map(len, made[i][1])) < 2]
+        boot = resample_within(ends, sample.stratum, resamples, rng) @ signs * (table != 0).any(0)
+        flips = [k for k, i in enumerate(columns) if contrasts[i].test and len(w) and max(map(len, made[i][1])) < 2]
         p = dict(zip(flips, sign_flips(ends * w[:, None], signs[:, flips], resamples, copy(rng)), strict=True))
         for k, i in enumerate(columns):
             sides = [(side * w).sum(1) for side in (s[:, np.isfinite(made[i][0])] for s in made[i][1])]
             c = contrasts[i]
-            one = _interval(table[:, k], w, groups, boot[:, k], sides, level, copy(rng), dropped, c.test, c.lend)
-            found[i] = replace(one, p=p[k]) if k in p else one
-    return [one for one in found if one is not None]
+            column = replace(sample, values=table[:, k])
+            estimate = _interval(column, boot[:, k], sides, level, copy(rng), test=c.test, lend=c.lend)
+            estimates[i] = replace(estimate, p=p[k]) if k in p else estimate
+    return [estimate for estimate in estimates if estimate is not None]
 
 
 def _distinct_vectors(sides: Sequence[Sequence[Array]]) -> tuple[Array, Array]:
     """Vectors, equal ones once, as columns (n, m), and the signs (m, contrasts) with which they make up ours, or ours - theirs."""
     place: dict[bytes, int] = {}
-    found: list[Array] = []
+    vectors: list[Array] = []
     entries: list[tuple[int, int, float]] = []
     for k, both in enumerate(sides):
         for vector, sign in zip(both, (1.0, -1.0), strict=False):
-            at = place.setdefault(vector.tobytes(), len(found))
-            if at == len(found):
-                found.append(vector)
+            at = place.setdefault(vector.tobytes(), len(vectors))
+            if at == len(vectors):
+                vectors.append(vector)
             entries.append((at, k, sign))
-    signs = np.zeros((len(found), len(sides)))
+    signs = np.zeros((len(vectors), len(sides)))
     for at, k, sign in entries:
         signs[at, k] += sign
-    return np.stack(found, axis=1), signs
+    return np.stack(vectors, axis=1), signs
 
 
 def _sides_by_prompt(c: Contrast) -> tuple[Array, list[Array]]:
     """(n,): the difference by prompt, over all seeds; and (S, n) of each side."""
     sides = [[np.asarray(s, np.float64) for s in side] for side in (c.ours, c.theirs)]
     if not sides[0] or len({s.shape for side in sides for s in side}) != 1:
-        raise UserError("seeds must be judged on the same prompts: a list of vectors of one length")
+        raise UserError("seeds must be evaluated on the same prompts: a list of vectors of one length")
     if c.theirs:
         whole = np.isfinite(np.stack(sides[0] + sides[1])).all(0)
         sides = [[np.where(whole, s, np.nan) for s in side] for side in sides]
@@ -229,26 +230,22 @@ def _sides_by_prompt(c: Contrast) -> tuple[Array, list[Array]]:
 # The interval of one estimate
 
 
-def _estimate(
-    x: Array, w: Array, groups: NDArray[Any], level: float, resamples: int, rng: np.random.Generator, dropped: int
-) -> Estimate:
+def _estimate(sample: PromptSample, level: float, resamples: int, rng: np.random.Generator) -> Estimate:
     """The expanded percentile interval of the mean of the strata's means."""
-    return _interval(x, w, groups, resample_within(x, groups, resamples, rng), [], level, rng, dropped)
+    return _interval(sample, resample_within(sample.values, sample.stratum, resamples, rng), [], level, rng)
 
 
 def _interval(
-    x: Array,
-    w: Array,
-    groups: NDArray[Any],
+    sample: PromptSample,
     boot: Array,
     sides: Sequence[Array],
     level: float,
     rng: np.random.Generator,
-    dropped: int,
+    *,
     test: bool = False,
     lend: bool = False,
 ) -> Estimate:
-    """The interval of the mean of prompts x (n,), from its resamples boot and the means of the seeds of each side.
+    """The interval of a sample's mean, from its resamples boot and the means of the seeds of each side.
 
     Where no side has two seeds it is the expanded percentile; where one has, `two_level`'s. Where two have, each adds a bootstrap of
     its seeds, and the percentiles are stretched by t / z at Welch-Satterthwaite degrees of freedom: Student's draws on both
@@ -256,6 +253,7 @@ def _interval(
     """
     from scipy.stats import t
 
+    x, w, groups, dropped = sample.values, sample.weights, sample.stratum, sample.dropped
     n, seeds = len(x), len(sides[0]) if sides else 1
     mean = float((w * x).sum()) if n else math.nan
     variance, k = variance_of_mean(x[:, None], groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,24 @@ from ..errors import UserError
 Array = NDArray[np.float64]
 
 
-def weigh(x: Array, strata: Sequence[object] | None) -> tuple[Array, Array, NDArray[np.int64], int]:
-    """Finite prompts, their weights (sum 1), the index of their stratum (0..K - 1), and how many were dropped."""
+@dataclass(frozen=True)
+class PromptSample:
+    """Scores of the prompts that could be scored, as a sample of a stratified mean."""
+
+    values: Array  # (n,)
+    weights: Array  # (n,), with sum 1: the mean of the strata's means is their product with values
+    stratum: NDArray[np.int64]  # (n,), 0..K - 1
+    dropped: int  # prompts without a finite score
+
+
+def weigh(x: Array, strata: Sequence[object] | None) -> PromptSample:
+    """The finite ones of per-prompt scores x (n,), weighted so that every stratum counts the same."""
     keep = np.isfinite(x)
     if strata is not None and len(strata) != len(x):
         raise UserError(f"one stratum a prompt: {len(strata)} labels for {len(x)} prompts")
     labels = np.zeros(len(x), np.int64) if strata is None else np.array([str(s) for s in strata])
     _, groups, counts = np.unique(labels[keep], return_inverse=True, return_counts=True)
-    return x[keep], 1 / (len(counts) * counts[groups]), groups, int((~keep).sum())
+    return PromptSample(x[keep], 1 / (len(counts) * counts[groups]), groups, int((~keep).sum()))
 
 
 def resampled_means(
@@ -32,8 +43,8 @@ def resampled_means(
     """
     table = np.asarray(columns, np.float64)
     whole = np.isfinite(table).all(1)
-    _, _, groups, _ = weigh(np.where(whole, 0.0, np.nan), strata)
-    return resample_within(table[whole], groups, resamples, np.random.default_rng(seed))
+    sample = weigh(np.where(whole, 0.0, np.nan), strata)
+    return resample_within(table[whole], sample.stratum, resamples, np.random.default_rng(seed))
 
 
 def resample_within(x: Array, groups: NDArray[Any], resamples: int, rng: np.random.Generator) -> Array:

@@ -1,4 +1,4 @@
-"""A doorman who knows every name, suggests the nearest one, and lets strangers in by the same door."""
+"""The registry: built-in and third-party parts load alike, a wrong name gets the nearest one, aliases are resolved."""
 
 from __future__ import annotations
 
