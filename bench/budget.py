@@ -1,4 +1,4 @@
-"""What a run may spend and what it has spent, in every currency, refused before it is overdrawn."""
+"""Budget and meter: bounds on a run's cost in six currencies, and a charge that is refused before it passes one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CURRENCIES = ("nfe", "images", "reward_calls", "updates", "seconds", "flops")
 
 
 class Spent(Exception):
-    """Raised BEFORE a spend that would pass a bound; `currency` says which bound binds."""
+    """Raised before a charge that would pass a bound; `currency` names the bound."""
 
     def __init__(self, currency: str):
         super().__init__(f"the budget of {currency} is spent")
@@ -30,8 +30,8 @@ class Spent(Exception):
 class Budget:
     """One or more bounds; each that is set binds, and the first one reached ends training.
 
-    nfe: denoiser evaluations in forward-equivalents (forward 1, twice where guidance takes a second one, backward +2; what a
-    machine computes again to save memory is its own affair and shows in seconds);
+    nfe: denoiser evaluations in forward-equivalents (forward 1, twice where guidance takes a second one, backward +2; what is
+    recomputed to save memory is not counted and shows in seconds only);
     images: generated for training, discarded ones included; reward_calls: images given to scorers;
     updates: optimiser steps; seconds: of training on the device, evaluation and checkpoints excluded;
     flops: nfe times the model's measured cost of one forward.
@@ -60,7 +60,7 @@ class Budget:
 
 @dataclass
 class Meter:
-    """What has been spent so far; `charge` is the only way to spend."""
+    """Counts what a run has spent; every cost goes through `charge` or `charge_scorer`."""
 
     budget: Budget
     flops_a_forward: float = 0.0
@@ -82,7 +82,7 @@ class Meter:
 
     @property
     def errors(self) -> int:
-        """Images that a scorer could not score."""
+        """Number of images that a scorer could not score."""
         return int(sum(s["errors"] for s in self.scorers.values()))
 
     @property
@@ -94,21 +94,24 @@ class Meter:
         return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
 
     def agree(self, processes: ProcessGroup) -> None:
-        """Take over the first process's clock. Between two calls seconds bind none of several: all would have to stop at once."""
+        """Take over the main process's clock.
+
+        With several processes the time limit is checked only between iterations, because all must stop together.
+        """
         if processes.size > 1:
             self._before, self._together = processes.from_main(lambda: self.seconds), True
 
     def start(self) -> None:
-        """Let the clock of training run."""
+        """Start the clock of training."""
         if self._since is None:
             self._since = time.perf_counter()
 
     def stop(self) -> None:
-        """Stop the clock: the judge looks, or a checkpoint is written."""
+        """Stop the clock, for an evaluation or a checkpoint."""
         self._before, self._since = self.seconds, None
 
     def charge(self, *, nfe: int = 0, role: str = "", images: int = 0, updates: int = 0) -> None:
-        """Spend, or raise Spent and spend nothing."""
+        """Charge a cost, or raise Spent and charge nothing."""
         self._refuse(nfe=nfe, images=images, updates=updates)
         if nfe:
             self.roles[role] += nfe
@@ -116,12 +119,12 @@ class Meter:
         self.updates += updates
 
     def charge_scorer(self, name: str, calls: int) -> None:
-        """Spend reward calls before the scorer is asked."""
+        """Charge reward calls, before the scorer is called; raises Spent as `charge` does."""
         self._refuse(reward_calls=calls)
         self.scorers.setdefault(name, {"calls": 0, "seconds": 0.0, "errors": 0})["calls"] += calls
 
     def note_scorer(self, name: str, seconds: float, errors: int) -> None:
-        """What the scorer took, and how many images it could not score."""
+        """Add a scorer's seconds and the number of images that it could not score."""
         self.scorers[name]["seconds"] += seconds
         self.scorers[name]["errors"] += errors
 
@@ -136,7 +139,7 @@ class Meter:
                 raise Spent(currency)
 
     def affords(self, **each: float) -> int:
-        """How many times a spend of so much, by currency, still fits under every bound (seconds cannot be foreseen)."""
+        """How many times these costs, by currency, still fit under every bound; seconds cannot be foreseen."""
         each = {**each, "flops": each.get("nfe", 0) * self.flops_a_forward}
         fits = [
             int((bound - getattr(self, currency)) // each[currency])
@@ -148,15 +151,15 @@ class Meter:
         return max(0, min(fits))
 
     def fraction(self) -> float:
-        """How much of the bound that binds most is spent, from 0 to 1."""
+        """Fraction of the tightest bound that is spent, from 0 to 1."""
         return min(1.0, max(getattr(self, currency) / bound for currency, bound in self.budget.bounds().items()))
 
     def spent(self) -> dict[str, float]:
-        """Every currency."""
+        """The amount spent in every currency."""
         return {currency: getattr(self, currency) for currency in CURRENCIES}
 
     def state(self) -> dict[str, Any]:
-        """All that a checkpoint needs, as plain numbers."""
+        """The meter's state as JSON values, for a checkpoint."""
         return {
             "roles": dict(self.roles),
             "scorers": {name: dict(s) for name, s in self.scorers.items()},
@@ -166,7 +169,7 @@ class Meter:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Undo `state`."""
+        """Set the meter to a `state`."""
         self.roles = Counter(state["roles"])
         self.scorers = {name: dict(s) for name, s in state["scorers"].items()}
         self.images, self.updates = state["images"], state["updates"]
@@ -174,12 +177,12 @@ class Meter:
 
 
 def named_budgets() -> dict[str, Path]:
-    """The budgets that ship with the package, by name."""
+    """Files of the budgets that come with the package, by name."""
     return {p.stem: p for p in sorted((Path(__file__).parent / "budgets").glob("*.toml"))}
 
 
 def load_budget(reference: str) -> Budget:
-    """A budget by its name, from a TOML file, or from text such as `nfe=100000,seconds=60`.
+    """Load a budget by its name, from a TOML file, or from text such as `nfe=100000,seconds=60`.
 
     Raises UserError on an unknown name or currency, an unreadable file, or a bound that is not above zero.
     """

@@ -1,13 +1,13 @@
-"""Two errors a person can mend, a wrong request and a missing part, and the stop that a person asked for."""
+"""Exceptions of gpobench: a wrong request, a missing part, and a run that the user stopped."""
 
 
 class UserError(Exception):
-    """A request that cannot be met as it stands; its text is one line a person can act on (exit code 2)."""
+    """A request that cannot be met. Its text is one line that says what to change (exit code 2)."""
 
 
 class Missing(UserError):
-    """An optional package or engine that is not installed; the text names what to install."""
+    """An optional package, engine or weight file that is not there. Its text names what to install or fetch."""
 
 
 class Interrupted(Exception):
-    """The person asked to stop; everything up to the last complete iteration is on disk."""
+    """The user stopped the run; everything up to the last complete iteration is on disk."""

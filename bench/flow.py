@@ -1,8 +1,8 @@
-"""Affine paths between data and noise, and the Gaussian steps that walk them back.
+"""Affine paths between data and noise, Gaussian sampling steps along them, and time grids.
 
 A path is x_t = alpha(t) x0 + sigma(t) eps with t in [0, 1]; t = 0 is data, t = 1 is noise. Every model family is a
 velocity field v = alpha'(t) x0 + sigma'(t) eps on such a path: `rectified` for SD3 and FLUX, `ddpm(table)` for SD1.5 and
-SDXL, `cosine` as the closed form of the latter. `to_velocity` turns what a network says into v, so one algebra serves all.
+SDXL, `cosine` as the closed form of the latter. `to_velocity` turns a network's output into v, so one algebra serves all.
 
 Every kernel lands at  alpha(s) x0_hat + q eps_hat  and adds Gaussian noise of width std; kernels differ in (q, std) only:
 
@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 Coefs = tuple[Tensor, Tensor, Tensor, Tensor]  # alpha, sigma, alpha', sigma'
-FIRST = 1e-6  # alpha of the noisiest time: 0, but schedulers shift in float32 and may leave 1e-7; a second time is never so near
+# Bound on alpha at the noisiest time: it is 0, but schedulers shift in float32 and may leave 1e-7; a second time is never so near.
+FIRST = 1e-6
 Prediction = Literal["velocity", "epsilon", "v_prediction", "sample"]  # the words of diffusers' `prediction_type`
 
 
@@ -140,7 +141,7 @@ def split(path: Path, x: Tensor, v: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def to_velocity(path: Path, x: Tensor, t: Tensor, out: Tensor, prediction: Prediction = "velocity") -> Tensor:
-    """What a network says at (x, t), as a velocity (B, ...); with d = alpha sigma' - alpha' sigma and n = alpha^2 + sigma^2:
+    """A network's output at (x, t) as a velocity (B, ...); with d = alpha sigma' - alpha' sigma and n = alpha^2 + sigma^2:
 
         velocity      v = out
         epsilon       v = (alpha' x + d out) / alpha       out = eps_hat; nothing is known where alpha = 0
@@ -233,7 +234,7 @@ def land(path: Path, x: Tensor, v: Tensor, t: Tensor, p: Tensor, q: Tensor, std:
     return Step(like(cx, x) * wide(x) + like(cv, x) * wide(v), like(std, x))
 
 
-def _ends(path: Path, t: Tensor, s: Tensor) -> tuple[Coefs, Tensor, Tensor, Tensor]:
+def _coefficients(path: Path, t: Tensor, s: Tensor) -> tuple[Coefs, Tensor, Tensor, Tensor]:
     """The coefficients at t, then alpha(s), sigma(s) and the step's length t - s > 0; all float64."""
     t, s = precise(t), precise(s)
     return path(t), *path(s)[:2], t - s
@@ -244,7 +245,7 @@ class Ode:
     """x_s = alpha(s) x0_hat + sigma(s) eps_hat: DDIM; Euler on the rectified path."""
 
     def __call__(self, path: Path, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Step:
-        _, a1, s1, _ = _ends(path, t, s)
+        _, a1, s1, _ = _coefficients(path, t, s)
         return land(path, x, v, t, a1, s1, torch.zeros_like(s1))
 
 
@@ -262,7 +263,7 @@ class Sde:
     noise_level: float = 0.7
 
     def __call__(self, path: Path, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Step:
-        (a, sig, da, ds), a1, s1, dt = _ends(path, t, s)
+        (a, sig, da, ds), a1, s1, dt = _coefficients(path, t, s)
         g2 = self.noise_level**2 * sig * (a * ds - da * sig) / torch.where(a > FIRST, a, a1)
         return land(path, x, v, t, a1, s1 - g2 / (2 * sig) * dt, (g2 * dt).sqrt())
 
@@ -277,7 +278,7 @@ class Dance:
     eta: float = 0.3
 
     def __call__(self, path: Path, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Step:
-        (_, sig, _, _), a1, s1, dt = _ends(path, t, s)
+        (_, sig, _, _), a1, s1, dt = _coefficients(path, t, s)
         return land(path, x, v, t, a1, s1 - self.eta**2 / (2 * sig) * dt, self.eta * dt.sqrt())
 
 
@@ -294,7 +295,7 @@ class Cps:
     eta: float = 0.8
 
     def __call__(self, path: Path, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Step:
-        _, a1, s1, _ = _ends(path, t, s)
+        _, a1, s1, _ = _coefficients(path, t, s)
         std = s1 * math.sin(self.eta * math.pi / 2)
         return land(path, x, v, t, a1, (s1**2 - std**2).clamp(min=0).sqrt(), std)
 
@@ -310,7 +311,7 @@ class Ddim:
     eta: float = 1.0
 
     def __call__(self, path: Path, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Step:
-        (a, sig, _, _), a1, s1, _ = _ends(path, t, s)
+        (a, sig, _, _), a1, s1, _ = _coefficients(path, t, s)
         std = self.eta * s1 * (1 - (a * s1 / (a1 * sig)) ** 2).clamp(min=0).sqrt()
         return land(path, x, v, t, a1, (s1**2 - std**2).clamp(min=0).sqrt(), std)
 
@@ -330,7 +331,7 @@ class Dpm2:
     def second(self, path: Path, x: Tensor, v: Tensor, t: Tensor, s: Tensor, before: tuple[Tensor, Tensor]) -> Step:
         """The second order; before = (x0_hat (B, ...), time (B,)) of the step before."""
         x0, past = before
-        (a, sig, _, _), a1, s1, _ = _ends(path, t, s)
+        (a, sig, _, _), a1, s1, _ = _coefficients(path, t, s)
         a2, sig2, _, _ = path(precise(past))
         now, then, past_ = (alpha.log() - sigma.log() for alpha, sigma in ((a, sig), (a1, s1), (a2, sig2)))
         factor = (a1 - s1 * a / sig) * (then - now) / (now - past_) / 2  # past at pure noise: (...) / inf = 0

@@ -1,4 +1,4 @@
-"""What a model's name stands for: where its weights are, and the protocol it is trained and judged under."""
+"""Model specs: where a model's weights are, and the protocol it is trained and evaluated under."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEED_FORWARD = ("net.0.proj", "net.2")
 
 @dataclass(frozen=True)
 class Adapter:
-    """The LoRA that is trained; the base weights never change."""
+    """Settings of the LoRA that is trained; the base weights never change."""
 
     rank: int = 32
     alpha: int = 64
@@ -30,8 +30,11 @@ class Adapter:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """All that a name stands for, without loading it. The defaults are the protocol of Flow-GRPO and its kin:
-    512 px, 40 steps, guidance 4.5, T5 cut to 128 tokens, LoRA of rank 32 on the attention (arXiv 2505.05470, App. B)."""
+    """What a model's name stands for; nothing is loaded.
+
+    The defaults are the protocol of Flow-GRPO: 512 px, 40 steps, guidance 4.5, T5 cut to 128 tokens, LoRA of rank 32 on the
+    attention (arXiv 2505.05470, App. B).
+    """
 
     name: str
     source: str  # a folder in diffusers format, or owner/name on the model hub
@@ -43,26 +46,24 @@ class ModelSpec:
     steps: int = 40
     guidance: float = 4.5  # 1 is none
     max_sequence_length: int = 128  # tokens of the T5 slot, where there is one
-    negative_prompt: str | None = (
-        None  # what guidance leads away from; None is the pipeline's own, "" encodes an empty text
-    )
+    # What guidance leads away from; None is the pipeline's own default, "" encodes an empty text.
+    negative_prompt: str | None = None
     licence: str = "its own"
     budget: str = "sd35m"  # the bounds a run gets when it names none
     precision: str = "bf16"
     rows: int = 8  # images sampled at once
     checkpointing: bool = True  # activations are computed again in the backward pass: less memory, a third more time
     offload: bool = True  # text encoders and embeddings stay in main memory, and visit the device for encoding only
-    compile: bool = (
-        False  # torch.compile on the trained network; needs a C++ compiler, minutes at the start, and no checkpointing
-    )
+    # torch.compile on the trained network; needs a C++ compiler, minutes at the start, and no checkpointing.
+    compile: bool = False
     preset: str = ""  # the section of methods/NAME.toml that fits it; empty is the model's own name
     adapter: Adapter = field(default_factory=Adapter)
 
 
-# What differs from the defaults of Card by pipeline class. Steps, guidance and tokens are the defaults of diffusers' pipelines.
+# What differs from the defaults of ModelSpec by pipeline class. Steps, guidance and tokens are the defaults of diffusers' pipelines.
 # FLUX: 720 px as DanceGRPO, MixGRPO and BranchGRPO train it (arXiv 2505.07818, finetune_flux_grpo.sh and its kin); no paper
 # states the whole of an evaluation. SDXL: 1024 px, and SD1.5: 512 px, as Diffusion-DPO (arXiv 2311.12908). The sampler of both
-# U-Nets is DDIM; their attention has no second stream to adapt.
+# U-Nets is DDIM; their attention has no second stream to adapt. A third party's class states its own (`models.base`).
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "StableDiffusion3Pipeline": {},
     "FluxPipeline": {"height": 720, "width": 720, "steps": 28, "guidance": 3.5, "max_sequence_length": 512},
@@ -85,7 +86,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 
 def find_model_spec(reference: str) -> ModelSpec:
-    """The card behind a name, or behind a local folder in diffusers format.
+    """The model spec of a name, or of a local folder in diffusers format.
 
     A folder gets the protocol of its pipeline's class; one that `gpobench pretrain` wrote states its own in recipe.json.
     Raises UserError on an unknown name or a folder that is no pipeline.
@@ -124,13 +125,13 @@ def _protocol(pipeline: str, facts: dict[str, Any]) -> dict[str, Any]:
     protocol = _class_protocol(pipeline)
     if not facts:
         return protocol
-    known = ("height", "width", "steps", "guidance", "max_sequence_length")
+    stated = ("height", "width", "steps", "guidance", "max_sequence_length")
     attention: Adapter = protocol.get("adapter", Adapter())
     adapter = replace(SMALL["adapter"], targets=attention.targets + FEED_FORWARD)
-    return {"domain": "glyphs", **{key: facts[key] for key in known}, **SMALL, "adapter": adapter}
+    return {"domain": "glyphs", **{key: facts[key] for key in stated}, **SMALL, "adapter": adapter}
 
 
-# What suits a model of a few million parameters on a CPU.
+# Settings for a model of a few million parameters on a CPU.
 SMALL: dict[str, Any] = {
     "budget": "tiny",
     "precision": "fp32",

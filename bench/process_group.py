@@ -1,11 +1,11 @@
-"""Several processes at one oar: who does which part of the work, and how all come to hold the whole.
+"""Process group: divides the parts of a batch over processes and gathers the results.
 
-Every process walks through the whole iteration: it draws the same noise and charges the same spend, in the same order. Of the parts of
-a rollout (`rows` images each), of a minibatch (`optim.micro` rows each) and of a look, process k really computes those whose number is
-k modulo the size; for the others the rig stands by and the owner's result takes the place of its zeros. The parts are those of one
-process, so group size, batch, number of updates, and where a budget ends, are constants of the method: more processes make the
-same run faster as long as there are parts enough, and the meter counts it once. A method that does its own sampling through
-`rig.sample` is computed by all, with the same result.
+Every process runs the whole iteration: it draws the same noise and charges the same costs, in the same order. Of the parts of
+a rollout (`rows` images each), of a minibatch (`optim.micro` rows each) and of an evaluation, process k computes those whose
+number is k modulo the size; the others are charged and filled with zeros, and the owner's result replaces them. The parts are
+those of one process, so group size, batch, number of updates and the end of a budget do not depend on the number of processes:
+more processes make the same run faster as long as there are enough parts, and the meter counts it once. Methods that call
+`rig.sample` directly run it on every process, with the same result.
 """
 
 from __future__ import annotations
@@ -22,59 +22,59 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Process `rank` of `size`. Alone, every method does nothing."""
+    """Process `rank` of `size`. With size 1 every method returns its input."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def is_main(self) -> bool:
-        """The one that speaks and writes."""
+        """True for the process that prints and writes files."""
         return self.rank == 0
 
     def owns(self, part: int) -> bool:
-        """Is this part of the work this process's?"""
+        """True where this process computes this part."""
         return part % self.size == self.rank
 
     def broadcast_parts(self, parts: Sequence[Tensor]) -> None:
-        """Fill in, in place, the parts that others computed; part k is the (k modulo size)-th process's."""
+        """Broadcast every part from its owner, in place; process k modulo size owns part k."""
         if self.size > 1:
             for k, part in enumerate(parts):
                 torch.distributed.broadcast(part, src=k % self.size)
 
     def exchange_objects(self, parts: Sequence[T | None]) -> list[T]:
-        """The same for any small object; what this process has at the place of another's part does not matter."""
-        found: list[T] = []
+        """Every part from its owner, for small objects; what this process has for the parts of others is ignored."""
+        objects: list[T] = []
         for k, part in enumerate(parts):
             box = [part]
             if self.size > 1:
                 torch.distributed.broadcast_object_list(box, src=k % self.size)
-            assert box[0] is not None, "the owner of a part has it"
-            found.append(box[0])
-        return found
+            assert box[0] is not None, "the owner of a part must hold it"
+            objects.append(box[0])
+        return objects
 
-    def gather(self, mine: T) -> list[T]:
-        """Everybody's object, by rank."""
+    def gather(self, value: T) -> list[T]:
+        """The objects of all processes, by rank."""
         if self.size == 1:
-            return [mine]
-        all_: list[T | None] = [None] * self.size
-        torch.distributed.all_gather_object(all_, mine)
-        return [one for one in all_ if one is not None]
+            return [value]
+        values: list[T | None] = [None] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return [value for value in values if value is not None]
 
-    def from_main(self, say: Callable[[], T]) -> T:
-        """What the first process says."""
-        return self.exchange_objects([say() if self.is_main else None])[0]
+    def from_main(self, compute: Callable[[], T]) -> T:
+        """The result of `compute` on the main process, which alone calls it."""
+        return self.exchange_objects([compute() if self.is_main else None])[0]
 
     def any(self, flag: bool) -> bool:
-        """Does it hold for one of them?"""
+        """True where the flag is set on any process."""
         return any(self.gather(flag))
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sum the gradients over the processes; where one has none, it counts as zero."""
+        """Sum the gradients over the processes, in place; a missing gradient counts as zero."""
         if self.size == 1:
             return
-        own = list(parameters)
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in own])
+        trained = list(parameters)
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trained])
         torch.distributed.all_reduce(flat)
-        for p, part in zip(own, flat.split([p.numel() for p in own]), strict=True):
+        for p, part in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
             p.grad = part.view_as(p).clone()

@@ -1,4 +1,4 @@
-"""A name becomes an object by one door, for the built-in parts and for a third party's alike."""
+"""Registry: loads methods, tasks, scorers, models and other parts by entry point or from a Python file."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ GROUPS = {
     "recipe": "gpobench.recipes",
     "command": "gpobench.commands",
 }
-PLUGIN = "gpobench_plugin_"  # how modules made of a person's own files begin
-DOMAINS = ("glyphs", "open")  # what a model understands: the embedded ones, and all others
+# Prefix of the names of modules that are loaded from Python files.
+PLUGIN = "gpobench_plugin_"
+# Prompts that a model understands: those of the embedded models, and all others.
+DOMAINS = ("glyphs", "open")
 
 
 def unknown(kind: str, name: str, valid: Iterable[str]) -> UserError:
-    """The one-line error for a name that does not exist, with the nearest ones that do."""
+    """A UserError for a name that does not exist, which names the nearest valid one and lists all."""
     names = sorted(valid)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
@@ -38,92 +40,91 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> UserError:
 
 
 def known_domain(task: str, domain: str) -> str:
-    """The prompt domain, one of those a model's card may name; UserError for another."""
+    """The prompt domain, where it is one of DOMAINS. Raises UserError for another."""
     if domain not in DOMAINS:
         raise unknown(f"prompt domain of the task {task}", domain, DOMAINS)
     return domain
 
 
 def entries(kind: str) -> dict[str, metadata.EntryPoint]:
-    """The entry points of one kind, by name; a name claimed twice is refused."""
-    found: dict[str, metadata.EntryPoint] = {}
+    """The entry points of one kind, by name. Raises UserError where two packages claim a name."""
+    by_name: dict[str, metadata.EntryPoint] = {}
     for entry in sorted(_installed(GROUPS[kind], tuple(sys.path)), key=lambda e: (e.name, e.value)):
-        twin = found.get(entry.name)
+        twin = by_name.get(entry.name)
         if twin is not None and twin.value != entry.value:
             raise UserError(f"two packages claim the {kind} {entry.name!r}: {twin.value} and {entry.value}")
-        found[entry.name] = entry
-    return found
+        by_name[entry.name] = entry
+    return by_name
 
 
 @cache
 def _installed(group: str, path: tuple[str, ...]) -> metadata.EntryPoints:
-    """The entry points of a group on this path. Asking the system takes milliseconds each time, and a table asks hundreds of times."""
+    """The entry points of a group on this path, cached: a look-up takes milliseconds, and a table makes hundreds."""
     return metadata.entry_points(group=group)
 
 
 def canonical(kind: str, name: str) -> str:
-    """The name behind an alias: of several entry points with one target, the one that its file is called after.
+    """The name that an alias stands for: of several entry points with one target, the one its file is named after.
 
     `dpo` and `diffusion-dpo` are one method, methods/diffusion_dpo.py; a variant behind a colon stays: `dpo:offline`.
     """
     if ".py:" in name:
         return name
     base, colon, variant = name.partition(":")
-    known = entries(kind)
-    if base not in known:
+    points = entries(kind)
+    if base not in points:
         return name
-    target = known[base].value
-    twins = [other for other, entry in known.items() if entry.value == target]
+    target = points[base].value
+    twins = [other for other, entry in points.items() if entry.value == target]
     leaf = target.partition(":")[0].rpartition(".")[2].replace("_", "-")
     return (leaf if leaf in twins else base) + colon + variant
 
 
 def aliases(kind: str, name: str) -> list[str]:
-    """The other names of a part."""
+    """The aliases of a part: its other names."""
     return [other for other in entries(kind) if other != name and canonical(kind, other) == name]
 
 
 def load(kind: str, reference: str) -> Any:
-    """The object behind a name, or behind `path/to/file.py:Name`.
+    """Load the part called by a name or by `path/to/file.py:Name`.
 
     Raises UserError on an unknown name, an unreadable file, or a part that cannot be imported.
     """
     if ".py:" in reference:
-        return _from_file(reference)
-    known = entries(kind)
-    reference = (
-        reference.partition(":")[0] if kind == "method" else reference
-    )  # the variant is a matter of its settings
-    if reference not in known:
-        raise unknown(kind, reference, known)
+        return _load_from_file(reference)
+    points = entries(kind)
+    if kind == "method":  # the variant behind the colon is read with the settings
+        reference = reference.partition(":")[0]
+    if reference not in points:
+        raise unknown(kind, reference, points)
     try:
-        return known[reference].load()
+        return points[reference].load()
     except UserError:
         raise
     except Exception as error:  # a third party's module may fail in any way
-        raise UserError(f"{kind} {reference!r} cannot be loaded from {known[reference].value}: {error}") from error
+        raise UserError(f"{kind} {reference!r} cannot be loaded from {points[reference].value}: {error}") from error
 
 
 def scorer(reference: str) -> Any:
-    """The scorer behind `name` or `name:variant`; making it may raise Missing."""
+    """Make the scorer called `name`, `name:variant` or `path/to/file.py:Name`. Raises Missing where its engine is not there."""
     if ".py:" in reference:
-        return _from_file(reference)()
+        return _load_from_file(reference)()
     name, _, variant = reference.partition(":")
     return load("scorer", name)(variant or None)
 
 
 def embedder(reference: str) -> Any:
-    """The embedder behind `name` or `name:variant`; making it may raise Missing."""
+    """Make the embedder called `name`, `name:variant` or `path/to/file.py:Name`. Raises Missing without its engine."""
     if ".py:" in reference:
-        return _from_file(reference)()
+        return _load_from_file(reference)()
     name, _, variant = reference.partition(":")
     return load("embedder", name)(variant or None)
 
 
-def caption(kind: str, name: str) -> str:
-    """What a part is, read as text without an import: the first line of its file, or of its function where parts share a file."""
+def summary_line(kind: str, name: str) -> str:
+    """The first docstring line of a part's file, read without an import; of its function where parts share a file."""
     module, _, attribute = entries(kind)[name].value.partition(":")
-    shared = {point.value for point in entries(kind).values() if point.value.partition(":")[0] == module}
+    parts_in_file = {point.value for point in entries(kind).values() if point.value.partition(":")[0] == module}
     parent, _, leaf = module.rpartition(".")
     try:
         package = import_module(parent) if parent else None
@@ -140,20 +141,21 @@ def caption(kind: str, name: str) -> str:
             )
         )
         tree: ast.Module | ast.FunctionDef = ast.parse(source.read_text("utf-8"))
-        if len(shared) > 1:
-            own = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == attribute]
-            tree = next((n for n in own if ast.get_docstring(n)), tree)
+        if len(parts_in_file) > 1:
+            functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == attribute]
+            tree = next((n for n in functions if ast.get_docstring(n)), tree)
         return (ast.get_docstring(tree) or "").partition("\n")[0]
     except (ImportError, OSError, StopIteration, SyntaxError):
         return ""
 
 
-def _from_file(reference: str) -> Any:
+def _load_from_file(reference: str) -> Any:
+    """The object called `path/to/file.py:Name`. Raises UserError where file or name cannot be loaded."""
     file, _, name = reference.rpartition(":")
     path = Path(file)
     if not path.is_file():
         raise UserError(f"no such file: {path}")
-    # Two files of one name are two modules: what is looked up by a class's module must be its own file.
+    # Two files of one name are two modules: a class's module is used to find its own file.
     alias = f"{PLUGIN}{path.stem}_{sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(alias, path)
     if spec is None or spec.loader is None:
@@ -166,7 +168,9 @@ def _from_file(reference: str) -> Any:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
     if name not in vars(module):
         own = [
-            n for n, made in vars(module).items() if getattr(made, "__module__", "") == alias and not n.startswith("_")
+            n
+            for n, value in vars(module).items()
+            if getattr(value, "__module__", "") == alias and not n.startswith("_")
         ]
         raise unknown(f"name in {path.name}", name, own or [n for n in vars(module) if not n.startswith("_")])
     return vars(module)[name]

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first lets the iteration at hand end and be saved, the second does not wait."""
+"""Handling of Ctrl-C: the first one lets the current iteration end and be saved, the second one stops at once."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from typing import Any
 
 
 class AtOnce(BaseException):
-    """Asked to stop a second time; typer would swallow a KeyboardInterrupt and what we have to say."""
+    """The user asked to stop a second time. No KeyboardInterrupt: typer would replace its message."""
 
 
 @contextlib.contextmanager
 def asked_to_stop() -> Generator[Callable[[], bool]]:
-    """Within: whether SIGINT, SIGTERM or, unless nohup set it aside, SIGHUP came; the second one raises AtOnce."""
-    asked: list[int] = []
+    """Catch SIGINT, SIGTERM and SIGHUP (unless nohup ignores it); yields whether one came. A second one raises AtOnce."""
+    received: list[int] = []
 
-    def hear(number: int, frame: Any) -> None:
-        if asked:
+    def receive(number: int, frame: Any) -> None:
+        if received:
             raise AtOnce
-        asked.append(number)
-        with contextlib.suppress(OSError, ValueError):  # a pipe whose reader the same Ctrl-C ended
+        received.append(number)
+        with contextlib.suppress(OSError, ValueError):  # stderr is a pipe whose reader the same Ctrl-C ended
             print(
                 "\nstopping after the step at hand, so that nothing of it is lost (Ctrl-C again: at once)",
                 file=sys.stderr,
             )
 
-    heard = [signal.SIGINT, signal.SIGTERM]
+    handled = [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # the terminal is gone
-        heard.append(signal.SIGHUP)
-    old = {number: signal.signal(number, hear) for number in heard}
+        handled.append(signal.SIGHUP)
+    previous = {number: signal.signal(number, receive) for number in handled}
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(received)
     finally:
-        for number, handler in old.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -23,24 +23,24 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Split = Literal["train", "validation", "test"]
-Cond = Mapping[str, Tensor]  # what a model made of B prompts: every tensor leads with B; the model's own affair
-Images = np.ndarray[Any, np.dtype[np.uint8]]  # (B, H, W, 3), RGB: what engines and PNG files speak
+# The conditioning of B prompts, as the model's text encoders make it; every tensor leads with B.
+Cond = Mapping[str, Tensor]
+Images = np.ndarray[Any, np.dtype[np.uint8]]  # (B, H, W, 3), RGB
 Values = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text for the model, and the facts a scorer needs to judge what came of it."""
+    """A text for the model, and the facts that a scorer needs to score its images."""
 
     text: str
     meta: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    stratum: str = (
-        ""  # GenEval's tag, HPSv2's style: the mean over prompts is the unweighted mean of the strata's means
-    )
+    # GenEval's tag, HPSv2's style: the mean over prompts is the unweighted mean of the strata's means.
+    stratum: str = ""
 
 
 def fold_text(text: str) -> str:
-    """What makes two texts the same prompt: case, punctuation and spacing do not."""
+    """The text without case, punctuation and spacing: two prompts are the same where their folded texts are equal."""
     return "".join(character for character in text.casefold() if character.isalnum()) or text.casefold()
 
 
@@ -152,15 +152,15 @@ def counted_guidance(model: PolicyModel) -> float:
 
 @dataclass(frozen=True)
 class Scores:
-    """What a scorer says of B images; NaN means: could not be scored, and `reasons` says why."""
+    """Scores of B images; NaN where an image could not be scored, with the reason in `reasons`."""
 
     value: Mapping[str, Values]  # metric name -> (B,)
     reasons: Mapping[int, str] = field(default_factory=dict[int, str])  # row -> why it is NaN
-    notes: Sequence[str] | None = None  # what the scorer saw in each image (the text it read), for the record
+    notes: Sequence[str] | None = None  # what the scorer found in each image, such as the text it read, for the record
 
 
 class Scorer(Protocol):
-    """Images and their prompts -> scores, higher is better. It raises only when the caller is at fault."""
+    """Images and their prompts -> scores, higher is better. Raises only where the caller passed wrong arguments."""
 
     id: str  # rule + engine + weights revision: two numbers compare only when their ids are equal
     name: str  # the short name in tables
@@ -170,7 +170,7 @@ class Scorer(Protocol):
 
 
 def check_images(images: Images, prompts: Sequence[Prompt]) -> None:
-    """ValueError where images are not (B, H, W, 3) uint8 or their number is not the prompts'."""
+    """Raise ValueError where images are not (B, H, W, 3) uint8 or their number is not the prompts'."""
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
         raise ValueError(
             f"a scorer takes images of shape (B, H, W, 3) and type uint8, got {images.shape} {images.dtype}"
@@ -180,20 +180,20 @@ def check_images(images: Images, prompts: Sequence[Prompt]) -> None:
 
 
 class Embedder(Protocol):
-    """Images -> vectors that tell them apart: diversity within a prompt and drift from the base are distances of theirs."""
+    """Images -> vectors whose distances measure diversity within a prompt and drift from the base model."""
 
     id: str  # engine + weights revision
     name: str
     distance: Literal["cosine", "squared"]  # 1 - <a, b> of unit vectors | |a - b|^2
 
     def __call__(self, images: Images) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """(B, H, W, 3) -> (B, D); raises what went wrong."""
+        """(B, H, W, 3) -> (B, D). May raise any exception."""
         ...
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What a table shows beside the task's own scorers, by name; each is left out, and said, where its parts are not there."""
+    """Names of what a table shows beside the task's scorers; one whose parts are not installed is left out with a message."""
 
     quality: Sequence[str] = ()  # scorers of something else than the task: a fall marks a hack
     diversity: Sequence[str] = ()  # embedders: mean distance between the images of a prompt
@@ -202,14 +202,14 @@ class Columns:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How a task is judged: on which prompts, with how many images a prompt, and the seed of the evaluation noise."""
+    """How a task is evaluated: on which prompts, with how many images a prompt, and the seed of the evaluation noise."""
 
     test_images: int = 2
-    validation_images: int = 1  # where validation prompts judge the result
-    curve_images: int = 1  # at every mark of the budget, on validation prompts
+    validation_images: int = 1  # where the result is evaluated on validation prompts
+    curve_images: int = 1  # at every eval point, on validation prompts
     eval_points: int = 10  # evaluations on validation prompts in the course of a budget, beside the one before it
     seed: int = 20_260_101
-    split: Literal["test", "validation"] = "test"  # what the result is judged on; settings are chosen on validation
+    split: Literal["test", "validation"] = "test"  # of the result; settings are chosen on validation
 
     def __post_init__(self) -> None:
         if min(self.test_images, self.validation_images, self.curve_images) < 1:
@@ -218,11 +218,11 @@ class EvaluationSettings:
                 f"and {self.curve_images}"
             )
         if self.eval_points < 1:
-            raise UserError(f"evaluation: the curve needs at least one evaluation point, got {self.eval_points}")
+            raise UserError(f"evaluation: the curve needs at least one eval point, got {self.eval_points}")
 
 
 class Task(Protocol):
-    """Prompts in three disjoint splits, the scorer to train on, and the scorers that judge. Scorers by name only."""
+    """Prompts in three disjoint splits, the scorer to train on, and the scorers to evaluate with, all by name."""
 
     name: str
     version: str
@@ -236,32 +236,32 @@ class Task(Protocol):
 
 @runtime_checkable
 class SupportsColumns(Protocol):
-    """A task with further columns."""
+    """A task with columns beside its own scorers."""
 
     def columns(self, domain: str) -> Columns: ...
 
 
 @runtime_checkable
 class SupportsOwnPrompts(Protocol):
-    """A task that understands prompts of a person's own (`--prompts FILE`)."""
+    """A task that reads prompts from a user's file (`--prompts FILE`)."""
 
     def read(self, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:
-        """The prompt with what its scorers must know; facts: the row's other columns. Raises UserError naming what is missing."""
+        """The prompt with the facts its scorers need, from the row's other columns. Raises UserError naming what is missing."""
         ...
 
 
 @runtime_checkable
 class SupportsSummary(Protocol):
-    """A task whose publication aggregates in its own way."""
+    """A task with the aggregation of its publication."""
 
     def summary(self, table: pd.DataFrame) -> Mapping[str, float]:
-        """Named numbers from a look's table (prompt, ordinal, text, stratum, scorer, metric, value, ...)."""
+        """Named numbers from an evaluation's table (prompt, ordinal, text, stratum, scorer, metric, value, ...)."""
         ...
 
 
 @dataclass(frozen=True)
 class Optim:
-    """How the loop fits one collected batch."""
+    """Settings of the optimiser and of the updates on one collected batch."""
 
     lr: float = 3e-4  # of AdamW
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
@@ -271,7 +271,9 @@ class Optim:
     micro: int = 0  # rows per backward pass; 0 takes a whole minibatch at once
     clip: float = 1.0  # of the gradient's norm
     warmup: int = 0  # updates over which the learning rate rises linearly from 0
-    ema: float = 0.0  # decay of the averaged weights that are judged instead of the last ones; 0 judges the last
+    ema: float = (
+        0.0  # decay of the averaged weights, which are evaluated instead of the last ones; 0 evaluates the last
+    )
 
     def __post_init__(self) -> None:
         for name, low in {"epochs": 1, "minibatches": 1, "micro": 0, "warmup": 0, "weight_decay": 0}.items():
@@ -310,12 +312,12 @@ class Choice:
 Range = LogUniform | Uniform | Choice
 
 
-# The kinds of experience that methods share.
+# The kinds of batches that methods share
 
 
 @dataclass(frozen=True)
 class Groups:
-    """P prompts with G images each."""
+    """P prompts with G images each, and their rewards."""
 
     x0: Tensor  # (P, G, C, h, w)
     prompt_ids: Tensor  # (P,) which prompt
@@ -333,7 +335,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Transitions:
-    """N transitions x at t -> to at s of the images of a rollout, each with the credit it earned."""
+    """N transitions x at t -> to at s of the images of a rollout, each with its image's advantage."""
 
     x: Tensor  # (N, C, h, w)
     t: Tensor  # (N,)
@@ -352,16 +354,16 @@ def assign_advantages(transitions: Transitions, advantage: Tensor) -> Transition
     Such an image lies in a group without spread, was not scored, or earned exactly the mean: a policy gradient would
     multiply its transitions by 0 (Flow-GRPO's code drops them too).
     """
-    each = advantage.flatten().cpu()
-    learn = (each != 0).nonzero().flatten()
-    rows = torch.isin(transitions.image.cpu(), learn).nonzero().flatten()
-    kept = select_rows(transitions, rows)
-    return replace(kept, advantage=each[kept.image.cpu()].to(transitions.advantage))
+    by_image = advantage.flatten().cpu()
+    images = (by_image != 0).nonzero().flatten()
+    rows = torch.isin(transitions.image.cpu(), images).nonzero().flatten()
+    informative = select_rows(transitions, rows)
+    return replace(informative, advantage=by_image[informative.image.cpu()].to(transitions.advantage))
 
 
 @dataclass(frozen=True)
 class InitialNoise:
-    """N noises with their prompts, for methods that differentiate the sampler."""
+    """N initial noises with their prompts, for methods that differentiate the sampler."""
 
     noise: Tensor  # (N, C, h, w)
     prompt_ids: Tensor  # (N,)
@@ -587,7 +589,7 @@ class Rig(Protocol):
 
 
 class Method(Protocol):
-    """A frozen dataclass: its fields are its hyper-parameters; collect pays for experience, loss learns from it."""
+    """A frozen dataclass: its fields are its hyper-parameters, `collect` samples a batch, `loss` is its equation."""
 
     space: ClassVar[Mapping[str, Range]]  # what `gpobench tune` may draw: the key of a --set -> its range
 
@@ -595,36 +597,36 @@ class Method(Protocol):
     def optim(self) -> Optim: ...
 
     def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
-        """Static nfe an image by role, every group teaching: what the meter must show. steps, guidance: the protocol's."""
+        """nfe an image by role, where every group is informative; the meter must show the same. steps, guidance: the protocol's."""
         ...
 
     def collect(self, rig: Rig) -> Any:
-        """A batch: a dataclass of tensors that share their first dimension, the rows."""
+        """Sample a batch: a dataclass of tensors that share their first dimension, the rows."""
         ...
 
     def loss(self, rig: Rig, batch: Any) -> Tensor:
-        """A MEAN OVER ROWS, so that the loop may split rows for accumulation and data parallelism."""
+        """The loss, a mean over rows, so that rows may be split for gradient accumulation and data parallelism."""
         ...
 
 
 @runtime_checkable
 class SupportsLatentCount(Protocol):
-    """A method whose rows need several latents in the network at once; a quote of the memory must know it."""
+    """A method whose rows need several latents in the network at once, for the memory estimate."""
 
     @property
     def latents(self) -> int:
-        """Of one row of its batch: the group's size, the times of an image, two of a pair."""
+        """Latents of one row of the batch: the group's size, the times of an image, two of a pair."""
         ...
 
 
 @runtime_checkable
 class Search(Protocol):
-    """A method without training: it spends the budget on drawing better images at inference."""
+    """A method without training, which spends the budget on better images at inference."""
 
     def answer(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
-        """(B, C, h, w): latents for prompts who (B,), from this noise (B, C, h, w) and any more it draws.
+        """Latents (B, C, h, w) for prompts prompt_ids (B,), from this noise (B, C, h, w) and any more that is drawn.
 
-        images: how many will be asked for in all, so that the budget can be shared out.
+        images: the number of images of the whole evaluation, over which the budget is divided.
         """
         ...
 
@@ -633,7 +635,7 @@ B = TypeVar("B")
 
 
 def select_rows(batch: B, rows: Tensor) -> B:
-    """Some rows of a batch of any kind, by index or by mask; batch and rows may lie on different devices."""
+    """The rows of a batch of any kind, by index or by mask; batch and rows may be on different devices."""
     return replace(batch, **{f.name: _rows(getattr(batch, f.name), rows) for f in fields(batch)})  # type: ignore[type-var]
 
 
@@ -642,5 +644,5 @@ def _rows(tensor: Tensor, rows: Tensor) -> Tensor:
 
 
 def batch_size(batch: Any) -> int:
-    """How many rows a batch has."""
+    """The number of rows of a batch."""
     return len(getattr(batch, fields(batch)[0].name))

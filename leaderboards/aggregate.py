@@ -9,7 +9,8 @@ import numpy as np
 
 from ..bench import registry
 from ..bench.errors import UserError
-from ..bench.stats import intervals
+from ..bench.stats import intervals, resampling
+from ..bench.stats.aggregate import iqm, probability_of_improvement
 from ..bench.stats.intervals import Contrast, Estimate
 from .board import BASE, Board
 from .build_board import build_board
@@ -93,11 +94,11 @@ def _rows(
 ) -> list[AggregateRow]:
     rows: list[AggregateRow] = []
     for label in complete:
-        middle = intervals.iqm(gains.runs[label], drawn=gains.drawn[label])
+        middle = iqm(gains.runs[label], drawn=gains.drawn[label])
         better = None
         if label != baseline:
             both = gains.drawn[label], gains.drawn[baseline]
-            better = intervals.probability_of_improvement(gains.runs[label], gains.runs[baseline], drawn=both)
+            better = probability_of_improvement(gains.runs[label], gains.runs[baseline], drawn=both)
         rows.append(AggregateRow(label, tuple(sorted(complete[label][0])), gains.by_task[label], middle, better))
     return sorted(rows, key=lambda row: (-row.middle.mean, row.label))
 
@@ -131,7 +132,7 @@ def _task_gains(
         seeds = {label: [by[k][seed] for seed in sorted(by[k])] for label, by in complete.items()}
         columns = [vector for vectors in seeds.values() for vector in vectors]
         means = iter(intervals.crossed([Contrast([x]) for x in columns], resamples=1, strata=strata[task]))
-        redrawn = iter(intervals.redrawn(np.stack(columns, axis=1), resamples, strata=strata[task]).T)
+        redrawn = iter(resampling.resampled_means(np.stack(columns, axis=1), resamples, strata=strata[task]).T)
         estimates = intervals.crossed(
             [Contrast(vectors) for vectors in seeds.values()], resamples=resamples, strata=strata[task]
         )

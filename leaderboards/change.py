@@ -26,8 +26,8 @@ from itertools import combinations
 
 import numpy as np
 
-from ..bench.stats import intervals
-from ..bench.stats.intervals import Verdict
+from ..bench.stats import intervals, significance
+from ..bench.stats.significance import Verdict
 from .baseline import mean_over_prompts
 from .runs import Array
 
@@ -81,7 +81,7 @@ def change(
 def verdicts(changes: Sequence[Change], margins: Sequence[float]) -> list[tuple[Verdict, float]]:
     """The verdict on each change and its p, Holm-corrected over all of them; margins in units of each score."""
     p = [c.p(0.0 if c.seeds else margin) for c, margin in zip(changes, margins, strict=True)]
-    holm = intervals.holm(p)
+    holm = significance.holm(p)
     return [
         (_verdict(c, margin, adjusted), adjusted) for c, margin, adjusted in zip(changes, margins, holm, strict=True)
     ]

@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 
 from ..bench.evaluation.ranking import SIGNIFICANCE, order_by_mean
-from ..bench.stats import intervals
+from ..bench.stats import intervals, significance
 from ..bench.stats.intervals import Contrast, Estimate
 from .board import BASE, BoardRow, Cell, Column
 from .runs import Array, LoadedRun, strata_or_none
@@ -124,7 +124,7 @@ def corrected_p(order: Sequence[str], key: str, estimates: Mapping[Question, Est
     """Label -> p against the baseline, Holm-corrected over the ranked rows."""
     versus = {label: estimates[label, key, "versus"] for label in order if (label, key, "versus") in estimates}
     p = {label: e.p for label, e in versus.items() if e.p is not None}
-    return dict(zip(p, intervals.holm(list(p.values())), strict=True))
+    return dict(zip(p, significance.holm(list(p.values())), strict=True))
 
 
 def _add_cells(contrasts: ContrastSet, scores: Scores) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..bench.stats import intervals
+from ..bench.stats.curves import area, time_to_target
 from ..bench.stats.intervals import Contrast, Estimate
 from .run_files import RESAMPLES, read_table
 from .runs import Array, LoadedRun, strata_or_none
@@ -86,7 +87,7 @@ def pace(
         bound: of the budget, in units of the clock.
 
     Returns:
-        The rules are those of `intervals.area` and `intervals.time_to_target`; None where no row has more than two eval points.
+        The rules are those of `curves.area` and `curves.time_to_target`; None where no row has more than two eval points.
     """
     usable = {c.label: c for c in curves if key in c.scores and clock in c.spent and len(c.scores[key]) > 2}
     if not usable or not bound > 0:
@@ -100,8 +101,8 @@ def pace(
         present = [(validation, spent) for validation, spent in read if validation is not None]
         seeds = [(spent, v.scores[key] - v.scores[key][:, :1]) for v, spent in present]
         strata = strata_or_none(present[0][0].strata)
-        over = intervals.area(seeds, bound, resamples=RESAMPLES, strata=strata)
-        estimates[label] = (over, intervals.time_to_target(seeds, target, resamples=RESAMPLES, strata=strata))
+        over = area(seeds, bound, resamples=RESAMPLES, strata=strata)
+        estimates[label] = (over, time_to_target(seeds, target, resamples=RESAMPLES, strata=strata))
     return Pace(key, clock, target, estimates)
 
 

@@ -14,7 +14,8 @@ from ..bench import registry
 from ..bench.errors import UserError
 from ..bench.evaluation import record
 from ..bench.stats import intervals
-from ..bench.stats.intervals import Estimate, Verdict
+from ..bench.stats.intervals import Estimate
+from ..bench.stats.significance import Verdict
 from .baseline import Baseline, BaselineNumber, BaselineScores, Claim, flat, mean_over_prompts
 from .board import BASE, Board, BoardRow
 from .build_board import build_board

@@ -19,7 +19,7 @@ def list_() -> None:
     for kind in ("method", "task", "model", "scorer", "embedder", "recipe"):
         for name in registry.entries(kind):
             if registry.canonical(kind, name) == name:
-                line = _model_line(name) if kind == "model" else registry.caption(kind, name)
+                line = _model_line(name) if kind == "model" else registry.summary_line(kind, name)
                 table.add_row(kind, name, line + _other_names(kind, name))
     open_console().print(table)
     open_console().print("\nFields, defaults and source of one: [bold]gpobench show NAME[/]", highlight=False)

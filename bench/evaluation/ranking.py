@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..stats import intervals
+from ..stats import significance
 from ..stats.intervals import Estimate
 
 # A method that does not beat these needs no reinforcement learning. The base model itself is evaluated in every run.
@@ -53,7 +53,7 @@ def order_by_mean(means: Mapping[str, float]) -> list[str]:
 
 def significant_pairs(differences: Mapping[tuple[str, str], Estimate]) -> set[tuple[str, str]]:
     """The pairs (above, below) of which the first is significantly better; p is Holm-corrected over all pairs."""
-    corrected = intervals.holm([math.nan if e.p is None else e.p for e in differences.values()])
+    corrected = significance.holm([math.nan if e.p is None else e.p for e in differences.values()])
     return {
         pair for (pair, e), p in zip(differences.items(), corrected, strict=True) if e.mean > 0 and p < SIGNIFICANCE
     }

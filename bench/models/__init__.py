@@ -1,1 +1,1 @@
-"""Models: one adapter a pipeline class, the catalogue of names, and the embedded `tiny`."""
+"""Models: one class for each diffusers pipeline, the named model specs, the memory estimate, and the embedded `tiny`."""

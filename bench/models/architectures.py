@@ -1,7 +1,7 @@
-"""The blueprints of the named models: their networks' published settings, to be counted without a weight at hand.
+"""Published architectures of the named models: their networks' settings, from which sizes are counted without weights.
 
-Each entry is what stands in the `config.json` of that part of the public repository, as far as it differs from the defaults of the
-library's class. They are checked by their sums, the published numbers of parameters (tests/bench/test_memory.py).
+Each entry holds what the `config.json` of that part of the public repository sets beside the defaults of the library's class.
+The sums of parameters are tested against the published numbers (tests/bench/models/test_memory.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The models that have a name."""
+"""The named models: their model specs, each behind an entry point."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..model_spec import PROTOCOLS, ModelSpec, find_model_spec
 
-# The embedded model: made by `gpobench pretrain tiny`, its protocol stands in its own recipe.json.
+# The embedded model: made by `gpobench pretrain tiny`, its protocol is stated in its own recipe.json.
 tiny = replace(find_model_spec(str(Path(__file__).with_name("tiny"))), name="tiny", licence="Apache-2.0")
 
 sd35m = ModelSpec(

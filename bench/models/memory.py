@@ -1,8 +1,8 @@
-"""The tape measure held against a GPU before anything is loaded: what a model's weights, training and sampling will take.
+"""Memory estimate: bytes that weights, training and sampling will take on a GPU, before anything is loaded.
 
 The networks are built on torch's `meta` device, where a tensor has a shape and no storage: parameters are counted exactly, the
 floating-point operations of a forward are counted by running it, and so is what its backward pass would have to keep. Two
-numbers are measured instead (on one H200, docs/models.md): what decoding a picture takes, and the share that is in no law.
+numbers are measured instead (on one H200, docs/models.md): what decoding a picture takes, and a constant rest.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ NETWORKS = ("transformer", "unet")
 # Elements that decoding one picture needs at its peak, by pixel and by the decoder's width at full size: on the H200 one more
 # picture of 512 px took 0.60 GB more in bf16 with a decoder 128 wide.
 DECODING = 9.6
-# What no law above explains: workspaces of the kernels and the allocator's rounding.
+# The rest of the measured peak: workspaces of the kernels and the allocator's rounding.
 FIXED = 0.35 * GB
-# What the driver takes beside torch's own memory, and the allocator's fragments: a card must have that much more.
+# Memory of the driver and the allocator's fragments, which a GPU must have beside torch's own.
 MARGIN = 1.0 * GB
 # Dense bf16 TFLOP/s from the manufacturers' data sheets (no sparsity). An estimate of hours assumes UTILISATION of it.
 DEVICES = {
@@ -69,15 +69,15 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> float:
-        """The most a run will hold at once."""
+        """Bytes at the peak of a run."""
         return max(self.training, self.sampling, self.encoding)
 
     def fits(self, gigabytes: float) -> bool:
-        """On a GPU with so many GB (2^30 bytes), of which the driver and the allocator's gaps take one."""
+        """True where a GPU with this many GB (2^30 bytes) is large enough; MARGIN is taken off."""
         return self.peak + MARGIN <= gigabytes * GB
 
     def lines(self) -> list[str]:
-        """What a person reads before a run."""
+        """The estimate as lines of text."""
         parts = ", ".join(f"{name} {_count(n)}" for name, n in self.parameters.items())
         return [
             f"parameters ({self.source}): {parts}; LoRA {_count(self.trained)}",
@@ -101,12 +101,19 @@ def estimate(
     copies: int = 1,
     sliced: bool | None = None,
 ) -> MemoryEstimate:
-    """What training this model with a LoRA will take on a GPU. None is what the card says.
+    """Estimate the memory that training this model with a LoRA takes on a GPU. None takes the model spec's value.
 
-    micro: latents in one backward pass (rows of the method's batch times the latents it asks a row: two of a preference pair,
-    six of a method with six times). rows: images sampled at once. copies: LoRA-sized copies besides the live one (old, ema);
-    the reference is the base with the LoRA off and costs nothing. sliced: the autoencoder decodes one image at a time.
-
+    Args:
+        model_spec: the model and its protocol.
+        adapter: the LoRA.
+        precision: of the base weights: fp32, bf16 or fp16.
+        checkpointing: activations are computed again in the backward pass.
+        offload: text encoders stay in main memory.
+        micro: latents in one backward pass: rows of the method's batch times its latents a row (two of a preference pair, six
+            of a method with six times).
+        rows: images sampled at once.
+        copies: LoRA-sized copies beside the policy (old, ema); the reference is the base with the LoRA off and costs nothing.
+        sliced: the autoencoder decodes one image at a time; None decides by the image size.
     Raises UserError on an unknown precision, Missing where neither the configs nor a published architecture are at hand.
     """
     adapter, precision = adapter or model_spec.adapter, precision or model_spec.precision
@@ -118,45 +125,51 @@ def estimate(
     sliced = model_spec.height * model_spec.width >= SLICED if sliced is None else sliced
     parts, source = blueprint(model_spec)
     size = BYTES[precision]
-    counted = {name: _parameters(part) for name, part in _frozen(parts)}
-    counts = {name: n for name, (n, _) in counted.items()}
-    held = {name: sum(both) for name, both in counted.items()}  # SD3.5's table of places is 0.2 billion numbers
+    sizes = {name: _parameters(part) for name, part in _frozen(parts)}
+    counts = {name: n for name, (n, _) in sizes.items()}
+    numbers = {name: sum(both) for name, both in sizes.items()}  # SD3.5's table of places is 0.2 billion numbers
     network = next((name for name in NETWORKS if name in parts), None)
     if network is None or "vae" not in parts:
         raise Missing(f"{model_spec.name} has no transformer or U-Net whose size could be told")
-    own_class = pipeline_class(model_spec)
-    seen = _forward(_frozen({"": parts[network]})[0][1], own_class, *_asked(model_spec, parts), adapter, precision)
-    encoders = float(sum(n for name, n in held.items() if name.startswith("text_encoder")) * size)
-    wide = precision in own_class.float32_vae
-    base = held[network] * size + held["vae"] * (4 if wide else size)
+    model_class = pipeline_class(model_spec)
+    cost = _forward(
+        _frozen({"": parts[network]})[0][1],
+        model_class,
+        *_latent_size_and_tokens(model_spec, parts),
+        adapter,
+        precision,
+    )
+    encoders = float(sum(n for name, n in numbers.items() if name.startswith("text_encoder")) * size)
+    float32_vae = precision in model_class.float32_vae
+    base = numbers[network] * size + numbers["vae"] * (4 if float32_vae else size)
     weights = base + (0.0 if offload else encoders)
-    states = seen.trained * 4.0 * (4 + copies)  # live, gradient, two moments, copies; all float32
+    states = cost.trained * 4.0 * (4 + copies)  # policy, gradient, two moments, copies; all float32
     # Without checkpointing all of it; else what enters each block, and the largest block once more with its gradients.
-    row = seen.outside + (min(seen.inside, seen.inputs + 2 * seen.largest) if checkpointing else seen.inside)
+    row = cost.outside + (min(cost.inside, cost.inputs + 2 * cost.largest) if checkpointing else cost.inside)
     width = int(dict(parts["vae"][2]).get("block_out_channels", (128,))[0])
-    picture = DECODING * width * model_spec.height * model_spec.width * (4 if wide else size)
-    guided = own_class.guided_cost if model_spec.guidance != 1 else 1
-    asking = seen.largest * guided * rows  # no backward: one block at a time
+    picture = DECODING * width * model_spec.height * model_spec.width * (4 if float32_vae else size)
+    guided = model_class.guided_cost if model_spec.guidance != 1 else 1
+    evaluating = cost.largest * guided * rows  # no backward: one block at a time
     decoding = picture * (1 if sliced else rows)
     return MemoryEstimate(
         parameters=counts,
         source=source,
-        trained=seen.trained,
-        flops=seen.flops,
+        trained=cost.trained,
+        flops=cost.flops,
         weights=weights,
         encoders=encoders,
         states=states,
         row=row,
         training=weights + states + micro * row + FIXED,
-        sampling=weights + states + max(asking, decoding),
+        sampling=weights + states + max(evaluating, decoding),
         encoding=base + states + encoders,
     )
 
 
 def hours(nfe: float, flops: float, device: str, utilisation: float = UTILISATION) -> float:
-    """Hours for so many evaluations of the network on a named GPU: an estimate, at an assumed share of its data sheet's speed.
+    """Hours that nfe evaluations of the network take on a named GPU, at an assumed share of its data sheet's speed.
 
-    Decoding and scoring images is not in it. Raises UserError on a device that is not in DEVICES.
+    Decoding and scoring of images are not included. Raises UserError on a device that is not in DEVICES.
     """
     if device not in DEVICES:
         raise UserError(f"device {device!r} is unknown: {', '.join(DEVICES)}")
@@ -167,20 +180,20 @@ def hours(nfe: float, flops: float, device: str, utilisation: float = UTILISATIO
 
 
 def blueprint(model_spec: ModelSpec) -> tuple[Parts, str]:
-    """The settings of each network of the pipeline, and where they come from.
+    """The settings of each network of the pipeline, and where they come from, in words.
 
-    The folder's or the hub cache's own config files where they are, else the published ones of a named model.
+    They are read from the config files of the folder or the hub's cache, else from a named model's published architecture.
     """
-    found = _configs(model_spec)
-    if found:
-        return found, "config files"
+    parts = _configs(model_spec)
+    if parts:
+        return parts, "config files"
     if model_spec.name in PUBLISHED:
         return PUBLISHED[model_spec.name], "published architecture"
     raise Missing(f"the sizes of {model_spec.name} are not known: {model_spec.source} is not here")
 
 
 def _configs(model_spec: ModelSpec) -> Parts:
-    """What the config files say; empty where one is not at hand."""
+    """The settings in the config files; empty where a file is missing."""
     index = _json(model_spec, "model_index.json")
     parts: dict[str, tuple[str, str, Mapping[str, Any]]] = {}
     for name, entry in index.items():
@@ -219,25 +232,29 @@ def _frozen(parts: Parts) -> list[tuple[str, Frozen]]:
 
 
 def _build(part: Frozen, dtype: torch.dtype = torch.float32) -> Any:
-    """The network without storage."""
+    """Build the network on the meta device."""
     import diffusers
     import transformers
 
     library, kind, settings = part
-    found: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
+    network_class: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
     own: dict[str, Any] = json.loads(settings)
     old = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            return found.from_config(own) if library == "diffusers" else found(found.config_class(**own))
+            return (
+                network_class.from_config(own)
+                if library == "diffusers"
+                else network_class(network_class.config_class(**own))
+            )
     finally:
         torch.set_default_dtype(old)
 
 
 @lru_cache(maxsize=32)
 def _parameters(part: Frozen) -> tuple[int, int]:
-    """(parameters, numbers in fixed tables), exact: tensors that two layers share count once."""
+    """(parameters, numbers in buffers), exact: tensors that two layers share count once."""
     network = _build(part)
     return sum(p.numel() for p in network.parameters()), sum(b.numel() for b in network.buffers())
 
@@ -246,8 +263,8 @@ def _parameters(part: Frozen) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Of one forward of one latent; bytes."""
+class ForwardCost:
+    """The cost of one forward of one latent; sizes in bytes."""
 
     flops: float
     trained: int
@@ -257,8 +274,8 @@ class Seen:
     largest: float  # the most that one of them keeps
 
 
-def _asked(model_spec: ModelSpec, parts: Parts) -> tuple[int, int, int]:
-    """Height and width of a latent, and tokens of text."""
+def _latent_size_and_tokens(model_spec: ModelSpec, parts: Parts) -> tuple[int, int, int]:
+    """(height of a latent, its width, tokens of text)."""
     factor = 2 ** (len(dict(parts["vae"][2]).get("block_out_channels", (1,) * 4)) - 1)
     tokens = pipeline_class(model_spec).text_tokens(model_spec)
     return model_spec.height // factor, model_spec.width // factor, tokens
@@ -267,8 +284,8 @@ def _asked(model_spec: ModelSpec, parts: Parts) -> tuple[int, int, int]:
 @lru_cache(maxsize=8)
 def _forward(
     part: Frozen, pipeline: type[PipelineModel], height: int, width: int, tokens: int, adapter: Adapter, precision: str
-) -> Seen:
-    """Run the network once for its operations, and once with the LoRA for what its backward pass would keep."""
+) -> ForwardCost:
+    """Run the network once to count operations, and once with the LoRA for what its backward pass would keep."""
     from peft import LoraConfig
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -287,11 +304,11 @@ def _forward(
     network.enable_gradient_checkpointing(gradient_checkpointing_func=kept.block)
     with kept, _as_on_a_gpu(dtype):
         network(**inputs, return_dict=False)
-    return Seen(float(counter.get_total_flops()), trained, kept.outside, kept.inside, kept.inputs, kept.largest)
+    return ForwardCost(float(counter.get_total_flops()), trained, kept.outside, kept.inside, kept.inputs, kept.largest)
 
 
 class SavedTensors:
-    """Adds up the tensors that a forward keeps for its backward pass, each storage once and no parameter."""
+    """Adds up the sizes of tensors that a forward saves for its backward pass, each storage once and no parameter."""
 
     def __init__(self, network: Any):
         self.outside = self.inside = self.inputs = self.largest = 0.0
@@ -318,25 +335,25 @@ class SavedTensors:
         return tensor
 
     def block(self, block: Any, *args: Any) -> Any:
-        """In the place of checkpointing: run the block, and note what went in and what it keeps."""
+        """Run a block in place of checkpointing, and count its inputs and what it saves."""
         outer = self._within
         self._within = 0.0
-        found = block(*args)
-        mine, self._within = self._within, outer
+        output = block(*args)
+        saved, self._within = self._within, outer
         self.inputs += sum(float(a.numel() * a.element_size()) for a in args if isinstance(a, Tensor))
-        self.inside += mine
-        self.largest = max(self.largest, mine)
-        return found
+        self.inside += saved
+        self.largest = max(self.largest, saved)
+        return output
 
 
 def _identity(tensor: Tensor) -> int:
-    """Two views of one storage have the same."""
+    """The identity of a tensor's storage: views of one storage share it."""
     storage: Any = tensor.untyped_storage()
     return storage._cdata
 
 
-class _Flash(torch.autograd.Function):
-    """Attention as the fused kernels do it: they keep q, k, v and the result, and no matrix of scores."""
+class _FusedAttention(torch.autograd.Function):
+    """Attention that saves what the fused kernels save: q, k, v and the result, and no matrix of scores."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -351,7 +368,7 @@ class _Flash(torch.autograd.Function):
 
 @contextmanager
 def _as_on_a_gpu(dtype: torch.dtype) -> Generator[None]:
-    """Within: torch's functions cast as autocast does on a GPU, and attention keeps what the fused kernels keep.
+    """Make torch's functions cast as autocast does on a GPU, and attention save what the fused kernels save.
 
     There is no autocast on the meta device. Matrix products and convolutions run in `dtype`, each on a copy of its own,
     normalisations in float32: that is a fifth of what a transformer's backward pass keeps.
@@ -370,7 +387,7 @@ def _as_on_a_gpu(dtype: torch.dtype) -> Generator[None]:
         return call
 
     def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any) -> Any:
-        return _Flash.apply(query.to(dtype), key.to(dtype), value.to(dtype))
+        return _FusedAttention.apply(query.to(dtype), key.to(dtype), value.to(dtype))
 
     try:
         for name in ("linear", "conv2d"):

@@ -1,4 +1,4 @@
-"""Models of a few thousand random parameters in diffusers format, 16x16 pixels: what the laws are checked on."""
+"""Miniature models: pipelines of a few thousand random parameters in diffusers format, 16x16 pixels, for tests and laws."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_sd3(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
         tokenizer_3=build_silent_tokenizer(),
     )
     pipe.save_pretrained(str(folder), safe_serialization=True)
-    return _recipe(folder, max_sequence_length=1)
+    return _write_recipe(folder, max_sequence_length=1)
 
 
 def write_sd15(
@@ -78,8 +78,8 @@ def write_sd15(
         unet = UNet2DConditionModel(cross_attention_dim=width, **UNET)
         text = CLIPTextModel(CLIPTextConfig(**_clip(tokenizer, width)))
         autoencoder = AutoencoderKL(**AUTOENCODER)
-        _heed(unet, text)
-        _bright(autoencoder)
+        _strengthen_text(unet, text)
+        _brighten(autoencoder)
     pipe = StableDiffusionPipeline(
         vae=autoencoder,
         text_encoder=text,
@@ -91,7 +91,7 @@ def write_sd15(
         requires_safety_checker=False,
     )
     pipe.save_pretrained(str(folder), safe_serialization=True)
-    return _recipe(folder, max_sequence_length=TOKENS)
+    return _write_recipe(folder, max_sequence_length=TOKENS)
 
 
 def write_sdxl(
@@ -123,8 +123,8 @@ def write_sdxl(
             CLIPTextConfig(**_clip(tokenizer, widths[1], layers=2), projection_dim=pooled)
         )
         autoencoder = AutoencoderKL(scaling_factor=0.13025, **AUTOENCODER)
-        _heed(unet, text, second)
-        _bright(autoencoder)
+        _strengthen_text(unet, text, second)
+        _brighten(autoencoder)
     pipe = StableDiffusionXLPipeline(
         vae=autoencoder,
         text_encoder=text,
@@ -136,7 +136,7 @@ def write_sdxl(
         add_watermarker=False,
     )
     pipe.save_pretrained(str(folder), safe_serialization=True)
-    return _recipe(folder, max_sequence_length=TOKENS)
+    return _write_recipe(folder, max_sequence_length=TOKENS)
 
 
 def write_flux(folder: Path, *, seed: int = 0, distilled: bool = True) -> Path:
@@ -176,8 +176,8 @@ def write_flux(folder: Path, *, seed: int = 0, distilled: bool = True) -> Path:
             )
         )
         autoencoder = AutoencoderKL(scaling_factor=0.3611, shift_factor=0.1159, **AUTOENCODER)
-        _heed(transformer, text, second)
-        _bright(autoencoder)
+        _strengthen_text(transformer, text, second)
+        _brighten(autoencoder)
         for name, parameter in transformer.named_parameters():
             if name.startswith(("context_embedder", "time_text_embed.text_embedder")):
                 parameter.data.mul_(4)
@@ -191,7 +191,7 @@ def write_flux(folder: Path, *, seed: int = 0, distilled: bool = True) -> Path:
         transformer=transformer,
     )
     pipe.save_pretrained(str(folder), safe_serialization=True)
-    return _recipe(folder, max_sequence_length=TOKENS)
+    return _write_recipe(folder, max_sequence_length=TOKENS)
 
 
 def _clip(tokenizer: Any, width: int, layers: int = 1) -> dict[str, Any]:
@@ -210,22 +210,22 @@ def _clip(tokenizer: Any, width: int, layers: int = 1) -> dict[str, Any]:
 
 
 def _scheduler(kind: str, prediction: str) -> Any:
-    """SD1.5's and SDXL's noise table under one of the schedulers they come with, with the words their files have."""
+    """SD1.5's and SDXL's noise table in one of the schedulers they come with, with their files' settings."""
     import diffusers
 
     table: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     table |= {"steps_offset": 1, "prediction_type": prediction}
     if kind == "Euler":
         made: Any = diffusers.EulerDiscreteScheduler(**table, timestep_spacing="leading")
-        made.register_to_config(set_alpha_to_one=False, clip_sample=False)  # nothing to Euler, and all to DDIM
+        made.register_to_config(set_alpha_to_one=False, clip_sample=False)  # read by DDIM only
         return made
     more = {"DDIM": {"clip_sample": False}, "PNDM": {"skip_prk_steps": True}}[kind]
     return getattr(diffusers, f"{kind}Scheduler")(**table, **more, set_alpha_to_one=False)
 
 
 @torch.no_grad()
-def _heed(*parts: Any) -> None:
-    """Nothing stays at zero, and attention to the text is strong."""
+def _strengthen_text(*parts: Any) -> None:
+    """Give parameters that are zero random values, and scale up the attention to the text."""
     for part in parts:
         part.eval().requires_grad_(False)
         for name, parameter in part.named_parameters():
@@ -235,14 +235,15 @@ def _heed(*parts: Any) -> None:
 
 
 @torch.no_grad()
-def _bright(autoencoder: Any) -> None:
-    """A decoder that is nearly linear, and not pale."""
-    _heed(autoencoder)
+def _brighten(autoencoder: Any) -> None:
+    """Make the decoder nearly linear, with strong colours."""
+    _strengthen_text(autoencoder)
     for name, parameter in autoencoder.decoder.named_parameters():
         parameter.mul_(0.0 if ".conv2." in name else 3.0 if name == "conv_out.weight" else 1.0)
 
 
-def _recipe(folder: Path, max_sequence_length: int) -> Path:
+def _write_recipe(folder: Path, max_sequence_length: int) -> Path:
+    """Write the protocol into recipe.json, as `gpobench pretrain` does; returns the folder."""
     protocol = {"guidance": 1.0, "steps": 4, "height": 16, "width": 16, "max_sequence_length": max_sequence_length}
     (folder / "recipe.json").write_text(json.dumps(protocol))
     return folder

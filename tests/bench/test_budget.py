@@ -1,4 +1,4 @@
-"""A purse that cannot be overdrawn: whatever is charged in whatever order, no bound is ever passed."""
+"""Budget and meter: no charge, in whatever order, passes a bound."""
 
 from __future__ import annotations
 

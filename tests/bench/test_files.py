@@ -1,4 +1,4 @@
-"""A file is there whole or not there at all, also when the disk is full half-way."""
+"""Atomic writes: a file is written whole or not at all, also on a full disk."""
 
 from __future__ import annotations
 

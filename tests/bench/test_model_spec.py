@@ -1,4 +1,4 @@
-"""A visiting card says where the weights are and how to judge them; a folder that is no pipeline has none."""
+"""Model specs of names and folders; a folder that is no pipeline is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two processes at one oar pull the same boat: same prompts, same spend, same updates, the same weights."""
+"""Several processes make the run of one: same prompts, same cost, same updates, the same weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_alone_nothing_is_shared() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 def test_every_part_has_one_owner(size: int) -> None:
-    owners = [[k for k in range(20) if ProcessGroup(rank, size).mine(k)] for rank in range(size)]
+    owners = [[k for k in range(20) if ProcessGroup(rank, size).owns(k)] for rank in range(size)]
     assert sorted(k for own in owners for k in own) == list(range(20))
 
 

@@ -1,4 +1,4 @@
-"""A doorman who knows every name, suggests the nearest one, and lets strangers in by the same door."""
+"""The registry: built-in and third-party parts load alike, a wrong name gets the nearest one, aliases are resolved."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Patience:
 def test_built_in_parts_come_by_the_same_door() -> None:
     assert "gpo" in registry.entries("method")
     assert registry.load("method", "gpo").__name__ == "GPO"
-    assert registry.caption("method", "gpo").startswith("GPO: ")
+    assert registry.summary_line("method", "gpo").startswith("Group Preference Optimization (GPO): ")
 
 
 def test_a_third_party_package_is_found_and_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package(tmp_path, "patient", METHOD, "[gpobench.methods]\npatience = patient:Patience\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert registry.load("method", "patience")().calm == 1.0
-    assert registry.caption("method", "patience") == "Patience: collect nothing, learn nothing."
+    assert registry.summary_line("method", "patience") == "Patience: collect nothing, learn nothing."
     code = "import sys; from gpobench.bench.commands.app import main; sys.argv = ['gpobench', 'list']; main()"
     listed = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""Once is a request, twice is an order, and afterwards the keys are as they were."""
+"""Ctrl-C: once asks for a stop, twice stops at once, and the handlers are restored afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract's own small print: batches of any kind are cut by rows, settings that make no sense are refused."""
+"""The contract: batches of any kind are cut by rows, settings that make no sense are refused."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_fit_that_makes_no_sense_is_refused(bad: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("bad", [{"test_images": 0}, {"validation_images": 0}, {"curve_images": 0}])
-def test_a_judge_without_images_is_refused(bad: dict[str, int]) -> None:
+def test_an_evaluation_without_images_is_refused(bad: dict[str, int]) -> None:
     with pytest.raises(UserError, match="at least one image"):
         EvaluationSettings(**bad)
 
@@ -93,6 +93,6 @@ def test_credit_finds_images_that_were_sampled_in_parts() -> None:
     assert not transitions.advantage.any() and batch_size(assign_advantages(transitions, torch.zeros(2, 3))) == 0
 
 
-def test_a_curve_without_a_mark_is_refused() -> None:
-    with pytest.raises(UserError, match="at least one mark"):
+def test_a_curve_without_an_eval_point_is_refused() -> None:
+    with pytest.raises(UserError, match="at least one eval point"):
         EvaluationSettings(eval_points=0)

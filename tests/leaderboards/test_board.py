@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.record import Flags, Number, ScorerUse
-from gpobench.bench.stats import intervals
+from gpobench.bench.stats import intervals, significance
 from gpobench.leaderboards.board import Board, BoardRow
 from gpobench.leaderboards.build_board import build_board
 from gpobench.leaderboards.runs import LoadedRun, excluded_runs, load_runs
@@ -173,7 +173,7 @@ def test_numbers_are_those_of_stats(make: Make) -> None:
     assert (versus.low, versus.high) == pytest.approx((alone.low, alone.high), abs=0.1 * alone.se)
     tested = [r for r in b.rows if r.versus is not None]
     assert row(b, "awm") not in tested and len(tested) == 3
-    assert [r.holm for r in tested] == intervals.holm(
+    assert [r.holm for r in tested] == significance.holm(
         [r.versus.p for r in tested if r.versus and r.versus.p is not None]
     )
 
@@ -259,7 +259,7 @@ def test_ranks_and_holm_are_laws(gains: list[float], data: st.DataObject, make: 
         )[0]
         for first, second in pairs
     ]
-    corrected = intervals.holm([d.p for d in differences if d.p is not None])
+    corrected = significance.holm([d.p for d in differences if d.p is not None])
     significant = {pair for pair, d, p in zip(pairs, differences, corrected, strict=True) if d.mean > 0 and p < 0.05}
     for k, below in enumerate(b.rows):
         better = [above for above in b.rows[:k] if (above.label, below.label) in significant]

@@ -8,7 +8,8 @@ from xml.etree import ElementTree as Xml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpobench.bench.stats.intervals import Estimate, Verdict
+from gpobench.bench.stats.intervals import Estimate
+from gpobench.bench.stats.significance import Verdict
 from gpobench.leaderboards.regress import Finding, RegressionReport
 from gpobench.leaderboards.render_regression import MAX_LINES, as_json, headline, junit, markdown, terminal
 

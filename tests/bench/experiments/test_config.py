@@ -179,6 +179,8 @@ def test_the_config_that_a_run_wrote_gives_the_same_run(
     ):
         first = plan(method, f"{redness}:Paint", tiny_pipe, *sets, budget="nfe=1234567,seconds=0.1", seed=3)
         file = tmp_path / "config.toml"
+        from gpobench.bench.experiments.artifacts import config_toml
+
         file.write_text(config_toml(first))
         words = file.read_text().splitlines()[0].split()
         budget = words[words.index("--budget") + 1]  # the command that stands in its first line

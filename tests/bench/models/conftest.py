@@ -1,4 +1,4 @@
-"""Two more dolls' houses: the random miniatures of FLUX and SDXL."""
+"""Fixtures: random miniatures of FLUX and SDXL on disk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FLUX's adapter against the pipeline it adapts: tokens and latents, guidance as an input, the same pictures, the same LoRA."""
+"""Flux against its diffusers pipeline: tokens and latents, guidance as an input, the same pictures, the same LoRA file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Four faces of one module: live, ref, old and ema, switched without a trace."""
+"""Weight copies of one network: policy, ref, old and ema are switched and leave no trace in each other."""
 
 from __future__ import annotations
 

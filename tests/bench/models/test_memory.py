@@ -83,7 +83,7 @@ def test_what_a_forward_keeps_is_what_is_told(model_spec: ModelSpec, monkeypatch
     model = open_model(model_spec, device="cpu", precision="fp32", adapter=model_spec.adapter)
     cond = model.encode(["a red circle"])
     tokens = cond["text"].shape[1]
-    monkeypatch.setattr(memory, "_asked", lambda model_spec, parts: (*model.shape[1:], tokens))
+    monkeypatch.setattr(memory, "_latent_size_and_tokens", lambda model_spec, parts: (*model.shape[1:], tokens))
     own = {p.untyped_storage()._cdata for p in network_of(model).parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -206,7 +206,9 @@ def test_a_checkpointed_backward_pass_peaks_where_it_is_told(tmp_path: Path, mon
         )
         cond = model.encode(["a red circle"])
         tokens = cond["text"].shape[1]
-        monkeypatch.setattr(memory, "_asked", lambda model_spec, parts, m=model, n=tokens: (*m.shape[1:], n))
+        monkeypatch.setattr(
+            memory, "_latent_size_and_tokens", lambda model_spec, parts, m=model, n=tokens: (*m.shape[1:], n)
+        )
         x = torch.randn(4, *model.shape)
         many = {key: value.expand(4, *value.shape[1:]).contiguous() for key, value in cond.items()}
         with Live() as live:

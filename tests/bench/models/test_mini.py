@@ -1,4 +1,4 @@
-"""Two dolls' houses: random models that plain diffusers opens, made the same twice, whose pictures heed noise and words."""
+"""Miniature models: plain diffusers opens them, the same seed makes the same one, noise and words change their pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The U-Net's adapter against DDIM in the pipeline it adapts: the same latents, the same pictures, the same LoRA file."""
+"""SD15 against DDIM in its diffusers pipeline: the same latents, the same pictures, the same LoRA file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The adapter against the pipeline it adapts: the same latents, the same pictures, the same LoRA file."""
+"""SD3 against its diffusers pipeline: the same latents, the same pictures, the same LoRA file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SDXL's adapter against DDIM in the pipeline it adapts: two texts, six sizes, zeros that are no empty text, the same LoRA file."""
+"""SDXL against DDIM in its diffusers pipeline: two texts, six sizes, zeros that are no empty text, the same LoRA file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every pipeline class goes the whole way: trained by three methods, killed, resumed, its adapter worn by plain diffusers."""
+"""Whole runs of every pipeline class: trained by three methods, killed, resumed, the adapter loaded by plain diffusers."""
 
 from __future__ import annotations
 

@@ -14,27 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpobench.bench.errors import UserError
+from gpobench.bench.stats.aggregate import iqm, probability_of_improvement, profile
+from gpobench.bench.stats.curves import area, smooth, time_to_target
 from gpobench.bench.stats.intervals import (
     Contrast,
     Estimate,
-    area,
     crossed,
-    equivalence,
-    holm,
-    iqm,
-    mcnemar,
-    mde,
     mean_ci,
     paired,
     per_prompt,
-    probability_of_improvement,
-    profile,
     proportion,
-    redrawn,
-    smooth,
-    time_to_target,
     two_level,
 )
+from gpobench.bench.stats.resampling import resampled_means
+from gpobench.bench.stats.significance import equivalence, holm, mcnemar
+from gpobench.bench.stats.small_samples import mde
 
 nan = math.nan
 Draw = Callable[[np.random.Generator], np.ndarray]
@@ -584,14 +578,15 @@ def test_redrawn_means_are_those_of_the_bootstrap():
     x = rng().normal(size=(30, 4))
     x[3, 1] = nan
     strata = ["a"] * 10 + ["b"] * 20
-    again = redrawn(x, 4000, strata=strata)
+    again = resampled_means(x, 4000, strata=strata)
     whole = np.delete(x, 3, 0)
     center = (whole[:9].mean(0) + whole[9:].mean(0)) / 2
     se = np.sqrt(whole[:9].var(0) / 9 + whole[9:].var(0) / 20) / 2
     assert again.shape == (4000, 4) and again.mean(0) == pytest.approx(center, abs=0.01)
     assert again.std(0) == pytest.approx(se, rel=0.05)
     assert (
-        redrawn(np.stack([x[:, 0]] * 2, 1), 50).T.tolist()[0] == redrawn(np.stack([x[:, 0]] * 2, 1), 50).T.tolist()[1]
+        resampled_means(np.stack([x[:, 0]] * 2, 1), 50).T.tolist()[0]
+        == resampled_means(np.stack([x[:, 0]] * 2, 1), 50).T.tolist()[1]
     )
 
 
@@ -603,7 +598,7 @@ def test_prompts_and_runs_are_both_in_the_interval(runs: int, least: float) -> N
     for i in range(500):
         r = rng(i)
         scores = r.normal(0, 0.1, (runs, 1, 2)) + r.normal(0, 0.5, (1, 50, 2)) + r.normal(0, 0.2, (runs, 50, 2))
-        drawn = np.stack([redrawn(scores[:, :, k].T, 1000, seed=i) for k in range(2)], axis=2)
+        drawn = np.stack([resampled_means(scores[:, :, k].T, 1000, seed=i) for k in range(2)], axis=2)
         e = iqm(scores.mean(1), seed=i, drawn=drawn)
         hits += e.low <= truth <= e.high
     assert hits / 500 >= least
