@@ -60,21 +60,27 @@ def _installed(group: str, path: tuple[str, ...]) -> metadata.EntryPoints:
     return metadata.entry_points(group=group)
 
 
+def split_variant(reference: str) -> tuple[str, str]:
+    """`name:variant` as name and variant; `path/to/file.py:Name` is a name as a whole."""
+    if ".py:" in reference:
+        return reference, ""
+    name, _, variant = reference.partition(":")
+    return name, variant
+
+
 def canonical(kind: str, name: str) -> str:
     """The name behind an alias: of several entry points with one target, the one that its file is called after.
 
     `dpo` and `diffusion-dpo` are one method, methods/diffusion_dpo.py; a variant behind a colon stays: `dpo:offline`.
     """
-    if ".py:" in name:
-        return name
-    base, colon, variant = name.partition(":")
+    base, _ = split_variant(name)
     known = entries(kind)
     if base not in known:
         return name
     target = known[base].value
     twins = [other for other, entry in known.items() if entry.value == target]
     leaf = target.partition(":")[0].rpartition(".")[2].replace("_", "-")
-    return (leaf if leaf in twins else base) + colon + variant
+    return (leaf if leaf in twins else base) + name[len(base) :]
 
 
 def aliases(kind: str, name: str) -> list[str]:
@@ -90,9 +96,8 @@ def load(kind: str, reference: str) -> Any:
     if ".py:" in reference:
         return _from_file(reference)
     known = entries(kind)
-    reference = (
-        reference.partition(":")[0] if kind == "method" else reference
-    )  # the variant is a matter of its settings
+    if kind == "method":  # the variant is a matter of its settings
+        reference, _ = split_variant(reference)
     if reference not in known:
         raise unknown(kind, reference, known)
     try:
@@ -107,7 +112,7 @@ def scorer(reference: str) -> Any:
     """The scorer behind `name` or `name:variant`; making it may raise Missing."""
     if ".py:" in reference:
         return _from_file(reference)()
-    name, _, variant = reference.partition(":")
+    name, variant = split_variant(reference)
     return load("scorer", name)(variant or None)
 
 
@@ -115,7 +120,7 @@ def embedder(reference: str) -> Any:
     """The embedder behind `name` or `name:variant`; making it may raise Missing."""
     if ".py:" in reference:
         return _from_file(reference)()
-    name, _, variant = reference.partition(":")
+    name, variant = split_variant(reference)
     return load("embedder", name)(variant or None)
 
 

@@ -21,6 +21,7 @@ from ..signals import AtOnce, asked_to_stop
 
 if TYPE_CHECKING:
     from ..evaluation.record import Record
+    from ..scoring.references import ScorerReference
 
 # Nothing heavy above this line: `gpobench --help` and `gpobench list` answer without torch.
 
@@ -39,9 +40,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout;
 Sets = Annotated[
     list[str] | None, typer.Option("--set", help="key=value, e.g. beta=50, optim.lr=1e-4, adapter.rank=16; repeatable.")
 ]
-Places = Annotated[
+ScorerLocations = Annotated[
     list[str] | None,
-    typer.Option("--scorer", help="NAME=URL of a scorer that `gpobench serve-scorer` serves elsewhere; repeatable."),
+    typer.Option("--scorer-at", help="NAME=URL of a scorer that `gpobench serve-scorer` serves elsewhere; repeatable."),
 ]
 
 
@@ -65,7 +66,7 @@ def run(
     ] = None,
     sets: Sets = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file of settings; --set wins over it.")] = None,
-    scorers: Places = None,
+    scorer_at: ScorerLocations = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option(help="Train on FILE's prompts (txt, jsonl, csv); SPLIT=FILE for another split; repeatable."),
@@ -87,13 +88,15 @@ def run(
 
     The same command goes on where it was cut off, and shows the result when it is done.
     """
-    _names(method=method, task=task, model=model, **_parts(reward))
+    _names(method=method, task=task, model=model)
+    if reward:
+        _scorer_reference(reward)
     with _clean_stdout() as answer, _view() as progress, asked_to_stop() as stopped:
         from ..experiments.config import resolve
 
         plan = resolve(
             method, task, model, seed=seed, budget=budget, reward=reward, config=config, sets=sets or (),
-            scorers=scorers or (), prompts=prompts or (),
+            scorer_locations=scorer_at or (), prompts=prompts or (),
         )  # fmt: skip
         if dry_run:
             from ..experiments.cost_estimate import estimate_cost
@@ -118,7 +121,7 @@ def eval(
     split: Annotated[str, typer.Option(help="test | validation | train")] = "test",
     images: Annotated[int | None, typer.Option(min=1, help="Images a prompt; default: the task's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write scores.parquet and samples.png there.")] = None,
-    scorers: Places = None,
+    scorer_at: ScorerLocations = None,
     prompts: Annotated[Path | None, typer.Option(help="Your prompts (txt, jsonl, csv) instead of the split's.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -128,11 +131,11 @@ def eval(
         raise registry.unknown("split", split, ("test", "validation", "train"))
     with _clean_stdout() as answer, _view() as progress:
         from ..experiments.run import evaluate_only
-        from ..scoring.scorers import scorer_locations
+        from ..scoring.references import scorer_locations
 
         done = evaluate_only(
             task, model, adapter=adapter, images=images, split=split, progress=progress, out=out,
-            places=scorer_locations(scorers or (), {}), prompts_file=prompts,
+            locations=scorer_locations(scorer_at or (), {}), prompts_file=prompts,
         )  # fmt: skip
         answer(json.dumps(_plain(done), indent=1) if as_json else lambda: _scores(done))
 
@@ -143,38 +146,38 @@ def eval(
 )
 def score(
     folder: Annotated[Path, typer.Argument(help="A folder of images; what layouts it may have: docs/scorers.md.")],
-    scorers: Annotated[list[str], typer.Option("--scorer", help="A name, a blend, or NAME=URL; repeatable.")],
+    scorers: Annotated[list[str], typer.Option("--scorer", help="A scorer to apply: a name, or a blend; repeatable.")],
+    scorer_at: ScorerLocations = None,
     prompts: Annotated[
         Path | None, typer.Option(help="What was asked for: a table with columns file and prompt, or a line an image.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="The task whose facts the prompts hold (ocr, geneval ...).")] = None,
     out: Annotated[Path, typer.Option(help="The table to write: .parquet or .csv.")] = Path("scores.parquet"),
     rows: Annotated[int, typer.Option(min=1, help="Images scored at once.")] = 16,
-    config: Annotated[Path | None, typer.Option(help="A TOML file whose [scorer.NAME] say where scorers live.")] = None,
+    config: Annotated[Path | None, typer.Option(help="A TOML file whose [scorer.NAME] say where scorers run.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what an earlier start left.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Score any folder of images with any scorers; the same command goes on where it was cut off."""
-    names = [text.partition("=")[0] for text in scorers]
-    for name in names:
-        _names(**_parts(name))
+    references = [_scorer_reference(text) for text in scorers]
     if task:
         _names(task=task)
     with _clean_stdout() as answer, _view() as progress, asked_to_stop() as stopped:
         from ..experiments.config import scorer_tables
         from ..experiments.score_folder import score_folder
-        from ..scoring.scorers import scorer_locations
+        from ..scoring.references import check_locations, scorer_locations
 
-        homes = scorer_locations([text for text in scorers if "=" in text], scorer_tables(config))
+        check_locations(references, scorer_locations(scorer_at or (), {}))
+        locations = scorer_locations(scorer_at or (), scorer_tables(config))
         done = score_folder(
-            folder, names, places=homes, prompts=prompts, task=task, out=out, rows=rows, progress=progress, fresh=fresh,
+            folder, scorers, locations=locations, prompts=prompts, task=task, out=out, rows=rows, progress=progress, fresh=fresh,
             interrupted=stopped,
         )  # fmt: skip
         answer(json.dumps(_plain(done), indent=1) if as_json else lambda: _scored(done))
 
 
 @app.command("serve-scorer", epilog="Example: `gpobench serve-scorer geneval:mmdet --port 8500`, then there `gpobench run "
-    "... --scorer geneval:mmdet=http://127.0.0.1:8500`")  # fmt: skip
+    "... --scorer-at geneval:mmdet=http://127.0.0.1:8500`")  # fmt: skip
 def serve_scorer(
     name: Annotated[str, typer.Argument(help="A scorer that `gpobench list` prints, or path/to/file.py:Name.")],
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one and prints it.")] = 8500,
@@ -186,7 +189,7 @@ def serve_scorer(
     max_megabytes: Annotated[int, typer.Option(min=1, help="What a request may weigh.")] = 64,
 ) -> None:
     """Serve a scorer to runs in other environments or on other machines: PNG and JSON over HTTP, nothing pickled."""
-    _names(**_parts(name))
+    _scorer_reference(name)
     from ..scoring.server import serve
 
     serve(name, host=host, port=port, token=token, max_images=max_images, max_bytes=max_megabytes * 2**20)
@@ -256,7 +259,9 @@ def pairs(
     as_json: AsJson = False,
 ) -> None:
     """Make a set of preference pairs from a model's images and a scorer, in the columns of Pick-a-Pic."""
-    _names(task=task, model=model, **_parts(scorer))
+    _names(task=task, model=model)
+    if scorer:
+        _scorer_reference(scorer)
     if choose not in ("extremes", "random", "all"):
         raise registry.unknown("choice", choose, ("extremes", "random", "all"))
     with _clean_stdout() as answer, _view() as progress:
@@ -293,7 +298,9 @@ def tune(
 
     The same command goes on where it was cut off.
     """
-    _names(method=method, task=task, model=model, **_parts(reward))
+    _names(method=method, task=task, model=model)
+    if reward:
+        _scorer_reference(reward)
     with _clean_stdout() as answer, _view() as progress, asked_to_stop() as stopped:
         from ..experiments import tune as tuning
 
@@ -331,7 +338,7 @@ def compare(
             "--config", help="A TOML file of settings for all; METHOD=FILE instead of it for one; repeatable."
         ),
     ] = None,
-    scorers: Places = None,
+    scorer_at: ScorerLocations = None,
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="sft and best-of-n too, which any method must beat.")
     ] = True,
@@ -351,11 +358,13 @@ def compare(
         _names(method=name)
     for name in grid_tasks:
         _names(task=name)
-    _names(model=model, **_parts(reward))
+    _names(model=model)
+    if reward:
+        _scorer_reference(reward)
     with _clean_stdout() as answer, _view() as progress, asked_to_stop() as stopped:
         grid = comparing.Grid(
             grid_methods, grid_tasks, model, comparing.seeds(seeds), budget, reward, sets or (), configs or (),
-            scorers or (), baselines,
+            scorer_at or (), baselines,
         )  # fmt: skip
         if print_:
             answer("\n".join(comparing.commands(grid, out)))
@@ -420,7 +429,7 @@ def fetch(
     """
     _names(**{kind: name for kind, name in (("task", task), ("model", model)) if name})
     for name in scorers or ():
-        _names(**_parts(name))
+        _scorer_reference(name)
     with _clean_stdout() as answer, _view() as progress:
         from .fetch import fetch as bring
 
@@ -535,14 +544,19 @@ def _names(**names: str) -> None:
     """Refuse a mistyped name before anything heavy is imported."""
     for kind, name in names.items():
         known = registry.entries(kind)
-        name = name.partition(":")[0] if kind in ("scorer", "method") and ".py:" not in name else name  # name:variant
+        name = registry.split_variant(name)[0] if kind == "method" else name
         if name not in known and ".py:" not in name and not (kind == "model" and Path(name).is_dir()):
             raise registry.unknown(kind, name, known)
 
 
-def _parts(scorer: str | None) -> dict[str, str]:
-    """What `_names` is to check of a scorer; the parts of a blend are checked where it is opened."""
-    return {"scorer": scorer} if scorer and not set("*+") & set(scorer) else {}
+def _scorer_reference(text: str) -> ScorerReference:
+    """Parse a scorer's reference and refuse a mistyped name; the scorers of a blend are checked when it is opened."""
+    from ..scoring.references import ScorerReference
+
+    reference = ScorerReference.parse(text)
+    if not reference.terms:
+        reference.check_registered()
+    return reference
 
 
 @contextlib.contextmanager

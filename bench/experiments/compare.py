@@ -26,7 +26,7 @@ from ..evaluation import record
 from ..evaluation.record import Record
 from ..files import write_atomically
 from ..progress import NullProgress, Progress
-from ..scoring.scorers import parts
+from ..scoring.references import ScorerReference
 from ..spec import Search
 from .config import EXECUTION, Config, resolve
 from .in_process import run_in_process
@@ -49,7 +49,7 @@ class Grid:
     reward: str | None = None
     sets: Sequence[str] = ()  # key=value for all, METHOD/key=value for one
     configs: Sequence[str] = ()  # FILE for all, METHOD=FILE instead of it for one
-    scorers: Sequence[str] = ()  # NAME=URL
+    scorer_locations: Sequence[str] = ()  # NAME=URL
     baselines: bool = True  # sft and best-of-n too
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class Grid:
         words += ["--model", self.model, "--seeds", seeds]
         words += ["--budget", self.budget] if self.budget else []
         words += ["--reward", self.reward] if self.reward else []
-        for option, texts in (("--config", self.configs), ("--set", self.sets), ("--scorer", self.scorers)):
+        for option, texts in (("--config", self.configs), ("--set", self.sets), ("--scorer-at", self.scorer_locations)):
             words += [word for text in texts for word in (option, text)]
         return shlex.join([*words, *([] if self.baselines else ["--no-baselines"])])
 
@@ -194,7 +194,7 @@ def _resolved(grid: Grid, method: str, task: str, seed: int, sets: Sequence[str]
         reward=grid.reward,
         config=Path(config) if config else None,
         sets=sets,
-        scorers=grid.scorers,
+        scorer_locations=grid.scorer_locations,
     )
 
 
@@ -204,7 +204,10 @@ def _words(grid: Grid, method: str, task: str, seed: int, sets: Sequence[str], c
     for option, text in (("--budget", grid.budget), ("--reward", grid.reward), ("--config", config)):
         words += [option, text] if text else []
     return words + [
-        w for option, texts in (("--set", sets), ("--scorer", grid.scorers)) for t in texts for w in (option, t)
+        w
+        for option, texts in (("--set", sets), ("--scorer-at", grid.scorer_locations))
+        for t in texts
+        for w in (option, t)
     ]
 
 
@@ -222,10 +225,7 @@ def _has(method: str, text: str) -> bool:
 
 def _sound(config: Config, named: bool) -> None:
     """Refuse what is sure to fail hours later: an unknown scorer, a row of ours that this budget says nothing about."""
-    known = registry.entries("scorer")
-    for name, _ in parts(config.reward):
-        if ".py:" not in name and name.partition(":")[0] not in known:
-            raise registry.unknown("scorer", name, known)
+    ScorerReference.parse(config.reward).check_registered()
     counted = {"nfe", "images", "reward_calls", "flops"}
     if not named and isinstance(config.settings, Search) and not counted & set(config.budget.bounds()):
         raise UserError(
@@ -271,15 +271,14 @@ def compare(
 
 def _installed(plans: Iterable[Config]) -> None:
     """Refuse a grid whose training or held-out scorers cannot be made here: every one of its runs would fail by it, twice."""
-    wanted: dict[str, None] = {}
+    wanted: dict[ScorerReference, None] = {}
     for plan in {(plan.task, plan.reward): plan for plan in plans}.values():
         exam, domain = registry.load("task", plan.task)(), plan.model_spec().domain
-        own = [exam.reward(domain), *exam.held_out(domain)]
-        names = [*(name for name, _ in parts(plan.reward)), *(registry.canonical("scorer", name) for name in own)]
-        lives = {registry.canonical("scorer", name) for name in plan.scorer_locations}
-        wanted |= dict.fromkeys(name for name in names if not {name, name.partition(":")[0]} & lives)
-    for name in wanted:
-        registry.scorer(name)  # raises Missing, which says what to install
+        own = [ScorerReference.single(name) for name in (exam.reward(domain), *exam.held_out(domain))]
+        scorers = [*ScorerReference.parse(plan.reward).scorers, *own]
+        wanted |= dict.fromkeys(scorer for scorer in scorers if scorer.at(plan.scorer_locations) is None)
+    for scorer in wanted:
+        registry.scorer(scorer.text)  # raises Missing, which says what to install
 
 
 class _Work:

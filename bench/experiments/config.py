@@ -17,6 +17,8 @@ from ..budget import CURRENCIES, Budget, load_budget
 from ..errors import UserError
 from ..files import digest as file_digest
 from ..model_spec import Adapter, ModelSpec, find_model_spec
+from ..scoring.references import ScorerLocation, ScorerReference
+from ..scoring.references import scorer_locations as parse_locations
 
 Table = dict[str, Any]
 # Fields of a card that a run may set: they change memory and speed, and a result by its rounding only.
@@ -39,9 +41,8 @@ class Config:
     reward: str  # the scorer to train on
     execution: Table = field(default_factory=dict[str, Any])  # of EXECUTION, what is not as the model's card has it
     tuned: Table = field(default_factory=dict[str, Any])  # how the settings were chosen: trials, spent, command
-    scorer_locations: Mapping[str, Any] = field(
-        default_factory=dict[str, Any]
-    )  # scorer -> scorers.Place, where it lives
+    # scorer -> where it runs, if not in this process
+    scorer_locations: Mapping[str, ScorerLocation] = field(default_factory=dict[str, ScorerLocation])
     prompts: Mapping[Any, Path] = field(default_factory=dict[Any, Path])  # split -> the person's own file
     asked: Mapping[Any, str] = field(default_factory=dict[Any, str])  # split -> that file's name and its content's hash
     sources: Mapping[str, str] = field(default_factory=dict[str, str])  # a part's own file -> its content's hash
@@ -49,7 +50,7 @@ class Config:
     def mapping(self) -> Table:
         """Plain, printable, hashable: what --dry-run shows and the record keeps.
 
-        How settings were chosen and where scorers live is no part of it: neither changes what a run does.
+        How settings were chosen and where scorers run is no part of it: neither changes what a run does.
         """
         return {
             "method": self.method,
@@ -101,17 +102,16 @@ def resolve(
     reward: str | None = None,
     config: Path | None = None,
     sets: Iterable[str] = (),
-    scorers: Iterable[str] = (),
+    scorer_locations: Iterable[str] = (),
     prompts: Sequence[str] = (),
 ) -> Config:
     """Field defaults < methods/NAME.toml [model] < [model.task] < --config FILE < --set key=value.
 
     A method's name may carry a variant, `flow-grpo:fast`: then [fast], [fast.model] and [fast.model.task] come after [model.task].
-    scorers: NAME=URL, where a scorer is served. prompts: FILE for the train split, or SPLIT=FILE.
+    scorer_locations: NAME=URL, where a scorer is served. prompts: FILE for the train split, or SPLIT=FILE.
     Raises UserError on an unknown name (with the nearest valid one), a value of the wrong type, an unreadable file.
     """
     from ..assets.prompts import parse_option
-    from ..scoring.scorers import scorer_locations
     from ..spec import EvaluationSettings
 
     method = registry.canonical("method", method)
@@ -128,7 +128,7 @@ def resolve(
     for path in files.values():
         if not path.is_file():
             raise UserError(f"--prompts: there is no file {path}")
-    homes = scorer_locations(scorers, _table("scorer", table.pop("scorer", {})))
+    locations = parse_locations(scorer_locations, _table("scorer", table.pop("scorer", {})))
     precision = table.pop("precision", model_spec.precision)
     if precision not in ("fp32", "bf16", "fp16"):
         raise registry.unknown("precision", str(precision), ("fp32", "bf16", "fp16"))
@@ -152,7 +152,7 @@ def resolve(
         reward=reward or exam.reward(model_spec.domain),
         execution=execution,
         tuned=tuned,
-        scorer_locations=homes,
+        scorer_locations=locations,
         prompts=files,
         asked=_asked(files),
         sources=_sources(method, task, reward or exam.reward(model_spec.domain)),
@@ -168,9 +168,7 @@ def _sources(method: str, task: str, reward: str) -> dict[str, str]:
 
     What such a file imports is not looked at.
     """
-    from ..scoring.scorers import parts
-
-    named = [method, task, *(name for name, _ in parts(reward))]
+    named = [method, task, *(scorer.text for scorer in ScorerReference.parse(reward).scorers)]
     found: dict[str, str] = {}
     for path in dict.fromkeys(Path(one.rpartition(":")[0]) for one in named if ".py:" in one):
         if not path.is_file():
@@ -296,7 +294,7 @@ def variants(method: str) -> list[str]:
 
 
 def scorer_tables(path: Path | None) -> Mapping[str, Table]:
-    """The [scorer.NAME] tables of a settings file: where scorers live."""
+    """The [scorer.NAME] tables of a settings file: where scorers run."""
     return _table("scorer", _file(path).get("scorer", {}))
 
 

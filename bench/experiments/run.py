@@ -35,7 +35,8 @@ from ..model_spec import ModelSpec, find_model_spec
 from ..models.open import open_model, usage
 from ..process_group import ProcessGroup
 from ..progress import NullProgress, Progress
-from ..scoring.scorers import ScorerLocation, close_scorers, open_scorer, parts
+from ..scoring.references import ScorerLocation, ScorerReference
+from ..scoring.scorers import close_scorers, open_scorer
 from ..spec import (
     Columns,
     Embedder,
@@ -101,23 +102,23 @@ def open_scorer_set(
     domain: str,
     say: Callable[[str], None],
     training: str = "",
-    places: Mapping[str, ScorerLocation] | None = None,
+    locations: Mapping[str, ScorerLocation] | None = None,
 ) -> ScorerSet:
     """Make the scorers a task names; a further one that is not installed is left out and said, a needed one is an error.
 
     training: the scorer to train on; when it is not the task's own, the task's own is held out. A part of a blend is trained
-    on too, and holds nothing out. places: where scorers live.
+    on too, and holds nothing out. locations: where scorers run, if not in this process.
     """
     own = task.reward(domain)
     training = training or own
     named = lambda name: registry.canonical("scorer", name)
-    trained = {name for name, _ in parts(training)}
+    trained = {scorer.text for scorer in ScorerReference.parse(training).scorers}
     held = [name for name in dict.fromkeys(map(named, (own, *task.held_out(domain)))) if name not in trained]
     if not held and training != own:
         raise UserError(
             f"--reward {training} trains on every scorer that the task {task.name} holds out: none is left to judge by"
         )
-    made = ScorerSet(open_scorer(training, places or {}), [open_scorer(name, places or {}) for name in held])
+    made = ScorerSet(open_scorer(training, locations), [open_scorer(name, locations) for name in held])
     columns = task.columns(domain) if isinstance(task, SupportsColumns) else Columns()
     taken = {*trained, *held}
 
@@ -132,7 +133,7 @@ def open_scorer_set(
                     say(f"not judged by {name}: {missing}")
                 absent.add(name)
 
-    scorer = lambda name: open_scorer(name, places or {})
+    scorer = lambda name: open_scorer(name, locations)
     add([name for name in task.scorers(domain) if named(name) not in taken], made.further, scorer)
     taken |= set(map(named, task.scorers(domain)))
     add([name for name in columns.quality if named(name) not in taken], made.quality, scorer)
@@ -567,7 +568,7 @@ def evaluate_only(
     split: Split,
     progress: Progress,
     out: Path | None = None,
-    places: Mapping[str, ScorerLocation] | None = None,
+    locations: Mapping[str, ScorerLocation] | None = None,
     prompts_file: Path | None = None,
 ) -> dict[str, Any]:
     """Judge a base, or a base with an adapter, on a task: the same prompts, noise and scorers as a run's.
@@ -576,7 +577,7 @@ def evaluate_only(
     """
     model_spec, task = find_model_spec(model_name), registry.load("task", task_name)()
     task = with_own_prompts(task, {split: prompts_file}, model_spec.domain) if prompts_file else task
-    judges = open_scorer_set(task, model_spec.domain, progress.say, places=places)
+    judges = open_scorer_set(task, model_spec.domain, progress.say, locations=locations)
     try:
         model = open_model(model_spec, device=_accelerator(model_spec.precision).device)
         if adapter is not None:

@@ -25,6 +25,7 @@ from ..errors import Interrupted, UserError
 from ..evaluation import evaluator
 from ..files import write_atomically
 from ..progress import NullProgress, Progress
+from ..scoring.references import ScorerLocation
 from ..scoring.scorers import ask, close_scorers, open_scorer
 from ..spec import Images, Prompt, Scorer, Scores, SupportsSummary, Task
 from ..stats import intervals
@@ -68,7 +69,7 @@ def score_folder(
     folder: Path,
     references: Sequence[str],
     *,
-    places: Mapping[str, Any] | None = None,
+    locations: Mapping[str, ScorerLocation] | None = None,
     prompts: Path | None = None,
     task: str | None = None,
     domain: str = "open",
@@ -80,7 +81,7 @@ def score_folder(
 ) -> dict[str, Any]:
     """Score every image of a folder with every scorer, write the table `out` (COLUMNS; .parquet or .csv), and say what it holds.
 
-    references, places: as `scorers.open_scorer` takes them. prompts: a file or folder that says what was asked for, where the folder
+    references, locations: as `scorers.open_scorer` takes them. prompts: a file or folder that says what was asked for, where the folder
     itself does not. task: whose facts the prompts hold, and who aggregates them in its own way. rows: images scored at once; only images of
     one size are. fresh: forget what an earlier start left. A file that is no image, or half of one, is a row without a score and with
     the reason. A scorer that gave no score is asked again by the same command if that is cut off, and not if it ends.
@@ -104,7 +105,7 @@ def score_folder(
     scorers: list[Scorer] = []
     try:
         for reference in references:
-            scorers.append(open_scorer(reference, places or {}))
+            scorers.append(open_scorer(reference, locations))
         names = [scorer.name for scorer in scorers]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"two scorers are called {', '.join(twice)}: score them into two tables")

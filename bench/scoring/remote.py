@@ -41,10 +41,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UserError
 from ..spec import Images, Prompt, Scores, Values, check_images
+from .references import TOKEN
 
 PROTOCOL = 1
 MAGIC = b"\x89PNG\r\n\x1a\n"
-TOKEN = "GPOBENCH_SCORER_TOKEN"  # the environment variable: a command line can be read by everybody on a machine
 READY = "ready: "  # what the server's line on stdout begins with, before its URL
 TRIES = 3  # of a request that finds nobody, takes too long, or meets an error of the server's (5xx)
 PAUSE = 0.25  # s before the second try; twice as long before the third
