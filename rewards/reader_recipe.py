@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..bench.assets import glyphs
+from ..bench.assets.words import word_splits
 from ..bench.errors import UserError
 from ..bench.stats.intervals import proportion
 from .reader import ALPHABET, COLUMNS, HEIGHT, WIDTH, network, spell, standardise
@@ -38,7 +39,6 @@ FACES = (
 )
 BOLD = tuple(face for face in FACES if "Bol" in face or face in ("cmb10", ""))  # drawn as often as all others together
 LENGTHS = "1" + "22" + "3" * 8 + "4" * 9 + "5" * 9  # of the strings, as often as they are drawn
-WORDS = Path(__file__).parent.parent / "tasks" / "ocr_words.txt"  # read only to measure, never to learn
 
 
 # Coverage: where there is ink, 0..1
@@ -273,7 +273,7 @@ def draw_batch(rows: int, seed: tuple[int, ...], strength: float = 1.0) -> tuple
 def clean_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
     """(N, 32, 64, 3) uint8 and N words: every test word of the task `ocr`, printed as the embedded model's pictures are."""
     rng = np.random.default_rng(seed)
-    words = [word for word in WORDS.read_text("ascii").split() if glyphs.split_of(word) == "test"]
+    words = word_splits()["test"]
     papers, inks = list(glyphs.PAPERS.values()), list(glyphs.INKS.values())
     return np.stack(
         [

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..bench.assets import glyphs
+from ..bench.assets.words import read_word_list
 from ..bench.errors import Missing, UserError
 from ..bench.stats.intervals import proportion
-from .reader_recipe import WORDS, damage
+from .reader_recipe import damage
 
 if TYPE_CHECKING:
     import torch
@@ -638,7 +639,7 @@ class TinyClipRecipe:
         def score(images: np.ndarray, prompts: list[str]) -> np.ndarray:
             return scorer(images, [Prompt(text) for text in prompts]).value[scorer.metrics[0]]
 
-        held = [word for word in WORDS.read_text("ascii").split() if glyphs.split_of(word) != "train"]
+        held = [word for word in read_word_list() if glyphs.split_of(word) != "train"]
         return {
             "recipe": self._made_by(seed),
             "cpu_seconds": round(spent),

@@ -6,7 +6,6 @@ and by what the image and the prompt hold: cut off at any moment, the same comma
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -24,6 +23,7 @@ from ..assets.prompts import READERS, PromptRow, read_prompts, records, row_of, 
 from ..errors import Interrupted, UserError
 from ..evaluation import evaluator
 from ..files import write_atomically
+from ..images import UnsupportedPixels, upright_pixels, upright_size
 from ..progress import NullProgress, Progress
 from ..scoring.references import ScorerLocation
 from ..scoring.scorers import ask, close_scorers, open_scorer
@@ -42,9 +42,6 @@ FILE = (
 )  # what a table's column of image files may be called; the first that is there
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 COLUMNS = ("file", "prompt", "stratum", "scorer", "scorer_id", "metric", "value", "reason", "note")
-# Pixels of 8 bits; of those with transparency the colours are taken as they stand, as every published script takes them.
-MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
-ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values under which width and height change places
 JPEG = "JPEG: scores differ from PNG"
 
 
@@ -339,26 +336,19 @@ class Picture:
 
 
 def _glance(folder: Path, pair: Pair) -> Picture:
-    from PIL import Image
-
     try:
         raw = (folder / pair.file).read_bytes()
     except OSError as error:
         return Picture(pair, "", (0, 0), False, f"the file cannot be read: {error.strerror}")
     digest, jpeg = sha256(raw).hexdigest(), raw.startswith(b"\xff\xd8\xff")
     try:
-        with Image.open(io.BytesIO(raw)) as image:
-            turned = image.getexif().get(ORIENTATION, 1) in SIDEWAYS
-            width, height = image.size
-            return Picture(pair, digest, (height, width) if turned else (width, height), jpeg)
+        return Picture(pair, digest, upright_size(raw), jpeg)
     except Exception as error:  # foreign bytes: a reader of images may fail in any way
         return Picture(pair, digest, (0, 0), jpeg, _why(error))
 
 
 def _open(folder: Path, picture: Picture) -> Images | str:
     """(H, W, 3), or why not."""
-    from PIL import Image, ImageOps
-
     try:
         raw = (folder / picture.pair.file).read_bytes()
     except OSError as error:
@@ -366,10 +356,9 @@ def _open(folder: Path, picture: Picture) -> Images | str:
     if sha256(raw).hexdigest() != picture.digest:
         raise UserError(f"{folder / picture.pair.file} changed while it was scored; start again")
     try:
-        with Image.open(io.BytesIO(raw)) as image:
-            if image.mode not in MODES:
-                return f"its pixels are of the kind {image.mode}, not of 8 bits a colour"
-            return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))  # upright, as everything shows it
+        return upright_pixels(raw)
+    except UnsupportedPixels as error:
+        return str(error)
     except Exception as error:
         return _why(error)
 

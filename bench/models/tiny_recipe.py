@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import lru_cache
 from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -39,6 +38,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from ..assets import glyphs
+from ..assets.words import word_splits
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -122,16 +122,6 @@ def _cores() -> int:
 
 
 # Words
-
-
-def word_splits() -> dict[str, list[str]]:
-    """The words of `tasks/ocr_words.txt` by split; only the train split is ever printed."""
-    package = cast(str, __package__).split(".")[0]  # set, or the relative import above had failed
-    text = files(f"{package}.tasks").joinpath("ocr_words.txt").read_text(encoding="ascii")
-    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for word in text.split():
-        splits[glyphs.split_of(word)].append(word)
-    return splits
 
 
 def sample(

@@ -8,7 +8,6 @@ import argparse
 import asyncio
 import base64
 import hmac
-import io
 import ipaddress
 import os
 import signal
@@ -25,6 +24,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from ..errors import Missing, UserError
+from ..images import png_pixels
 from ..spec import Images, Prompt, Scorer
 from .remote import MAGIC, PROTOCOL, READY, TOKEN, About, Answer, Limits, Question, wrong
 from .scorers import ask, close_scorers, open_scorer
@@ -211,7 +211,7 @@ def answered(scorer: Scorer, question: Question, pixels: int) -> Answer | None:
     shapes: dict[tuple[int, int], dict[int, Images]] = {}
     for row, content in files.items():
         try:
-            shapes.setdefault(_size(content), {})[row] = _decoded(content)
+            shapes.setdefault(_size(content), {})[row] = png_pixels(content)
         except Exception as error:  # Pillow meets the bytes of strangers: there is no end to what it raises
             reasons[row] = f"image refused: {type(error).__name__}: {error}"
     prompts = [Prompt(asked.text, asked.meta, asked.stratum) for asked in question.prompts]
@@ -253,16 +253,6 @@ def _size(content: bytes) -> tuple[int, int]:
     """(height, width) as the header of a PNG says."""
     width, height = struct.unpack(">II", content[16:24])
     return height, width
-
-
-def _decoded(content: bytes) -> Images:
-    """(H, W, 3)."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-        if image.mode != "RGB":
-            raise ValueError(f"not RGB but {image.mode}")
-        return np.asarray(image)
 
 
 def _end_with_parent() -> None:

@@ -9,7 +9,6 @@ that `datasets.save_to_disk` wrote. A row that cannot serve is skipped, and coun
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections import Counter
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..images import fitted_pixels
 from ..losses import apart
 from ..spec import Images
 
@@ -87,7 +87,7 @@ class PairSet:
         chunk, at, better = (int(n) for n in self.place[row])
         table = self._chunk(chunk)
         try:
-            sides = [decoded(_content(table.column(name)[at]), height, width) for name in SIDES]
+            sides = [fitted_pixels(_content(table.column(name)[at]), height, width) for name in SIDES]
         except Exception:  # Pillow meets the bytes of strangers: there is no end to what it raises
             return "unreadable image"
         if np.array_equal(sides[0], sides[1]):
@@ -101,14 +101,6 @@ class PairSet:
             while len(self._held) > 1 and sum(table.nbytes for table in self._held.values()) > HELD:
                 del self._held[next(iter(self._held))]
         return self._held[number]
-
-
-def decoded(content: bytes, height: int, width: int) -> Images:
-    """(H, W, 3): an encoded image, cut around its centre to the wanted aspect, then resized by Lanczos."""
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
 
 
 def open_pairs(reference: str) -> PairSet:

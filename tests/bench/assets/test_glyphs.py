@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpobench.bench.assets import glyphs
-from gpobench.bench.models.tiny_recipe import word_splits
+from gpobench.bench.assets.words import word_splits
 
 WORDS = word_splits()
 EXCLUDED = frozenset(WORDS["validation"] + WORDS["test"])

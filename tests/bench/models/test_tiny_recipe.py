@@ -11,8 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from gpobench.bench.assets import glyphs
+from gpobench.bench.assets.words import word_splits
 from gpobench.bench.models import tiny_recipe
-from gpobench.bench.models.tiny_recipe import TinyRecipe, build_tokenizer, word_splits
+from gpobench.bench.models.tiny_recipe import TinyRecipe, build_tokenizer
 
 SHORT = TinyRecipe(
     layers=1,
