@@ -1,6 +1,6 @@
-"""A small painter's apprenticeship: from random weights to a model of a few MB that writes words and counts shapes.
+"""Recipe of the embedded model: from random weights to a pipeline of a few MB that writes words and counts shapes.
 
-`Tiny()(out, seed=0, log=print)` trains everything from scratch on the pictures of `glyphs` and writes a folder that
+`TinyRecipe()(out, seed=0, log=print)` trains everything from scratch on the pictures of `glyphs` and writes a folder that
 `StableDiffusion3Pipeline.from_pretrained` loads. Three stages, each resumable:
 
 1. `autoencoder`: the latent is a fixed linear map, the first 16 principal components of 4x4x3 pixel patches; an AutoencoderKL is
@@ -8,7 +8,8 @@
 2. `flow`: the transformer and the two CLIP text encoders learn the velocity noise - latent, together.
 3. `decoder`: the decoder is trained on latents that the model itself draws, which are less clean than those of pictures.
 
-Two processes of one thread each share every batch; each is one shard, so that one process alone does the same sums one after another.
+Two processes of one thread each share every batch; each is one shard, so that one process alone does the same sums one after
+another.
 """
 
 import json
@@ -182,25 +183,44 @@ def build_silent_text(width: int) -> T5EncoderModel:
 
 
 def build_parts(recipe: TinyRecipe, seed: int) -> TinyModules:
+    """The networks of the pipeline with random weights, in the order that the seed's draws are used."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
+    transformer = _transformer(recipe)
+    autoencoder = _autoencoder(recipe)
+    parts = TinyModules(transformer, _text_encoder(recipe, 0), _text_encoder(recipe, 1), autoencoder)
+    with torch.no_grad():
+        # CLIP's embeddings start at 0.02, less than the bias of the layer that takes them: tokens would look all alike for long
+        for model in (parts.text_one, parts.text_two):
+            for name, p in model.named_parameters():
+                if "embedding" in name:
+                    p.mul_(0.5 / p.std())
+        nn.init.zeros_(transformer.context_embedder.bias)
+    for part in parts:
+        part.eval()  # no dropout anywhere; eval only keeps it so
+    return parts
 
-    def text(width: int) -> CLIPTextModelWithProjection:
-        return CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=width,
-                intermediate_size=2 * width,
-                projection_dim=recipe.pooled_width,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=TOKENS,
-                pad_token_id=cast(int, tokenizer.pad_token_id),  # this and the next two: one token each
-                bos_token_id=cast(int, tokenizer.bos_token_id),
-                eos_token_id=cast(int, tokenizer.eos_token_id),
-            )
+
+def _text_encoder(recipe: TinyRecipe, number: int) -> CLIPTextModelWithProjection:
+    """One layer of CLIP over the embedded model's 16 tokens."""
+    tokenizer, width = build_tokenizer(), recipe.text_widths[number]
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=recipe.pooled_width,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=TOKENS,
+            pad_token_id=cast(int, tokenizer.pad_token_id),  # this and the next two: one token each
+            bos_token_id=cast(int, tokenizer.bos_token_id),
+            eos_token_id=cast(int, tokenizer.eos_token_id),
         )
+    )
 
+
+def _transformer(recipe: TinyRecipe) -> SD3Transformer2DModel:
+    """The velocity network; every block begins as the identity and the velocity as zero."""
     width = recipe.heads * recipe.head_width
     transformer = SD3Transformer2DModel(
         sample_size=glyphs.WIDTH // PATCH,
@@ -216,13 +236,18 @@ def build_parts(recipe: TinyRecipe, seed: int) -> TinyModules:
         pos_embed_max_size=glyphs.WIDTH // PATCH // 2,
         qk_norm="rms_norm",
     )
-    # diffusers starts these at random; from zero every block begins as the identity and the velocity as nothing
-    still = [transformer.proj_out, transformer.norm_out.linear]
+    # diffusers starts these at random
+    zeroed = [transformer.proj_out, transformer.norm_out.linear]
     for block in cast(Iterable[Any], transformer.transformer_blocks):  # a ModuleList does not know what it lists
-        still += [block.norm1.linear, block.norm1_context.linear]
-    for linear in still:
+        zeroed += [block.norm1.linear, block.norm1_context.linear]
+    for linear in zeroed:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
+    return transformer
+
+
+def _autoencoder(recipe: TinyRecipe) -> AutoencoderKL:
+    """Encoder and decoder of the latent; the posterior's spread is a constant exp(-6) that is never trained."""
     depth = len(recipe.autoencoder_widths)
     autoencoder = AutoencoderKL(
         # diffusers writes tuple[str], a tuple of one, where it means tuple[str, ...]
@@ -239,20 +264,10 @@ def build_parts(recipe: TinyRecipe, seed: int) -> TinyModules:
         use_post_quant_conv=False,
         mid_block_add_attention=False,
     )
-    with torch.no_grad():  # the posterior's spread: a constant exp(-6), never trained
+    with torch.no_grad():
         autoencoder.encoder.conv_out.weight[CHANNELS:] = 0
         cast(Tensor, autoencoder.encoder.conv_out.bias)[CHANNELS:] = -12  # a convolution built with its bias
-    parts = TinyModules(transformer, text(recipe.text_widths[0]), text(recipe.text_widths[1]), autoencoder)
-    with torch.no_grad():
-        # CLIP's embeddings start at 0.02, less than the bias of the layer that takes them: tokens would look all alike for long
-        for model in (parts.text_one, parts.text_two):
-            for name, p in model.named_parameters():
-                if "embedding" in name:
-                    p.mul_(0.5 / p.std())
-        nn.init.zeros_(transformer.context_embedder.bias)
-    for part in parts:
-        part.eval()  # no dropout anywhere; eval only keeps it so
-    return parts
+    return autoencoder
 
 
 class Latent:
