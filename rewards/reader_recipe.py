@@ -1,4 +1,4 @@
-"""How the held-out reader was made: random letters, printed in 18 faces, bent, broken, blurred and coloured, then learnt for minutes.
+"""Recipe of the held-out reader: random letters printed in 18 faces, bent, broken, blurred and coloured, and minutes of training.
 
 Two things keep it independent. It never sees DejaVu Sans Mono, the family the embedded model is taught to print; and every string that
 the split rule of `bench/assets/glyphs.py` puts into validation or test is thrown away before it is printed, so its score on test words is a

@@ -1,4 +1,4 @@
-"""How the held-out counter's eye was made: shapes of any colour, worn, cut, faint and crowded, learnt for minutes.
+"""Recipe of the held-out shape detector: shapes of any colour, worn, cut, faint and crowded, and minutes of training.
 
 Two things keep it independent of the counter that methods are trained on. Its colours are drawn anew for every picture, so no palette
 can help it; and its shapes are drawn by other code and of other sizes and proportions than those of the embedded model, which it meets

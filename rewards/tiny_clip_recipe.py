@@ -1,4 +1,4 @@
-"""Two small critics go to school: pictures and prompts of the glyph domain, and a shelf of near misses and worn prints beside each.
+"""Recipe of the two tiny preference scorers: images and prompts of the glyph domain, with near misses and worn copies of each.
 
 The published preference scores are two-tower networks: an image tower, a text tower, a cosine. These two are the same thing at a
 size that trains in minutes: `pick` looks through a vision transformer, `hps` through CLIP's residual network, both open_clip's own

@@ -137,7 +137,7 @@ SOME = {
 
 # Pictures that are none
 
-PNG = remote.png
+PNG = remote.encode_png
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -476,12 +476,15 @@ def _told(error: UserError) -> str:
 def part(need: fetch.Need, deep: bool, offline: bool, bring: str) -> Iterator[Check]:
     """A scorer or an embedder, made and asked for known answers; a heavy one is only looked at. bring: the command that fetches it."""
     name, start = f"{need.kind} {need.name}", time.monotonic()
-    with warnings.catch_warnings(record=True) as heard, weight_store.ledger(float("inf") if deep else HEAVY) as asked:
+    with (
+        warnings.catch_warnings(record=True) as heard,
+        downloads.log_downloads(float("inf") if deep else HEAVY) as asked,
+    ):
         warnings.simplefilter("always")
         try:
             said = _embeds(need.name) if need.kind == "embedder" else _scores(need.name)
             check = Check(name, "ok", f"{said} ({time.monotonic() - start:.1f} s)")
-        except downloads.Heavy:
+        except downloads.DownloadLimitExceeded:
             damaged = _damaged(asked)
             size = _gb(sum(asked.files().values()))
             check = Check(
@@ -527,7 +530,7 @@ def _embeds(name: str) -> str:
     return f"{embedder.id}: two pictures, two vectors of {vectors.shape[1]}"
 
 
-def _damaged(asked: downloads.Ledger) -> str:
+def _damaged(asked: downloads.DownloadLog) -> str:
     for path in asked.files():
         if path.suffix == ".safetensors":
             try:

@@ -113,7 +113,7 @@ def fetch(
     made: Any = registry.load("task", task)() if task else None
     failed: list[str] = []
     left_out: list[dict[str, str]] = []
-    with weight_store.ledger() as asked, weight_store.bringing():
+    with downloads.log_downloads() as asked, weight_store.allow_pickled():
         if model_spec is not None and not Path(model_spec.source).is_dir():
             try:
                 _pipeline(model_spec, progress)
@@ -131,7 +131,7 @@ def fetch(
             progress.phase(f"{need.kind} {need.name}", 1.0)
             try:
                 rehearse(need, prompts, *size)
-            except weight_store.Wrong:
+            except weight_store.WrongHash:
                 raise
             except UserError as error:
                 if need.needed:
@@ -186,7 +186,7 @@ def _pipeline(model_spec: ModelSpec, progress: Progress) -> None:
     revision = model_spec.revision or "main"
     if downloads.offline():
         if weight_store.local(model_spec.source, revision) is None:
-            raise weight_store.refused(model_spec.source, "", revision, OSError("it is not here"))
+            raise weight_store.hub_refusal(model_spec.source, "", revision, OSError("it is not here"))
         return
     own = weight_store.local(model_spec.source, revision)
     if own is not None and "snapshots" not in own.parts:  # yours or the store's, which wins over the hub
@@ -210,9 +210,11 @@ def _pipeline(model_spec: ModelSpec, progress: Progress) -> None:
     if place is None:
         raise UserError(f"{model_spec.source} changed while it was fetched: run the same command again")
     for name in names:
-        downloads.note(downloads.DownloadRequest("file", model_spec.source, (name,), revision, place.parent / name))
+        downloads.log_download(
+            downloads.DownloadRequest("file", model_spec.source, (name,), revision, place.parent / name)
+        )
     # The mark that hub.local looks for: no file of these patterns is left to be fetched.
-    downloads.note(
+    downloads.log_download(
         downloads.DownloadRequest("folder", model_spec.source, weight_store.PIPELINE, revision, place.parent)
     )
 
@@ -323,7 +325,7 @@ def _gather(asked: Sequence[downloads.DownloadRequest]) -> _Goods:
         if one.names == weight_store.PIPELINE and "snapshots" in one.path.parts:
             repository, commit = goods.repositories[one.source], one.path.name
             repository.commit = repository.commit or commit
-            known = weight_store.locked(one.source, commit) if commit == repository.commit else None
+            known = weight_store.locked_repository(one.source, commit) if commit == repository.commit else None
             for name in known.files if known else ():
                 if downloads.matches(name, weight_store.PIPELINE):
                     repository.files.setdefault(name, _File(one.path / name))
@@ -336,7 +338,7 @@ def _commit(source: str, path: Path, name: str) -> str:
     if root.parent.name == "snapshots":
         return root.name
     kept = (
-        weight_store.kept_of(weight_store.store() / source / weight_store.KEPT)
+        weight_store.read_stored(weight_store.store() / source / weight_store.STORED)
         if root == weight_store.store() / source
         else None
     )
@@ -350,7 +352,7 @@ def _check(goods: _Goods, progress: Progress) -> None:
     for source, repository in goods.repositories.items():
         listed = _listed(source, repository.commit)
         known = StoredRepository(**lock.get(f"{source}@{repository.commit}", {}))
-        store = weight_store.kept_of(weight_store.store() / source / weight_store.KEPT) or StoredRepository()
+        store = weight_store.read_stored(weight_store.store() / source / weight_store.STORED) or StoredRepository()
         for name, file in repository.files.items():
             blob = file.path.resolve().name  # the hub's cache calls a file by the hash the hub gave
             file.expected = listed.get(name) or (blob if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob) else "")
@@ -563,13 +565,13 @@ def _stage(source: Path, staged: Path, name: str, kept: StoredRepository, advanc
     """A repository as it will stand in the store: these files, and those of the same commit that stand there already."""
     for file, facts in kept.files.items():
         _copy(source / "weights" / name / file, staged / name / file, facts, advance)
-    before = weight_store.kept_of(weight_store.store() / name / weight_store.KEPT)
+    before = weight_store.read_stored(weight_store.store() / name / weight_store.STORED)
     if before is not None and before.commit and before.commit == kept.commit:
         for file in before.files.keys() - kept.files.keys():
             (staged / name / file).parent.mkdir(parents=True, exist_ok=True)
             os.link(weight_store.store() / name / file, staged / name / file)
         kept = _merged(before, kept)
-    _write_json(staged / name / weight_store.KEPT, kept.mapping())
+    _write_json(staged / name / weight_store.STORED, kept.mapping())
     return kept
 
 

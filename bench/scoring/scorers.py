@@ -17,7 +17,7 @@ from .. import registry
 from ..errors import UserError
 from ..spec import Images, Prompt, Scorer, Scores, Values
 from .references import ScorerLocation, ScorerReference, blend_name
-from .remote import Remote, connect, start
+from .remote import RemoteScorer, connect, start
 
 
 def open_scorer(reference: str, locations: Mapping[str, ScorerLocation] | None = None) -> Scorer:
@@ -48,7 +48,7 @@ def _open(reference: ScorerReference, locations: Mapping[str, ScorerLocation]) -
         raise
 
 
-def _open_at(location: ScorerLocation, reference: ScorerReference) -> Remote:
+def _open_at(location: ScorerLocation, reference: ScorerReference) -> RemoteScorer:
     if location.python:
         return start(location.python, reference.text, timeout=location.timeout)
     remote = connect(location.url, token=location.token, timeout=location.timeout)
@@ -66,7 +66,7 @@ def close_scorers(scorers: Iterable[Scorer]) -> None:
     for scorer in scorers:
         if isinstance(scorer, Blend):
             close_scorers([part for part, _ in scorer.parts])
-        elif isinstance(scorer, Remote):
+        elif isinstance(scorer, RemoteScorer):
             scorer.close()
 
 
@@ -122,18 +122,18 @@ def ask(scorer: Scorer, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return _checked(scorer, scorer(images, prompts), len(images))
     except UserError as error:
         if len(images) == 1:
-            return _nothing(scorer, 1, error)
-        return _joined(scorer, [ask(scorer, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))])
+            return _all_missing(scorer, 1, error)
+        return _concatenated(scorer, [ask(scorer, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))])
     except (Exception, SystemExit) as error:  # a scorer is foreign code: nothing it does may end or falsify a run
-        return _nothing(scorer, len(images), error)
+        return _all_missing(scorer, len(images), error)
 
 
-def _nothing(scorer: Scorer, n: int, error: BaseException) -> Scores:
+def _all_missing(scorer: Scorer, n: int, error: BaseException) -> Scores:
     nan = {metric: np.full(n, np.nan) for metric in scorer.metrics}
-    return Scores(nan, dict.fromkeys(range(n), f"{scorer.name}: {_said(error)}"))
+    return Scores(nan, dict.fromkeys(range(n), f"{scorer.name}: {_error_text(error)}"))
 
 
-def _joined(scorer: Scorer, each: Sequence[Scores]) -> Scores:
+def _concatenated(scorer: Scorer, each: Sequence[Scores]) -> Scores:
     """The answers to single images as one."""
     value = {metric: np.concatenate([np.zeros(0), *(one.value[metric] for one in each)]) for metric in scorer.metrics}
     reasons = {row: why for row, one in enumerate(each) for why in one.reasons.values()}
@@ -141,7 +141,7 @@ def _joined(scorer: Scorer, each: Sequence[Scores]) -> Scores:
     return Scores(value, reasons, notes if any(notes) else None)
 
 
-def _said(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     try:
         text = str(error)
     except Exception:  # even this is foreign code

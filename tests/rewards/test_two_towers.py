@@ -1,4 +1,4 @@
-"""Two-tower scorers: the real classes on random weights of the same architectures, saved in the true formats, and the shipped critics."""
+"""Two-tower scorers: the real classes on random weights of the same architectures, saved in the true formats, and the shipped tiny ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Proof sheets from the printing press: every letter in its cell, every shape countable, no forbidden word ever set."""
+"""Glyphs: every letter in its cell, every shape countable, and no held-out word is ever drawn."""
 
 from __future__ import annotations
 

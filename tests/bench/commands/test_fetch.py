@@ -325,7 +325,7 @@ def test_what_no_hub_serves_travels_too(
 ) -> None:
     toy = Path(world)
     toy.write_text(
-        toy.read_text() + '\n\ndef Gift():\n    assert hub.given("pytorch", "net.pth")\n    return Plain()\n'
+        toy.read_text() + '\n\ndef Gift():\n    assert hub.given_by_hand("pytorch", "net.pth")\n    return Plain()\n'
     )
     own = empty_machine / "own" / "pytorch" / "net.pth"
     own.parent.mkdir(parents=True)
@@ -335,7 +335,7 @@ def test_what_no_hub_serves_travels_too(
     monkeypatch.delenv("GPOBENCH_WEIGHTS")
     elsewhere(empty_machine / "there", monkeypatch)
     fetch.fetch(source=empty_machine / "stick", progress=NullProgress())
-    place = weight_store.given("pytorch", "net.pth")
+    place = weight_store.given_by_hand("pytorch", "net.pth")
     assert place is not None and place.read_bytes() == b"net"
 
 
@@ -344,7 +344,7 @@ def test_what_stands_at_an_address_is_locked_and_travels(
 ) -> None:
     hub_server.plain["net.pth"] = b"net"
     toy, url = Path(world), f"{hub_server.address}/net.pth"
-    link = f'hub.Linked("pytorch", "net.pth", "{url}", pickled=True)'
+    link = f'hub.PublishedWeights("pytorch", "net.pth", "{url}", pickled=True)'
     toy.write_text(toy.read_text() + f"\n\ndef Far():\n    {link}.find()\n    return Plain()\n")
     told = fetch.fetch(scorers=[f"{world}:Far"], to=empty_machine / "stick", progress=NullProgress())
     digest = hashlib.sha256(b"net").hexdigest()
@@ -414,7 +414,7 @@ def quiet_ultralytics(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def serve(module: Any, name: str, file: Path, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The module's weights as this server publishes them, their hash in their name where the real ones have it."""
-    link: weight_store.Linked = getattr(module, name)
+    link: weight_store.PublishedWeights = getattr(module, name)
     data = file.read_bytes()
     begins = hashlib.sha256(data).hexdigest()[:8] if link.begins else ""
     path = f"{name.lower()}-{begins}.pth"

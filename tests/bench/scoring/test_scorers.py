@@ -26,7 +26,7 @@ from gpobench.bench.scoring.references import (
     check_locations,
     scorer_locations,
 )
-from gpobench.bench.scoring.remote import Remote
+from gpobench.bench.scoring.remote import RemoteScorer
 from gpobench.bench.scoring.scorers import (
     Blend,
     ask,
@@ -438,7 +438,7 @@ def test_a_scorer_is_opened_at_its_location() -> None:
             "rapidocr:page": ScorerLocation(url=page),
             "nickname": ScorerLocation(url=any_program),
         }
-        assert isinstance(open_scorer("rapidocr:page", known), Remote)  # the whole reference before the name
+        assert isinstance(open_scorer("rapidocr:page", known), RemoteScorer)  # the whole reference before the name
         assert open_scorer(" nickname ", known).id == open_scorer("nickname:fine", known).id == "sound-v1"
         assert open_scorer("reader", known).name == "reader"
         with pytest.raises(UserError, match="http://127.0.0.1:1: .*refused"):
@@ -454,7 +454,7 @@ def test_what_was_started_is_ended(images: Images) -> None:
     mine = f"{FAULTY}:Sound"
     blend = open_scorer(f"{mine}*0.5+reader", {mine: ScorerLocation(python=sys.executable)})
     assert isinstance(blend, Blend)
-    (child,) = (part for part, _ in blend.parts if isinstance(part, Remote))
+    (child,) = (part for part, _ in blend.parts if isinstance(part, RemoteScorer))
     os.kill(child.pid, 0)
     here, there = faulty.Sound()(images, PROMPTS), child(images, PROMPTS)
     assert all(np.array_equal(here.value[m], there.value[m]) for m in child.metrics) and here.notes == there.notes
