@@ -63,6 +63,14 @@ def _installed(group: str, path: tuple[str, ...]) -> metadata.EntryPoints:
     return metadata.entry_points(group=group)
 
 
+def split_variant(reference: str) -> tuple[str, str]:
+    """`name:variant` as name and variant; `path/to/file.py:Name` is a name as a whole."""
+    if ".py:" in reference:
+        return reference, ""
+    name, _, variant = reference.partition(":")
+    return name, variant
+
+
 def canonical(kind: str, name: str) -> str:
     """The name that an alias stands for: of several entry points with one target, the one its file is named after.
 
@@ -70,14 +78,14 @@ def canonical(kind: str, name: str) -> str:
     """
     if ".py:" in name:
         return name
-    base, colon, variant = name.partition(":")
+    base, _ = split_variant(name)
     points = entries(kind)
     if base not in points:
         return name
     target = points[base].value
     twins = [other for other, entry in points.items() if entry.value == target]
     leaf = target.partition(":")[0].rpartition(".")[2].replace("_", "-")
-    return (leaf if leaf in twins else base) + colon + variant
+    return (leaf if leaf in twins else base) + name[len(base) :]
 
 
 def aliases(kind: str, name: str) -> list[str]:
@@ -94,7 +102,7 @@ def load(kind: str, reference: str) -> Any:
         return _load_from_file(reference)
     points = entries(kind)
     if kind == "method":  # the variant behind the colon is read with the settings
-        reference = reference.partition(":")[0]
+        reference, _ = split_variant(reference)
     if reference not in points:
         raise unknown(kind, reference, points)
     try:
@@ -109,7 +117,7 @@ def scorer(reference: str) -> Any:
     """Make the scorer called `name`, `name:variant` or `path/to/file.py:Name`. Raises Missing where its engine is not there."""
     if ".py:" in reference:
         return _load_from_file(reference)()
-    name, _, variant = reference.partition(":")
+    name, variant = split_variant(reference)
     return load("scorer", name)(variant or None)
 
 
@@ -117,7 +125,7 @@ def embedder(reference: str) -> Any:
     """Make the embedder called `name`, `name:variant` or `path/to/file.py:Name`. Raises Missing without its engine."""
     if ".py:" in reference:
         return _load_from_file(reference)()
-    name, _, variant = reference.partition(":")
+    name, variant = split_variant(reference)
     return load("embedder", name)(variant or None)
 
 

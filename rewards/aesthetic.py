@@ -1,4 +1,4 @@
-"""A picture alone, without its prompt, gets a mark between 1 and 10: LAION's aesthetic predictor on CLIP's image tower.
+"""Scorer `aesthetic`: LAION's aesthetic predictor on CLIP's image embedding, 1 to 10; the prompt is not read.
 
 christophschuhmann/improved-aesthetic-predictor: the 768 projected features of openai/clip-vit-large-patch14, brought to length 1, go
 through five linear layers. There is no activation between them, so the score is affine in the features (`collapsed`). It is the MLP

@@ -1,9 +1,9 @@
-"""A cut-out of one object on grey card, held against ten colour words: the one it looks most like is its colour.
+"""Colour classifier of GenEval: an object is cut out on grey and gets the nearest of ten colour words.
 
 GenEval's colour classifier (arXiv 2310.11513; evaluation/evaluate_images.py of djghosh13/geneval at af4902f): OpenAI's CLIP ViT-L/14
 through open_clip, three templates a colour, the object's mask composited on #999 and cropped to its box. The network's activation is
 QuickGELU; open_clip of today switches it on only where the architecture's name says so, and without it every number drifts silently.
-For the embedded model's pictures, which know three crayons, `PaletteColours` does the same without a network.
+For the embedded model's pictures, which have three shape colours, `PaletteColours` does the same without a network.
 """
 
 import os
@@ -18,7 +18,7 @@ from ..bench.assets.glyphs import SHAPE_COLOURS
 from ..bench.errors import Missing, UserError
 from .detectors import Detection
 from .geneval_rules import COLOURS
-from .palette import CRAYONS
+from .palette import PALETTE
 
 CLIP_MODEL = "ViT-L-14-quickgelu"
 # OpenAI's weights as open_clip's tag `openai` names them on the hub; through bench/assets/weight_store.py, so that a folder
@@ -29,7 +29,7 @@ TEMPLATES = ("a photo of a {c} {cls}", "a photo of a {c}-colored {cls}", "a phot
 
 
 class ColourClassifier(Protocol):
-    """Says the colour of objects in one picture."""
+    """Names the colours of objects in one picture."""
 
     id: str
 
@@ -140,7 +140,7 @@ def open_clip_colours(architecture: str = CLIP_MODEL, weights: Path | None = Non
 
 
 class PaletteColours:
-    """The crayon that most pixels of an object lie nearest to: exact for the embedded model's three colours."""
+    """The palette colour that most pixels of an object lie nearest to: exact for the embedded model's three colours."""
 
     id = "palette-colours-1"
 
@@ -159,6 +159,6 @@ def palette_colour(image: np.ndarray, thing: Detection) -> str:
     else:
         x1, y1, x2, y2 = (max(0, round(edge)) for edge in thing.box)
         pixels = image[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)].reshape(-1, 3)
-    nearest = ((pixels.astype(np.float32)[:, None] - CRAYONS) ** 2).sum(-1).argmin(-1)
-    votes = np.bincount(nearest, minlength=len(CRAYONS))[: len(SHAPE_COLOURS)]
+    nearest = ((pixels.astype(np.float32)[:, None] - PALETTE) ** 2).sum(-1).argmin(-1)
+    votes = np.bincount(nearest, minlength=len(PALETTE))[: len(SHAPE_COLOURS)]
     return list(SHAPE_COLOURS)[int(votes.argmax())] if votes.any() else "paper"

@@ -24,7 +24,7 @@ CONFIG = "mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco"
 CHECKPOINT = f"{CONFIG}_20220504_001756-c9d0c4f2.pth"
 # The address that the wheel's own model zoo has (metafile.yml); the end of the name is the beginning of the sha256
 # (mmdet's tools/model_converters/publish_model.py).
-WEIGHTS = weight_store.Linked(
+WEIGHTS = weight_store.PublishedWeights(
     "open-mmlab",
     CHECKPOINT,
     f"https://download.openmmlab.com/mmdetection/v3.0/mask2former/{CONFIG}/{CHECKPOINT}",

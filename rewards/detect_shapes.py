@@ -1,12 +1,12 @@
-"""The held-out counter's eye: a small network that points at circles, squares and triangles in a 64x32 picture, whatever their colour.
+"""Detector of the held-out counter: a small network that finds circles, squares and triangles in 64x32 images, of any colour.
 
 It was trained by `shapes_recipe.py` on shapes of its own, in random colours on random papers, so it shares neither rule nor constant
-with the nearest-crayon counter that methods are trained on. Objects are points (CenterNet, Zhou et al. 2019, arXiv 1904.07850): one
+with the palette counter that methods are trained on. Objects are points (CenterNet, Zhou et al. 2019, arXiv 1904.07850): one
 map a class whose local maxima are centres, four more for where in its cell the centre is and how large the box around it. A score is
 calibrated: 0.9, the threshold of GenEval's counting rule, is where worn pictures are counted best.
 
-On 405 pictures of the embedded model it counted as the crayon counter did in 86 %, and within one in 98 %. Looked at, most of the others
-are squares and circles with a soft corner, which the crayon counter takes for another kind.
+On 405 pictures of the embedded model it counted as the palette counter did in 86 %, and within one in 98 %. Looked at, most of the others
+are squares and circles with a soft corner, which the palette counter takes for another kind.
 """
 
 import json

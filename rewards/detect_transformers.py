@@ -1,4 +1,4 @@
-"""Three detectors of the 80 everyday things of COCO, by way of transformers: one paints every object's mask, two draw boxes only.
+"""Detectors of the 80 classes of COCO from transformers: Mask2Former paints masks, RT-DETR and D-FINE draw boxes only.
 
 Mask2Former (arXiv 2112.01527) is read as mmdet 2.x, GenEval's engine, reads it (`mask2former_head` of open-mmlab/mmdetection, as
 documented for v2.27): nothing is assigned exclusively, a query may stand for several classes. Its weights come from another training

@@ -1,4 +1,4 @@
-"""YOLO of ultralytics draws boxes around the 80 everyday things of COCO, for users who accept the AGPL-3.0 that covers it.
+"""YOLO detector of ultralytics for the 80 classes of COCO, for users who accept the AGPL-3.0 that covers it.
 
 Code and weights of ultralytics are under the AGPL-3.0: nothing of it is part of this package, it is imported only when this detector
 is asked for, and that says so once in every process. A `.pt` file is a pickle and opening it runs what is in it; so no run downloads
@@ -16,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from ..bench.assets import weight_store
+from ..bench.assets import downloads, weight_store
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images
 from .detectors import RENAMED, Detection
 
 PLACE, NAME = "ultralytics", "yolo11n.pt"
 # Where ultralytics 8.4.190 itself fetches it (utils/downloads.py). Its hash is published nowhere: the first fetch pins it.
-WEIGHTS = weight_store.Linked(
+WEIGHTS = weight_store.PublishedWeights(
     PLACE, NAME, f"https://github.com/ultralytics/assets/releases/download/v8.4.0/{NAME}", pickled=True
 )
 CONFIDENCE, OVERLAP, MOST = (
@@ -108,8 +108,8 @@ def yolo() -> Yolo:
 def _said(path: Path) -> Path:
     """The file a person chose, entered under its own name; Missing where there is none."""
     if path.is_file():
-        return weight_store.note(weight_store.DownloadRequest("file", PLACE, (path.name,), "", path))
-    found = weight_store.given(PLACE, path.name)
+        return downloads.log_download(downloads.DownloadRequest("file", PLACE, (path.name,), "", path))
+    found = weight_store.given_by_hand(PLACE, path.name)
     if found is None:
         raise Missing(f"GPOBENCH_YOLO names no file, and none in the folder {PLACE} of weights: {path} ({LICENCE})")
     return found

@@ -1,4 +1,4 @@
-"""What a detector says of a picture: labelled boxes with scores and masks; which one it was, no rule needs to know."""
+"""Detector interface: an image becomes labelled boxes with scores and masks, whichever network found them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module

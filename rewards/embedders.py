@@ -1,4 +1,4 @@
-"""Pictures become vectors whose distances tell how much images differ: CLIP, DINOv2 and LPIPS, each seeing the whole picture.
+"""Embedders: images become vectors whose distances tell how much the images differ; CLIP, DINOv2 and LPIPS on the whole image.
 
 A picture is squeezed to a square of the network's size, not cropped, so that what lies at the ends of a wide one counts too (CMMD's own
 code does the same; for square pictures there is no difference). Pictures pass through the network in parts of a fixed size, the last
@@ -30,7 +30,7 @@ CLIPS = {  # variant -> repository
 }
 DINO = "facebook/dinov2-base"
 # torchvision's, which LPIPS was calibrated on; the end of its name is the beginning of its sha256
-ALEXNET = weight_store.Linked(
+ALEXNET = weight_store.PublishedWeights(
     "pytorch", "alexnet.pth", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", begins="7be5be79"
 )
 

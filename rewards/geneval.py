@@ -1,4 +1,4 @@
-"""A detector lists what it sees in a picture, GenEval's rule says whether that is what the prompt asked for.
+"""Scorer `geneval`: a detector lists the objects of an image, GenEval's rule checks them against the prompt.
 
 `geneval:DETECTOR` is one rule over any detector of `detectors.py`, and its id names all three parts: rule, detector, colour classifier.
 The published benchmark is the rule with `mmdet`; every other detector gives another measurement. Metrics: `partial` is the training
@@ -24,7 +24,7 @@ DEFAULT, LEGACY = "mask2former", "-legacy"
 # The published 0.9 is Mask2Former's. Scores of these are sigmoids trained on quality: clear finds lie at .7 to .95 in their authors' own
 # examples, and 0.9 would drop every third. Theirs was not calibrated either: it is in the scorer's id.
 COUNTING = {"rtdetr": 0.5, "dfine": 0.5, "yolo": 0.5}
-GLYPHS = ("palette", "shapes")  # detectors of the embedded model's shapes, whose colours are three crayons
+GLYPHS = ("palette", "shapes")  # detectors of the embedded model's shapes, which have three colours
 METRICS = ("partial", "correct", "strict")
 
 

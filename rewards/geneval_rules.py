@@ -1,4 +1,4 @@
-"""Was the prompt drawn: so many of this, in this colour, on this side of that, judged over a detector's boxes.
+"""GenEval's rule over a detector's boxes: class, count, colour and position of the objects that a prompt asks for.
 
 Two rules over the same detections, both pure functions. `official` is GenEval's (arXiv 2310.11513; evaluation/evaluate_images.py of
 djghosh13/geneval at af4902f). `partial` and `strict` are the training reward of Flow-GRPO (reward_server/gen_eval.py of

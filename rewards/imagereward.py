@@ -1,4 +1,4 @@
-"""ImageReward v1.0 says how well people would like a picture for its prompt: BLIP reads both, a small network gives one number.
+"""Scorer `imagereward`: ImageReward v1.0, a learned human preference; BLIP encodes image and prompt, a small network gives one number.
 
 Source: arXiv 2304.05977 and THUDM/ImageReward at 0f5fa3e (Apache-2.0), whose package needs old versions of half a dozen others; so the
 network is BLIP of transformers here, filled from the published ImageReward.pt. Three settings that transformers' own defaults have

@@ -1,4 +1,4 @@
-"""PaddleOCR 3 finds the lines of a picture and reads them: the engine family of the published OCR reward.
+"""Scorer `paddleocr`: PaddleOCR 3 finds and reads the lines of an image; the engine family of the published OCR reward.
 
 Three variants. `paddleocr` takes the models that PaddleOCR 3 takes by itself; `paddleocr:2.9` is the nearest 3.x configuration to the
 published reward, which pins 2.9.1; `paddleocr:rapid` runs the small models of RapidOCR's wheel through PaddleOCR's own code and
@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..bench.assets import weight_store
+from ..bench.assets import downloads, weight_store
 from ..bench.assets.downloads import cache, offline
 from ..bench.errors import Missing, UserError
 from ..bench.files import write_atomically
@@ -133,13 +133,13 @@ class PaddleOCR:
             except Exception as error:  # whatever a third party's engine raises must cost one picture, not a run
                 texts.append(None)
                 reasons[row] = _line(error)
-        return rules.judge(prompts, texts, reasons)
+        return rules.score_texts(prompts, texts, reasons)
 
     def self_test(self) -> None:
         """Reads a built-in page, and small words where the detector sees enough of them; RuntimeError with what it read."""
         if self.configuration.limit == "min":
-            rules.known_answers(self)
-        rules.known_answers(self, paged=True)
+            rules.check_known_answers(self)
+        rules.check_known_answers(self, paged=True)
 
 
 def _line(error: Exception) -> str:
@@ -148,7 +148,7 @@ def _line(error: Exception) -> str:
 
 def _folder(model: str) -> Path | None:
     """A model's files where they are here: a folder of the user's or the store's, RapidOCR's wheel, or PaddleOCR's own cache."""
-    found = weight_store.given(f"PaddlePaddle/{model}")
+    found = weight_store.given_by_hand(f"PaddlePaddle/{model}")
     if found is not None:
         return found
     if model in WHEEL:
@@ -157,7 +157,7 @@ def _folder(model: str) -> Path | None:
     for name in (model, f"{model}_onnx"):  # PaddleOCR's names for a model's two packages
         path = Path(home, "official_models", name)
         if path.is_dir():
-            return weight_store.note(weight_store.DownloadRequest("folder", f"PaddlePaddle/{model}", FILES, "", path))
+            return downloads.log_download(downloads.DownloadRequest("folder", f"PaddlePaddle/{model}", FILES, "", path))
     return None
 
 

@@ -1,4 +1,4 @@
-"""A child with a handful of crayons counts the dots of one colour: nearest crayon, specks wiped off, patches counted."""
+"""Palette counter: each pixel goes to the nearest known colour, specks are removed, and patches of one colour are counted."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, cast
@@ -10,7 +10,7 @@ from ..bench.spec import Images
 from .detectors import Detection
 
 SMALLEST = 12  # pixels; the smallest clean shape, a triangle, covers about 40
-CRAYONS = np.array([*SHAPE_COLOURS.values(), *PAPERS.values()], np.float32)  # shape colours first, then papers
+PALETTE = np.array([*SHAPE_COLOURS.values(), *PAPERS.values()], np.float32)  # shape colours first, then papers
 # Neighbours are the four pixels beside one, in the same plane of a stack (planes, H, W).
 BESIDE = np.array([np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros((3, 3))], bool)
 
@@ -33,8 +33,8 @@ class Patch(NamedTuple):
 
 
 def _gaps(images: np.ndarray) -> np.ndarray:
-    """(..., H, W, 3) uint8 -> (..., H, W, crayons): squared distance to each, less |x|^2, which is the same for all; exact integers."""
-    return (CRAYONS**2).sum(-1) - 2 * (images.astype(np.float32) @ CRAYONS.T)
+    """(..., H, W, 3) uint8 -> (..., H, W, colours): squared distance to each, less |x|^2, which is the same for all; exact integers."""
+    return (PALETTE**2).sum(-1) - 2 * (images.astype(np.float32) @ PALETTE.T)
 
 
 def masks(images: np.ndarray, colour: str) -> np.ndarray:
@@ -86,7 +86,7 @@ class Palette:
     """The same patches as a detector's answer: every colour's blobs, each a circle, a square or a triangle.
 
     The score says how sure the colour is: 0.91 + 0.09 m, where m in [0, 1] is the mean over the blob's pixels of 1 - (distance to its
-    crayon) / (distance to the next). It lies above GenEval's counting threshold of 0.9 whatever the picture, so that a rule over these
+    colour) / (distance to the next). It lies above GenEval's counting threshold of 0.9 whatever the picture, so that a rule over these
     detections counts what `count_kind` counts, and ranks the cleanest first.
     """
 
@@ -106,17 +106,17 @@ class Palette:
             row, colour = divmod(patch.plane, len(SHAPE_COLOURS))
             (rows, columns), mask = patch.place, np.zeros(size, bool)
             mask[patch.place] = patch.inside
-            score = 0.91 + 0.09 * sureness(images[row][mask], colour)
+            score = 0.91 + 0.09 * confidence(images[row][mask], colour)
             box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
             found[row].append(Detection(patch.blob.kind, score, box, mask))
         return found
 
 
-def sureness(pixels: np.ndarray, crayon: int) -> float:
-    """In [0, 1], of pixels (n, 3) uint8 that lie nearest to a crayon: 1 where they have its colour, 0 where another is as near."""
-    gaps = np.linalg.norm(pixels.astype(np.float32)[:, None] - CRAYONS, axis=-1)
-    rest = np.delete(gaps, crayon, axis=1).min(1)
-    return float(np.clip(1 - gaps[:, crayon] / rest, 0, 1).mean())
+def confidence(pixels: np.ndarray, colour: int) -> float:
+    """In [0, 1], of pixels (n, 3) uint8 that lie nearest to a colour: 1 where they have its colour, 0 where another is as near."""
+    gaps = np.linalg.norm(pixels.astype(np.float32)[:, None] - PALETTE, axis=-1)
+    rest = np.delete(gaps, colour, axis=1).min(1)
+    return float(np.clip(1 - gaps[:, colour] / rest, 0, 1).mean())
 
 
 def detector() -> Palette:

@@ -1,4 +1,4 @@
-"""RapidOCR reads the pictures, the published rule judges what it read: the scorer that methods train on.
+"""Scorer `rapidocr`: RapidOCR reads the image and the published OCR rule scores the text; the reward that methods train on.
 
 Two framings. `line` gives the whole picture to the recogniser, which is what a small picture of one word needs; `page` finds the lines
 first, for real pictures. The engine is RapidOCR 3 (Apache-2.0) with the PP-OCR models that its wheel carries: no download, no
@@ -129,11 +129,11 @@ class RapidOCR:
             except Exception as error:  # whatever a third party's engine raises must cost one picture, not a run
                 texts.append(None)
                 reasons[row] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[-1]}"
-        return rules.judge(prompts, texts, reasons)
+        return rules.score_texts(prompts, texts, reasons)
 
     def self_test(self) -> None:
         """Reads built-in renders; raises RuntimeError with what it read where one is wrong."""
-        rules.known_answers(self, paged=isinstance(self.framing, Page))
+        rules.check_known_answers(self, paged=isinstance(self.framing, Page))
 
 
 def make(variant: str | None = None) -> RapidOCR:

@@ -1,4 +1,4 @@
-"""The held-out reader: a small network that spells the capitals it sees in a 64x32 picture, and knows no words.
+"""Scorer `reader`, held out: a small network that spells the capitals in a 64x32 image, without a dictionary.
 
 It was trained by `reader_recipe.py` on random letters in faces the embedded model never saw, so that a method trained on another
 engine cannot please it by finding that engine's blind spots. A convolutional stack looks at windows of a few letters, connectionist
@@ -118,14 +118,14 @@ class Reader:
         if images.shape[1:] != (HEIGHT, WIDTH, 3):
             raise ValueError(f"the reader reads pictures of (32, 64, 3), got {images.shape[1:]}")
         try:
-            return rules.judge(prompts, self.read(images), {})
+            return rules.score_texts(prompts, self.read(images), {})
         except RuntimeError as error:  # torch's word for all that goes wrong while it runs
             reason = f"{type(error).__name__}: {error}"
-            return rules.judge(prompts, [None] * len(images), {row: reason for row in range(len(images))})
+            return rules.score_texts(prompts, [None] * len(images), {row: reason for row in range(len(images))})
 
     def self_test(self) -> None:
         """Reads built-in renders; raises RuntimeError with what it read where one is wrong."""
-        rules.known_answers(self)
+        rules.check_known_answers(self)
 
 
 @lru_cache(maxsize=1)

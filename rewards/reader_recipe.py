@@ -1,4 +1,4 @@
-"""How the held-out reader was made: random letters, printed in 18 faces, bent, broken, blurred and coloured, then learnt for minutes.
+"""Recipe of the held-out reader: random letters printed in 18 faces, bent, broken, blurred and coloured, and minutes of training.
 
 Two things keep it independent. It never sees DejaVu Sans Mono, the family the embedded model is taught to print; and every string that
 the split rule of `bench/assets/glyphs.py` puts into validation or test is thrown away before it is printed, so its score on test words is a
@@ -7,25 +7,36 @@ score on words it has never met. Step k draws its batch from (seed, k) alone, so
 
 import json
 import math
-import os
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from ..bench.assets import glyphs
+from ..bench.assets.words import word_splits
 from ..bench.errors import UserError
+from ..bench.models.recipe_fit import (
+    FitSettings,
+    Interval,
+    Learner,
+    Log,
+    Weights,
+    cosine_rate,
+    fit,
+    in_half,
+    in_single,
+    threads,
+)
 from ..bench.stats.intervals import proportion
 from .reader import ALPHABET, COLUMNS, HEIGHT, WIDTH, network, spell, standardise
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
 
 ZOOM = 2  # coverage is bent at twice the size and averaged down, so that bending does not blur
 SIZES = tuple(range(14, 24))  # px of the em on the 64x32 canvas
@@ -38,7 +49,6 @@ FACES = (
 )
 BOLD = tuple(face for face in FACES if "Bol" in face or face in ("cmb10", ""))  # drawn as often as all others together
 LENGTHS = "1" + "22" + "3" * 8 + "4" * 9 + "5" * 9  # of the strings, as often as they are drawn
-WORDS = Path(__file__).parent.parent / "tasks" / "ocr_words.txt"  # read only to measure, never to learn
 
 
 # Coverage: where there is ink, 0..1
@@ -121,32 +131,23 @@ def print_letters(text: str, rng: np.random.Generator) -> np.ndarray:
 
 
 @lru_cache(maxsize=8)
-def _ramp(few: int, many: int) -> "Tensor":
+def _ramp(few: int, many: int) -> Tensor:
     """(many, few): the matrix that draws a smooth line of `many` points through `few`."""
-    import torch
-    import torch.nn.functional as F
-
     return F.interpolate(torch.eye(few)[None], many, mode="linear", align_corners=True)[0].T.contiguous()
 
 
-def _waves(shape: tuple[int, int, int, int], size: tuple[int, int], g: "torch.Generator") -> "Tensor":
+def _waves(shape: tuple[int, int, int, int], size: tuple[int, int], g: torch.Generator) -> Tensor:
     """(B, C, *size) slow normal noise, by lines between (h, w) knots."""
-    import torch
-
     return _ramp(shape[2], size[0]) @ torch.randn(shape, generator=g) @ _ramp(shape[3], size[1]).T
 
 
-def _chance(rows: int, p: float, g: "torch.Generator") -> "Tensor":
-    import torch
+def _chance(rows: int, p: float, g: torch.Generator) -> Tensor:
 
     return (torch.rand(rows, 1, 1, 1, generator=g) < p).float()
 
 
-def bend(coverage: "Tensor", g: "torch.Generator", strength: float = 1.0) -> "Tensor":
+def bend(coverage: Tensor, g: torch.Generator, strength: float = 1.0) -> Tensor:
     """(B, 1, 64, 128) -> (B, 1, 32, 64): strokes thickened or thinned, turned, scaled, sheared, moved by up to 3 px, warped."""
-    import torch
-    import torch.nn.functional as F
-
     rows = len(coverage)
     coverage = coverage.clone()
     kind = torch.rand(rows, generator=g)
@@ -172,29 +173,23 @@ def bend(coverage: "Tensor", g: "torch.Generator", strength: float = 1.0) -> "Te
     return F.avg_pool2d(F.grid_sample(coverage, flow, align_corners=False), ZOOM)
 
 
-def _patches(rows: int, largest: float, g: "torch.Generator") -> "Tensor":
+def _patches(rows: int, largest: float, g: torch.Generator) -> Tensor:
     """(B, 1, 32, 64) in {0, 1}: one ellipse a picture, its half-axes up to `largest` px."""
-    import torch
-
     y = torch.arange(HEIGHT).view(1, 1, -1, 1) - torch.rand(rows, 1, 1, 1, generator=g) * HEIGHT
     x = torch.arange(WIDTH).view(1, 1, 1, -1) - torch.rand(rows, 1, 1, 1, generator=g) * WIDTH
     a, b = (0.8 + torch.rand(rows, 1, 1, 1, generator=g) * (largest - 0.8) for _ in range(2))
     return ((y / a) ** 2 + (x / b) ** 2 < 1).float()
 
 
-def _soften(x: "Tensor") -> "Tensor":
+def _soften(x: Tensor) -> Tensor:
     """(B, C, h, w), each pixel 0.46 of itself and 0.27 of its neighbours along both axes: a blur of about 0.7 px."""
-    import torch.nn.functional as F
-
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")
     x = 0.27 * (x[..., :-2] + x[..., 2:]) + 0.46 * x[..., 1:-1]
     return 0.27 * (x[..., :-2, :] + x[..., 2:, :]) + 0.46 * x[..., 1:-1, :]
 
 
-def damage(coverage: "Tensor", g: "torch.Generator", strength: float = 1.0) -> "Tensor":
+def damage(coverage: Tensor, g: torch.Generator, strength: float = 1.0) -> Tensor:
     """(B, 1, 32, 64) coverage: strokes broken, smeared, ghosted by faint marks, eaten by patches."""
-    import torch
-
     rows = len(coverage)
     for largest, p in ((1.8, 0.45), (1.8, 0.35), (1.8, 0.25), (2.8, 0.20)):
         coverage = coverage * (1 - _patches(rows, largest, g) * _chance(rows, p * strength, g))
@@ -214,11 +209,8 @@ def damage(coverage: "Tensor", g: "torch.Generator", strength: float = 1.0) -> "
     return coverage * (1 - 0.6 * fade * _chance(rows, 0.3 * strength, g))
 
 
-def colour(coverage: "Tensor", g: "torch.Generator", strength: float = 1.0) -> "Tensor":
+def colour(coverage: Tensor, g: torch.Generator, strength: float = 1.0) -> Tensor:
     """(B, 1, 32, 64) coverage -> (B, 3, 32, 64) in 0..255: any ink on any paper that differs enough, tinted, blurred, noisy."""
-    import torch
-    import torch.nn.functional as F
-
     rows = len(coverage)
     paper = 255 - torch.rand(rows, 3, 1, 1, generator=g) * 70 * torch.rand(rows, 1, 1, 1, generator=g)
     ink = (
@@ -247,10 +239,8 @@ def colour(coverage: "Tensor", g: "torch.Generator", strength: float = 1.0) -> "
     return (picture + grain * level).clamp(0, 255).round()
 
 
-def draw_batch(rows: int, seed: tuple[int, ...], strength: float = 1.0) -> tuple["Tensor", list[str]]:
+def draw_batch(rows: int, seed: tuple[int, ...], strength: float = 1.0) -> tuple[Tensor, list[str]]:
     """(B, 32, 64, 3) in 0..255 and B strings; 4 % are blank paper or shapes, whose string is empty. Pure in (seed, rows)."""
-    import torch
-
     rng = np.random.default_rng(seed)
     g = torch.Generator().manual_seed(int(rng.integers(2**62)))
     texts = ["" if rng.random() < 0.02 else random_letters(rng) for _ in range(rows)]
@@ -273,7 +263,7 @@ def draw_batch(rows: int, seed: tuple[int, ...], strength: float = 1.0) -> tuple
 def clean_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
     """(N, 32, 64, 3) uint8 and N words: every test word of the task `ocr`, printed as the embedded model's pictures are."""
     rng = np.random.default_rng(seed)
-    words = [word for word in WORDS.read_text("ascii").split() if glyphs.split_of(word) == "test"]
+    words = word_splits()["test"]
     papers, inks = list(glyphs.PAPERS.values()), list(glyphs.INKS.values())
     return np.stack(
         [
@@ -287,8 +277,6 @@ def clean_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
 
 def degraded_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
     """The same words and face, with the wear, the colours, the blur and the grain of the training pictures, unbent."""
-    import torch
-
     g = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
     _, words = clean_words()
@@ -313,7 +301,7 @@ def rate(read: Callable[[np.ndarray], list[str]], pictures: np.ndarray, words: l
 
 @dataclass(frozen=True)
 class ReaderRecipe:
-    """Trains the reader from nothing: AdamW on random strings, the rate falling along a cosine, weights averaged at the end."""
+    """Trains the reader from nothing: AdamW on random strings, the rate falling along a cosine, weights averaged."""
 
     steps: int = 1800
     batch: int = 96
@@ -323,155 +311,94 @@ class ReaderRecipe:
     average: float = 0.998  # decay of the averaged weights that are shipped
     save_every: int = 200  # steps
     threads: int = 1
-    probe: int = 192  # strings read at every mark
+    probe: int = 192  # strings read at every checkpoint
     measured: int = 2000  # strings read at the end
 
-    def __call__(self, out: Path, *, seed: int, log: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-        """Writes reader.safetensors and reader.json into `out`; a run stopped there before is continued. Returns what reader.json holds."""
-        import torch
-        import torch.nn.functional as F
-        from safetensors.torch import save
+    def __call__(self, out: Path, *, seed: int, log: Log) -> dict[str, Any]:
+        """Write reader.safetensors and reader.json into `out`, going on from a run that was stopped there.
+
+        Returns what reader.json holds.
+        """
 
         out.mkdir(parents=True, exist_ok=True)
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            torch.manual_seed(seed)
-            live, shipped = network().train(), network().eval()
-            shipped.load_state_dict(live.state_dict())
-            optim = torch.optim.AdamW(live.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay)
-            state = out / "reader.state.safetensors"
-            start, seconds = self._resume(state, seed, live, shipped, optim)
-            if start:
-                log({"recipe": "reader", "continues_at": start})
-            began = time.process_time()
-            for step in range(start, self.steps):
-                share = step / self.steps
-                for group in optim.param_groups:
-                    group["lr"] = (
-                        self.lr * min(1.0, (step + 1) / self.warmup) * (0.5 + 0.5 * math.cos(math.pi * share)) + 1e-6
-                    )
-                pictures, texts = draw_batch(self.batch, (seed, step), strength=min(1.0, 0.2 + 1.6 * share))
-                with torch.autocast("cpu", torch.bfloat16):
-                    logits = live(standardise(pictures).contiguous(memory_format=torch.channels_last))
-                logp = logits.float().log_softmax(1).permute(2, 0, 1)  # (16, B, 27), as CTC wants it
-                targets = torch.tensor([ALPHABET.index(letter) + 1 for text in texts for letter in text])
-                lengths = torch.tensor([len(text) for text in texts])
-                loss = F.ctc_loss(logp, targets, torch.full((self.batch,), COLUMNS), lengths, zero_infinity=True)
-                if not bool(torch.isfinite(loss.detach())):
-                    raise UserError(f"the reader's loss is {float(loss)} at step {step}; a lower lr may help")
-                optim.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(live.parameters(), 2.0)
-                optim.step()
-                with torch.no_grad():
-                    decay = min(self.average, (1 + step) / (10 + step))
-                    for old, new in zip(shipped.state_dict().values(), live.state_dict().values(), strict=True):
-                        old.lerp_(new, 1 - decay) if old.is_floating_point() else old.copy_(new)
-                if (step + 1) % self.save_every == 0 or step + 1 == self.steps:
-                    spent = seconds + time.process_time() - began
-                    self._save(state, seed, step + 1, spent, live, shipped, optim)
-                    probe, wanted = draw_batch(self.probe, (seed + 1, step))
-                    hits = rate(lambda x: _read(shipped, x), probe.numpy(), wanted)["exact"]
-                    log(
-                        {
-                            "recipe": "reader",
-                            "step": step + 1,
-                            "of": self.steps,
-                            "loss": float(loss.detach()),
-                            "hard_unseen_strings": hits,
-                            "cpu_seconds": spent,
-                        }
-                    )
-            spent = seconds + time.process_time() - began
-            weights = {
-                key: value.half() if value.is_floating_point() else value for key, value in shipped.state_dict().items()
-            }
+        with threads(self.threads):
+            learner = ReaderLearner(self, seed)
+            averaged, seconds = fit(learner, self._settings(out, seed), log=log)
+            weights = in_half(averaged)
             (out / "reader.safetensors").write_bytes(save(weights))  # save_file would let nobody else read it
-            shipped.load_state_dict(
-                {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
-            )
-            facts = self._facts(shipped, seed, spent)
+            learner.averaged.load_state_dict(in_single(weights))
+            facts = self._facts(learner.averaged, seed, seconds)
             (out / "reader.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
             return facts
-        finally:
-            torch.set_num_threads(before)
 
-    def _facts(self, shipped: "nn.Module", seed: int, spent: float) -> dict[str, Any]:
-        import torch
+    def _settings(self, out: Path, seed: int) -> FitSettings:
+
+        every = Interval(steps=self.save_every)
+        return FitSettings(
+            label={"recipe": "reader"},
+            made_by=asdict(self) | {"seed": seed},
+            checkpoint=out / "reader.state.pt",
+            steps=self.steps,
+            samples=self.batch,
+            rate=cosine_rate(self.warmup, self.steps, 1e-6),
+            save=every,
+            report=every,
+            evaluate=every,
+            average=self.average,
+            clip_norm=2.0,
+        )
+
+    def _facts(self, module: nn.Module, seed: int, seconds: float) -> dict[str, Any]:
 
         hard, strings = draw_batch(self.measured, (seed + 2, 0))
+        read = lambda pictures: _read(module, pictures)
         return {
             "recipe": asdict(self) | {"seed": seed},
-            "cpu_seconds": round(spent),
+            "cpu_seconds": round(seconds),
             "pictures": self.steps * self.batch,
-            "parameters": sum(p.numel() for p in shipped.parameters()),
+            "parameters": sum(p.numel() for p in module.parameters()),
             "torch": torch.__version__,
             "faces": [face or "PIL built-in" for face in FACES],
             "never_seen": ["DejaVu Sans Mono (all styles)", "every string whose split is validation or test"],
-            "clean_test_words_in_dejavu_sans_mono_bold": rate(lambda x: _read(shipped, x), *clean_words()),
-            "degraded_test_words_in_dejavu_sans_mono_bold": rate(lambda x: _read(shipped, x), *degraded_words()),
-            "degraded_and_bent_random_strings_in_training_faces": rate(
-                lambda x: _read(shipped, x), hard.numpy(), strings
-            ),
+            "clean_test_words_in_dejavu_sans_mono_bold": rate(read, *clean_words()),
+            "degraded_test_words_in_dejavu_sans_mono_bold": rate(read, *degraded_words()),
+            "degraded_and_bent_random_strings_in_training_faces": rate(read, hard.numpy(), strings),
         }
 
-    def _named(self, live: "nn.Module", shipped: "nn.Module", optim: "torch.optim.Optimizer") -> dict[str, "Tensor"]:
-        found = {f"live.{key}": value for key, value in live.state_dict().items()}
-        found |= {f"shipped.{key}": value for key, value in shipped.state_dict().items()}
-        for i, moments in optim.state_dict()["state"].items():
-            found |= {f"optim.{i}.{key}": value for key, value in moments.items()}
-        return found
 
-    def _save(
-        self,
-        path: Path,
-        seed: int,
-        step: int,
-        seconds: float,
-        live: "nn.Module",
-        shipped: "nn.Module",
-        optim: "torch.optim.Optimizer",
-    ) -> None:
-        """Atomically: a run killed while it writes finds the mark before."""
-        from safetensors.torch import save_file
+class ReaderLearner(Learner):
+    """The network, trained by CTC on the strings of each batch."""
 
-        made_by = {"recipe": json.dumps(asdict(self) | {"seed": seed}), "step": str(step), "seconds": str(seconds)}
-        save_file(
-            {k: v.contiguous().clone() for k, v in self._named(live, shipped, optim).items()},
-            path.with_suffix(".tmp"),
-            made_by,
-        )
-        os.replace(path.with_suffix(".tmp"), path)
-
-    def _resume(
-        self, path: Path, seed: int, live: "nn.Module", shipped: "nn.Module", optim: "torch.optim.Optimizer"
-    ) -> tuple[int, float]:
-        """(step, CPU-seconds) of the mark at `path`, loaded; (0, 0) where there is none."""
-        from safetensors import safe_open
-
-        if not path.exists():
-            return 0, 0.0
-        with safe_open(path, "pt") as file:
-            made_by = file.metadata() or {}
-            if json.loads(made_by.get("recipe", "{}")) != asdict(self) | {"seed": seed}:
-                raise UserError(f"{path} was left by another recipe or seed; choose another folder or remove it")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        for prefix, module in (("live.", live), ("shipped.", shipped)):
-            module.load_state_dict(
-                {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    def __init__(self, recipe: ReaderRecipe, seed: int) -> None:
+        self.recipe, self.seed = recipe, seed
+        torch.manual_seed(seed)
+        self.module, self.averaged = network().train(), network().eval()
+        self.optimisers = [
+            torch.optim.AdamW(
+                self.module.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
             )
-        state: dict[int, dict[str, Any]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optim."):
-                _, i, name = key.split(".")
-                state.setdefault(int(i), {})[name] = value
-        optim.load_state_dict({"state": state, "param_groups": optim.state_dict()["param_groups"]})
-        return int(made_by["step"]), float(made_by["seconds"])
+        ]
+
+    def loss(self, step: int, shard: int) -> Tensor:
+        strength = min(1.0, 0.2 + 1.6 * (step / self.recipe.steps))
+        pictures, texts = draw_batch(self.recipe.batch, (self.seed, step), strength=strength)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = self.module(standardise(pictures).contiguous(memory_format=torch.channels_last))
+        logp = logits.float().log_softmax(1).permute(2, 0, 1)  # (16, B, 27), as CTC wants it
+        letters = torch.tensor([ALPHABET.index(letter) + 1 for text in texts for letter in text])
+        lengths = torch.tensor([len(text) for text in texts])
+        columns = torch.full((self.recipe.batch,), COLUMNS)
+        return F.ctc_loss(logp, letters, columns, lengths, zero_infinity=True)
+
+    def evaluate(self, weights: Weights, step: int) -> dict[str, float]:
+        """The share of hard strings, never trained on, that the averaged weights read exactly."""
+        self.averaged.load_state_dict(weights)
+        pictures, texts = draw_batch(self.recipe.probe, (self.seed + 1, step - 1))
+        read = rate(lambda batch: _read(self.averaged, batch), pictures.numpy(), texts)
+        return {"hard_unseen_strings": read["exact"]}
 
 
-def _read(module: "nn.Module", pictures: np.ndarray) -> list[str]:
-    import torch
+def _read(module: nn.Module, pictures: np.ndarray) -> list[str]:
 
     with torch.inference_mode():
         return spell(module(standardise(torch.from_numpy(pictures))).argmax(1).numpy())

@@ -1,4 +1,4 @@
-"""What the published OCR benchmark calls right: a quoted target, a text that was read, and the numbers between them.
+"""OCR scoring rule of the published benchmark: the quoted target of a prompt, compared with the text that was read.
 
 Source: Flow-GRPO (arXiv 2505.05470), `flow_grpo/ocr.py` of yifan123/flow_grpo at ac4c86e. Both texts lose their ASCII spaces and
 their case; nothing else is cleaned, so tabs, accents and punctuation count. Its loopholes are kept, because a reward that is mended
@@ -18,7 +18,7 @@ from ..bench.spec import Images, Prompt, Scorer, Scores
 RULE = "flow-grpo-ocr-v1"  # goes into the id of every scorer that uses these functions
 
 
-def clean(text: str) -> str:
+def normalised(text: str) -> str:
     """The text without ASCII spaces (only those), in lower case."""
     return text.replace(" ", "").lower()
 
@@ -28,13 +28,13 @@ def target_of(prompt: str) -> str:
     parts = prompt.split('"')
     if len(parts) < 3:
         raise UserError(f"an OCR prompt holds its target in straight double quotes, this one does not: {prompt!r}")
-    if not clean(parts[1]):
+    if not normalised(parts[1]):
         raise UserError(f"the quoted target is empty: {prompt!r}")
     return parts[1]
 
 
 def _target(text: str) -> str:
-    cleaned = clean(text)
+    cleaned = normalised(text)
     if not cleaned:
         raise UserError(f"an OCR target needs at least one character that is not a space, got {text!r}")
     return cleaned
@@ -42,7 +42,7 @@ def _target(text: str) -> str:
 
 def ocr_reward(target: str, recognised: str) -> float:
     """In [0, 1]: 1 where the target occurs in what was read, else 1 - min(d, n) / n with d the Levenshtein distance, n = |target|."""
-    wanted, read = _target(target), clean(recognised)
+    wanted, read = _target(target), normalised(recognised)
     if wanted in read:
         return 1.0
     n = len(wanted)
@@ -51,24 +51,24 @@ def ocr_reward(target: str, recognised: str) -> float:
 
 def exact(target: str, recognised: str) -> float:
     """1 where the whole text that was read is the target, else 0."""
-    return float(_target(target) == clean(recognised))
+    return float(_target(target) == normalised(recognised))
 
 
 def ned(target: str, recognised: str) -> float:
     """In [0, 1]: 1 - d / (max(|target|, |read|) + 1e-5), which also punishes additions (AnyText, tyxsspa/AnyText at 3d4a260)."""
-    wanted, read = _target(target), clean(recognised)
+    wanted, read = _target(target), normalised(recognised)
     return 1.0 - Levenshtein.distance(read, wanted) / (max(len(wanted), len(read)) + 1e-5)
 
 
 def extra_text_ratio(target: str, recognised: str) -> float:
     """max(0, |read| - n) / n: how much more was written than asked for, in lengths of the target."""
     n = len(_target(target))
-    return max(0, len(clean(recognised)) - n) / n
+    return max(0, len(normalised(recognised)) - n) / n
 
 
 def repeat_count(target: str, recognised: str) -> int:
     """How often the target occurs in what was read, without overlap."""
-    return clean(recognised).count(_target(target))
+    return normalised(recognised).count(_target(target))
 
 
 # The same for a batch, shared by every engine.
@@ -76,7 +76,7 @@ def repeat_count(target: str, recognised: str) -> int:
 METRICS = ("soft", "exact")  # soft is what methods are trained on
 
 
-def judge(prompts: Sequence[Prompt], texts: Sequence[str | None], reasons: Mapping[int, str]) -> Scores:
+def score_texts(prompts: Sequence[Prompt], texts: Sequence[str | None], reasons: Mapping[int, str]) -> Scores:
     """B prompts and B texts read -> soft (`ocr_reward`) and exact; None is NaN, and `reasons` must say why.
 
     The target is the prompt's fact `target` where it has one, else its quoted segment.
@@ -97,7 +97,7 @@ KNOWN = ("ACT", "BOX", "JUDGE", "SILK", "FROWN", "VEST", "TWO", "CHALK")
 KNOWN_PAGE = ("Grand", "Opening", "2024")
 
 
-def known_answers(scorer: Scorer, *, paged: bool = False) -> None:
+def check_known_answers(scorer: Scorer, *, paged: bool = False) -> None:
     """Lets a scorer read built-in renders, clean words or a page of three lines; RuntimeError with what it read where one is wrong."""
     from ..bench.assets.glyphs import draw_word
 

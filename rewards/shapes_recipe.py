@@ -1,32 +1,32 @@
-"""How the held-out counter's eye was made: shapes of any colour, worn, cut, faint and crowded, learnt for minutes.
+"""Recipe of the held-out shape detector: shapes of any colour, worn, cut, faint and crowded, and minutes of training.
 
 Two things keep it independent of the counter that methods are trained on. Its colours are drawn anew for every picture, so no palette
 can help it; and its shapes are drawn by other code and of other sizes and proportions than those of the embedded model, which it meets
-only when it is measured. Step k draws its batch from (seed, k) alone. A run takes minutes and is not resumed.
+only when it is measured. Step k draws its batch from (seed, k) alone, so
+that an interrupted run continues as if it had not stopped.
 """
 
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from ..bench.assets import glyphs
-from ..bench.errors import UserError
+from ..bench.models.recipe_fit import FitSettings, Interval, Learner, Log, cosine_rate, fit, in_half, in_single, threads
 from ..bench.stats.intervals import proportion
 from .detect_shapes import CALIBRATION, STRIDE, network
 from .detect_shapes import ShapesDetector as Detector
 from .detectors import Detection
 from .reader import HEIGHT, WIDTH, standardise
 from .reader_recipe import colour, damage, print_letters, random_letters
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
 
 WINDOW = 18  # px; a shape of the largest radius, bent, lies within
 MOST = 9  # shapes and pieces in a picture
@@ -38,12 +38,12 @@ SPREAD = 0.8  # cells; standard deviation of the hill around a centre
 class Truth(NamedTuple):
     """What stands where: all (B, MOST), centres and sizes in pixels."""
 
-    real: "Tensor"  # bool: a shape; a faint ghost, a piece of one or an empty place is none
-    kind: "Tensor"  # int64, index into glyphs.SHAPES
-    x: "Tensor"
-    y: "Tensor"
-    w: "Tensor"
-    h: "Tensor"
+    real: Tensor  # bool: a shape; a faint ghost, a piece of one or an empty place is none
+    kind: Tensor  # int64, index into glyphs.SHAPES
+    x: Tensor
+    y: Tensor
+    w: Tensor
+    h: Tensor
 
 
 # Drawing
@@ -82,11 +82,8 @@ def _places(rng: np.random.Generator) -> list[tuple[float, float, float]]:
     return placed
 
 
-def draw_shapes(rows: int, rng: np.random.Generator, g: "torch.Generator", strength: float) -> tuple["Tensor", Truth]:
+def draw_shapes(rows: int, rng: np.random.Generator, g: torch.Generator, strength: float) -> tuple[Tensor, Truth]:
     """(B, 1, 32, 64) coverage of shapes drawn by their distance to the edge, and the truth about them."""
-    import torch
-    import torch.nn.functional as F
-
     layout = np.full((rows, MOST, 3), 4, np.float32)  # what is not there has a size all the same: no division by zero
     there = np.zeros((rows, MOST), bool)
     kinds = np.repeat(rng.integers(0, 3, (rows, 1)), MOST, 1)
@@ -98,10 +95,10 @@ def draw_shapes(rows: int, rng: np.random.Generator, g: "torch.Generator", stren
     kind, present = torch.from_numpy(kinds), torch.from_numpy(there)
     x, y, r = torch.from_numpy(layout).unbind(-1)
 
-    def uniform(low: float, high: float) -> "Tensor":
+    def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(rows, MOST, generator=g)
 
-    def likely(p: float) -> "Tensor":
+    def likely(p: float) -> Tensor:
         return torch.rand(rows, MOST, generator=g) < p
 
     aspect = 1 + uniform(-0.1, 0.1) * likely(0.7)
@@ -144,11 +141,10 @@ def draw_shapes(rows: int, rng: np.random.Generator, g: "torch.Generator", stren
     return coverage.clone(), Truth(present & ~piece & ~ghost, kind, x, y, 2 * a, 2 * b)
 
 
-def _strokes(rows: int, g: "torch.Generator") -> "Tensor":
+def _strokes(rows: int, g: torch.Generator) -> Tensor:
     """(B, 1, 32, 64) coverage of three bars a picture and a ring: what is no shape."""
-    import torch
 
-    def uniform(low: float, high: float) -> "Tensor":
+    def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(rows, 3, 1, 1, generator=g)
 
     columns, lines = (
@@ -165,11 +161,8 @@ def _strokes(rows: int, g: "torch.Generator") -> "Tensor":
     return (0.5 - edge).clamp(0, 1).amax(1, keepdim=True)
 
 
-def draw_batch(rows: int, seed: tuple[int, ...], strength: float = 1.0) -> tuple["Tensor", Truth]:
+def draw_batch(rows: int, seed: tuple[int, ...], strength: float = 1.0) -> tuple[Tensor, Truth]:
     """(B, 32, 64, 3) in 0..255 and the truth; one in seven shows letters, bars or rings and no shape. Pure in (seed, rows)."""
-    import torch
-    import torch.nn.functional as F
-
     rng = np.random.default_rng(seed)
     g = torch.Generator().manual_seed(int(rng.integers(2**62)))
     coverage, truth = draw_shapes(rows, rng, g, strength)
@@ -188,10 +181,8 @@ def draw_batch(rows: int, seed: tuple[int, ...], strength: float = 1.0) -> tuple
 # Learning
 
 
-def targets(truth: Truth) -> tuple["Tensor", "Tensor", "Tensor"]:
+def targets(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
     """Hills (B, 3, 16, 32) that are 1 at centres, boxes (B, MOST, 4) as the network says them, and each centre's cell (B, MOST)."""
-    import torch
-
     high, wide = HEIGHT // STRIDE, WIDTH // STRIDE
     u, v = truth.x / STRIDE, truth.y / STRIDE  # in cells
     column, line = u.floor().clamp(0, wide - 1), v.floor().clamp(0, high - 1)
@@ -204,11 +195,8 @@ def targets(truth: Truth) -> tuple["Tensor", "Tensor", "Tensor"]:
     return hills, boxes, (line * wide + column).long()
 
 
-def loss_of(maps: "Tensor", truth: Truth) -> "Tensor":
+def loss_of(maps: Tensor, truth: Truth) -> Tensor:
     """CenterNet's: the penalty-reduced focal loss of the hills (alpha 2, beta 4), and the boxes' absolute error, a tenth of it."""
-    import torch
-    import torch.nn.functional as F
-
     hills, boxes, cells = targets(truth)
     kinds = len(glyphs.SHAPES)
     logits = maps[:, :kinds]
@@ -240,8 +228,6 @@ def clean_drawings(each: int = 10, seed: int = 0) -> tuple[np.ndarray, list[tupl
 
 def worn_drawings(each: int = 10, seed: int = 0) -> tuple[np.ndarray, list[tuple[str, int]]]:
     """The same drawings in the colours of the training pictures, with their wear, blur and grain."""
-    import torch
-
     rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     asked = [(k, n) for k in glyphs.SHAPES for _ in glyphs.SHAPE_COLOURS for n in glyphs.COUNTS for _ in range(each)]
     black = np.stack([glyphs.draw_shapes(k, n, (0, 0, 0), (255, 255, 255), rng) for k, n in asked])
@@ -271,13 +257,11 @@ def exact(detector: Detector, pictures: np.ndarray, asked: list[tuple[str, int]]
     return {"exact": round(right.mean, 4), "n": len(asked), "ci95": ci, "other": round(other, 4)}
 
 
-def calibrate(maps: "Tensor", truth: Truth) -> tuple[float, float, float]:
+def calibrate(maps: Tensor, truth: Truth) -> tuple[float, float, float]:
     """(a, b, accuracy): score = sigmoid(a * logit + b) is 0.9 where most pictures are counted right, all kinds at once.
 
     The slope is the one, under that condition, that makes the scores of peaks the best probabilities of being a shape (Platt).
     """
-    import torch
-    import torch.nn.functional as F
 
     kinds = len(glyphs.SHAPES)
     logits = maps[:, :kinds]
@@ -320,83 +304,52 @@ class ShapesRecipe:
     calibrated: int = 3000  # pictures of the training kind, never trained on
     each: int = 10  # drawings of every kind, colour and count that are measured
 
-    def __call__(self, out: Path, *, seed: int, log: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-        """Writes shapes.safetensors and shapes.json into `out`. Returns what shapes.json holds."""
-        import torch
-        from safetensors.torch import save
+    def __call__(self, out: Path, *, seed: int, log: Log) -> dict[str, Any]:
+        """Write shapes.safetensors and shapes.json into `out`, going on from a run that was stopped there.
+
+        Returns what shapes.json holds.
+        """
 
         out.mkdir(parents=True, exist_ok=True)
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
+        with threads(self.threads):
             began = time.process_time()
-            shipped = self._train(seed, log)
-            weights = {k: v.half() if v.is_floating_point() else v for k, v in shipped.state_dict().items()}
-            shipped.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-            slope, shift, accuracy = calibrate(*self._held_out(shipped, seed))
+            settings = self._settings(out, seed)
+            averaged, seconds = fit(ShapesLearner(self, seed), settings, log=log)
+            seconds -= time.process_time() - began  # of earlier starts alone
+            weights, module = in_half(averaged), network().eval()
+            module.load_state_dict(in_single(weights))
+            slope, shift, accuracy = calibrate(*self._held_out(module, seed))
             weights[CALIBRATION] = torch.tensor([slope, shift])
             (out / "shapes.safetensors").write_bytes(save(weights))
             facts = {
                 "recipe": asdict(self) | {"seed": seed},
-                "cpu_seconds": round(time.process_time() - began),
+                "cpu_seconds": round(seconds + time.process_time() - began),
                 "pictures": self.steps * self.batch,
-                "parameters": sum(p.numel() for p in shipped.parameters()),
+                "parameters": sum(p.numel() for p in module.parameters()),
                 "torch": torch.__version__,
                 "calibration": {"slope": slope, "shift": shift, "all_kinds_exact_on_training_kind": round(accuracy, 4)},
             } | self._measured(Detector(out / "shapes.safetensors"))
             (out / "shapes.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+            settings.checkpoint.unlink(missing_ok=True)
             return facts
-        finally:
-            torch.set_num_threads(before)
 
-    def _train(self, seed: int, log: Callable[[dict[str, Any]], object]) -> "nn.Module":
-        import torch
+    def _settings(self, out: Path, seed: int) -> FitSettings:
 
-        torch.manual_seed(seed)
-        live, shipped = network().train(), network().eval()
-        with torch.no_grad():
-            last: Any = live[-1]
-            last.bias[: len(glyphs.SHAPES)] = -3.0  # nothing is anywhere, to begin with
-        shipped.load_state_dict(live.state_dict())
-        optim = torch.optim.AdamW(live.parameters(), lr=self.lr, betas=(0.9, 0.99), weight_decay=self.weight_decay)
-        began = time.process_time()
-        for step in range(self.steps):
-            share = step / self.steps
-            for group in optim.param_groups:
-                group["lr"] = (
-                    self.lr * min(1.0, (step + 1) / self.warmup) * (0.5 + 0.5 * math.cos(math.pi * share)) + 1e-6
-                )
-            pictures, truth = draw_batch(self.batch, (seed, step), strength=min(1.0, 0.2 + 1.6 * share))
-            with torch.autocast("cpu", torch.bfloat16):
-                maps = live(standardise(pictures).contiguous(memory_format=torch.channels_last))
-            loss = loss_of(maps.float(), truth)
-            if not bool(torch.isfinite(loss.detach())):
-                raise UserError(
-                    f"the shape detector's loss is {float(loss.detach())} at step {step}; a lower lr may help"
-                )
-            optim.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(live.parameters(), 2.0)
-            optim.step()
-            with torch.no_grad():
-                decay = min(self.average, (1 + step) / (10 + step))
-                for old, new in zip(shipped.state_dict().values(), live.state_dict().values(), strict=True):
-                    old.lerp_(new, 1 - decay) if old.is_floating_point() else old.copy_(new)
-            if (step + 1) % self.tell_every == 0 or step + 1 == self.steps:
-                spent = time.process_time() - began
-                log(
-                    {
-                        "recipe": "shapes",
-                        "step": step + 1,
-                        "of": self.steps,
-                        "loss": float(loss.detach()),
-                        "cpu_seconds": spent,
-                    }
-                )
-        return shipped
+        every = Interval(steps=self.tell_every)
+        return FitSettings(
+            label={"recipe": "shapes"},
+            made_by=asdict(self) | {"seed": seed},
+            checkpoint=out / "shapes.state.pt",
+            steps=self.steps,
+            samples=self.batch,
+            rate=cosine_rate(self.warmup, self.steps, 1e-6),
+            save=every,
+            report=every,
+            average=self.average,
+            clip_norm=2.0,
+        )
 
-    def _held_out(self, module: "nn.Module", seed: int) -> tuple["Tensor", Truth]:
-        import torch
+    def _held_out(self, module: nn.Module, seed: int) -> tuple[Tensor, Truth]:
 
         batches = [draw_batch(self.batch, (seed + 1, k)) for k in range(-(-self.calibrated // self.batch))]
         with torch.inference_mode():
@@ -411,3 +364,27 @@ class ShapesRecipe:
             "worn_drawings": exact(detector, *worn_drawings(self.each)),
             "words_with_a_shape_seen": {"share": round(float(wrong.mean()), 4), "n": len(pictures)},
         }
+
+
+class ShapesLearner(Learner):
+    """The network, trained by CenterNet's loss on the pictures of each batch."""
+
+    def __init__(self, recipe: ShapesRecipe, seed: int) -> None:
+        self.recipe, self.seed = recipe, seed
+        torch.manual_seed(seed)
+        self.module = network().train()
+        with torch.no_grad():
+            last: Any = self.module[-1]
+            last.bias[: len(glyphs.SHAPES)] = -3.0  # nothing is anywhere, to begin with
+        self.optimisers = [
+            torch.optim.AdamW(
+                self.module.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
+            )
+        ]
+
+    def loss(self, step: int, shard: int) -> Tensor:
+        strength = min(1.0, 0.2 + 1.6 * (step / self.recipe.steps))
+        pictures, truth = draw_batch(self.recipe.batch, (self.seed, step), strength=strength)
+        with torch.autocast("cpu", torch.bfloat16):
+            maps = self.module(standardise(pictures).contiguous(memory_format=torch.channels_last))
+        return loss_of(maps.float(), truth)

@@ -1,4 +1,4 @@
-"""Tesseract, an engine of another lineage, reads the pictures wherever it is installed: a second opinion that nobody trains on.
+"""Scorer `tesseract`: Tesseract, an engine of another lineage, reads the image where it is installed; no method trains on it.
 
 The program `tesseract` (Apache-2.0; Debian: tesseract-ocr) is started once for a batch, on a list of PNG files. Two framings, named
 after Tesseract's own page segmentation modes: `line` (7, one line, the picture enlarged four times, as a 64x32 picture needs) and `page`
@@ -104,7 +104,7 @@ class Tesseract:
                     reasons[row] = f"{type(read).__name__}: {read}"
                 else:
                     texts[row] = read
-        return rules.judge(prompts, texts, reasons)
+        return rules.score_texts(prompts, texts, reasons)
 
     def _write(self, image: np.ndarray, path: Path) -> None:
         picture = Image.fromarray(image)
@@ -141,7 +141,7 @@ class Tesseract:
 
     def self_test(self) -> None:
         """Reads built-in renders; raises RuntimeError with what it read where one is wrong."""
-        rules.known_answers(self, paged=self.framing.name == "page")
+        rules.check_known_answers(self, paged=self.framing.name == "page")
 
 
 def make(variant: str | None = None) -> Tesseract:

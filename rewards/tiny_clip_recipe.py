@@ -1,4 +1,4 @@
-"""Two small critics go to school: pictures and prompts of the glyph domain, and a shelf of near misses and worn prints beside each.
+"""Recipe of the two tiny preference scorers: images and prompts of the glyph domain, with near misses and worn copies of each.
 
 The published preference scores are two-tower networks: an image tower, a text tower, a cosine. These two are the same thing at a
 size that trains in minutes: `pick` looks through a vision transformer, `hps` through CLIP's residual network, both open_clip's own
@@ -14,23 +14,27 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from ..bench.assets import glyphs
+from ..bench.assets.words import read_word_list
 from ..bench.errors import Missing, UserError
+from ..bench.models.muon import Muon
+from ..bench.models.recipe_fit import FitSettings, Interval, Learner, Log, Weights, cosine_rate, fit, in_half, threads
+from ..bench.models.tiny_recipe import build_tokenizer
+from ..bench.spec import Prompt
 from ..bench.stats.intervals import proportion
-from .reader_recipe import WORDS, damage
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from .reader_recipe import damage
+from .two_towers import Stretch, standardise, tiny, tiny_tokenizer
 
 CONTEXT = 16  # tokens of a prompt with its begin and end
 STRIP = 4  # px, the width of what the transformer sees as one patch
@@ -169,16 +173,12 @@ def ink_of(thing: Thing) -> tuple[int, int, int]:
 
 
 def _uniform(rows: int, g: torch.Generator) -> Tensor:
-    import torch
 
     return torch.rand(rows, 1, 1, 1, generator=g)
 
 
 def _warp(x: Tensor, strength: Tensor, g: torch.Generator) -> Tensor:
     """(B, C, 32, 64), every row moved by a smooth field of `strength` px."""
-    import torch
-    import torch.nn.functional as F
-
     rows = len(x)
     field = F.interpolate(torch.randn(rows, 2, 4, 8, generator=g), size=(32, 64), mode="bicubic", align_corners=False)
     plain = F.affine_grid(torch.eye(2, 3).expand(rows, 2, 3), [rows, 1, 32, 64], align_corners=False)
@@ -193,7 +193,6 @@ def _warp(x: Tensor, strength: Tensor, g: torch.Generator) -> Tensor:
 
 
 def _blurred(x: Tensor) -> Tensor:
-    import torch.nn.functional as F
 
     return F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
 
@@ -208,9 +207,6 @@ def worn(ink: Tensor, g: torch.Generator) -> Tensor:
 
 def ruined(ink: Tensor, other: Tensor, g: torch.Generator) -> Tensor:
     """(B, 1, 32, 64) coverage, spoilt in one or two of five ways: a part erased, smeared, bent, faded, overprinted by `other`."""
-    import torch
-    import torch.nn.functional as F
-
     rows = len(ink)
     ink = damage(ink, g, 1.0)
     ways = torch.rand(rows, 5, generator=g)
@@ -235,9 +231,6 @@ def pressed(ink: Tensor, paper: Tensor, pigment: Tensor) -> Tensor:
 
 def roughened(picture: Tensor, rough: Tensor, g: torch.Generator) -> Tensor:
     """(B, 3, 32, 64) in 0..255 with as much tint, grain and blur as `rough` (B,) in 0..1 says."""
-    import torch
-    import torch.nn.functional as F
-
     rows = len(picture)
     rough = rough.view(rows, 1, 1, 1)
     tint = F.interpolate(torch.randn(rows, 3, 3, 5, generator=g), size=(32, 64), mode="bicubic", align_corners=False)
@@ -288,8 +281,6 @@ def _slots(thing: Thing, named: bool) -> list[int]:
 
 def strips(slots: Tensor) -> Tensor:
     """(B, S) slots of pictures -> (B, 16): the letter each strip of a picture belongs to, 26 for none; a pixel of jitter is not minded."""
-    import torch
-
     letters = slots[:, : glyphs.LONGEST]
     length = (letters < 26).sum(1, keepdim=True)
     middle = torch.arange(glyphs.WIDTH // STRIP) * STRIP + STRIP // 2
@@ -300,8 +291,6 @@ def strips(slots: Tensor) -> Tensor:
 
 def draw_texts(rows: int, seed: tuple[int, ...], words: float) -> tuple[list[str], Tensor]:
     """Prompts without pictures and their (B, S) slots: spelling is learnt from many."""
-    import torch
-
     rng = np.random.default_rng(seed)
     things = [draw_thing(rng, words) for _ in range(rows)]
     named = [not thing.word or bool(rng.random() < 0.65) for thing in things]
@@ -311,8 +300,6 @@ def draw_texts(rows: int, seed: tuple[int, ...], words: float) -> tuple[list[str
 
 def draw_batch(rows: int, seed: tuple[int, ...], words: float = 0.6) -> Batch:
     """A batch of `rows` prompts; pure in its arguments."""
-    import torch
-
     rng = np.random.default_rng(seed)
     g = torch.Generator().manual_seed(int(rng.integers(2**62)))
     things = [draw_thing(rng, words) for _ in range(rows)]
@@ -371,8 +358,6 @@ def draw_batch(rows: int, seed: tuple[int, ...], words: float = 0.6) -> Batch:
 
 def contrast(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """(B, N) logits, (B,) columns, (B, N) bool -> the mean over rows of -log softmax of the positive among itself and the negatives."""
-    import torch
-
     own = logits.gather(1, positive[:, None])
     rest = logits.masked_fill(~negative, float("-inf"))
     return (torch.logsumexp(torch.cat([own, rest], 1), 1) - own[:, 0]).mean()
@@ -380,9 +365,6 @@ def contrast(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
 
 def losses(texts: Tensor, images: Tensor, scale: Tensor, batch: Batch) -> dict[str, Tensor]:
     """Unit vectors of (2 P) prompts and (6, P) pictures -> the contrastive and the preference loss."""
-    import torch
-    import torch.nn.functional as F
-
     p = images.shape[1]
     rows = torch.arange(p)
     logits = scale * texts @ images.flatten(0, 1).T  # (2 P, 6 P)
@@ -412,7 +394,6 @@ def measure(score: Callable[[np.ndarray, list[str]], np.ndarray], seed: int, wor
 
     score: (B, 32, 64, 3) uint8, B prompts -> (B,).
     """
-    import torch
 
     rng = np.random.default_rng((seed, 77))
     g = torch.Generator().manual_seed(seed + 77)
@@ -471,8 +452,6 @@ def measure(score: Callable[[np.ndarray, list[str]], np.ndarray], seed: int, wor
 
 def write_tokenizer(folder: Path) -> None:
     """tokenizer.json and tokenizer_config.json: known prompt words, the capitals one by one, the quote."""
-    from ..bench.models.tiny_recipe import build_tokenizer
-
     build_tokenizer().save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"  # transformers 5 writes a class name of its own
     path.write_text(path.read_text("utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast"), "utf-8")
@@ -492,28 +471,22 @@ class TinyClipRecipe:
     weight_decay: float = 0.02
     warmup: int = 60  # steps
     average: float = 0.995  # decay of the averaged weights that are shipped
-    reading: float = (
-        1.0  # weight, falling to 0, of the reading heads that teach both towers to spell; they are thrown away
-    )
-    alone: tuple[float, float] = (
-        0.12,
-        0.3,
-    )  # shares of the run until which, and from which on, the other losses sleep and are awake
+    # weight, falling to 0, of the reading heads that teach both towers to spell; they are thrown away
+    reading: float = 1.0
+    # shares of the run: up to the first the other losses have weight 0, from the second on weight 1
+    alone: tuple[float, float] = (0.12, 0.3)
     order: float = 1.0  # weight of the preference loss
     save_every: int = 20  # steps
     threads: int = 1
     measured: int = 400  # held-out words compared at the end, and as many shapes prompts
 
-    def __call__(self, out: Path, *, seed: int, log: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-        """Writes TOWER.json, TOWER.safetensors, the tokenizer and facts.json into `out`; a run stopped there is continued."""
-        import torch
+    def __call__(self, out: Path, *, seed: int, log: Log) -> dict[str, Any]:
+        """Write TOWER.json, TOWER.safetensors, the tokenizer and facts.json into `out`; a run stopped there is continued."""
 
         out.mkdir(parents=True, exist_ok=True)
         write_tokenizer(out)
-        before = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
         book = out / "facts.json"
-        try:
+        with threads(self.threads):
             for tower in self.towers:
                 if tower not in TOWERS:
                     raise UserError(f"tiny-clip has no tower {tower!r}; valid: {', '.join(TOWERS)}")
@@ -522,123 +495,46 @@ class TinyClipRecipe:
                     facts[tower] = self._train(tower, out, seed, log)
                     book.write_text(json.dumps(dict(sorted(facts.items())), indent=1) + "\n", "utf-8")
             return json.loads(book.read_text("utf-8"))
-        finally:
-            torch.set_num_threads(before)
 
     def _made_by(self, seed: int) -> dict[str, Any]:
         return json.loads(json.dumps({k: v for k, v in asdict(self).items() if k != "towers"} | {"seed": seed}))
 
-    def _train(self, tower: str, out: Path, seed: int, log: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-        import torch
-        import torch.nn.functional as F
-        from safetensors.torch import save
+    def _train(self, tower: str, out: Path, seed: int, log: Log) -> dict[str, Any]:
 
-        from ..bench.models.tiny_recipe import Muon
-        from .two_towers import Stretch, standardise, tiny_tokenizer
-
-        salt = list(TOWERS).index(tower)
-        torch.manual_seed(1000 * seed + salt)
-        live, shipped = network(tower).train(), network(tower).eval()
-        shipped.load_state_dict(live.state_dict())
-        dense = (
-            tower == "pick"
-        )  # letters are read off its strips too: without that a transformer takes far longer to see them
-        live.visual.output_tokens = dense
-        heads = torch.nn.ModuleList([torch.nn.Linear(TOWERS[tower]["embed_dim"], sum(SLOTS))])
-        if dense:
-            heads.append(torch.nn.Linear(TOWERS[tower]["vision_cfg"]["width"], SLOTS[0]))
-        named = dict(live.named_parameters())
-        matrices = [
-            p for n, p in named.items() if p.ndim == 2 and min(p.shape) >= 16 and "embedding" not in n and n != "proj"
-        ]
-        chosen = {id(p) for p in matrices}
-        muon = Muon(matrices, self.muon, (0, 1), lambda flat: None)
-        adam = torch.optim.AdamW(
-            [*(p for p in named.values() if id(p) not in chosen), *heads.parameters()],
-            lr=self.adam,
-            betas=(0.9, 0.98),
-            weight_decay=self.weight_decay,
-        )
-        state = out / f"{tower}.state.pt"
-        kept = {"live": live, "shipped": shipped, "heads": heads, "muon": muon, "adam": adam}
-        start, seconds = self._resume(state, seed, kept)
-        tokens = tiny_tokenizer(out, TOWERS[tower])
-        side = live.visual.image_size
-        fit = Stretch(*side) if isinstance(side, tuple | list) else Stretch(side, side)
-        began = time.process_time()
-        told: dict[str, float] = {}
-        for step in range(start, self.steps):
-            share = step / self.steps
-            rate = min(1.0, (step + 1) / self.warmup) * (0.5 + 0.5 * math.cos(math.pi * share)) + 1e-3
-            for optim, top in ((muon, self.muon), (adam, self.adam)):
-                for group in optim.param_groups:
-                    group["lr"] = top * rate
-            batch = draw_batch(self.prompts, (seed, salt, step), self.words)
-            more, slots = draw_texts(self.texts, (seed, salt, step, 1), self.words)
-            x = standardise(fit.batch(batch.pictures.flatten(0, 1) / 255))
-            # a quarter less time for convolutions on a CPU that knows bfloat16; the small transformer gains nothing
-            with torch.autocast("cpu", torch.bfloat16, enabled=not dense):
-                seen, patches = live.visual(x) if dense else (live.visual(x), None)
-            images = F.normalize(seen.float(), dim=-1).unflatten(0, (6, -1))
-            texts = F.normalize(live.encode_text(tokens([*batch.prompts, *more])), dim=-1)
-            texts, others = texts[: len(batch.prompts)], texts[len(batch.prompts) :]
-            terms = losses(texts, images, live.logit_scale.exp(), batch)
-            shown = torch.cat([texts, images[list(READ)].flatten(0, 1), others])
-            readings = heads[0](shown * shown.shape[-1] ** 0.5).split(SLOTS, 1)
-            wanted = torch.cat([batch.slots, slots])
-            terms["reading"] = torch.stack(
-                [F.cross_entropy(r, s, ignore_index=-1) for r, s in zip(readings, wanted.T, strict=True)]
-            ).sum()
-            if patches is not None:
-                letters = heads[1](patches.unflatten(0, (6, -1))[list(READ)].flatten(0, 1))
-                want = strips(batch.slots[len(batch.prompts) :])
-                terms["strips"] = 8 * F.cross_entropy(letters.flatten(0, 1), want.flatten())
-            awake = min(max((share - self.alone[0]) / (self.alone[1] - self.alone[0]), 0.0), 1.0)
-            loss = awake * (terms["contrast"] + self.order * terms["order"])
-            for name in ("reading", "strips"):
-                if name in terms:
-                    loss = loss + self.reading * (1 - share) * terms[name] / 4
-            if not bool(torch.isfinite(loss.detach())):
-                raise UserError(f"the loss of {tower} is {float(loss)} at step {step}; a lower rate may help")
-            for optim in (muon, adam):
-                optim.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(list(named.values()), 5.0)
-            for optim in (muon, adam):
-                optim.step()
-            with torch.no_grad():
-                live.logit_scale.clamp_(max=math.log(100))
-                decay = min(self.average, (1 + step) / (10 + step))
-                for old, new in zip(shipped.state_dict().values(), live.state_dict().values(), strict=True):
-                    old.lerp_(new, 1 - decay) if old.is_floating_point() else old.copy_(new)
-            for name, term in terms.items():
-                told[name] = 0.9 * told.get(name, float(term.detach())) + 0.1 * float(term.detach())
-            if (step + 1) % self.save_every == 0 or step + 1 == self.steps:
-                spent = seconds + time.process_time() - began
-                self._save(state, seed, step + 1, spent, kept)
-                log({"recipe": "tiny-clip", "tower": tower, "step": step + 1, "of": self.steps, **told,
-                     "scale": float(live.logit_scale.detach().exp()), "cpu_seconds": spent})  # fmt: skip
-        spent = seconds + time.process_time() - began
-        weights = {k: v.half() if v.is_floating_point() else v for k, v in shipped.state_dict().items()}
-        (out / f"{tower}.safetensors").write_bytes(save({k: v.contiguous() for k, v in weights.items()}))
+        settings = self._settings(tower, out, seed)
+        averaged, seconds = fit(TowersLearner(self, tower, out, seed), settings, log=log)
+        (out / f"{tower}.safetensors").write_bytes(save(in_half(averaged)))
         (out / f"{tower}.json").write_text(json.dumps(TOWERS[tower], indent=1) + "\n", "utf-8")
-        facts = self._facts(tower, out, seed, spent)
-        state.unlink(missing_ok=True)
+        facts = self._facts(tower, out, seed, seconds)
+        settings.checkpoint.unlink(missing_ok=True)
         return facts
+
+    def _settings(self, tower: str, out: Path, seed: int) -> FitSettings:
+
+        every, share = Interval(steps=self.save_every), cosine_rate(self.warmup, self.steps, 1e-3)
+        return FitSettings(
+            label={"recipe": "tiny-clip", "tower": tower},
+            made_by=self._made_by(seed),
+            checkpoint=out / f"{tower}.state.pt",
+            steps=self.steps,
+            samples=self.prompts * 6,
+            rate=lambda base, step: base * share(1.0, step),
+            save=every,
+            report=every,
+            evaluate=every,
+            average=self.average,
+            clip_norm=5.0,
+        )
 
     def _facts(self, tower: str, out: Path, seed: int, spent: float) -> dict[str, Any]:
         import open_clip
-        import torch
-
-        from ..bench.spec import Prompt
-        from .two_towers import tiny
 
         scorer = tiny(tower, out)
 
         def score(images: np.ndarray, prompts: list[str]) -> np.ndarray:
             return scorer(images, [Prompt(text) for text in prompts]).value[scorer.metrics[0]]
 
-        held = [word for word in WORDS.read_text("ascii").split() if glyphs.split_of(word) != "train"]
+        held = [word for word in read_word_list() if glyphs.split_of(word) != "train"]
         return {
             "recipe": self._made_by(seed),
             "cpu_seconds": round(spent),
@@ -649,27 +545,86 @@ class TinyClipRecipe:
             "held_out": measure(score, seed, held[: self.measured]),
         }
 
-    def _save(self, path: Path, seed: int, step: int, seconds: float, kept: dict[str, Any]) -> None:
-        """Atomically: a run killed while it writes finds the mark before."""
-        import torch
 
-        made_by = json.dumps(self._made_by(seed))
-        parts = {name: part.state_dict() for name, part in kept.items()}
-        torch.save({"recipe": made_by, "step": step, "seconds": seconds, **parts}, path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+class TowersLearner(Learner):
+    """A tower pair, and the reading heads that teach it to spell."""
 
-    def _resume(self, path: Path, seed: int, kept: dict[str, Any]) -> tuple[int, float]:
-        """(step, CPU-seconds) of the mark at `path`, loaded; (0, 0) where there is none."""
-        import torch
+    def __init__(self, recipe: TinyClipRecipe, tower: str, out: Path, seed: int) -> None:
+        self.recipe, self.seed, self.salt = recipe, seed, list(TOWERS).index(tower)
+        # Letters are read off the strips of `pick`, too: without that a transformer takes far longer to see them.
+        self.dense = dense = tower == "pick"
+        torch.manual_seed(1000 * seed + self.salt)
+        self.clip = network(tower).train()
+        self.module: nn.Module = self.clip
+        network(tower)  # its random draws come before those of the heads
+        self.clip.visual.output_tokens = dense
+        self.reading = nn.ModuleList([nn.Linear(TOWERS[tower]["embed_dim"], sum(SLOTS))])
+        if dense:
+            self.reading.append(nn.Linear(TOWERS[tower]["vision_cfg"]["width"], SLOTS[0]))
+        self.heads = self.reading
+        self.optimisers = self._optimisers()
+        self.tokens = tiny_tokenizer(out, TOWERS[tower])
+        side = self.clip.visual.image_size
+        self.stretch = Stretch(*side) if isinstance(side, tuple | list) else Stretch(side, side)
+        self.smoothed: dict[str, float] = {}  # the terms of the loss, averaged over about ten steps
 
-        if not path.exists():
-            return 0, 0.0
-        mark = torch.load(path, weights_only=True)
-        if json.loads(mark["recipe"]) != self._made_by(seed):
-            raise UserError(f"{path} was left by another recipe or seed; choose another folder or remove it")
-        for name, part in kept.items():
-            part.load_state_dict(mark[name])
-        return int(mark["step"]), float(mark["seconds"])
+    def _optimisers(self) -> list[torch.optim.Optimizer]:
+        """Muon for matrices, AdamW for all else."""
+        named = dict(self.module.named_parameters())
+        matrices = {
+            n: p
+            for n, p in named.items()
+            if p.ndim == 2 and min(p.shape) >= 16 and "embedding" not in n and n != "proj"
+        }
+        others = [*(p for n, p in named.items() if n not in matrices), *self.reading.parameters()]
+        return [
+            Muon(list(matrices.values()), self.recipe.muon, (0, 1), lambda flat: None),
+            torch.optim.AdamW(others, lr=self.recipe.adam, betas=(0.9, 0.98), weight_decay=self.recipe.weight_decay),
+        ]
+
+    def loss(self, step: int, shard: int) -> Tensor:
+        share = step / self.recipe.steps
+        terms = self._terms(step)
+        awake = min(max((share - self.recipe.alone[0]) / (self.recipe.alone[1] - self.recipe.alone[0]), 0.0), 1.0)
+        loss = awake * (terms["contrast"] + self.recipe.order * terms["order"])
+        for name in ("reading", "strips"):
+            if name in terms:
+                loss = loss + self.recipe.reading * (1 - share) * terms[name] / 4
+        for name, term in terms.items():
+            now = float(term.detach())
+            self.smoothed[name] = 0.9 * self.smoothed.get(name, now) + 0.1 * now
+        return loss
+
+    def _terms(self, step: int) -> dict[str, Tensor]:
+        """The terms of a step's loss: contrast, order, reading, and strips where they are read."""
+        batch = draw_batch(self.recipe.prompts, (self.seed, self.salt, step), self.recipe.words)
+        more, slots = draw_texts(self.recipe.texts, (self.seed, self.salt, step, 1), self.recipe.words)
+        x = standardise(self.stretch.batch(batch.pictures.flatten(0, 1) / 255))
+        # a quarter less time for convolutions on a CPU that knows bfloat16; the small transformer gains nothing
+        with torch.autocast("cpu", torch.bfloat16, enabled=not self.dense):
+            seen, patches = self.clip.visual(x) if self.dense else (self.clip.visual(x), None)
+        images = F.normalize(seen.float(), dim=-1).unflatten(0, (6, -1))
+        texts = F.normalize(self.clip.encode_text(self.tokens([*batch.prompts, *more])), dim=-1)
+        texts, others = texts[: len(batch.prompts)], texts[len(batch.prompts) :]
+        terms = losses(texts, images, self.clip.logit_scale.exp(), batch)
+        shown = torch.cat([texts, images[list(READ)].flatten(0, 1), others])
+        readings = self.reading[0](shown * shown.shape[-1] ** 0.5).split(SLOTS, 1)
+        wanted = torch.cat([batch.slots, slots])
+        terms["reading"] = torch.stack(
+            [F.cross_entropy(r, s, ignore_index=-1) for r, s in zip(readings, wanted.T, strict=True)]
+        ).sum()
+        if patches is not None:
+            letters = self.reading[1](patches.unflatten(0, (6, -1))[list(READ)].flatten(0, 1))
+            want = strips(batch.slots[len(batch.prompts) :])
+            terms["strips"] = 8 * F.cross_entropy(letters.flatten(0, 1), want.flatten())
+        return terms
+
+    def constrain(self) -> None:
+        self.clip.logit_scale.clamp_(max=math.log(100))
+
+    def evaluate(self, weights: Weights, step: int) -> dict[str, float]:
+        """The smoothed terms of the loss, and the temperature."""
+        return {**self.smoothed, "scale": float(self.clip.logit_scale.detach().exp())}
 
 
 def network(tower: str) -> Any:

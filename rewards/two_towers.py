@@ -1,4 +1,4 @@
-"""Two towers, one for pictures and one for prompts: the closer their unit vectors, the better the score.
+"""Two-tower scorers (pickscore, hpsv2, clipscore): the cosine of an image embedding and a text embedding, scaled.
 
 PickScore (arXiv 2305.01569), HPSv2 and v2.1 (arXiv 2306.09341) and three CLIPScores are the same thing with other weights and other
 settings, and most disagreements about their numbers are disagreements about settings. So the settings are frozen here and stand in

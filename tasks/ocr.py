@@ -1,8 +1,9 @@
 """The task ocr: draw a quoted text, scored by text recognition engines.
 
-The task of Flow-GRPO (arXiv 2505.05470, section "visual text rendering"), in two prompt domains. `glyphs`: short words from `ocr_words.txt`
-for the embedded 64x32 model; the spelling alone decides the split, so a test word can be in no other. `open`: scene descriptions for real
-models; the test split is the published one, from the folder in GPOBENCH_DATA or downloaded once, the other two splits are composed here.
+The task of Flow-GRPO (arXiv 2505.05470, section "visual text rendering"), in two prompt domains. `glyphs`: short words from
+`bench/assets/ocr_words.txt` for the embedded 64x32 model; the spelling alone decides the split, so a test word can be in no other.
+`open`: scene descriptions for real models; the test split is the published one, from the folder in GPOBENCH_DATA or downloaded
+once, the other two splits are composed here.
 """
 
 import os
@@ -16,12 +17,12 @@ from typing import Any, final
 from ..bench import registry
 from ..bench.assets.downloads import PinnedFile
 from ..bench.assets.glyphs import ALPHABET, INKS, LONGEST, SHORTEST, SURFACES, VOCABULARY, split_of, word_prompt
+from ..bench.assets.words import WORD_LIST
 from ..bench.errors import UserError
 from ..bench.registry import known_domain
 from ..bench.spec import Columns, EvaluationSettings, Prompt, Split
 from .base import SPLITS, DomainSettings, DomainTask
 
-WORDS = Path(__file__).with_name("ocr_words.txt")
 PUBLISHED = PinnedFile(  # MIT
     "flow_grpo/dataset/ocr/test.txt",
     "https://raw.githubusercontent.com/yifan123/flow_grpo/ac4c86e8cae021841f1fde853d340e0db67690dd/dataset/ocr/test.txt",
@@ -121,7 +122,7 @@ def _splits(task: OCR, domain: str, data: str) -> dict[Split, list[Prompt]]:
 
         test = published(PUBLISHED)
         return {**compose(test), "test": test}
-    words = read_words(WORDS)
+    words = read_words(WORD_LIST)
     splits: dict[Split, list[Prompt]] = {
         split: [word_to_prompt(word) for word in words if split_of(word) == split] for split in SPLITS
     }

@@ -11,8 +11,9 @@ from hashlib import sha256
 from itertools import product
 
 from ..bench.assets.glyphs import COUNTS, SHAPE_COLOURS, SHAPES, shapes_prompt, split_of
+from ..bench.assets.words import WORD_LIST
 from ..bench.spec import Prompt, Split, fold_text
-from .ocr import WORDS, read_words, word_to_prompt
+from .ocr import read_words, word_to_prompt
 
 EVALUATION_WORDS = 45  # of the test and of the validation split; with 15 shapes prompts each, 60 a split
 SHAPES_SPLIT: tuple[Split, ...] = ("train", "test", "validation")  # of (kind + colour + count) % 3
@@ -58,7 +59,7 @@ def glyph_prompts(split: Split) -> tuple[Prompt, ...]:
     The spelling of a word decides its split, as in the task ocr; the 45 shapes prompts form a Latin square, so that every split holds
     every kind, every colour and every count. All train words; of the others the first 45 by digest.
     """
-    words = [word for word in read_words(WORDS) if split_of(word) == split]
+    words = [word for word in read_words(WORD_LIST) if split_of(word) == split]
     word_prompts = [word_to_prompt(word) for word in (words if split == "train" else words[:EVALUATION_WORDS])]
     shapes = [
         shapes_prompt(kind, count, colour)

@@ -137,7 +137,7 @@ SOME = {
 
 # Invalid images
 
-PNG = remote.png
+PNG = remote.encode_png
 
 
 def _chunk(kind: bytes, data: bytes) -> bytes:

@@ -228,6 +228,63 @@ def test_a_planted_violation_breaks_its_contract(contract: str, files: dict[str,
     assert re.search(rf"{re.escape(contract)} BROKEN", done.stdout), done.stdout
 
 
+PETALS = ("methods", "rewards", "tasks", "leaderboards")
+OPENERS = (
+    "Path",
+    "PurePath",
+    "open",
+    "joinpath",
+    "join",
+    "with_name",
+    "files",
+    "glob",
+    "rglob",
+    "read_text",
+    "open_text",
+)
+
+
+def paths_of_others(source: str, folder: str) -> Iterator[int]:
+    """Lines of a file in `folder` with a path expression that names the folder of another petal, and bare paths into one."""
+    others = "|".join(petal for petal in PETALS if petal != folder)
+    named, whole = re.compile(rf"(^|[/.])({others})($|[/.])"), re.compile(rf"(.*/)?({others})/\S+\.\w+")
+    for node in ast.walk(ast.parse(source)):
+        parts: list[ast.expr] = []
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div):
+            parts = [node.left, node.right]
+        elif isinstance(node, ast.Call):
+            called = node.func
+            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+            parts = list(node.args) if name in OPENERS else []
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and whole.fullmatch(node.value):
+            yield node.lineno
+        texts = [piece.value for part in parts for piece in ast.walk(part) if isinstance(piece, ast.Constant)]
+        if any(isinstance(text, str) and named.search(text) for text in texts):
+            yield node.lineno
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'WORDS = Path(__file__).parent.parent / "tasks" / "words.txt"',
+        'text = files(f"{package}.tasks").joinpath("words.txt").read_text()',
+        'text = open("../tasks/words.txt").read()',
+        'WORDS = root.joinpath("tasks/words.txt")',
+        'WORDS = "gpobench/tasks/words.txt"',
+    ],
+)
+def test_a_planted_path_across_a_wall_is_seen(line: str) -> None:
+    assert 1 in paths_of_others(line, "bench") and 1 in paths_of_others(line, "rewards")
+    assert not list(paths_of_others(line, "tasks"))
+
+
+def test_no_file_opens_a_path_of_another_petal() -> None:
+    """Data crosses a wall by no other door than an import: the import contracts do not see paths."""
+    sources = {file: (REPO / file).read_text("utf-8") for file in python_files(*FOLDERS)}
+    found = {file: sorted(set(paths_of_others(text, file.partition("/")[0]))) for file, text in sources.items()}
+    assert not {file: lines for file, lines in found.items() if lines}
+
+
 # -- the style and the set-up -----------------------------------------------------------------------------------------
 
 

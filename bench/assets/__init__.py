@@ -1,1 +1,1 @@
-"""Files a run stands on: weights, downloads, prompts, glyphs."""
+"""Files that runs read: weights, downloads, prompts, glyphs, words."""

@@ -1,4 +1,4 @@
-"""A file that somebody published, byte for byte: from a folder of yours, from the cache, or fetched once and checked by its hash."""
+"""Downloads of published files: from a folder of the user's, from the cache, or fetched once and checked by a hash; and a log of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMIT = 64 * 2**20  # bytes; a list of prompts is far smaller
 
 @dataclass(frozen=True)
 class DownloadRequest:
-    """Something that was asked for, and where it was found."""
+    """A file, folder or prompt list that was requested, and the path where it is."""
 
     kind: Literal["file", "folder", "prompts"]
     source: str  # a hub repository, owner/name, or the URL of a published file
@@ -29,30 +29,30 @@ class DownloadRequest:
     path: Path
 
     def files(self) -> dict[str, Path]:
-        """Name within the source -> the file, for all that the path holds of what was asked for."""
+        """Name within the source -> the file, for all requested files that the path holds."""
         if self.kind != "folder":
             return {self.names[0]: self.path} if self.path.is_file() else {}
-        found: dict[str, Path] = {}
+        files: dict[str, Path] = {}
         for path in sorted(self.path.rglob("*")):
             name = path.relative_to(self.path).as_posix()
             if path.is_file() and not name.startswith(".") and matches(name, self.names):
-                found[name] = path
-        return found
+                files[name] = path
+        return files
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a file is among those asked for. As on the hub, a star also stands for slashes."""
+    """Whether a name matches one of the patterns. As on the hub, a star also stands for slashes."""
     from fnmatch import fnmatchcase
 
     return not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-class Heavy(Exception):
-    """More was asked for than a ledger allows."""
+class DownloadLimitExceeded(Exception):
+    """Files of more bytes were requested than a download log allows."""
 
 
-class Ledger(list[DownloadRequest]):
-    """What was asked for, in order."""
+class DownloadLog(list[DownloadRequest]):
+    """The files that were requested while the log was open, in order."""
 
     def __init__(self, limit: float) -> None:
         super().__init__()
@@ -60,37 +60,37 @@ class Ledger(list[DownloadRequest]):
 
     def files(self) -> dict[Path, int]:
         """Every file -> its bytes, each once."""
-        return {path: path.stat().st_size for asked in self for path in asked.files().values()}
+        return {path: path.stat().st_size for request in self for path in request.files().values()}
 
 
-_open: list[Ledger] = []
+_open_logs: list[DownloadLog] = []
 
 
 @contextmanager
-def ledger(limit: float = float("inf")) -> Generator[Ledger]:
-    """Keeps what is asked for inside, by any thread. Above `limit` bytes the one who asks gets Heavy instead of an answer.
+def log_downloads(limit: float = float("inf")) -> Generator[DownloadLog]:
+    """Log the files that any thread requests inside. Above `limit` bytes a request raises DownloadLimitExceeded.
 
-    Who keeps what it once read (the tasks keep their lists) does not ask again in the same process.
+    A list that was read earlier in the same process and is still in memory (the tasks keep theirs) is not requested again.
     """
-    mine = Ledger(limit)
-    _open.append(mine)
+    log = DownloadLog(limit)
+    _open_logs.append(log)
     try:
-        yield mine
+        yield log
     finally:
-        _open[:] = [other for other in _open if other is not mine]
+        _open_logs[:] = [other for other in _open_logs if other is not log]
 
 
-def note(asked: DownloadRequest) -> Path:
-    """Enter what was found into the open ledgers, and return its path; Heavy where that is too much for one of them."""
-    for each in list(_open):
-        each.append(asked)
-        if each.limit < float("inf") and (total := sum(each.files().values())) > each.limit:
-            raise Heavy(f"{total / 2**30:.1f} GB of weights")
-    return asked.path
+def log_download(request: DownloadRequest) -> Path:
+    """Add a request to every open log and return its path; DownloadLimitExceeded where it is too large for one of them."""
+    for log in list(_open_logs):
+        log.append(request)
+        if log.limit < float("inf") and (total := sum(log.files().values())) > log.limit:
+            raise DownloadLimitExceeded(f"{total / 2**30:.1f} GB of weights")
+    return request.path
 
 
-class _Careful(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect from https to what anyone on the way may change."""
+class _HttpsOnlyRedirects(urllib.request.HTTPRedirectHandler):
+    """Refuses redirects from https to an unencrypted address."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         if req.full_url.startswith("https:") and not newurl.startswith("https:"):
@@ -98,12 +98,12 @@ class _Careful(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def fetching(url: str, timeout: float) -> Any:
+def open_url(url: str, timeout: float) -> Any:
     """The open answer of an address, headers and all; a context. Raises OSError (URLError) where there is none.
 
     timeout: seconds without a byte.
     """
-    return urllib.request.build_opener(_Careful).open(url, timeout=timeout)
+    return urllib.request.build_opener(_HttpsOnlyRedirects).open(url, timeout=timeout)
 
 
 def offline() -> bool:
@@ -113,7 +113,7 @@ def offline() -> bool:
 
 @dataclass(frozen=True)
 class PinnedFile:
-    """Where a file stands below GPOBENCH_DATA, where it is fetched from, and what it must be."""
+    """A published file: its path below GPOBENCH_DATA, its address, and its hash."""
 
     path: str  # below GPOBENCH_DATA, and below the cache: flow_grpo/dataset/ocr/test.txt
     url: str
@@ -123,13 +123,13 @@ class PinnedFile:
     def read(self) -> bytes:
         """The bytes. UserError where the file cannot be had, or is another one."""
         data = os.environ.get("GPOBENCH_DATA", "")
-        for place in ([Path(data, self.path)] if data else []) + [cache() / self.path]:
-            if place.is_file():
-                raw = self._checked(place.read_bytes(), str(place))
-                self._note(place)
+        for path in ([Path(data, self.path)] if data else []) + [cache() / self.path]:
+            if path.is_file():
+                raw = self._checked(path.read_bytes(), str(path))
+                self._log(path)
                 return raw
         if offline():
-            raise UserError(f"{self._wanted()} and HF_HUB_OFFLINE forbids fetching it from {self.url}")
+            raise UserError(f"{self._missing()} and HF_HUB_OFFLINE forbids fetching it from {self.url}")
         raw = self._checked(self._fetch(), self.url)
         cached = cache() / self.path
         try:
@@ -137,31 +137,31 @@ class PinnedFile:
             write_atomically(cached, lambda p: p.write_bytes(raw))
         except OSError as error:
             raise UserError(f"the published file {self.path} cannot be kept at {cached}: {error.strerror}") from None
-        self._note(cached)
+        self._log(cached)
         return raw
 
-    def _note(self, place: Path) -> None:
-        note(DownloadRequest("prompts", self.url, (self.path,), self.sha256, place))
+    def _log(self, path: Path) -> None:
+        log_download(DownloadRequest("prompts", self.url, (self.path,), self.sha256, path))
 
-    def _wanted(self) -> str:
+    def _missing(self) -> str:
         data = os.environ.get("GPOBENCH_DATA", "")
         where = f"is not below GPOBENCH_DATA ({data})" if data else "is not here (GPOBENCH_DATA is not set)"
         return f"the published file {self.path} {where},"
 
     def _fetch(self) -> bytes:
         try:
-            with fetching(self.url, timeout=30) as answer:
+            with open_url(self.url, timeout=30) as answer:
                 raw = answer.read(LIMIT + 1)
         except (urllib.error.URLError, OSError, ValueError) as error:
-            raise UserError(f"{self._wanted()} and {self.url} cannot be reached: {error}") from None
+            raise UserError(f"{self._missing()} and {self.url} cannot be reached: {error}") from None
         if len(raw) > LIMIT:
             raise UserError(f"{self.url} is larger than {LIMIT // 2**20} MB: that is not the published file")
         return raw
 
     def _checked(self, raw: bytes, where: str) -> bytes:
-        found = sha256(raw).hexdigest()
-        if self.sha256 and found != self.sha256:
-            raise UserError(f"{where} is not the published file: its sha256 is {found}, expected {self.sha256}")
+        digest = sha256(raw).hexdigest()
+        if self.sha256 and digest != self.sha256:
+            raise UserError(f"{where} is not the published file: its sha256 is {digest}, expected {self.sha256}")
         return raw
 
 

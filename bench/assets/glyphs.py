@@ -1,4 +1,4 @@
-"""A little printing press: 64x32 pictures of short words and counted shapes, each with the prompt that asks for it.
+"""Draws the embedded model's images: 64x32 pictures of short words and counted shapes, each with the prompt that asks for it.
 
 Pure numpy and PIL. Everything random comes from a `numpy.random.Generator` that the caller passes; the words that must never be
 printed (the validation and test splits of a word list) are passed in too.

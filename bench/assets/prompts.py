@@ -1,4 +1,4 @@
-"""A file of one's own prompts: plain lines, JSON lines or a table, and a task that asks them instead of its own.
+"""Reads a user's own prompts from plain lines, JSON lines or a table, and wraps a task so that it uses them.
 
 Errors name the file and the line, because a list of a thousand prompts is mended where it is broken and nowhere else.
 """

@@ -1,6 +1,7 @@
-"""Weights by repository and revision: a folder of yours first, then gpobench's own store, the hub's cache, the hub itself.
+"""Finds weights by repository and revision: in the user's folder, in gpobench's own store, in the hub's cache, or on the hub.
 
-What stands on no hub is given by hand, or comes from its publisher's address; it is looked for in the same folders, in the same order.
+Weights that are on no hub are put there by hand or come from their publisher's address; they are searched for in the same
+folders, in the same order.
 """
 
 from __future__ import annotations
@@ -22,17 +23,15 @@ from ..errors import Missing, UserError
 from ..files import digest, full, sync, write_atomically
 from ..model_spec import ModelSpec
 from . import downloads
-from .downloads import DownloadRequest, fetching, ledger, note, offline
+from .downloads import DownloadRequest, log_download, offline, open_url
 
-__all__ = ["DownloadRequest", "ledger", "note"]  # a ledger is for both, prompts and weights
-
-KEPT = ".gpobench.json"  # beside the files of a repository in the store: what they are
+STORED = ".gpobench.json"  # beside the files of a repository in the store: what they are
 LOCK = "fetch.lock.json"
 # What diffusers loads of a repository: the parts' folders, not the single-file checkpoints beside them, and nothing pickled.
 PIPELINE = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
 
 
-# Where weights stand
+# Where weights are
 
 
 def file(repository: str, name: str, *, revision: str = "main") -> Path:
@@ -40,18 +39,20 @@ def file(repository: str, name: str, *, revision: str = "main") -> Path:
 
     Raises Missing, which says what to do, where it cannot be had.
     """
-    path = _own(repository, name)
-    kept = None if path else kept_at(repository, revision)
-    if kept is not None and name in kept.files and (store() / repository / name).is_file():
+    path = _user_path(repository, name)
+    stored = None if path else stored_repository(repository, revision)
+    if stored is not None and name in stored.files and (store() / repository / name).is_file():
         path = store() / repository / name
-    return note(DownloadRequest("file", repository, (name,), revision, path or download(repository, name, revision)))
+    return log_download(
+        DownloadRequest("file", repository, (name,), revision, path or download(repository, name, revision))
+    )
 
 
 def folder(repository: str, *, revision: str = "main", patterns: tuple[str, ...] = ()) -> Path:
     """The files of a hub repository (those that match `patterns`, all by default) as a local folder; Missing as for `file`."""
-    path = _own(repository, "")
-    kept = None if path else kept_at(repository, revision)
-    if kept is not None and kept.whole(patterns):
+    path = _user_path(repository, "")
+    stored = None if path else stored_repository(repository, revision)
+    if stored is not None and stored.whole(patterns):
         path = store() / repository
     if path is None:
         from huggingface_hub import snapshot_download
@@ -60,21 +61,23 @@ def folder(repository: str, *, revision: str = "main", patterns: tuple[str, ...]
         try:
             there = snapshot_download(repository, revision=revision, allow_patterns=wanted, local_files_only=offline())
         except Exception as error:  # its transport's errors have changed with its versions
-            raise refused(repository, "", revision, error) from None
+            raise hub_refusal(repository, "", revision, error) from None
         path = Path(there)
-    return note(DownloadRequest("folder", repository, patterns, revision, path))
+    return log_download(DownloadRequest("folder", repository, patterns, revision, path))
 
 
-def given(place: str, name: str = "") -> Path | None:
-    """What no hub serves: GPOBENCH_WEIGHTS/place/name, or as `fetch` left it; without a name the whole folder. None if not here."""
-    path = _here(place, name)
+def given_by_hand(place: str, name: str = "") -> Path | None:
+    """A file that no hub serves: GPOBENCH_WEIGHTS/place/name, or as `fetch` left it; without a name the folder. None if it is absent."""
+    path = _find_local(place, name)
     return (
-        note(DownloadRequest("file" if name else "folder", place, (name,) if name else (), "", path)) if path else None
+        log_download(DownloadRequest("file" if name else "folder", place, (name,) if name else (), "", path))
+        if path
+        else None
     )
 
 
-def _here(place: str, name: str) -> Path | None:
-    for root in [_own(place, ""), store() / place]:
+def _find_local(place: str, name: str) -> Path | None:
+    for root in [_user_path(place, ""), store() / place]:
         path = root / name if root else None
         if path is not None and (path.is_file() if name else path.is_dir()):
             return path
@@ -85,22 +88,22 @@ def local(source: str, revision: str | None = None) -> Path | None:
     """The folder of a pipeline that is whole on this disk: itself, yours, the store's, or what `fetch` brought into the hub's cache."""
     if Path(source).is_dir():
         return Path(source)
-    own = _own(source, "model_index.json")
+    own = _user_path(source, "model_index.json")
     if own is not None:
-        return note(DownloadRequest("folder", source, PIPELINE, revision or "main", own.parent))
-    kept = kept_at(source, revision or "main")
-    if kept is not None and kept.whole(PIPELINE):
-        return note(DownloadRequest("folder", source, PIPELINE, revision or "main", store() / source))
+        return log_download(DownloadRequest("folder", source, PIPELINE, revision or "main", own.parent))
+    stored = stored_repository(source, revision or "main")
+    if stored is not None and stored.whole(PIPELINE):
+        return log_download(DownloadRequest("folder", source, PIPELINE, revision or "main", store() / source))
     index = cached(source, "model_index.json", revision)
     if index is None:
         return None
-    fetched = locked(source, index.parent.name)
+    fetched = locked_repository(source, index.parent.name)
     if fetched is None or not fetched.whole(PIPELINE):
         return None
     parts = [name for name in fetched.files if downloads.matches(name, PIPELINE)]
     if not all((index.parent / name).is_file() for name in parts):
         return None
-    return note(DownloadRequest("folder", source, PIPELINE, revision or "main", index.parent))
+    return log_download(DownloadRequest("folder", source, PIPELINE, revision or "main", index.parent))
 
 
 def cached(repository: str, name: str, revision: str | None = None) -> Path | None:
@@ -122,10 +125,10 @@ def download(repository: str, name: str, revision: str, bar: Any = None) -> Path
     try:
         return Path(hf_hub_download(repository, name, revision=revision, local_files_only=offline(), tqdm_class=bar))
     except Exception as error:  # its transport's errors have changed with its versions
-        raise refused(repository, name, revision, error) from None
+        raise hub_refusal(repository, name, revision, error) from None
 
 
-def _own(repository: str, name: str) -> Path | None:
+def _user_path(repository: str, name: str) -> Path | None:
     root = os.environ.get("GPOBENCH_WEIGHTS", "")
     if not root:
         return None
@@ -135,16 +138,16 @@ def _own(repository: str, name: str) -> Path | None:
     return path if path.exists() else None
 
 
-# Weights that stand at an address of their publisher's, on no hub
+# Weights at their publisher's address, on no hub
 
 
-class Wrong(UserError):
-    """Other bytes than they must be: never a reason to do without."""
+class WrongHash(UserError):
+    """A file has another hash than it must have: no optional scorer is left out because of it."""
 
 
 @dataclass(frozen=True)
-class Linked:
-    """One file of weights and the address it is published at."""
+class PublishedWeights:
+    """One file of weights that its publisher serves, on no hub."""
 
     place: str  # its folder below GPOBENCH_WEIGHTS and in the store, which is its own: pytorch
     name: str
@@ -155,73 +158,75 @@ class Linked:
     def find(self, *others: Path) -> Path:
         """The file: yours, the store's, one of `others` (caches of other programs), or fetched into the store.
 
-        Raises Missing, which says what to do, where it cannot be had; Wrong, with nothing kept, where other bytes came.
+        Raises Missing, which says what to do, where it cannot be had; WrongHash, with nothing kept, where other bytes came.
         """
         sound = (other for other in others if other.is_file() and short_digest(other).startswith(self.begins))
-        path = _here(self.place, self.name) or next(sound, None)
-        return note(DownloadRequest("file", self.place, (self.name,), self.url, path or self._brought()))
+        path = _find_local(self.place, self.name) or next(sound, None)
+        return log_download(DownloadRequest("file", self.place, (self.name,), self.url, path or self._fetched()))
 
-    def _brought(self) -> Path:
+    def _fetched(self) -> Path:
         put = f"put them below the folder that GPOBENCH_WEIGHTS names, as {self.place}/{self.name}"
         absent = f"the weights {self.place}/{self.name} are not here"
-        if self.pickled and not _bringing.get():
+        if self.pickled and not _pickled_allowed.get():
             raise Missing(
                 f"{absent}; opening them runs what is in them, so no run fetches them: `gpobench fetch --scorer` does, or {put}"
             )
         if offline():
             raise Missing(f"{absent}, and HF_HUB_OFFLINE forbids fetching them from {self.url}; {put}")
         target = store() / self.place / self.name
-        before = kept_of(target.parent / KEPT) or StoredRepository()
+        before = read_stored(target.parent / STORED) or StoredRepository()
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             facts = self._download(target)
         except (OSError, HTTPException, ValueError) as error:
             why = "the disk is full" if full(error) else str(error).strip() or type(error).__name__
             raise Missing(f"{absent} and {self.url} does not give them ({why}); {put}") from None
-        kept = StoredRepository(self.url, [self.url], [], {**before.files, self.name: facts})
-        text = json.dumps(kept.mapping(), indent=1, sort_keys=True) + "\n"
-        write_atomically(target.parent / KEPT, lambda path: path.write_text(text, "utf-8"))
+        stored = StoredRepository(self.url, [self.url], [], {**before.files, self.name: facts})
+        text = json.dumps(stored.mapping(), indent=1, sort_keys=True) + "\n"
+        write_atomically(target.parent / STORED, lambda path: path.write_text(text, "utf-8"))
         return target
 
     def _download(self, target: Path) -> dict[str, Any]:
-        """The file at its address moved to `target` once its hash is right; its size and sha256."""
-        known = locked(self.place, self.url)
-        expected = str(known.files.get(self.name, {}).get("sha256", "")) if known else ""
+        """Fetch the file and move it to `target` once its hash is right; returns its size and sha256."""
+        lock = locked_repository(self.place, self.url)
+        expected = str(lock.files.get(self.name, {}).get("sha256", "")) if lock else ""
         temporary = target.with_name(f".{uuid4().hex}.tmp")  # another run may be fetching it too
         try:
             size, total = 0, hashlib.sha256()
-            with fetching(self.url, timeout=60) as answer, temporary.open("wb") as out:
+            with open_url(self.url, timeout=60) as answer, temporary.open("wb") as out:
                 while part := answer.read(2**20):
                     size += out.write(part)
                     total.update(part)
                 promised = answer.headers.get("Content-Length")
             if promised is not None and size != int(promised):
                 raise OSError(f"cut off after {size:,} of {int(promised):,} bytes")
-            found = total.hexdigest()
-            if not found.startswith(expected or self.begins):
-                said = expected or f"{self.begins}..."
-                raise Wrong(f"wrong hash after download: {self.url} is {found}, expected {said}; nothing was kept")
+            digest_found = total.hexdigest()
+            if not digest_found.startswith(expected or self.begins):
+                wanted = expected or f"{self.begins}..."
+                raise WrongHash(
+                    f"wrong hash after download: {self.url} is {digest_found}, expected {wanted}; nothing was kept"
+                )
             sync(temporary)
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
-        return {"bytes": size, "sha256": found}
+        return {"bytes": size, "sha256": digest_found}
 
 
-_bringing: ContextVar[bool] = ContextVar("_bringing", default=False)
+_pickled_allowed: ContextVar[bool] = ContextVar("_bringing", default=False)
 
 
 @contextmanager
-def bringing() -> Generator[None]:
-    """Inside, weights may be fetched that no run fetches by itself: a person asked for it."""
-    token = _bringing.set(True)
+def allow_pickled() -> Generator[None]:
+    """Inside, pickled weights may be fetched: the user asked for them, no run does so by itself."""
+    token = _pickled_allowed.set(True)
     try:
         yield
     finally:
-        _bringing.reset(token)
+        _pickled_allowed.reset(token)
 
 
-# The store: what `gpobench fetch` installed, and the lock of all that was ever fetched
+# The store: the files that `gpobench fetch` installed, and the lock of all files ever fetched
 
 
 @dataclass
@@ -234,7 +239,7 @@ class StoredRepository:
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # name -> bytes, sha256
 
     def whole(self, patterns: tuple[str, ...]) -> bool:
-        """Whether nothing is missing of what these patterns ask for."""
+        """Whether all files that these patterns name are there."""
         return list(patterns) in self.patterns or [] in self.patterns
 
     def mapping(self) -> dict[str, Any]:
@@ -242,18 +247,18 @@ class StoredRepository:
 
 
 def store() -> Path:
-    """Where `gpobench fetch --from` puts repositories, as owner/name, and where what stands on no hub is kept."""
+    """The folder of repositories that `gpobench fetch --from` installed, as owner/name, and of weights that are on no hub."""
     return downloads.cache() / "weights"
 
 
-def kept_at(repository: str, revision: str) -> StoredRepository | None:
-    """What the store holds of a repository at this revision; UserError where its own notes cannot be read."""
-    found = kept_of(store() / repository / KEPT)
-    return found if found is not None and revision in (found.commit, *found.revisions) else None
+def stored_repository(repository: str, revision: str) -> StoredRepository | None:
+    """The files of a repository at this revision in the store; UserError where their record cannot be read."""
+    stored = read_stored(store() / repository / STORED)
+    return stored if stored is not None and revision in (stored.commit, *stored.revisions) else None
 
 
-def kept_of(path: Path) -> StoredRepository | None:
-    """The notes in a file; None where there is none."""
+def read_stored(path: Path) -> StoredRepository | None:
+    """The record in a file; None where there is no file."""
     if not path.is_file():
         return None
     try:
@@ -263,7 +268,7 @@ def kept_of(path: Path) -> StoredRepository | None:
 
 
 def read_lock() -> dict[str, dict[str, Any]]:
-    """`owner/name@commit` -> Kept as a mapping, and `prompts` -> path -> bytes, sha256."""
+    """`owner/name@commit` -> StoredRepository as a mapping, and `prompts` -> path -> bytes, sha256."""
     path = store() / LOCK
     if not path.is_file():
         return {}
@@ -273,39 +278,41 @@ def read_lock() -> dict[str, dict[str, Any]]:
         raise UserError(f"{path} cannot be read ({error}); remove it and fetch again") from None
 
 
-def locked(repository: str, commit: str) -> StoredRepository | None:
-    """What the lock says of a commit."""
-    found = read_lock().get(f"{repository}@{commit}")
-    return StoredRepository(**found) if found else None
+def locked_repository(repository: str, commit: str) -> StoredRepository | None:
+    """The files of a commit as the lock holds them; None where it was never fetched."""
+    entry = read_lock().get(f"{repository}@{commit}")
+    return StoredRepository(**entry) if entry else None
 
 
 # What the hub says
 
 
 @dataclass(frozen=True)
-class Listed:
-    """A file as the hub lists it."""
+class HubFile:
+    """Size and hash of a file, as the hub lists them."""
 
     bytes: int
     hash: str  # sha256 of a large file, git's sha1 of a small one
 
 
-def listing(repository: str, revision: str, name: str = "") -> tuple[str, dict[str, Listed]]:
+def listing(repository: str, revision: str, name: str = "") -> tuple[str, dict[str, HubFile]]:
     """The commit behind a revision, and its files; Missing where the hub does not answer. name: what is wanted, for the message."""
     from huggingface_hub import HfApi
 
     try:
         info = HfApi().model_info(repository, revision=revision, files_metadata=True)
     except Exception as error:  # its transport's errors have changed with its versions
-        raise refused(repository, name, revision, error) from None
+        raise hub_refusal(repository, name, revision, error) from None
     files = {
-        one.rfilename: Listed(int(one.size or 0), one.lfs.sha256 if one.lfs else str(one.blob_id or ""))
-        for one in info.siblings or ()
+        sibling.rfilename: HubFile(
+            int(sibling.size or 0), sibling.lfs.sha256 if sibling.lfs else str(sibling.blob_id or "")
+        )
+        for sibling in info.siblings or ()
     }
     return str(info.sha), files
 
 
-def refused(repository: str, name: str, revision: str, error: BaseException) -> Missing:
+def hub_refusal(repository: str, name: str, revision: str, error: BaseException) -> Missing:
     """The one line for whatever the hub's library raised."""
     what = f"{repository}/{name}" if name else repository
     return Missing(
@@ -322,17 +329,17 @@ def _why(repository: str, revision: str, error: BaseException) -> str:
     while at is not None and at not in chain:
         chain.append(at)
         at = at.__cause__ or at.__context__
-    kinds = {type(one).__name__ for one in chain}
+    kinds = {type(cause).__name__ for cause in chain}
     login = f"accept the licence at https://huggingface.co/{repository} and log in with: hf auth login"
-    if any(isinstance(one, errors.GatedRepoError) for one in chain):
+    if any(isinstance(cause, errors.GatedRepoError) for cause in chain):
         return f"{repository} is gated: {login}"
-    if any(isinstance(one, errors.RepositoryNotFoundError) for one in chain):
+    if any(isinstance(cause, errors.RepositoryNotFoundError) for cause in chain):
         return f"it shows you no repository {repository}: check the name, or {login}"
-    if any(isinstance(one, errors.RevisionNotFoundError) for one in chain):
+    if any(isinstance(cause, errors.RevisionNotFoundError) for cause in chain):
         return f"{repository} has no revision {revision!r}"
-    if any(isinstance(one, errors.RemoteEntryNotFoundError) for one in chain):
+    if any(isinstance(cause, errors.RemoteEntryNotFoundError) for cause in chain):
         return f"{repository} holds no such file at revision {revision!r}"
-    if any(full(one) for one in chain):
+    if any(full(cause) for cause in chain):
         return "the disk is full: make room, or move the hub's cache with HF_HOME"
     if offline() or "OfflineModeIsEnabled" in kinds:
         return "HF_HUB_OFFLINE forbids asking it"
@@ -352,8 +359,8 @@ def short_digest(path: Path) -> str:
 
 def device() -> str:
     """Where a scorer with a network computes: the GPU if there is one, unless GPOBENCH_SCORER_DEVICE says otherwise."""
-    if said := os.environ.get("GPOBENCH_SCORER_DEVICE"):
-        return said
+    if chosen := os.environ.get("GPOBENCH_SCORER_DEVICE"):
+        return chosen
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -373,16 +380,16 @@ def _hash(folder: Path, suffixes: tuple[str, ...]) -> str:
     """sha256 over the files below that end so; "" where there is no folder. Linked folders are followed: models share parts."""
     if not folder.is_dir():
         return ""
-    found: dict[Path, str] = {}
+    digests: dict[Path, str] = {}
     seen = set[str]()
     for place, folders, files in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(place)) in seen:  # a link to a folder above
             folders.clear()
             continue
         seen.add(real)
-        found |= {Path(place, name): digest(Path(place, name)) for name in files if name.endswith(suffixes)}
+        digests |= {Path(place, name): digest(Path(place, name)) for name in files if name.endswith(suffixes)}
     total = hashlib.sha256()
-    for path in sorted(found):
+    for path in sorted(digests):
         total.update(path.relative_to(folder).as_posix().encode())
-        total.update(found[path].encode())
+        total.update(digests[path].encode())
     return total.hexdigest()

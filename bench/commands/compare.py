@@ -12,7 +12,7 @@ import typer
 
 from ..signals import asked_to_stop
 from .console import clean_stdout, open_console, terminal_progress
-from .options import AsJson, ModelName, Places, check_names, named_scorer
+from .options import AsJson, ModelName, ScorerLocations, check_names, check_scorer
 from .tables import cell, short_name
 
 EPILOG = (
@@ -41,7 +41,7 @@ def compare(
         list[str] | None,
         typer.Option("--config", help="A TOML file of settings for all; METHOD=FILE replaces it for one; repeatable."),
     ] = None,
-    scorers: Places = None,
+    scorer_at: ScorerLocations = None,
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="Also run sft and best-of-n, which any method must beat.")
     ] = True,
@@ -65,11 +65,12 @@ def compare(
         check_names(method=name)
     for name in grid_tasks:
         check_names(task=name)
-    check_names(model=model, **named_scorer(reward))
+    check_names(model=model)
+    check_scorer(reward)
     with clean_stdout() as answer, terminal_progress() as progress, asked_to_stop() as stopped:
         grid = comparing.Grid(
             grid_methods, grid_tasks, model, comparing.seeds(seeds), budget, reward, sets or (), configs or (),
-            scorers or (), baselines,
+            scorer_at or (), baselines,
         )  # fmt: skip
         if print_:
             answer("\n".join(comparing.commands(grid, out)))

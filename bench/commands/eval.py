@@ -11,7 +11,7 @@ import typer
 
 from .. import registry
 from .console import clean_stdout, open_console, terminal_progress
-from .options import AsJson, ModelName, Places, TaskName, check_names
+from .options import AsJson, ModelName, ScorerLocations, TaskName, check_names
 from .tables import finite_or_null, is_finite
 
 EPILOG = "Example: `gpobench eval --task ocr --model tiny --adapter runs/NAME/adapter --split test`"
@@ -24,7 +24,7 @@ def eval(
     split: Annotated[str, typer.Option(help="test | validation | train")] = "test",
     images: Annotated[int | None, typer.Option(min=1, help="Images per prompt; default: the task's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write scores.parquet and samples.png there.")] = None,
-    scorers: Places = None,
+    scorer_at: ScorerLocations = None,
     prompts: Annotated[Path | None, typer.Option(help="Your prompts (txt, jsonl, csv) instead of the split's.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -34,9 +34,9 @@ def eval(
         raise registry.unknown("split", split, ("test", "validation", "train"))
     with clean_stdout() as answer, terminal_progress() as progress:
         from ..experiments.evaluate_model import ModelEvaluation, evaluate_model
-        from ..scoring.scorers import scorer_locations
+        from ..scoring.references import scorer_locations
 
-        locations = scorer_locations(scorers or (), {})
+        locations = scorer_locations(scorer_at or (), {})
         request = ModelEvaluation(task, model, adapter, split, images, prompts, locations)  # type: ignore[arg-type]
         result = evaluate_model(request, progress, out)
         answer(json.dumps(finite_or_null(result), indent=1) if as_json else lambda: print_evaluation(result))

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .console import clean_stdout, open_console, terminal_progress
-from .options import AsJson, check_names, named_scorer
+from .options import AsJson, check_names, check_scorer
 from .tables import finite_or_null
 
 EPILOG = (
@@ -39,7 +39,7 @@ def fetch(
     """
     check_names(**{kind: name for kind, name in (("task", task), ("model", model)) if name})
     for name in scorers or ():
-        check_names(**named_scorer(name))
+        check_scorer(name)
     with clean_stdout() as answer, terminal_progress() as progress:
         from ..environment.fetch import fetch as fetch_all
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import registry
+
+if TYPE_CHECKING:
+    from ..scoring.references import ScorerReference
 
 MethodName = Annotated[str, typer.Option("--method", help="A method's name, or path/to/file.py:Name.")]
 
@@ -26,21 +29,28 @@ Sets = Annotated[
 ]
 
 
-Places = Annotated[
+ScorerLocations = Annotated[
     list[str] | None,
-    typer.Option("--scorer", help="NAME=URL of a scorer that `gpobench serve-scorer` serves elsewhere; repeatable."),
+    typer.Option("--scorer-at", help="NAME=URL of a scorer that `gpobench serve-scorer` serves elsewhere; repeatable."),
 ]
 
 
 def check_names(**names: str) -> None:
-    """Raise UserError, with the nearest valid name, on an unknown name of a method, task, model or scorer."""
+    """Raise UserError, with the nearest valid name, on an unknown name of a method, task or model."""
     for kind, name in names.items():
         entries = registry.entries(kind)
-        name = name.partition(":")[0] if kind in ("scorer", "method") and ".py:" not in name else name  # name:variant
+        name = registry.split_variant(name)[0] if kind == "method" else name
         if name not in entries and ".py:" not in name and not (kind == "model" and Path(name).is_dir()):
             raise registry.unknown(kind, name, entries)
 
 
-def named_scorer(scorer: str | None) -> dict[str, str]:
-    """Return the keyword argument that `check_names` takes for a scorer; blends are checked when they are opened."""
-    return {"scorer": scorer} if scorer and not set("*+") & set(scorer) else {}
+def check_scorer(text: str | None) -> ScorerReference | None:
+    """Parse a scorer's reference and raise UserError on an unknown name; the scorers of a blend are checked when it is opened."""
+    from ..scoring.references import ScorerReference
+
+    if not text:
+        return None
+    reference = ScorerReference.parse(text)
+    if not reference.terms:
+        reference.check_registered()
+    return reference

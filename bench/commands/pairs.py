@@ -11,7 +11,7 @@ import typer
 
 from .. import registry
 from .console import clean_stdout, open_console, terminal_progress
-from .options import AsJson, ModelName, TaskName, check_names, named_scorer
+from .options import AsJson, ModelName, TaskName, check_names, check_scorer
 from .tables import finite_or_null
 
 EPILOG = (
@@ -41,7 +41,8 @@ def pairs(
 
     The table has the columns of Pick-a-Pic.
     """
-    check_names(task=task, model=model, **named_scorer(scorer))
+    check_names(task=task, model=model)
+    check_scorer(scorer)
     if choose not in ("extremes", "random", "all"):
         raise registry.unknown("choice", choose, ("extremes", "random", "all"))
     with clean_stdout() as answer, terminal_progress() as progress:

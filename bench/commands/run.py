@@ -11,7 +11,7 @@ import typer
 
 from ..signals import asked_to_stop
 from .console import clean_stdout, open_console, terminal_progress
-from .options import AsJson, MethodName, ModelName, Places, Sets, TaskName, check_names, named_scorer
+from .options import AsJson, MethodName, ModelName, ScorerLocations, Sets, TaskName, check_names, check_scorer
 from .tables import before_after_table, cell, p_value
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run(
     ] = None,
     sets: Sets = None,
     config: Annotated[Path | None, typer.Option(help="A TOML file of settings; --set overrides it.")] = None,
-    scorers: Places = None,
+    scorer_at: ScorerLocations = None,
     prompts: Annotated[
         list[str] | None,
         typer.Option(help="Train on FILE's prompts (txt, jsonl, csv); SPLIT=FILE for another split; repeatable."),
@@ -68,13 +68,14 @@ def run(
 
     The same command resumes an interrupted run from its last checkpoint, and shows the result of a finished one.
     """
-    check_names(method=method, task=task, model=model, **named_scorer(reward))
+    check_names(method=method, task=task, model=model)
+    check_scorer(reward)
     with clean_stdout() as answer, terminal_progress() as progress, asked_to_stop() as stopped:
         from ..experiments.config import RunRequest, resolve
 
         request = RunRequest(
             method, task, model, seed=seed, budget=budget, reward=reward, config=config, sets=sets or (),
-            scorer_locations=scorers or (), prompts=prompts or (),
+            scorer_locations=scorer_at or (), prompts=prompts or (),
         )  # fmt: skip
         config_of_run = resolve(request)
         if dry_run:

@@ -11,7 +11,7 @@ import typer
 
 from ..signals import asked_to_stop
 from .console import clean_stdout, open_console, terminal_progress
-from .options import AsJson, check_names, named_scorer
+from .options import AsJson, ScorerLocations, check_names, check_scorer
 from .tables import finite_or_null, is_finite
 
 EPILOG = (
@@ -22,7 +22,8 @@ EPILOG = (
 
 def score(
     folder: Annotated[Path, typer.Argument(help="A folder of images; what layouts it may have: docs/scorers.md.")],
-    scorers: Annotated[list[str], typer.Option("--scorer", help="A name, a blend, or NAME=URL; repeatable.")],
+    scorers: Annotated[list[str], typer.Option("--scorer", help="A scorer to apply: a name, or a blend; repeatable.")],
+    scorer_at: ScorerLocations = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="The prompts of the images: a table with columns file and prompt, or one line per image."),
@@ -40,18 +41,17 @@ def score(
 
     The same command goes on where it was cut off.
     """
-    names = [text.partition("=")[0] for text in scorers]
-    for name in names:
-        check_names(**named_scorer(name))
+    references = [reference for text in scorers if (reference := check_scorer(text))]
     if task:
         check_names(task=task)
     with clean_stdout() as answer, terminal_progress() as progress, asked_to_stop() as stopped:
         from ..experiments.config import scorer_tables
         from ..experiments.score_folder import FolderRequest, score_folder
-        from ..scoring.scorers import scorer_locations
+        from ..scoring.references import check_locations, scorer_locations
 
-        locations = scorer_locations([text for text in scorers if "=" in text], scorer_tables(config))
-        request = FolderRequest(folder, names, locations, prompts, task, out=out, rows=rows)
+        check_locations(references, scorer_locations(scorer_at or (), {}))
+        locations = scorer_locations(scorer_at or (), scorer_tables(config))
+        request = FolderRequest(folder, scorers, locations, prompts, task, out=out, rows=rows)
         result = score_folder(request, progress=progress, fresh=fresh, interrupted=stopped)
         answer(json.dumps(finite_or_null(result), indent=1) if as_json else lambda: print_scores(result))
 

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from .options import check_names, named_scorer
+from .options import check_scorer
 
 EPILOG = (
     "Example: `gpobench serve-scorer geneval:mmdet --port 8500`, then there `gpobench run "
-    "... --scorer geneval:mmdet=http://127.0.0.1:8500`"
+    "... --scorer-at geneval:mmdet=http://127.0.0.1:8500`"
 )
 
 
@@ -30,7 +30,7 @@ def serve_scorer(
 
     Images travel as PNG and scores as JSON; nothing is pickled.
     """
-    check_names(**named_scorer(name))
+    check_scorer(name)
     from ..scoring.server import serve
 
     serve(name, host=host, port=port, token=token, max_images=max_images, max_bytes=max_megabytes * 2**20)

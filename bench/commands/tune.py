@@ -11,7 +11,7 @@ import typer
 
 from ..signals import asked_to_stop
 from .console import clean_stdout, open_console, terminal_progress
-from .options import AsJson, MethodName, ModelName, TaskName, check_names, named_scorer
+from .options import AsJson, MethodName, ModelName, TaskName, check_names, check_scorer
 from .tables import is_finite
 
 EPILOG = (
@@ -42,7 +42,8 @@ def tune(
 
     Every method gets the same number of draws under the same budget. The same command goes on where it was cut off.
     """
-    check_names(method=method, task=task, model=model, **named_scorer(reward))
+    check_names(method=method, task=task, model=model)
+    check_scorer(reward)
     with clean_stdout() as answer, terminal_progress() as progress, asked_to_stop() as stopped:
         from ..experiments import tune as tuning
 

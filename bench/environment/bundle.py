@@ -202,13 +202,13 @@ def _stage_repository(
     """Make the folder of a repository for the store: the bundle's files, and those of the same commit already in the store."""
     for file, facts in repository.files.items():
         _copy_checked(source / "weights" / name / file, staged / name / file, facts, advance)
-    before = weight_store.kept_of(weight_store.store() / name / weight_store.KEPT)
+    before = weight_store.read_stored(weight_store.store() / name / weight_store.STORED)
     if before is not None and before.commit and before.commit == repository.commit:
         for file in before.files.keys() - repository.files.keys():
             (staged / name / file).parent.mkdir(parents=True, exist_ok=True)
             os.link(weight_store.store() / name / file, staged / name / file)
         repository = merge_repositories(before, repository)
-    write_json(staged / name / weight_store.KEPT, repository.mapping())
+    write_json(staged / name / weight_store.STORED, repository.mapping())
     return repository
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import registry
-from ..assets import weight_store
+from ..assets import downloads, weight_store
 from ..errors import Missing, UserError
 from ..model_spec import ModelSpec, find_model_spec
 from ..progress import Progress
@@ -78,7 +78,7 @@ def fetch(
     model_spec = find_model_spec(model) if model else None
     domain = model_spec.domain if model_spec else "open"
     task_object: Task | None = registry.load("task", task)() if task else None
-    with weight_store.ledger() as requests, weight_store.bringing():
+    with downloads.log_downloads() as requests, weight_store.allow_pickled():
         report = _fetch_all(task, task_object, model_spec, scorers, progress)
     inventory = take_inventory(requests)
     check_hashes(inventory, progress)
@@ -128,7 +128,7 @@ def _fetch_all(
         progress.phase(f"{need.kind} {need.name}", 1.0)
         try:
             rehearse(need, prompts, height, width)
-        except weight_store.Wrong:
+        except weight_store.WrongHash:
             raise
         except UserError as error:
             report.add(need, str(error))

@@ -96,7 +96,7 @@ def take_inventory(requests: Sequence[downloads.DownloadRequest]) -> Inventory:
     for request in cached_pipelines:
         repository, commit = inventory.repositories[request.source], request.path.name
         repository.commit = repository.commit or commit
-        locked = weight_store.locked(request.source, commit) if commit == repository.commit else None
+        locked = weight_store.locked_repository(request.source, commit) if commit == repository.commit else None
         for name in locked.files if locked else ():
             if downloads.matches(name, weight_store.PIPELINE):
                 repository.files.setdefault(name, InventoryFile(request.path / name))
@@ -110,7 +110,7 @@ def _commit_of(source: str, path: Path, name: str) -> str:
         return root.name
     if root != weight_store.store() / source:
         return ""
-    stored = weight_store.kept_of(root / weight_store.KEPT)
+    stored = weight_store.read_stored(root / weight_store.STORED)
     return stored.commit if stored else ""
 
 
@@ -124,7 +124,7 @@ def check_hashes(inventory: Inventory, progress: Progress) -> None:
     for source, repository in inventory.repositories.items():
         hub_hashes = _hub_hashes(source, repository.commit)
         locked = StoredRepository(**lock.get(f"{source}@{repository.commit}", {}))
-        store = weight_store.kept_of(weight_store.store() / source / weight_store.KEPT) or StoredRepository()
+        store = weight_store.read_stored(weight_store.store() / source / weight_store.STORED) or StoredRepository()
         for name, file in repository.files.items():
             blob = file.path.resolve().name  # in the hub's cache a file is named by its hash
             file.expected = hub_hashes.get(name) or (blob if re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob) else "")

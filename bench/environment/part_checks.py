@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from .. import registry
-from ..assets import downloads, weight_store
+from ..assets import downloads
 from ..errors import Missing, UserError
 from ..scoring.scorers import close_scorers, open_scorer
 from ..spec import Task
@@ -77,13 +77,13 @@ def check_part(need: Need, deep: bool, offline: bool, fetch_command: str) -> Ite
     name, start = f"{need.kind} {need.name}", time.monotonic()
     with (
         warnings.catch_warnings(record=True) as raised_warnings,
-        weight_store.ledger(float("inf") if deep else HEAVY_BYTES) as requests,
+        downloads.log_downloads(float("inf") if deep else HEAVY_BYTES) as requests,
     ):
         warnings.simplefilter("always")
         try:
             result = _test_embedder(need.name) if need.kind == "embedder" else _test_scorer(need.name)
             check = Check(name, "ok", f"{result} ({time.monotonic() - start:.1f} s)")
-        except downloads.Heavy:
+        except downloads.DownloadLimitExceeded:
             damage = _damaged_file(requests)
             size = format_gb(sum(requests.files().values()))
             check = Check(
@@ -130,7 +130,7 @@ def _test_embedder(name: str) -> str:
     return f"{embedder.id}: two images, two vectors of {vectors.shape[1]}"
 
 
-def _damaged_file(requests: downloads.Ledger) -> str:
+def _damaged_file(requests: downloads.DownloadLog) -> str:
     """Return what is wrong with the first damaged safetensors file that was asked for; "" where none is."""
     for path in requests.files():
         if path.suffix == ".safetensors":

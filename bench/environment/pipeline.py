@@ -44,7 +44,7 @@ def fetch_pipeline(model_spec: ModelSpec, progress: Progress) -> None:
     revision = model_spec.revision or "main"
     if downloads.offline():
         if weight_store.local(model_spec.source, revision) is None:
-            raise weight_store.refused(model_spec.source, "", revision, OSError("it is not here"))
+            raise weight_store.hub_refusal(model_spec.source, "", revision, OSError("it is not here"))
         return
     local = weight_store.local(model_spec.source, revision)
     if (
@@ -70,11 +70,11 @@ def fetch_pipeline(model_spec: ModelSpec, progress: Progress) -> None:
     if index_path is None:
         raise UserError(f"{model_spec.source} changed while it was fetched: run the same command again")
     for name in names:
-        downloads.note(
+        downloads.log_download(
             downloads.DownloadRequest("file", model_spec.source, (name,), revision, index_path.parent / name)
         )
     # `weight_store.local` reads this note as: no file of these patterns is left to be fetched.
-    downloads.note(
+    downloads.log_download(
         downloads.DownloadRequest("folder", model_spec.source, weight_store.PIPELINE, revision, index_path.parent)
     )
 

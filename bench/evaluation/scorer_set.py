@@ -10,7 +10,8 @@ from typing import Any
 
 from .. import registry
 from ..errors import Missing, UserError
-from ..scoring.scorers import ScorerLocation, close_scorers, open_scorer, parts
+from ..scoring.references import ScorerLocation, ScorerReference
+from ..scoring.scorers import close_scorers, open_scorer
 from ..spec import Columns, Embedder, Scorer, SupportsColumns, Task
 from .record import Role
 
@@ -84,7 +85,7 @@ def open_scorer_set(
     """
     locations = locations or {}
     held_out = _held_out_names(task, domain, training)
-    trained = {name for name, _ in parts(training or task.reward(domain))}
+    trained = {scorer.text for scorer in ScorerReference.parse(training or task.reward(domain)).scorers}
     scorers = ScorerSet(
         open_scorer(training or task.reward(domain), locations), [open_scorer(name, locations) for name in held_out]
     )
@@ -111,7 +112,7 @@ def open_scorer_set(
 def _held_out_names(task: Task, domain: str, training: str) -> list[str]:
     """The canonical names of the scorers that the run is not trained on."""
     own = task.reward(domain)
-    trained = {name for name, _ in parts(training or own)}
+    trained = {scorer.text for scorer in ScorerReference.parse(training or own).scorers}
     names = dict.fromkeys(registry.canonical("scorer", name) for name in (own, *task.held_out(domain)))
     held_out = [name for name in names if name not in trained]
     if not held_out and training not in ("", own):

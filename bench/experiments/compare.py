@@ -27,7 +27,7 @@ from ..evaluation.ranking import MANDATORY_BASELINES, primary_key
 from ..evaluation.record import Record
 from ..files import write_atomically
 from ..progress import NullProgress, Progress
-from ..scoring.scorers import parts
+from ..scoring.references import ScorerReference
 from ..spec import Search
 from .config import EXECUTION, Config, RunRequest, resolve
 from .in_process import run_in_process
@@ -69,7 +69,7 @@ class Grid:
         words += ["--model", self.model, "--seeds", seeds]
         words += ["--budget", self.budget] if self.budget else []
         words += ["--reward", self.reward] if self.reward else []
-        for option, texts in (("--config", self.configs), ("--set", self.sets), ("--scorer", self.scorer_locations)):
+        for option, texts in (("--config", self.configs), ("--set", self.sets), ("--scorer-at", self.scorer_locations)):
             words += [word for text in texts for word in (option, text)]
         return shlex.join([*words, *([] if self.baselines else ["--no-baselines"])])
 
@@ -217,10 +217,7 @@ def _takes_setting(method: str, text: str) -> bool:
 
 def _refuse_hopeless(config: Config, named: bool) -> None:
     """Raise UserError where a run is sure to fail later: an unknown scorer, or a search baseline that this budget does not bound."""
-    scorers = registry.entries("scorer")
-    for name, _ in parts(config.reward):
-        if ".py:" not in name and name.partition(":")[0] not in scorers:
-            raise registry.unknown("scorer", name, scorers)
+    ScorerReference.parse(config.reward).check_registered()
     counted = {"nfe", "images", "reward_calls", "flops"}
     if not named and isinstance(config.settings, Search) and not counted & set(config.budget.bounds()):
         raise UserError(
@@ -278,15 +275,14 @@ def compare(
 
 def _refuse_missing_scorers(configs: Iterable[Config]) -> None:
     """Raise Missing, which says what to install, where a training or held-out scorer cannot be made on this machine."""
-    needed: dict[str, None] = {}
+    needed: dict[ScorerReference, None] = {}
     for config in {(config.task, config.reward): config for config in configs}.values():
         task, domain = registry.load("task", config.task)(), config.model_spec().domain
-        of_task = [task.reward(domain), *task.held_out(domain)]
-        names = [*(name for name, _ in parts(config.reward)), *(registry.canonical("scorer", name) for name in of_task)]
-        elsewhere = {registry.canonical("scorer", name) for name in config.scorer_locations}
-        needed |= dict.fromkeys(name for name in names if not {name, name.partition(":")[0]} & elsewhere)
-    for name in needed:
-        registry.scorer(name)
+        of_task = [ScorerReference.single(name) for name in (task.reward(domain), *task.held_out(domain))]
+        scorers = [*ScorerReference.parse(config.reward).scorers, *of_task]
+        needed |= dict.fromkeys(scorer for scorer in scorers if scorer.at(config.scorer_locations) is None)
+    for scorer in needed:
+        registry.scorer(scorer.text)
 
 
 class _GridRunner:

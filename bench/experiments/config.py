@@ -17,6 +17,8 @@ from ..budget import CURRENCIES, Budget, load_budget
 from ..errors import UserError
 from ..files import digest as file_digest
 from ..model_spec import Adapter, ModelSpec, find_model_spec
+from ..scoring.references import ScorerLocation, ScorerReference
+from ..scoring.references import scorer_locations as parse_locations
 
 Table = dict[str, Any]
 # Fields of a model spec that a run may set: they change memory and speed, and results only by rounding.
@@ -44,7 +46,7 @@ class RunRequest:
         config = str(self.config) if self.config else None
         for option, text in (("--budget", self.budget), ("--reward", self.reward), ("--config", config)):
             words += [option, text] if text else []
-        lists = (("--set", self.sets), ("--scorer", self.scorer_locations), ("--prompts", self.prompts))
+        lists = (("--set", self.sets), ("--scorer-at", self.scorer_locations), ("--prompts", self.prompts))
         return words + [word for option, texts in lists for text in texts for word in (option, text)]
 
 
@@ -67,7 +69,7 @@ class Config:
     # How the settings were chosen: trials, spent, command.
     tuned: Table = field(default_factory=dict[str, Any])
     # Scorer -> ScorerLocation, for scorers that run elsewhere.
-    scorer_locations: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    scorer_locations: Mapping[str, ScorerLocation] = field(default_factory=dict[str, ScorerLocation])
     # Split -> a prompt file of the person's own.
     prompts: Mapping[Any, Path] = field(default_factory=dict[Any, Path])
     # Split -> that file's name and the hash of its content.
@@ -130,7 +132,6 @@ def resolve(request: RunRequest) -> Config:
         UserError: on an unknown name, with the nearest valid one, a value of the wrong type or an unreadable file.
     """
     from ..assets.prompts import parse_option
-    from ..scoring.scorers import scorer_locations
     from ..spec import EvaluationSettings
 
     method = registry.canonical("method", request.method)
@@ -148,7 +149,7 @@ def resolve(request: RunRequest) -> Config:
     for path in prompt_files.values():
         if not path.is_file():
             raise UserError(f"--prompts: there is no file {path}")
-    locations = scorer_locations(request.scorer_locations, _table("scorer", table.pop("scorer", {})))
+    locations = parse_locations(request.scorer_locations, _table("scorer", table.pop("scorer", {})))
     precision = table.pop("precision", model_spec.precision)
     if precision not in ("fp32", "bf16", "fp16"):
         raise registry.unknown("precision", str(precision), ("fp32", "bf16", "fp16"))
@@ -216,9 +217,7 @@ def _source_hashes(method: str, task: str, reward: str) -> dict[str, str]:
 
     Files that such a file imports are not hashed.
     """
-    from ..scoring.scorers import parts
-
-    references = [method, task, *(name for name, _ in parts(reward))]
+    references = [method, task, *(scorer.text for scorer in ScorerReference.parse(reward).scorers)]
     hashes: dict[str, str] = {}
     for path in dict.fromkeys(Path(reference.rpartition(":")[0]) for reference in references if ".py:" in reference):
         if not path.is_file():

@@ -6,7 +6,6 @@ any moment the same command continues, and the table is the same to the byte.
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections import Counter
@@ -22,6 +21,7 @@ from .. import registry
 from ..errors import Interrupted, UserError
 from ..evaluation.estimates import invalid
 from ..files import write_atomically
+from ..images import UnsupportedPixels, upright_pixels, upright_size
 from ..progress import NullProgress, Progress
 from ..scoring.scorers import ask, close_scorers, open_scorer
 from ..spec import Images, Prompt, Scorer, Scores, SupportsSummary, Task
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = ("file", "prompt", "stratum", "scorer", "scorer_id", "metric", "value", "reason", "note")
-# Pixel modes of 8 bits; of those with transparency the colours are taken as they are, as every published script does.
-MODES = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
-# The EXIF tag of the orientation, and its values under which width and height change places.
-ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)
 JPEG = "JPEG: scores differ from PNG"
 
 
@@ -146,26 +142,19 @@ class ImageFile:
 
 def _inspect(folder: Path, image: PromptedImage) -> ImageFile:
     """Hash a file and read its header."""
-    from PIL import Image
-
     try:
         raw = (folder / image.file).read_bytes()
     except OSError as error:
         return ImageFile(image, "", (0, 0), False, f"the file cannot be read: {error.strerror}")
     digest, jpeg = sha256(raw).hexdigest(), raw.startswith(b"\xff\xd8\xff")
     try:
-        with Image.open(io.BytesIO(raw)) as opened:
-            sideways = opened.getexif().get(ORIENTATION, 1) in SIDEWAYS
-            width, height = opened.size
-            return ImageFile(image, digest, (height, width) if sideways else (width, height), jpeg)
+        return ImageFile(image, digest, upright_size(raw), jpeg)
     except Exception as error:  # a decoder given foreign bytes may fail in any way
         return ImageFile(image, digest, (0, 0), jpeg, _decoding_error(error))
 
 
 def _open(folder: Path, file: ImageFile) -> Images | str:
     """(H, W, 3), or why the image cannot be scored. Raises UserError where the file changed since it was inspected."""
-    from PIL import Image, ImageOps
-
     path = folder / file.image.file
     try:
         raw = path.read_bytes()
@@ -174,10 +163,9 @@ def _open(folder: Path, file: ImageFile) -> Images | str:
     if sha256(raw).hexdigest() != file.digest:
         raise UserError(f"{path} changed while it was scored; start again")
     try:
-        with Image.open(io.BytesIO(raw)) as opened:
-            if opened.mode not in MODES:
-                return f"its pixels are of the kind {opened.mode}, not of 8 bits a colour"
-            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))  # upright, as viewers show it
+        return upright_pixels(raw)
+    except UnsupportedPixels as error:
+        return str(error)
     except Exception as error:
         return _decoding_error(error)
 

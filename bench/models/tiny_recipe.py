@@ -1,6 +1,6 @@
-"""A small painter's apprenticeship: from random weights to a model of a few MB that writes words and counts shapes.
+"""Recipe of the embedded model: from random weights to a pipeline of a few MB that writes words and counts shapes.
 
-`Tiny()(out, seed=0, log=print)` trains everything from scratch on the pictures of `glyphs` and writes a folder that
+`TinyRecipe()(out, seed=0, log=print)` trains everything from scratch on the pictures of `glyphs` and writes a folder that
 `StableDiffusion3Pipeline.from_pretrained` loads. Three stages, each resumable:
 
 1. `autoencoder`: the latent is a fixed linear map, the first 16 principal components of 4x4x3 pixel patches; an AutoencoderKL is
@@ -8,23 +8,21 @@
 2. `flow`: the transformer and the two CLIP text encoders learn the velocity noise - latent, together.
 3. `decoder`: the decoder is trained on latents that the model itself draws, which are less clean than those of pictures.
 
-Two processes of one thread each share every batch; each is one shard, so that one process alone does the same sums one after another.
+Two processes of one thread each share every batch; each is one shard, so that one process alone does the same sums one after
+another.
 """
 
 import json
-import math
 import multiprocessing
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import lru_cache
 from hashlib import sha256
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -39,8 +37,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from ..assets import glyphs
-
-Log = Callable[[dict[str, Any]], None]
+from ..assets.words import word_splits
+from .muon import Muon
+from .recipe_fit import FitSettings, Interval, Learner, Log, Weights, Workers, fit, generator, threads, write_checkpoint
+from .tiny_measure import count_patches, measure, read_texts, shape_prompts
 
 TOKENS = 16  # of a prompt, with its begin and end
 T5_TOKENS = 1  # the third text slot always says the same: one row of zeros
@@ -97,18 +97,18 @@ class TinyRecipe:
         state.mkdir(parents=True, exist_ok=True)
         world = max(1, min(self.processes, SHARDS, _cores()))
         meeting = state / f"meeting-{os.getpid()}-{time.time_ns()}"
+        workers = [Workers(rank, world, SHARDS) for rank in range(world)]
         spawn = multiprocessing.get_context("spawn")
         others = [
-            spawn.Process(target=_accompany, args=(self, out, seed, rank, world, str(meeting)), daemon=True)
-            for rank in range(1, world)
+            spawn.Process(target=_help, args=(self, out, seed, worker, str(meeting)), daemon=True)
+            for worker in workers[1:]
         ]
-        threads = torch.get_num_threads()
         for other in others:
             other.start()
         try:
-            return _learn(self, out, seed, 0, world, str(meeting), log)
+            with threads(1):
+                return _train(self, out, seed, workers[0], str(meeting), log)
         finally:
-            torch.set_num_threads(threads)
             for other in others:
                 other.join(timeout=30)
                 if other.is_alive():
@@ -122,16 +122,6 @@ def _cores() -> int:
 
 
 # Words
-
-
-def word_splits() -> dict[str, list[str]]:
-    """The words of `tasks/ocr_words.txt` by split; only the train split is ever printed."""
-    package = cast(str, __package__).split(".")[0]  # set, or the relative import above had failed
-    text = files(f"{package}.tasks").joinpath("ocr_words.txt").read_text(encoding="ascii")
-    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    for word in text.split():
-        splits[glyphs.split_of(word)].append(word)
-    return splits
 
 
 def sample(
@@ -193,25 +183,44 @@ def build_silent_text(width: int) -> T5EncoderModel:
 
 
 def build_parts(recipe: TinyRecipe, seed: int) -> TinyModules:
+    """The networks of the pipeline with random weights, in the order that the seed's draws are used."""
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
+    transformer = _transformer(recipe)
+    autoencoder = _autoencoder(recipe)
+    parts = TinyModules(transformer, _text_encoder(recipe, 0), _text_encoder(recipe, 1), autoencoder)
+    with torch.no_grad():
+        # CLIP's embeddings start at 0.02, less than the bias of the layer that takes them: tokens would look all alike for long
+        for model in (parts.text_one, parts.text_two):
+            for name, p in model.named_parameters():
+                if "embedding" in name:
+                    p.mul_(0.5 / p.std())
+        nn.init.zeros_(transformer.context_embedder.bias)
+    for part in parts:
+        part.eval()  # no dropout anywhere; eval only keeps it so
+    return parts
 
-    def text(width: int) -> CLIPTextModelWithProjection:
-        return CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=width,
-                intermediate_size=2 * width,
-                projection_dim=recipe.pooled_width,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=TOKENS,
-                pad_token_id=cast(int, tokenizer.pad_token_id),  # this and the next two: one token each
-                bos_token_id=cast(int, tokenizer.bos_token_id),
-                eos_token_id=cast(int, tokenizer.eos_token_id),
-            )
+
+def _text_encoder(recipe: TinyRecipe, number: int) -> CLIPTextModelWithProjection:
+    """One layer of CLIP over the embedded model's 16 tokens."""
+    tokenizer, width = build_tokenizer(), recipe.text_widths[number]
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            projection_dim=recipe.pooled_width,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=TOKENS,
+            pad_token_id=cast(int, tokenizer.pad_token_id),  # this and the next two: one token each
+            bos_token_id=cast(int, tokenizer.bos_token_id),
+            eos_token_id=cast(int, tokenizer.eos_token_id),
         )
+    )
 
+
+def _transformer(recipe: TinyRecipe) -> SD3Transformer2DModel:
+    """The velocity network; every block begins as the identity and the velocity as zero."""
     width = recipe.heads * recipe.head_width
     transformer = SD3Transformer2DModel(
         sample_size=glyphs.WIDTH // PATCH,
@@ -227,13 +236,18 @@ def build_parts(recipe: TinyRecipe, seed: int) -> TinyModules:
         pos_embed_max_size=glyphs.WIDTH // PATCH // 2,
         qk_norm="rms_norm",
     )
-    # diffusers starts these at random; from zero every block begins as the identity and the velocity as nothing
-    still = [transformer.proj_out, transformer.norm_out.linear]
+    # diffusers starts these at random
+    zeroed = [transformer.proj_out, transformer.norm_out.linear]
     for block in cast(Iterable[Any], transformer.transformer_blocks):  # a ModuleList does not know what it lists
-        still += [block.norm1.linear, block.norm1_context.linear]
-    for linear in still:
+        zeroed += [block.norm1.linear, block.norm1_context.linear]
+    for linear in zeroed:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
+    return transformer
+
+
+def _autoencoder(recipe: TinyRecipe) -> AutoencoderKL:
+    """Encoder and decoder of the latent; the posterior's spread is a constant exp(-6) that is never trained."""
     depth = len(recipe.autoencoder_widths)
     autoencoder = AutoencoderKL(
         # diffusers writes tuple[str], a tuple of one, where it means tuple[str, ...]
@@ -250,20 +264,10 @@ def build_parts(recipe: TinyRecipe, seed: int) -> TinyModules:
         use_post_quant_conv=False,
         mid_block_add_attention=False,
     )
-    with torch.no_grad():  # the posterior's spread: a constant exp(-6), never trained
+    with torch.no_grad():
         autoencoder.encoder.conv_out.weight[CHANNELS:] = 0
         cast(Tensor, autoencoder.encoder.conv_out.bias)[CHANNELS:] = -12  # a convolution built with its bias
-    parts = TinyModules(transformer, text(recipe.text_widths[0]), text(recipe.text_widths[1]), autoencoder)
-    with torch.no_grad():
-        # CLIP's embeddings start at 0.02, less than the bias of the layer that takes them: tokens would look all alike for long
-        for model in (parts.text_one, parts.text_two):
-            for name, p in model.named_parameters():
-                if "embedding" in name:
-                    p.mul_(0.5 / p.std())
-        nn.init.zeros_(transformer.context_embedder.bias)
-    for part in parts:
-        part.eval()  # no dropout anywhere; eval only keeps it so
-    return parts
+    return autoencoder
 
 
 class Latent:
@@ -362,419 +366,273 @@ class OpenAttention:
         return attn.to_out[0](picture), text if attn.context_pre_only else attn.to_add_out(text)
 
 
-# Optimisation
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal by Newton-Schulz, scaled to the size of an Adam step (Jordan 2024; Liu et al. 2025, arXiv:2502.16982).
-
-    Of `world` processes, each makes its part of the matrices orthogonal and `total` sums what they have into every one's buffer.
-    """
-
-    def __init__(
-        self, params: Sequence[nn.Parameter], lr: float, part: tuple[int, int], total: Callable[[Tensor], None]
-    ):
-        super().__init__(params, {"lr": lr, "momentum": 0.95})
-        self.rank, self.world = part
-        self.total = total
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # no closure here
-        for group in self.param_groups:
-            members = [p for p in group["params"] if p.grad is not None]
-            flat = torch.zeros(sum(p.numel() for p in members))
-            places = [
-                piece.view_as(p) for p, piece in zip(members, flat.split([p.numel() for p in members]), strict=True)
-            ]
-            alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-            for i, (p, place) in enumerate(zip(members, places, strict=True)):
-                memory = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                memory.lerp_(p.grad, 1 - group["momentum"])
-                if i % self.world == self.rank:
-                    alike.setdefault(p.shape, []).append((place, torch.lerp(p.grad, memory, group["momentum"])))
-            for pairs in alike.values():
-                for (place, _), update in zip(pairs, _orthogonal(torch.stack([u for _, u in pairs])), strict=True):
-                    place.copy_(update)
-            self.total(flat)
-            for p, place in zip(members, places, strict=True):
-                p.add_(place, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
-
-
-def _orthogonal(x: Tensor) -> Tensor:
-    """(K, rows, columns): each matrix near the orthogonal one closest to it, five quintic Newton-Schulz steps."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if tall else x).bfloat16()
-    y = y / (y.float().norm(dim=(-2, -1), keepdim=True).bfloat16() + 1e-7)
-    for _ in range(5):
-        gram = y @ y.mT
-        y = a * y + (b * gram + c * gram @ gram) @ y
-    return (y.mT if tall else y).float()
-
-
-class Workers(NamedTuple):
-    """The processes that share a batch."""
-
-    rank: int
-    world: int
-    dtype: torch.dtype
-    log: Log
-
-    def shards(self) -> range:
-        return range(self.rank, SHARDS, self.world)
-
-    def total(self, numbers: Tensor) -> None:
-        """Sums in place over the processes."""
-        if self.world > 1:
-            dist.all_reduce(numbers)
-
-    def precise(self) -> Any:
-        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-
-def _fit(
-    stage: str,
-    crew: Workers,
-    state: Path,
-    named: dict[str, nn.Parameter],
-    optimisers: Sequence[torch.optim.Optimizer],
-    loss_of: Callable[[int, int], Tensor],
-    rate_of: Callable[[int], float],
-    *,
-    steps: int,
-    batch: int,
-    tell_every: float,
-    save_every: float,
-    average: float = 0.0,
-    look: Callable[[dict[str, Tensor], int], dict[str, Any]] | None = None,
-    look_every: float = math.inf,
-) -> tuple[dict[str, Tensor], float]:
-    """Descends `loss_of(step, shard)`; returns the averaged weights and the wall seconds of the stage, over all its runs."""
-    params = list(named.values())
-    flat = torch.zeros(sum(p.numel() for p in params))  # one buffer for all gradients: one all-reduce a step
-    for p, piece in zip(params, flat.split([p.numel() for p in params]), strict=True):
-        p.grad = piece.view_as(p)
-    base = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
-    mean = {name: p.detach().clone() for name, p in named.items()}
-    done, seconds, trace = 0, 0.0, []
-    path = state / f"{stage}.pt"
-    if path.exists():
-        saved = torch.load(path, weights_only=True)
-        done, seconds, trace = saved["step"], saved["seconds"], saved["trace"]
-        mean = saved["mean"]
-        with torch.no_grad():
-            for name, p in named.items():
-                p.copy_(saved["live"][name])
-        for optimiser, kept in zip(optimisers, saved["optimisers"], strict=True):
-            optimiser.load_state_dict(kept)
-    if crew.world > 1:
-        dist.barrier()  # nobody writes the state before everybody has read it
-    begun = saved_at = told_at = looked_at = time.monotonic()
-    told = done
-
-    def save(step: int) -> None:
-        live = {name: p.detach() for name, p in named.items()}
-        elapsed = seconds + time.monotonic() - begun
-        _write(
-            path,
-            {
-                "step": step,
-                "seconds": elapsed,
-                "trace": trace,
-                "live": live,
-                "mean": mean,
-                "optimisers": [o.state_dict() for o in optimisers],
-            },
-        )
-
-    total = 0.0
-    for step in range(done, steps):
-        for optimiser, rates in zip(optimisers, base, strict=True):
-            for group, rate in zip(optimiser.param_groups, rates, strict=True):
-                group["lr"] = rate * rate_of(step)
-        flat.zero_()
-        for shard in crew.shards():
-            loss = loss_of(step, shard) / SHARDS
-            loss.backward()
-            total += loss.item() * crew.world
-        crew.total(flat)
-        for optimiser in optimisers:
-            optimiser.step()
-        if average:
-            torch._foreach_lerp_(  # pyright: ignore[reportPrivateUsage]  # torch has no public name for it
-                list(mean.values()), [p.detach() for p in params], 1 - min(average, (1 + step) / (10 + step))
-            )
-        now = time.monotonic()
-        if crew.rank == 0:
-            if not math.isfinite(total):
-                raise FloatingPointError(f"{stage}: the loss is not finite at step {step}")
-            if now - told_at > tell_every or step + 1 == steps:
-                count, pace = step + 1 - told, (now - told_at) / (step + 1 - told)
-                crew.log(
-                    {
-                        "stage": stage,
-                        "step": step + 1,
-                        "steps": steps,
-                        "loss": total / count,
-                        "samples_per_second": batch / pace,
-                        "eta": (steps - step - 1) * pace,
-                    }
-                )
-                told, told_at, total = step + 1, now, 0.0
-            if look is not None and now - looked_at > look_every:
-                seen = look(mean if average else {name: p.detach() for name, p in named.items()}, step + 1)
-                trace.append({"step": step + 1, **seen})
-                crew.log({"stage": stage, "step": step + 1, **seen})
-                looked_at = told_at = time.monotonic()
-                told, total = step + 1, 0.0  # the look is no part of the pace
-            if now - saved_at > save_every:
-                save(step + 1)
-                saved_at = time.monotonic()
-    if crew.rank == 0 and done < steps:
-        save(steps)
-    if crew.world > 1:
-        dist.barrier()
-    for p in params:
-        p.grad = None
-    weights = mean if average else {name: p.detach().clone() for name, p in named.items()}
-    return weights, seconds + time.monotonic() - begun
-
-
-def _write(path: Path, value: dict[str, Any]) -> None:
-    """Writes beside the place and moves there, so that a stop leaves the old state or the new one."""
-    fresh = path.with_suffix(".part")
-    torch.save(value, fresh)
-    os.replace(fresh, path)
-
-
-def _generator(*key: int) -> torch.Generator:
-    """A torch stream of its own for every key, as numpy's SeedSequence mixes it."""
-    return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
-
-
-def _straight(steps: int, recipe: TinyRecipe) -> Callable[[int], float]:
-    """Up over `warm` steps, flat, then down to `floor` in a straight line."""
-
-    def rate(step: int) -> float:
-        fall = max(0.0, (step + 1 - steps * (1 - recipe.decay)) / (steps * recipe.decay))
-        return min(1.0, (step + 1) / recipe.warm) * (1 - (1 - recipe.floor) * fall)
-
-    return rate
-
-
 # The three stages
 
+# Fields that change how fast a run is and what it prints, and not what it learns: a checkpoint may go on under others.
+RUNNING = ("processes", "compiled", "tell_every", "save_every", "look_every", "looks", "readings", "countings")
 
-def _accompany(recipe: TinyRecipe, out: Path, seed: int, rank: int, world: int, meeting: str) -> None:
-    _learn(recipe, out, seed, rank, world, meeting, lambda _: None)
 
+@dataclass(frozen=True)
+class _Run:
+    """What the stages share: the recipe, the seed, the processes, and where and how they compute and report."""
 
-def _learn(recipe: TinyRecipe, out: Path, seed: int, rank: int, world: int, meeting: str, log: Log) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    fast = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-    crew = Workers(rank, world, torch.bfloat16 if fast else torch.float32, log)
-    log(
-        {
-            "processes": world,
-            "dtype": str(crew.dtype),
-            "note": "" if fast else "no AVX512-bf16 here: float32, several times slower",
-        }
-    )
-    if world > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{Path(meeting).absolute()}",
-            rank=rank,
-            world_size=world,
-            timeout=timedelta(minutes=10),
+    recipe: TinyRecipe
+    seed: int
+    workers: Workers
+    dtype: torch.dtype  # of the networks' forward passes
+    out: Path
+    log: Log
+
+    @property
+    def state(self) -> Path:
+        """The folder of what a stopped run goes on from."""
+        return self.out / ".state"
+
+    def autocast(self) -> Any:
+        """Inside, networks compute in the run's type."""
+        return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def fit(
+        self, stage: str, learner: Learner, steps: int, *, average: float = 0.0, evaluate: Interval | None = None
+    ) -> tuple[Weights, float]:
+        """Train one stage; its weights and the wall seconds it took."""
+        recipe = self.recipe
+        fields = {key: value for key, value in asdict(recipe).items() if key not in RUNNING}
+        settings = FitSettings(
+            label={"stage": stage},
+            made_by=fields | {"seed": self.seed},
+            checkpoint=self.state / f"{stage}.pt",
+            steps=steps,
+            samples=recipe.batch,
+            rate=_linear_rate(steps, recipe),
+            save=Interval(seconds=recipe.save_every),
+            report=Interval(seconds=recipe.tell_every),
+            evaluate=evaluate or Interval(),
+            average=average,
+            clock=time.monotonic,
         )
-    try:
-        return _stages(recipe, out, seed, crew)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+        return fit(learner, settings, log=self.log, workers=self.workers)
 
 
-def _stages(recipe: TinyRecipe, out: Path, seed: int, crew: Workers) -> dict[str, Any]:
-    splits = word_splits()
-    words, excluded = splits["train"], frozenset(splits["validation"] + splits["test"])
-    state = out / ".state"
-    latent = Latent(recipe, seed, words, excluded)
-    parts = build_parts(recipe, seed)
-    tokenizer = build_tokenizer()
-    share = recipe.batch // SHARDS
-    seconds = {}
+class _Data:
+    """The batches of all stages, each pure in (seed, stage, step, shard), and the latent they are encoded to."""
 
-    def batch(stage: int, step: int, shard: int) -> tuple[list[str], Tensor]:
-        rng = np.random.default_rng([seed, stage, step, shard])
+    def __init__(self, recipe: TinyRecipe, seed: int) -> None:
+        splits = word_splits()
+        self.words, self.validation = splits["train"], splits["validation"]
+        self.excluded = frozenset(splits["validation"] + splits["test"])
+        self.recipe, self.seed, self.share = recipe, seed, recipe.batch // SHARDS
+        self.latent = Latent(recipe, seed, self.words, self.excluded)
+        self.tokenizer = build_tokenizer()
+
+    def batch(self, stage: int, step: int, shard: int) -> tuple[list[str], Tensor]:
+        """Prompts, some of them empty, and pictures (share, 3, 32, 64) in -1..1."""
+        rng = np.random.default_rng([self.seed, stage, step, shard])
         now = step if stage == 2 else 0
-        shapes = [part for start, part in recipe.shapes if start <= now][-1]
-        prompts, drawings = zip(*(sample(rng, words, excluded, shapes) for _ in range(share)), strict=True)
-        empty = rng.random(share) < recipe.dropped
+        shapes = [part for start, part in self.recipe.shapes if start <= now][-1]
+        samples = (sample(rng, self.words, self.excluded, shapes) for _ in range(self.share))
+        prompts, drawings = zip(*samples, strict=True)
+        empty = rng.random(self.share) < self.recipe.dropped
         return ["" if e else p for p, e in zip(prompts, empty, strict=True)], pixels(np.stack(drawings))
 
-    def tokens(prompts: Sequence[str]) -> Tensor:
-        return tokenizer(
+    def prompts(self, count: int, *key: int) -> list[str]:
+        """Prompts alone; pure in (seed, key)."""
+        rng = np.random.default_rng([self.seed, *key])
+        return [sample(rng, self.words, self.excluded, self.recipe.shapes[0][1])[0] for _ in range(count)]
+
+    def tokens(self, prompts: Sequence[str]) -> Tensor:
+        """(N, 16) token ids."""
+        return self.tokenizer(
             list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
         ).input_ids
 
-    # 1. the autoencoder onto the fixed latent
-    autoencoder = parts.autoencoder
-    if recipe.compiled:
-        _compile([autoencoder.encoder, autoencoder.decoder])
 
-    def reconstruction(images: Tensor, latents: Tensor) -> Tensor:
-        with crew.precise():
-            return nn.functional.mse_loss(autoencoder.decoder(latents).float(), images)
+class _AutoencoderLearner(Learner):
+    """Stage 1: encoder and decoder are regressed onto the fixed latent."""
 
-    def autoencoder_loss(step: int, shard: int) -> Tensor:
-        _, images = batch(1, step, shard)
-        g = _generator(seed, 1, step, shard)
-        z = latent.encode(images)
-        half = share // 2
+    def __init__(self, run: _Run, data: _Data, autoencoder: AutoencoderKL) -> None:
+        self.run, self.data, self.autoencoder = run, data, autoencoder
+        self.module = autoencoder
+        rate = run.recipe.autoencoder_rate
+        self.optimisers = [torch.optim.AdamW(autoencoder.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)]
+
+    def loss(self, step: int, shard: int) -> Tensor:
+        _, images = self.data.batch(1, step, shard)
+        g = generator(self.data.seed, 1, step, shard)
+        latent, share = self.data.latent, self.data.share
+        z, half = latent.encode(images), share // 2
         # One half: noisy latents, clean pictures. The other: blends that no picture has, as the linear map decodes them.
         noisy = z[:half] + 0.2 * torch.rand(half, 1, 1, 1, generator=g) * torch.randn(z[:half].shape, generator=g)
         weight = torch.rand(share - half, 1, 1, 1, generator=g)
         blend = torch.lerp(z[half:], z[half:].roll(1, 0), weight * 0.6)
-        decoding = reconstruction(torch.cat([images[:half], latent.decode(blend)]), torch.cat([noisy, blend]))
-        with crew.precise():
-            encoding = nn.functional.mse_loss(autoencoder.encoder(images)[:, :CHANNELS].float(), z)
+        pictures, latents = torch.cat([images[:half], latent.decode(blend)]), torch.cat([noisy, blend])
+        decoding = _reconstruction_loss(self.run, self.autoencoder, pictures, latents)
+        with self.run.autocast():
+            encoding = nn.functional.mse_loss(self.autoencoder.encoder(images)[:, :CHANNELS].float(), z)
         return decoding + 0.3 * encoding
 
-    named = dict(autoencoder.named_parameters())
-    weights, seconds["autoencoder"] = _fit(
-        "autoencoder",
-        crew,
-        state,
-        named,
-        [torch.optim.AdamW(named.values(), lr=recipe.autoencoder_rate, betas=(0.9, 0.99), weight_decay=0.0)],
-        autoencoder_loss,
-        _straight(recipe.autoencoder_steps, recipe),
-        steps=recipe.autoencoder_steps,
-        batch=recipe.batch,
-        tell_every=recipe.tell_every,
-        save_every=recipe.save_every,
-    )
 
-    # 2. the flow
-    flow = nn.ModuleDict({"transformer": parts.transformer, "text_one": parts.text_one, "text_two": parts.text_two})
-    averaged = deepcopy(flow)
-    drawing = TinyModules(  # a ModuleDict knows only that it holds modules
-        cast(SD3Transformer2DModel, averaged["transformer"]),
-        cast(CLIPTextModelWithProjection, averaged["text_one"]),
-        cast(CLIPTextModelWithProjection, averaged["text_two"]),
-        _plain(autoencoder),
-    )
-    for block in cast(Iterable[Any], parts.transformer.transformer_blocks):
-        block.attn.set_processor(OpenAttention())
-    if recipe.compiled:
-        _compile(parts.transformer.transformer_blocks)
+class _FlowLearner(Learner):
+    """Stage 2: the transformer and both text encoders learn the velocity, noise - latent."""
 
-    def flow_loss(step: int, shard: int) -> Tensor:
-        prompts, images = batch(2, step, shard)
-        g = _generator(seed, 2, step, shard)
-        z = latent.encode(images)
+    def __init__(self, run: _Run, data: _Data, parts: TinyModules) -> None:
+        self.run, self.data, self.parts = run, data, parts
+        networks = {"transformer": parts.transformer, "text_one": parts.text_one, "text_two": parts.text_two}
+        self.module = nn.ModuleDict(networks)
+        self.averaged = deepcopy(self.module)
+        self.sampler = TinyModules(  # a ModuleDict knows only that it holds modules
+            cast(SD3Transformer2DModel, self.averaged["transformer"]),
+            cast(CLIPTextModelWithProjection, self.averaged["text_one"]),
+            cast(CLIPTextModelWithProjection, self.averaged["text_two"]),
+            _plain(parts.autoencoder),
+        )
+        for block in cast(Iterable[Any], parts.transformer.transformer_blocks):
+            block.attn.set_processor(OpenAttention())
+        if run.recipe.compiled:
+            _compile(parts.transformer.transformer_blocks)
+        named, workers = dict(self.module.named_parameters()), run.workers
+        matrices = {
+            name: p
+            for name, p in named.items()
+            if ".transformer_blocks." in name and p.ndim == 2 and "norm1" not in name
+        }
+        others = [p for name, p in named.items() if name not in matrices]
+        self.optimisers = [
+            Muon(list(matrices.values()), run.recipe.muon_rate, (workers.rank, workers.world), workers.total),
+            torch.optim.AdamW(others, lr=run.recipe.adam_rate, betas=(0.9, 0.99), weight_decay=0.0),
+        ]
+
+    def loss(self, step: int, shard: int) -> Tensor:
+        prompts, images = self.data.batch(2, step, shard)
+        g = generator(self.data.seed, 2, step, shard)
+        z = self.data.latent.encode(images)
         noise = torch.randn(z.shape, generator=g)
-        t = torch.sigmoid(torch.randn(share, generator=g))
+        t = torch.sigmoid(torch.randn(self.data.share, generator=g))
         x = torch.lerp(z, noise, t[:, None, None, None])
-        with crew.precise():
-            context, pooled = embed(parts, tokens(prompts))
-            velocity = parts.transformer(x, context, pooled, 1000 * t, return_dict=False)[0]
+        with self.run.autocast():
+            context, pooled = embed(self.parts, self.data.tokens(prompts))
+            velocity = self.parts.transformer(x, context, pooled, 1000 * t, return_dict=False)[0]
         return nn.functional.mse_loss(velocity.float(), noise - z)
 
-    def look(mean: dict[str, Tensor], step: int) -> dict[str, float]:
-        averaged.load_state_dict(mean, strict=False)
-        chosen = (splits["validation"] * 2)[: recipe.looks]
-        prompts = [glyphs.word_prompt(w) for w in chosen] + [p for p, *_ in _shape_prompts()] * 2
-        with torch.no_grad(), crew.precise():
-            z = draw(
-                drawing, tokens(prompts), torch.randn(len(prompts), *_latent_shape(), generator=_generator(seed, 9))
-            )
-            painted = torch.cat([drawing.autoencoder.decoder(rows).float() for rows in z.split(64)])
-        seen: dict[str, float] = {}
-        for name, images in (("linear", latent.decode(z)), ("decoder", painted)):
+    def evaluate(self, weights: Weights, step: int) -> dict[str, float]:
+        """Validation words read and shapes counted, decoded by the linear map and by the decoder."""
+        self.averaged.load_state_dict(weights)
+        words = (self.data.validation * 2)[: self.run.recipe.looks]
+        shapes = list(shape_prompts()) * 2
+        prompts = [glyphs.word_prompt(word) for word in words] + [prompt for prompt, *_ in shapes]
+        noise = torch.randn(len(prompts), *_latent_shape(), generator=generator(self.data.seed, 9))
+        with torch.no_grad(), self.run.autocast():
+            z = draw(self.sampler, self.data.tokens(prompts), noise)
+            decoded = torch.cat([self.sampler.autoencoder.decoder(rows).float() for rows in z.split(64)])
+        numbers: dict[str, float] = {}
+        for name, images in (("linear", self.data.latent.decode(z)), ("decoder", decoded)):
             shown = pictures(images)
-            texts = _read(shown[: len(chosen)])
-            seen[f"{name}/exact"] = float(np.mean([text == w for text, w in zip(texts, chosen, strict=True)]))
-            counts = [
-                _count(im, c) == k
-                for im, (_, _, k, c) in zip(shown[len(chosen) :], list(_shape_prompts()) * 2, strict=True)
-            ]
-            seen[f"{name}/count"] = float(np.mean(counts))
-        return seen
+            texts, drawings = read_texts(shown[: len(words)]), shown[len(words) :]
+            exact = [text == word for text, word in zip(texts, words, strict=True)]
+            counted = [count_patches(im, c) == k for im, (_, _, k, c) in zip(drawings, shapes, strict=True)]
+            numbers |= {f"{name}/exact": float(np.mean(exact)), f"{name}/count": float(np.mean(counted))}
+        return numbers
 
-    named = dict(flow.named_parameters())
-    matrices = [
-        p for name, p in named.items() if ".transformer_blocks." in name and p.ndim == 2 and "norm1" not in name
-    ]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in named.values() if id(p) not in chosen]
-    weights, seconds["flow"] = _fit(
-        "flow",
-        crew,
-        state,
-        named,
-        [
-            Muon(matrices, recipe.muon_rate, (crew.rank, crew.world), crew.total),
-            torch.optim.AdamW(rest, lr=recipe.adam_rate, betas=(0.9, 0.99), weight_decay=0.0),
-        ],
-        flow_loss,
-        _straight(recipe.steps, recipe),
-        steps=recipe.steps,
-        batch=recipe.batch,
-        tell_every=recipe.tell_every,
-        save_every=recipe.save_every,
-        average=recipe.average,
-        look=look,
-        look_every=recipe.look_every,
-    )
-    averaged.load_state_dict(weights, strict=False)
 
-    # 3. the decoder on what the model draws
-    def own_latents(shard: int) -> Tensor:
-        path = state / f"drawn-{shard}.pt"
-        if path.exists():
-            return torch.load(path, weights_only=True)["latents"]
-        rng = np.random.default_rng([seed, 3, shard])
-        prompts = [sample(rng, words, excluded, recipe.shapes[0][1])[0] for _ in range(recipe.drawn // SHARDS)]
-        with crew.precise():
-            z = draw(
-                drawing,
-                tokens(prompts),
-                torch.randn(len(prompts), *_latent_shape(), generator=_generator(seed, 3, shard)),
-            )
-        _write(path, {"latents": z})
-        return z
+class _DecoderLearner(Learner):
+    """Stage 3: the decoder is trained on latents that the model draws, and on slightly noisy ones of pictures."""
 
-    own = {shard: own_latents(shard) for shard in crew.shards()}
+    def __init__(self, run: _Run, data: _Data, autoencoder: AutoencoderKL, drawn: dict[int, Tensor]) -> None:
+        self.run, self.data, self.autoencoder, self.drawn = run, data, autoencoder, drawn
+        self.module = autoencoder.decoder
+        rate = run.recipe.decoder_rate
+        self.optimisers = [torch.optim.AdamW(self.module.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)]
 
-    def decoder_loss(step: int, shard: int) -> Tensor:
-        g = _generator(seed, 4, step, shard)
+    def loss(self, step: int, shard: int) -> Tensor:
+        g = generator(self.data.seed, 4, step, shard)
+        latent, share, own = self.data.latent, self.data.share, self.drawn[shard]
         half = share // 2
-        _, images = batch(4, step, shard)
+        _, images = self.data.batch(4, step, shard)
         clean = latent.encode(images[:half])
         clean = clean + 0.1 * torch.rand(half, 1, 1, 1, generator=g) * torch.randn(clean.shape, generator=g)
-        drawn = own[shard][torch.randint(len(own[shard]), (share - half,), generator=g)]
-        return reconstruction(torch.cat([images[:half], latent.decode(drawn)]), torch.cat([clean, drawn]))
+        drawn = own[torch.randint(len(own), (share - half,), generator=g)]
+        pictures, latents = torch.cat([images[:half], latent.decode(drawn)]), torch.cat([clean, drawn])
+        return _reconstruction_loss(self.run, self.autoencoder, pictures, latents)
 
-    named = dict(autoencoder.decoder.named_parameters())
-    weights, seconds["decoder"] = _fit(
-        "decoder",
-        crew,
-        state,
-        named,
-        [torch.optim.AdamW(named.values(), lr=recipe.decoder_rate, betas=(0.9, 0.99), weight_decay=0.0)],
-        decoder_loss,
-        _straight(recipe.decoder_steps, recipe),
-        steps=recipe.decoder_steps,
-        batch=recipe.batch,
-        tell_every=recipe.tell_every,
-        save_every=recipe.save_every,
+
+def _reconstruction_loss(run: _Run, autoencoder: AutoencoderKL, images: Tensor, latents: Tensor) -> Tensor:
+    with run.autocast():
+        return nn.functional.mse_loss(autoencoder.decoder(latents).float(), images)
+
+
+def _drawn_latents(run: _Run, data: _Data, sampler: TinyModules, shard: int) -> Tensor:
+    """(drawn / SHARDS, 16, 8, 16) latents of the model's own, drawn once and kept."""
+    path = run.state / f"drawn-{shard}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)["latents"]
+    prompts = data.prompts(run.recipe.drawn // SHARDS, 3, shard)
+    with run.autocast():
+        noise = torch.randn(len(prompts), *_latent_shape(), generator=generator(data.seed, 3, shard))
+        z = draw(sampler, data.tokens(prompts), noise)
+    write_checkpoint(path, {"latents": z})
+    return z
+
+
+def _linear_rate(steps: int, recipe: TinyRecipe) -> Callable[[float, int], float]:
+    """Up over `warm` steps, flat, then down to `floor` in a straight line."""
+
+    def rate(base: float, step: int) -> float:
+        fall = max(0.0, (step + 1 - steps * (1 - recipe.decay)) / (steps * recipe.decay))
+        return base * (min(1.0, (step + 1) / recipe.warm) * (1 - (1 - recipe.floor) * fall))
+
+    return rate
+
+
+def _help(recipe: TinyRecipe, out: Path, seed: int, workers: Workers, meeting: str) -> None:
+    """A process beside the first one."""
+    _train(recipe, out, seed, workers, meeting, lambda _: None)
+
+
+def _train(recipe: TinyRecipe, out: Path, seed: int, workers: Workers, meeting: str, log: Log) -> dict[str, Any]:
+    """One process: joins the others at the file `meeting`, and trains all three stages."""
+    torch.set_num_threads(1)
+    fast = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+    run = _Run(recipe, seed, workers, torch.bfloat16 if fast else torch.float32, out, log)
+    note = "" if fast else "no AVX512-bf16 here: float32, several times slower"
+    log({"processes": workers.world, "dtype": str(run.dtype), "note": note})
+    if workers.world > 1:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{Path(meeting).absolute()}",
+            rank=workers.rank,
+            world_size=workers.world,
+            timeout=timedelta(minutes=10),
+        )
+    try:
+        return _train_stages(run)
+    finally:
+        if workers.world > 1:
+            dist.destroy_process_group()
+
+
+def _train_stages(run: _Run) -> dict[str, Any]:
+    """All three stages; the first process publishes the model and returns its record, others return nothing."""
+    recipe, seconds = run.recipe, {}
+    data = _Data(recipe, run.seed)
+    parts = build_parts(recipe, run.seed)
+    if recipe.compiled:
+        _compile([parts.autoencoder.encoder, parts.autoencoder.decoder])
+    learner = _AutoencoderLearner(run, data, parts.autoencoder)
+    _, seconds["autoencoder"] = run.fit("autoencoder", learner, recipe.autoencoder_steps)
+
+    flow = _FlowLearner(run, data, parts)
+    weights, seconds["flow"] = run.fit(
+        "flow", flow, recipe.steps, average=recipe.average, evaluate=Interval(seconds=recipe.look_every)
     )
-    if crew.rank:
+    flow.averaged.load_state_dict(weights)
+
+    drawn = {shard: _drawn_latents(run, data, flow.sampler, shard) for shard in run.workers.own_shards()}
+    decoder = _DecoderLearner(run, data, parts.autoencoder, drawn)
+    weights, seconds["decoder"] = run.fit("decoder", decoder, recipe.decoder_steps)
+    if run.workers.rank:
         return {}
-    drawing.autoencoder.decoder.load_state_dict(weights)
-    return publish(recipe, drawing, out, seed=seed, seconds=seconds, log=crew.log)
+    flow.sampler.autoencoder.decoder.load_state_dict(weights)
+    return publish(run, flow.sampler, seconds)
 
 
 def _latent_shape() -> tuple[int, int, int]:
@@ -791,137 +649,37 @@ def _compile(blocks: Iterable[nn.Module]) -> None:
             block.compile(dynamic=False)
 
 
-# Measurement. The hub knows no scorer, so these are the plain forms of the two that the tasks use.
-
-
-def _shape_prompts() -> Iterator[tuple[str, str, int, str]]:
-    """(prompt, kind, count, colour) of every shapes prompt: 45."""
-    for kind in glyphs.SHAPES:
-        for colour in glyphs.SHAPE_COLOURS:
-            for count in glyphs.COUNTS:
-                yield glyphs.shapes_prompt(kind, count, colour), kind, count, colour
-
-
-@lru_cache(maxsize=1)
-def _recogniser() -> Any:
-    from rapidocr import RapidOCR
-
-    threads = {f"EngineConfig.onnxruntime.{kind}_op_num_threads": 1 for kind in ("intra", "inter")}
-    # at the default 320 px most of the width would be padding
-    engine = RapidOCR(params={"Global.log_level": "error", "Rec.rec_img_shape": [3, 48, 96], **threads})
-    engine(
-        np.zeros((glyphs.HEIGHT, glyphs.WIDTH, 3), np.uint8), use_det=False, use_cls=False, use_rec=True
-    )  # it loads at its first use
-    return engine.text_rec
-
-
-def _read(shown: np.ndarray) -> list[str]:
-    """The text of each picture (N, 32, 64, 3) uint8, by RapidOCR's recogniser on the whole picture at 96x48."""
-    from rapidocr.ch_ppocr_rec import TextRecInput
-
-    found = _recogniser()(TextRecInput(img=[np.ascontiguousarray(picture[..., ::-1]) for picture in shown])).txts
-    return ["".join(text.split()).upper() for text in found or [""] * len(shown)]
-
-
-def _count(picture: np.ndarray, colour: str) -> int:
-    """Patches of one shape colour in a picture (32, 64, 3) uint8."""
-    from scipy import ndimage
-
-    palette = np.array(
-        [
-            glyphs.SHAPE_COLOURS[colour],
-            *glyphs.PAPERS.values(),
-            *(c for n, c in glyphs.SHAPE_COLOURS.items() if n != colour),
-        ],
-        np.float32,
-    )
-    mask = ((picture[:, :, None].astype(np.float32) - palette) ** 2).sum(-1).argmin(-1) == 0
-    # without an output array it is always the pair
-    labels, found = cast(tuple[np.ndarray, int], ndimage.label(ndimage.binary_opening(mask, np.ones((2, 2)))))
-    return int((np.bincount(labels.ravel(), minlength=found + 1)[1:] >= 12).sum())
-
-
-def _interval(values: np.ndarray) -> dict[str, Any]:
-    """Mean with a 95 % bootstrap interval over prompts; values (prompts, pictures of each)."""
-    rng = np.random.default_rng(0)
-    per_prompt = values.mean(1)
-    means = per_prompt[rng.integers(len(per_prompt), size=(4000, len(per_prompt)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return {
-        "mean": round(float(per_prompt.mean()), 4),
-        "low": round(float(low), 4),
-        "high": round(float(high), 4),
-        "n": int(values.size),
-    }
-
-
-def measure(folder: Path, recipe: TinyRecipe, *, seed: int) -> dict[str, Any]:
-    """Reads words and counts shapes in pictures of the exported pipeline: plain diffusers, 10 steps, no guidance."""
-    from rapidfuzz.distance import Levenshtein
-
-    pipe = StableDiffusion3Pipeline.from_pretrained(str(folder))
-    pipe.set_progress_bar_config(disable=True)
-
-    def paint(prompts: Sequence[str], salt: int) -> np.ndarray:
-        generator, shown = _generator(seed, 10, salt), []
-        for i in range(0, len(prompts), 64):
-            some = list(prompts[i : i + 64])
-            painted: Any = pipe(  # an output object, and a tuple only with return_dict=False
-                prompt=some,
-                num_inference_steps=10,
-                guidance_scale=1.0,
-                height=glyphs.HEIGHT,
-                width=glyphs.WIDTH,
-                max_sequence_length=T5_TOKENS,
-                generator=generator,
-                output_type="np",
-            )
-            shown.append(np.rint(painted.images * 255).astype(np.uint8))
-        return np.concatenate(shown)
-
-    scores: dict[str, Any] = {}
-    splits = word_splits()
-    for salt, split in enumerate(("test", "validation") if recipe.readings else ()):
-        wanted = [word for word in splits[split] for _ in range(recipe.readings)]
-        texts = _read(paint([glyphs.word_prompt(word) for word in wanted], salt))
-        exact = np.array([text == word for text, word in zip(texts, wanted, strict=True)], float)
-        soft = np.array(
-            [
-                max(0.0, 1 - Levenshtein.distance(text, word) / len(word))
-                for text, word in zip(texts, wanted, strict=True)
-            ]
-        )
-        scores[f"{split}/exact"] = _interval(exact.reshape(-1, recipe.readings))
-        scores[f"{split}/soft"] = _interval(soft.reshape(-1, recipe.readings))
-        for length in range(glyphs.SHORTEST, glyphs.LONGEST + 1):
-            some = np.array([len(word) == length for word in wanted])
-            if some.any():
-                scores[f"{split}/exact/{length} letters"] = _interval(exact[some].reshape(-1, recipe.readings))
-    if not recipe.countings:
-        return scores
-    asked = [row for row in _shape_prompts() for _ in range(recipe.countings)]
-    shown = paint([prompt for prompt, *_ in asked], 5)
-    right = np.array(
-        [_count(picture, colour) == count for picture, (_, _, count, colour) in zip(shown, asked, strict=True)], float
-    )
-    scores["shapes/exact"] = _interval(right.reshape(-1, recipe.countings))
-    for count in glyphs.COUNTS:
-        some = np.array([row[2] == count for row in asked])
-        scores[f"shapes/exact/{count}"] = _interval(right[some].reshape(-1, recipe.countings))
-    return scores
-
-
 # The folder
 
 
-def publish(
-    recipe: TinyRecipe, parts: TinyModules, out: Path, *, seed: int, seconds: dict[str, float], log: Log
-) -> dict[str, Any]:
-    """Writes the pipeline in float16, measures what was written, and moves it into `out` in one go."""
-    fresh = out / ".state" / "pipeline"
+def publish(run: _Run, parts: TinyModules, seconds: dict[str, float]) -> dict[str, Any]:
+    """Write the pipeline in float16, measure what was written, and move it into the run's folder in one go."""
+    fresh, recipe = run.state / "pipeline", run.recipe
     shutil.rmtree(fresh, ignore_errors=True)
+    pipe = _pipeline(recipe, parts)
+    pipe.to(torch.float16)
+    pipe.save_pretrained(str(fresh), safe_serialization=True)
+    _portable(fresh)
+    scores = measure(
+        fresh, readings=recipe.readings, countings=recipe.countings, max_sequence_length=T5_TOKENS, seed=run.seed
+    )
+    text = json.dumps(_record(run, pipe, seconds, scores), indent=1)
+    record = json.loads(text)  # what is returned is what a reader of the file gets: lists, no tuples
+    (fresh / "recipe.json").write_text(text + "\n", encoding="utf-8")
+    (fresh / "README.md").write_text(model_card(record, fresh), encoding="utf-8")
+    for entry in sorted(fresh.iterdir()):
+        target = run.out / entry.name
+        if target.is_dir():
+            target.rename(run.state / f"old-{time.time_ns()}")
+        os.replace(entry, target)
+    shutil.rmtree(run.state)
+    run.log({"stage": "published", **{name: score["mean"] for name, score in scores.items()}})
+    return record
+
+
+def _pipeline(recipe: TinyRecipe, parts: TinyModules) -> StableDiffusion3Pipeline:
     tokenizer = build_tokenizer()
-    pipe = StableDiffusion3Pipeline(
+    return StableDiffusion3Pipeline(
         transformer=deepcopy(parts.transformer),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=deepcopy(parts.autoencoder),
@@ -933,26 +691,25 @@ def publish(
         text_encoder_3=build_silent_text(sum(recipe.text_widths)),
         tokenizer_3=build_silent_tokenizer(),
     )
-    pipe.to(torch.float16)
-    pipe.save_pretrained(str(fresh), safe_serialization=True)
-    _portable(fresh)
-    scores = measure(fresh, recipe, seed=seed)
-    splits = word_splits()
-    record = {
+
+
+def _record(
+    run: _Run, pipe: StableDiffusion3Pipeline, seconds: dict[str, float], scores: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of recipe.json: settings, what was trained, versions, sizes, scores, and hashes of the held-out words."""
+    recipe, splits = run.recipe, word_splits()
+    steps = {"autoencoder": recipe.autoencoder_steps, "flow": recipe.steps, "decoder": recipe.decoder_steps}
+    return {
         "fields": asdict(recipe),
-        "seed": seed,
+        "seed": run.seed,
         "max_sequence_length": T5_TOKENS,
         "guidance": 1.0,
         "steps": 10,
         "height": glyphs.HEIGHT,
         "width": glyphs.WIDTH,
         "trained": {
-            "steps": {"autoencoder": recipe.autoencoder_steps, "flow": recipe.steps, "decoder": recipe.decoder_steps},
-            "samples": {
-                "autoencoder": recipe.autoencoder_steps * recipe.batch,
-                "flow": recipe.steps * recipe.batch,
-                "decoder": recipe.decoder_steps * recipe.batch,
-            },
+            "steps": steps,
+            "samples": {stage: count * recipe.batch for stage, count in steps.items()},
             "wall_seconds": {stage: round(value, 1) for stage, value in seconds.items()},
         },
         "versions": {
@@ -972,18 +729,6 @@ def publish(
             for split in ("validation", "test")
         },
     }
-    text = json.dumps(record, indent=1)
-    record = json.loads(text)  # what is returned is what a reader of the file gets: lists, no tuples
-    (fresh / "recipe.json").write_text(text + "\n", encoding="utf-8")
-    (fresh / "README.md").write_text(card(record, fresh), encoding="utf-8")
-    for entry in sorted(fresh.iterdir()):
-        place = out / entry.name
-        if place.is_dir():
-            place.rename(out / ".state" / f"old-{time.time_ns()}")
-        os.replace(entry, place)
-    shutil.rmtree(out / ".state")
-    log({"stage": "published", **{name: score["mean"] for name, score in scores.items()}})
-    return record
 
 
 def _plain(autoencoder: AutoencoderKL) -> AutoencoderKL:
@@ -1008,7 +753,7 @@ def _portable(folder: Path) -> None:
             path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
 
 
-def card(record: dict[str, Any], folder: Path) -> str:
+def model_card(record: dict[str, Any], folder: Path) -> str:
     """The model card: what it is, how to call it, how well it does."""
     megabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
     parameters = sum(record["parameters"].values()) / 1e6

@@ -1,15 +1,16 @@
-"""A scorer at the other end of a wire: pictures go out as PNG, numbers come back, and nothing that comes back is believed unchecked.
+"""Client of a scorer server: sends images as PNG over HTTP, checks every response, and turns what it cannot use into NaN with a reason.
 
-The wire, version 1, is HTTP with JSON in UTF-8; `bench/scoring/server.py` is its server, and any program may be one:
+The protocol, version 1, is HTTP with JSON in UTF-8; `bench/scoring/server.py` is its server, and any program may be one:
 
     GET /health  -> {"ok": true}
     GET /about   -> {"id", "name", "metrics": [...], "protocol": 1, "limits": {"images", "bytes", "pixels"}, "reference"}
     POST /score  <- {"images": [PNG in base64, 8 bit RGB], "prompts": [{"text", "meta": {}, "stratum"}]}, as many of each
                  -> {"id", "value": {metric: [number or null]}, "reasons": {row: why null}, "notes": [text or null] or null}
 
-limits are those of one request: pictures, bytes of its body, pixels of its pictures together. `reference` (optional) is what the
-server was asked to serve. A server with a token wants `Authorization: Bearer TOKEN`. Refusals are 4xx with {"detail": why}.
-Nothing is pickled, nothing is compressed with loss, no redirect is followed. This side needs the standard library and pydantic.
+limits are those of one request: images, bytes of its body, pixels of its images together. `reference` (optional) is the
+scorer reference that the server was started with. A server with a token wants
+`Authorization: Bearer TOKEN`. Refusals are 4xx with {"detail": why}.
+Nothing is pickled, nothing is compressed with loss, no redirect is followed. The client needs the standard library and pydantic.
 """
 
 from __future__ import annotations
@@ -41,32 +42,32 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import UserError
 from ..spec import Images, Prompt, Scores, Values, check_images
+from .references import TOKEN
 
 PROTOCOL = 1
 MAGIC = b"\x89PNG\r\n\x1a\n"
-TOKEN = "GPOBENCH_SCORER_TOKEN"  # the environment variable: a command line can be read by everybody on a machine
 READY = "ready: "  # what the server's line on stdout begins with, before its URL
-TRIES = 3  # of a request that finds nobody, takes too long, or meets an error of the server's (5xx)
+TRIES = 3  # of a request that is refused, takes too long, or meets an error of the server (5xx)
 PAUSE = 0.25  # s before the second try; twice as long before the third
-LOADING = 600.0  # s until a started scorer must be ready: its weights may have to be fetched first
-ANSWER = 2**20  # bytes an answer may have, and
-ANSWER_ROW = 2**16  # so many more for each picture
+START_TIMEOUT = 600.0  # s until a started scorer must be ready: its weights may have to be fetched first
+RESPONSE_BYTES = 2**20  # that a response may have
+RESPONSE_BYTES_PER_IMAGE = 2**16  # in addition
 
 
-class _Wire(BaseModel):
+class _Message(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class Limits(_Wire):
-    """What one request may hold."""
+class Limits(_Message):
+    """Upper bounds of one request."""
 
     images: int = Field(64, ge=1)
     bytes: int = Field(64 * 2**20, ge=1024)
     pixels: int = Field(64 * 2**20, ge=1)  # of all pictures together: 64 of 1024x1024
 
 
-class About(_Wire):
-    """What a server says of its scorer."""
+class ScorerInfo(_Message):
+    """Response to GET /about: the scorer behind a server, and the limits of a request."""
 
     id: str = Field(min_length=1, max_length=10_000)
     name: str = Field(min_length=1, max_length=500, pattern=r"^[^/\x00-\x1f]+$")  # `name/metric` is a key of tables
@@ -76,23 +77,23 @@ class About(_Wire):
     reference: str = ""
 
 
-class PromptPayload(_Wire):
-    """A prompt."""
+class PromptPayload(_Message):
+    """A prompt in a request."""
 
     text: str
     meta: dict[str, Any] = Field(default_factory=dict[str, Any])
     stratum: str = ""
 
 
-class Question(_Wire):
-    """Pictures and their prompts."""
+class ScoreRequest(_Message):
+    """Request to POST /score: PNG images in base64 and their prompts."""
 
     images: list[str]
     prompts: list[PromptPayload]
 
 
-class Answer(_Wire):
-    """Scores; a null has a reason."""
+class ScoreResponse(_Message):
+    """Response to POST /score: a number or null for each metric and image; a null has a reason."""
 
     id: str
     value: dict[str, list[float | None]]
@@ -100,17 +101,17 @@ class Answer(_Wire):
     notes: list[str | None] | None = None
 
 
-M = TypeVar("M", bound=_Wire)
+M = TypeVar("M", bound=_Message)
 
 
-class Unanswered(Exception):
-    """A request that brought no answer one can use; its text is the reason."""
+class RequestFailed(Exception):
+    """A request brought no usable response; the text is the reason."""
 
 
-# What goes out
+# Requests
 
 
-def png(image: Images) -> bytes:
+def encode_png(image: Images) -> bytes:
     """(H, W, 3) uint8 -> PNG (ISO/IEC 15948): 8 bit RGB, no filter, stored and not deflated.
 
     Compressing costs more than it saves: 35 ms of a core for a 512x512 picture, and 12 ms to undo it, for 28 % fewer bytes;
@@ -126,23 +127,23 @@ def png(image: Images) -> bytes:
     )
 
 
-def _plain(value: Any) -> Any:
-    """The value as JSON has it; ValueError where it would come out as something else."""
+def _checked_json(value: Any) -> Any:
+    """The value as JSON can hold it; ValueError where JSON would change it."""
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise ValueError("a prompt's facts have text as keys")
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {key: _checked_json(each) for key, each in value.items()}
+    return [_checked_json(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def _row(image: Images, prompt: Prompt) -> tuple[bytes, bytes]:
-    """A picture and its prompt, as they stand in a request; ValueError, TypeError or RecursionError where they cannot."""
-    asked = {"text": prompt.text, "meta": _plain(prompt.meta), "stratum": prompt.stratum}
-    said = json.dumps(asked, ensure_ascii=False, allow_nan=False).encode()
-    return b'"' + base64.b64encode(png(image)) + b'"', said
+def _encode_row(image: Images, prompt: Prompt) -> tuple[bytes, bytes]:
+    """An image and its prompt as JSON; ValueError, TypeError or RecursionError where JSON cannot hold them."""
+    payload = {"text": prompt.text, "meta": _checked_json(prompt.meta), "stratum": prompt.stratum}
+    text = json.dumps(payload, ensure_ascii=False, allow_nan=False).encode()
+    return b'"' + base64.b64encode(encode_png(image)) + b'"', text
 
 
-def _body(rows: Sequence[tuple[bytes, bytes]]) -> bytes:
+def _encode_body(rows: Sequence[tuple[bytes, bytes]]) -> bytes:
     images, prompts = (b",".join(column) for column in zip(*rows))
     return b'{"images":[' + images + b'],"prompts":[' + prompts + b"]}"
 
@@ -151,7 +152,7 @@ def _body(rows: Sequence[tuple[bytes, bytes]]) -> bytes:
 
 
 def _address(url: str) -> str:
-    """The URL without a slash at its end; UserError on one that is none."""
+    """The URL without a slash at its end; UserError where it is not the URL of a server."""
     try:
         at = urlsplit(url)
         good = (
@@ -164,27 +165,27 @@ def _address(url: str) -> str:
     except ValueError:
         good = False
     if not good:
-        raise UserError(f"{url!r} is no address of a scorer server; write it as http://127.0.0.1:8100")
+        raise UserError(f"{url!r} is no URL of a scorer server; write it as http://127.0.0.1:8100")
     return url.rstrip("/")
 
 
 def _exchange(url: str, body: bytes | None, token: str, seconds: float, most: int) -> tuple[int, bytes]:
     """One request (POST where there is a body, else GET) -> status and at most `most` bytes.
 
-    All of it, not each read, takes at most `seconds`: then TimeoutError. OSError and HTTPException as they come; Unanswered when the
-    answer is too large.
+    The whole exchange, not each read, takes at most `seconds`: then TimeoutError. OSError and HTTPException as they come;
+    RequestFailed when the response is too large.
     """
     at = urlsplit(url)
     kind = HTTPSConnection if at.scheme == "https" else HTTPConnection
-    link = kind(at.hostname or "", at.port, timeout=seconds)
-    late = threading.Event()
-    link.connect()
-    line: socket.socket = link.sock
+    connection = kind(at.hostname or "", at.port, timeout=seconds)
+    timed_out = threading.Event()
+    connection.connect()
+    sock: socket.socket = connection.sock
 
     def cut() -> None:
-        late.set()
+        timed_out.set()
         with suppress(OSError):
-            line.shutdown(socket.SHUT_RDWR)  # whoever waits on it is woken
+            sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits on it
 
     clock = threading.Timer(seconds, cut)
     clock.daemon = True
@@ -193,29 +194,29 @@ def _exchange(url: str, body: bytes | None, token: str, seconds: float, most: in
     try:
         headers = {"Content-Type": "application/json", "Connection": "close"}
         headers |= {"Authorization": f"Bearer {token}"} if token else {}
-        link.request("GET" if body is None else "POST", at.path, body, headers)
-        response = link.getresponse()
+        connection.request("GET" if body is None else "POST", at.path, body, headers)
+        response = connection.getresponse()
         if (response.length or 0) > most:
-            raise Unanswered(f"announced an answer of {response.length} bytes, more than {most}")
+            raise RequestFailed(f"announced an answer of {response.length} bytes, more than {most}")
         data = response.read(most + 1)
-        if late.is_set():
+        if timed_out.is_set():
             raise TimeoutError
         if len(data) > most:
-            raise Unanswered(f"sent an answer of more than {most} bytes")
-        if response.length:  # http.client does not mind a body that ends too soon
+            raise RequestFailed(f"sent an answer of more than {most} bytes")
+        if response.length:  # http.client accepts a body that ends too soon
             raise IncompleteRead(data, response.length)
         return response.status, data
     except (OSError, HTTPException) as error:
-        raise TimeoutError if late.is_set() else error from None
+        raise TimeoutError if timed_out.is_set() else error from None
     finally:
         clock.cancel()
         if response is not None:
             response.close()
-        link.close()
+        connection.close()
 
 
-def wrong(error: ValidationError) -> str:
-    """The first thing that is wrong with a message, in one line."""
+def first_error(error: ValidationError) -> str:
+    """The first error of a message, in one line."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     return ": ".join([".".join(str(step) for step in first["loc"])] * bool(first["loc"]) + [first["msg"]])
 
@@ -224,26 +225,26 @@ def _parsed(kind: type[M], data: bytes) -> M:
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        raise Unanswered(f"sent no answer of this protocol: {wrong(error)}") from None
+        raise RequestFailed(f"sent no answer of this protocol: {first_error(error)}") from None
 
 
 def _refusal(status: int, data: bytes) -> str:
-    """What an answer other than 200 says, in one short line."""
+    """The detail of a response other than 200, in one short line."""
     if 300 <= status < 400:
         return f"answered with a redirect ({status}), which is not followed"
     try:
-        said = str(json.loads(data)["detail"])
+        detail = str(json.loads(data)["detail"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        said = ""
-    said = " ".join(said.split())[:200]
-    return f"answered {status}{': ' + said if said else ''}"
+        detail = ""
+    detail = " ".join(detail.split())[:200]
+    return f"answered {status}{': ' + detail if detail else ''}"
 
 
-# The other process
+# A scorer in another process
 
 
-class Child:
-    """Another Python that serves one scorer on a port of its own choice, and ends when this process does."""
+class ScorerProcess:
+    """A process of another Python that serves one scorer on a free port, and ends when this process does."""
 
     def __init__(self, python: str, reference: str) -> None:
         self.python, self.reference = str(Path(python).expanduser()), reference
@@ -257,8 +258,8 @@ class Child:
     def pid(self) -> int:
         return self._process.pid if self._process else 0
 
-    def revive(self) -> bool:
-        """Start it if it does not run; True when that was done. UserError where it does not come up, with its last words."""
+    def ensure_running(self) -> bool:
+        """Start the process if it does not run; True if it was started. UserError, with its last output, where it fails to start."""
         with self._lock:
             if self._closed:
                 raise UserError(f"the scorer {self.reference!r} was closed")
@@ -292,29 +293,29 @@ class Child:
                 text=True,
                 errors="replace",
                 env=os.environ | {TOKEN: self.token},
-                start_new_session=True,  # a Ctrl-C is ours: the iteration at hand still wants its scores
+                start_new_session=True,  # Ctrl-C goes to this process alone: the current iteration still needs its scores
             )
         except OSError as error:
             raise UserError(f"{what} cannot be started: {error.strerror or error}") from None
         atexit.register(self.close)
-        words: deque[str] = deque(maxlen=5)
+        last_lines: deque[str] = deque(maxlen=5)
         ready: queue.Queue[str] = queue.Queue()
-        listening = [
-            threading.Thread(target=_listen, args=(process.stdout, ready, None), daemon=True),
-            threading.Thread(target=_listen, args=(process.stderr, None, words), daemon=True),
+        readers = [
+            threading.Thread(target=_drain, args=(process.stdout, ready, None), daemon=True),
+            threading.Thread(target=_drain, args=(process.stderr, None, last_lines), daemon=True),
         ]
-        for thread in listening:
+        for thread in readers:
             thread.start()
         try:
-            self.url = ready.get(timeout=LOADING)
+            self.url = ready.get(timeout=START_TIMEOUT)
         except queue.Empty:
             self._end()
-            raise UserError(f"{what} was not ready after {LOADING:g} s") from None
+            raise UserError(f"{what} was not ready after {START_TIMEOUT:g} s") from None
         if not self.url:
             self._end()
-            listening[1].join(1.0)
+            readers[1].join(1.0)
             hint = f"; install it there: {self.python} -m pip install 'gpobench[serve]'"
-            last = " | ".join(words) or f"exit code {process.returncode}"
+            last = " | ".join(last_lines) or f"exit code {process.returncode}"
             raise UserError(f"{what} did not start: {last}{hint if 'No module named' in last else ''}")
 
     def _end(self) -> None:
@@ -323,7 +324,7 @@ class Child:
             return
         with suppress(OSError, ValueError):
             if process.stdin:
-                process.stdin.close()  # which it watches
+                process.stdin.close()  # the process ends when its standard input does
         try:
             process.wait(5.0)
         except subprocess.TimeoutExpired:
@@ -331,21 +332,21 @@ class Child:
             process.wait()
 
     def close(self) -> None:
-        """End it for good."""
+        """End the process; it is not started again."""
         with self._lock:
             self._closed = True
             self._end()
         atexit.unregister(self.close)
 
 
-def _listen(stream: Any, ready: queue.Queue[str] | None, words: deque[str] | None) -> None:
-    """Read a stream to its end, so that nobody ever waits for it: the URL of the ready line, "" at the end; the last words."""
+def _drain(stream: Any, ready: queue.Queue[str] | None, lines: deque[str] | None) -> None:
+    """Read a stream to its end, so that its writer never blocks. ready: gets the URL of the ready line, then ""; lines: the last ones."""
     with suppress(ValueError, OSError), stream:
         for line in stream:
-            if ready is not None and (found := re.match(rf"{READY}(https?://\S+)", line)):
-                ready.put(found[1])
-            if words is not None and line.strip():
-                words.append(line.strip()[:300])
+            if ready is not None and (match := re.match(rf"{READY}(https?://\S+)", line)):
+                ready.put(match[1])
+            if lines is not None and line.strip():
+                lines.append(line.strip()[:300])
     if ready is not None:
         ready.put("")
 
@@ -355,55 +356,55 @@ def _listen(stream: Any, ready: queue.Queue[str] | None, words: deque[str] | Non
 
 @dataclass
 class _Call:
-    """One call of the scorer: a child may be started again once in it."""
+    """State of one call of the scorer: its process may be started again once."""
 
-    revivals: int = 1
-    broken: str = ""  # why the rest of the call is not even tried
+    restarts: int = 1
+    broken: str = ""  # why the rest of the call is not tried
     reasons: dict[int, str] = field(default_factory=dict[int, str])
 
 
-class Remote:
-    """A scorer that is asked over HTTP; safe to call from several threads. id, name and metrics are what the server says they are."""
+class RemoteScorer:
+    """A scorer behind HTTP; safe to call from several threads. Its id, name and metrics are the server's."""
 
-    def __init__(self, url: str, token: str, timeout: float, child: Child | None = None) -> None:
-        """Asks the server who it is. Raises UserError in one line where it cannot be had."""
+    def __init__(self, url: str, token: str, timeout: float, process: ScorerProcess | None = None) -> None:
+        """Read /info. Raises UserError in one line where the server does not answer."""
         if token and not (token.isascii() and token.isprintable() and " " not in token):
             raise UserError("a scorer's token is printable ASCII without spaces")
         if not 0 < timeout < threading.TIMEOUT_MAX:
             raise UserError(f"a scorer's timeout is a number of seconds above 0, got {timeout}")
-        self._url, self._token, self.timeout, self._child = _address(url), token, timeout, child
+        self._url, self._token, self.timeout, self._process = _address(url), token, timeout, process
         try:
-            about = _parsed(About, self._send("/about", None, ANSWER, _Call(revivals=0)))
-            if about.protocol != PROTOCOL:
-                raise Unanswered(
-                    f"speaks protocol {about.protocol}, not {PROTOCOL}: install the same gpobench on both sides"
+            info = _parsed(ScorerInfo, self._send("/about", None, RESPONSE_BYTES, _Call(restarts=0)))
+            if info.protocol != PROTOCOL:
+                raise RequestFailed(
+                    f"speaks protocol {info.protocol}, not {PROTOCOL}: install the same gpobench on both sides"
                 )
-        except Unanswered as error:
+        except RequestFailed as error:
             hint = (
                 f"; its token is token in [scorer.NAME], or the environment's {TOKEN}"
                 if "answered 401" in str(error)
                 else ""
             )
             raise UserError(f"the scorer server at {self.url}: {error}{hint}") from None
-        self.id, self.name, self.reference, self.limits = about.id, about.name, about.reference, about.limits
-        self.metrics: Sequence[str] = tuple(about.metrics)
+        self.id, self.name, self.reference, self.limits = info.id, info.name, info.reference, info.limits
+        self.metrics: Sequence[str] = tuple(info.metrics)
 
     @property
     def url(self) -> str:
-        return self._child.url if self._child else self._url
+        return self._process.url if self._process else self._url
 
     @property
     def pid(self) -> int:
-        """The process that was started for it; 0 where there is none."""
-        return self._child.pid if self._child else 0
+        """Id of the process that was started for this scorer; 0 where there is none."""
+        return self._process.pid if self._process else 0
 
     def close(self) -> None:
-        """End the process that was started for it, if one was."""
-        if self._child:
-            self._child.close()
+        """End the process that was started for this scorer, if there is one."""
+        if self._process:
+            self._process.close()
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        """(B, H, W, 3) and B prompts -> every metric (B,); NaN with a reason where no number can be had. ValueError for other shapes."""
+        """(B, H, W, 3) and B prompts -> every metric (B,); NaN with a reason where there is no number. ValueError for other shapes."""
         check_images(images, prompts)
         value: dict[str, Values] = {metric: np.full(len(images), np.nan) for metric in self.metrics}
         notes: list[str] | None = None
@@ -411,19 +412,18 @@ class Remote:
         for rows, body in self._requests(images, prompts, call):
             try:
                 if call.broken:
-                    raise Unanswered(call.broken)
-                answer = self._checked(
-                    _parsed(Answer, self._send("/score", body, ANSWER + ANSWER_ROW * len(rows), call)), len(rows)
-                )
-            except Unanswered as error:
+                    raise RequestFailed(call.broken)
+                limit = RESPONSE_BYTES + RESPONSE_BYTES_PER_IMAGE * len(rows)
+                response = self._checked(_parsed(ScoreResponse, self._send("/score", body, limit, call)), len(rows))
+            except RequestFailed as error:
                 call.reasons |= dict.fromkeys(rows, f"{self.name} at {self.url}: {error}")
                 continue
             for metric in self.metrics:
-                value[metric][rows] = [np.nan if number is None else number for number in answer.value[metric]]
-            call.reasons |= {rows[at]: why for at, why in answer.reasons.items() if why}
-            if answer.notes is not None:
+                value[metric][rows] = [np.nan if number is None else number for number in response.value[metric]]
+            call.reasons |= {rows[at]: why for at, why in response.reasons.items() if why}
+            if response.notes is not None:
                 notes = notes or [""] * len(images)
-                for row, note in zip(rows, answer.notes):
+                for row, note in zip(rows, response.notes):
                     notes[row] = note or ""
         for row in np.flatnonzero(np.isnan(np.stack(list(value.values()))).any(0)):
             call.reasons.setdefault(int(row), f"{self.name} at {self.url}: gave no number and no reason")
@@ -431,43 +431,43 @@ class Remote:
 
     def _requests(self, images: Images, prompts: Sequence[Prompt], call: _Call) -> Iterator[tuple[list[int], bytes]]:
         """Rows and the request for them, each within the server's limits; a row that fits in none gets its reason."""
-        frame = len(_body([(b"", b"")]))
+        frame = len(_encode_body([(b"", b"")]))
         height, width = images.shape[1:3]
-        most = min(self.limits.images, self.limits.pixels // max(height * width, 1))
+        max_rows = min(self.limits.images, self.limits.pixels // max(height * width, 1))
         rows: list[int] = []
-        held: list[tuple[bytes, bytes]] = []
+        pending: list[tuple[bytes, bytes]] = []
         size = frame
         for row, (image, prompt) in enumerate(zip(images, prompts)):
             try:
-                if not most:
+                if not max_rows:
                     raise ValueError(f"{width}x{height} are more pixels than the server takes ({self.limits.pixels})")
-                sent = _row(image, prompt)
+                sent = _encode_row(image, prompt)
                 more = len(sent[0]) + len(sent[1]) + 2
                 if frame + more > self.limits.bytes:
                     raise ValueError(f"{frame + more} bytes are more than the server takes ({self.limits.bytes})")
             except (ValueError, TypeError, RecursionError, OSError) as error:
                 call.reasons[row] = f"{self.name}: cannot be sent: {str(error) or type(error).__name__}"
                 continue
-            if rows and (len(rows) == most or size + more > self.limits.bytes):
-                yield rows, _body(held)
-                rows, held, size = [], [], frame
-            rows, held, size = [*rows, row], [*held, sent], size + more
+            if rows and (len(rows) == max_rows or size + more > self.limits.bytes):
+                yield rows, _encode_body(pending)
+                rows, pending, size = [], [], frame
+            rows, pending, size = [*rows, row], [*pending, sent], size + more
         if rows:
-            yield rows, _body(held)
+            yield rows, _encode_body(pending)
 
     def _send(self, path: str, body: bytes | None, most: int, call: _Call) -> bytes:
-        """The answer to one request, asked for up to TRIES times; Unanswered with why there is none."""
+        """The response to one request, tried up to TRIES times; RequestFailed with the reason where there is none."""
         why = ""
         for turn in range(TRIES):
             time.sleep(PAUSE * 2 ** (turn - 1) if turn else 0)
             try:
-                if self._child and call.revivals and self._child.revive():
-                    call.revivals -= 1
-                token = self._child.token if self._child else self._token
+                if self._process and call.restarts and self._process.ensure_running():
+                    call.restarts -= 1
+                token = self._process.token if self._process else self._token
                 status, data = _exchange(self.url + path, body, token, self.timeout, most)
-            except UserError as error:  # the child did not come up again
+            except UserError as error:  # its process did not start again
                 call.broken = str(error)
-                raise Unanswered(call.broken) from None
+                raise RequestFailed(call.broken) from None
             except TimeoutError:
                 why = f"no answer within {self.timeout:g} s"
             except (OSError, HTTPException) as error:
@@ -477,40 +477,40 @@ class Remote:
                     return data
                 why = _refusal(status, data)
                 if status < 500:
-                    raise Unanswered(why)
+                    raise RequestFailed(why)
         call.broken = f"{why} ({TRIES} tries)"
-        raise Unanswered(call.broken)
+        raise RequestFailed(call.broken)
 
-    def _checked(self, answer: Answer, n: int) -> Answer:
-        """The answer, when it is one to n pictures by the scorer that was asked; else Unanswered."""
-        if answer.id != self.id:
-            raise Unanswered(f"answers as {answer.id}, was {self.id}")
+    def _checked(self, response: ScoreResponse, n: int) -> ScoreResponse:
+        """The response, if it has n numbers for each metric and comes from the same scorer; else RequestFailed."""
+        if response.id != self.id:
+            raise RequestFailed(f"answers as {response.id}, was {self.id}")
         for metric in self.metrics:
-            if metric not in answer.value:
-                raise Unanswered(f"sent no {metric!r}")
-            if len(answer.value[metric]) != n:
-                raise Unanswered(f"sent {len(answer.value[metric])} numbers of {metric} for {n} images")
-        if answer.notes is not None and len(answer.notes) != n:
-            raise Unanswered(f"sent {len(answer.notes)} notes for {n} images")
-        if not all(0 <= row < n for row in answer.reasons):
-            raise Unanswered(f"sent reasons for rows {sorted(answer.reasons)} of {n} images")
-        return answer
+            if metric not in response.value:
+                raise RequestFailed(f"sent no {metric!r}")
+            if len(response.value[metric]) != n:
+                raise RequestFailed(f"sent {len(response.value[metric])} numbers of {metric} for {n} images")
+        if response.notes is not None and len(response.notes) != n:
+            raise RequestFailed(f"sent {len(response.notes)} notes for {n} images")
+        if not all(0 <= row < n for row in response.reasons):
+            raise RequestFailed(f"sent reasons for rows {sorted(response.reasons)} of {n} images")
+        return response
 
 
-def connect(url: str, *, token: str = "", timeout: float = 60.0) -> Remote:
-    """The scorer served at a URL. timeout: seconds a request may take. UserError where nobody serves one there."""
-    return Remote(url, token, timeout)
+def connect(url: str, *, token: str = "", timeout: float = 60.0) -> RemoteScorer:
+    """The scorer served at a URL. timeout: seconds a request may take. UserError where no scorer is served there."""
+    return RemoteScorer(url, token, timeout)
 
 
-def start(python: str, reference: str, *, timeout: float = 60.0) -> Remote:
+def start(python: str, reference: str, *, timeout: float = 60.0) -> RemoteScorer:
     """The scorer in another Python, which must have gpobench[serve]: a process of its own, behind a random token, on the loopback.
 
-    A process that died is started again, once a call. UserError where it does not come up, with its last words.
+    A process that died is started again, once a call. UserError, with its last output, where it fails to start.
     """
-    child = Child(python, reference)
+    process = ScorerProcess(python, reference)
     try:
-        child.revive()
-        return Remote(child.url, child.token, timeout, child)
+        process.ensure_running()
+        return RemoteScorer(process.url, process.token, timeout, process)
     except BaseException:
-        child.close()
+        process.close()
         raise

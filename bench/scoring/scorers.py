@@ -1,18 +1,14 @@
-"""Scorers wherever they live: made here, served over HTTP, run by another Python, or several blended into one.
+"""Opens the scorer behind a reference, blends several into one, and checks every answer before it is used.
 
-A reference is `name`, `name:variant`, `path/to/file.py:Name`, or a blend of those, `pickscore*0.5+rapidocr`. Where a name lives
-elsewhere, a `Place` says so: `--scorer NAME=URL`, or a table `[scorer.NAME]` of a TOML file. What asks for the name need not know.
+A scorer runs in this process, behind a URL, or in another Python; the caller need not know which. How references and locations
+are written: bench/scoring/references.py.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,149 +16,47 @@ import numpy as np
 from .. import registry
 from ..errors import UserError
 from ..spec import Images, Prompt, Scorer, Scores, Values
-from .remote import TOKEN, Remote, connect, start
-
-OPTION = "--scorer NAME=URL, e.g. --scorer geneval=http://127.0.0.1:8100"
-TABLE = '[scorer.NAME] with url = "http://..." or python = "/path/to/python", and token, timeout'
-_WEIGHT = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[iI]nf|[nN]a[nN])"
-_TERM = re.compile(rf"\s*(?P<name>[^*+]*?)\s*(?:\*\s*(?P<weight>{_WEIGHT})\s*)?(?P<end>\+|\Z)")
+from .references import ScorerLocation, ScorerReference, blend_name
+from .remote import RemoteScorer, connect, start
 
 
-@dataclass(frozen=True)
-class ScorerLocation:
-    """Where a scorer lives: behind a URL, or in another Python that is started for it."""
+def open_scorer(reference: str, locations: Mapping[str, ScorerLocation] | None = None) -> Scorer:
+    """The scorer behind a reference, made in this process or connected to at its location.
 
-    url: str = ""
-    python: str = ""  # an interpreter that has gpobench[serve] and what the scorer needs
-    token: str = ""  # of the server behind the URL
-    timeout: float = 60.0  # seconds that one request may take
-
-    def __post_init__(self) -> None:
-        if bool(self.url) == bool(self.python):
-            raise UserError(f"a scorer's place is either a url or a python; use {TABLE}")
-        if not 0 < self.timeout < math.inf:
-            raise UserError(f"a scorer's timeout is a number of seconds above 0, got {self.timeout}")
-
-
-def scorer_locations(options: Iterable[str], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, ScorerLocation]:
-    """Scorer -> where it lives, from `NAME=URL` options and `[scorer.NAME]` tables; an option wins over a table.
-
-    A URL without a token gets the one in the environment variable GPOBENCH_SCORER_TOKEN, if there is one.
-    Raises UserError on anything that is neither.
+    A location is looked up by the whole reference first, then by the name before the colon; aliases are one name. Raises
+    UserError where there is no such scorer, or the server at its location does not answer or serves another one; Missing where
+    its engine is not installed.
     """
-    found: dict[str, ScorerLocation] = {}
-    for name, table in tables.items():
-        key = registry.canonical("scorer", name)
-        if key in found:
-            raise UserError(f"[scorer.{name}]: the scorer {key!r} has a place already; keep one of the two tables")
-        found[key] = _from_table(name, table)
-    told: set[str] = set()
-    for option in options:
-        match = re.fullmatch(r"\s*(.+?)\s*=\s*(https?://\S+?)\s*", option)
-        if match is None:
-            raise UserError(f"--scorer {option!r} names no place; use {OPTION}")
-        key = registry.canonical("scorer", match[1])
-        if key in told:
-            raise UserError(f"--scorer {option!r}: the scorer {key!r} has a place already; name it once")
-        told.add(key)
-        found[key] = ScorerLocation(url=match[2], token=os.environ.get(TOKEN, ""))
-    return found
+    locations = locations or {}
+    whole = ScorerReference.single(reference)
+    if whole.text in {registry.canonical("scorer", name) for name in locations}:  # whatever it would mean as a blend
+        return _open(whole, locations)
+    return _open(ScorerReference.parse(reference), locations)
 
 
-def _from_table(name: str, table: Mapping[str, Any]) -> ScorerLocation:
-    where = f"[scorer.{name}]"
-    kinds = {"url": str, "python": str, "token": str, "timeout": (int, float)}
-    for key, value in table.items():
-        if key not in kinds:
-            raise registry.unknown(f"key of {where}", key, kinds)
-        if not isinstance(value, kinds[key]) or isinstance(value, bool):
-            raise UserError(f"{where}: {key} = {value!r} is of the wrong type; use {TABLE}")
-    try:
-        place = ScorerLocation(**table)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    return replace(place, token=os.environ.get(TOKEN, "")) if place.url and not place.token else place
-
-
-# References
-
-
-def parts(reference: str) -> tuple[tuple[str, float], ...]:
-    """The references a reference is made of, with their weights; a plain one is itself with weight 1.
-
-    Inside a blend a path may hold neither `+` nor `*`. Raises UserError on what cannot be read, a scorer said twice, and a
-    weight that is 0 or not finite.
-    """
-    file, _, name = reference.strip().rpartition(":")
-    if name.isidentifier() and file.endswith(".py") and Path(file).is_file():
-        return ((reference.strip(), 1.0),)
-    found: dict[str, float] = {}
-    at, more = 0, True
-    while more:
-        term = _TERM.match(reference, at)
-        if term is None or not term["name"]:
-            raise UserError(
-                f"cannot read the blend {reference!r}; write NAME*WEIGHT+NAME*WEIGHT, e.g. pickscore*0.5+rapidocr"
-            )
-        weight = float(term["weight"] or 1)
-        if not math.isfinite(weight) or weight == 0:
-            raise UserError(
-                f"the blend {reference!r}: {term['name']} has the weight {term['weight']}; any other number will do"
-            )
-        name = registry.canonical("scorer", term["name"])
-        if name in found:
-            raise UserError(f"the blend {reference!r} names {name!r} twice; add the two weights")
-        found[name] = weight
-        at, more = term.end(), term["end"] == "+"
-    return tuple(found.items())
-
-
-def expression(terms: Iterable[tuple[str, float]]) -> str:
-    """How a blend is written: sorted by name, weights as short as they can be, 1 left out."""
-    said = [(f"({name})" if set(name) & set("+*") else name, weight) for name, weight in terms]
-    return "+".join(name if weight == 1 else f"{name}*{_short(weight)}" for name, weight in sorted(said))
-
-
-def _short(weight: float) -> str:
-    return repr(weight).removesuffix(".0")
-
-
-def open_scorer(reference: str, places: Mapping[str, ScorerLocation] | None = None) -> Scorer:
-    """The scorer behind a reference, made here or found at its place.
-
-    A place is looked up by the whole reference first, then by the name before the colon; aliases are one name. Raises UserError
-    where there is no such scorer, or the server at its place is not there or serves another one; Missing where its engine is not
-    installed.
-    """
-    known = {registry.canonical("scorer", name): place for name, place in (places or {}).items()}
-    whole = registry.canonical("scorer", reference.strip())
-    base = whole if ".py:" in whole else whole.partition(":")[0]
-    place = known.get(whole) or known.get(base)
-    if place is not None:
-        return _open_at(place, whole)
-    terms = parts(reference)
-    if len(terms) == 1 and terms[0][1] == 1:
-        only = terms[0][0]
-        return registry.scorer(only) if only == whole else open_scorer(only, places)
+def _open(reference: ScorerReference, locations: Mapping[str, ScorerLocation]) -> Scorer:
+    if not reference.terms:
+        location = reference.at(locations)
+        return _open_at(location, reference) if location else registry.scorer(reference.text)
     opened: list[tuple[Scorer, float]] = []
     try:
-        for name, weight in terms:
-            opened.append((open_scorer(name, places), weight))
+        for scorer, weight in reference.terms:
+            opened.append((_open(scorer, locations), weight))
         return Blend(opened)
     except BaseException:
         close_scorers([part for part, _ in opened])
         raise
 
 
-def _open_at(place: ScorerLocation, reference: str) -> Remote:
-    if place.python:
-        return start(place.python, reference, timeout=place.timeout)
-    remote = connect(place.url, token=place.token, timeout=place.timeout)
+def _open_at(location: ScorerLocation, reference: ScorerReference) -> RemoteScorer:
+    if location.python:
+        return start(location.python, reference.text, timeout=location.timeout)
+    remote = connect(location.url, token=location.token, timeout=location.timeout)
     served = registry.canonical("scorer", remote.reference)
-    name = reference.partition(":")[0]
-    if served and served != reference and name in registry.entries("scorer"):
+    if served and served != reference.text and reference.base in registry.entries("scorer"):
         raise UserError(
-            f"the server at {place.url} serves {served!r}, not {reference!r}; start it with: gpobench serve-scorer {reference}"
+            f"the server at {location.url} serves {served!r}, not {reference.text!r}; start it with: "
+            f"gpobench serve-scorer {reference.text}"
         )
     return remote
 
@@ -172,7 +66,7 @@ def close_scorers(scorers: Iterable[Scorer]) -> None:
     for scorer in scorers:
         if isinstance(scorer, Blend):
             close_scorers([part for part, _ in scorer.parts])
-        elif isinstance(scorer, Remote):
+        elif isinstance(scorer, RemoteScorer):
             scorer.close()
 
 
@@ -192,7 +86,7 @@ class Blend:
         for part, weight in self.parts:
             if not math.isfinite(weight) or weight == 0:
                 raise UserError(f"a blend's weights are finite and not 0, got {weight} for {part.name}")
-        self.name = expression((part.name, weight) for part, weight in self.parts)
+        self.name = blend_name((part.name, weight) for part, weight in self.parts)
         self.id = (
             "blend(" + ", ".join(f"{weight!r} * {id}" for id, weight in sorted((p.id, w) for p, w in self.parts)) + ")"
         )
@@ -228,18 +122,18 @@ def ask(scorer: Scorer, images: Images, prompts: Sequence[Prompt]) -> Scores:
         return _checked(scorer, scorer(images, prompts), len(images))
     except UserError as error:
         if len(images) == 1:
-            return _nothing(scorer, 1, error)
-        return _joined(scorer, [ask(scorer, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))])
+            return _all_missing(scorer, 1, error)
+        return _concatenated(scorer, [ask(scorer, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))])
     except (Exception, SystemExit) as error:  # a scorer is foreign code: nothing it does may end or falsify a run
-        return _nothing(scorer, len(images), error)
+        return _all_missing(scorer, len(images), error)
 
 
-def _nothing(scorer: Scorer, n: int, error: BaseException) -> Scores:
+def _all_missing(scorer: Scorer, n: int, error: BaseException) -> Scores:
     nan = {metric: np.full(n, np.nan) for metric in scorer.metrics}
-    return Scores(nan, dict.fromkeys(range(n), f"{scorer.name}: {_said(error)}"))
+    return Scores(nan, dict.fromkeys(range(n), f"{scorer.name}: {_error_text(error)}"))
 
 
-def _joined(scorer: Scorer, each: Sequence[Scores]) -> Scores:
+def _concatenated(scorer: Scorer, each: Sequence[Scores]) -> Scores:
     """The answers to single images as one."""
     value = {metric: np.concatenate([np.zeros(0), *(one.value[metric] for one in each)]) for metric in scorer.metrics}
     reasons = {row: why for row, one in enumerate(each) for why in one.reasons.values()}
@@ -247,7 +141,7 @@ def _joined(scorer: Scorer, each: Sequence[Scores]) -> Scores:
     return Scores(value, reasons, notes if any(notes) else None)
 
 
-def _said(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     try:
         text = str(error)
     except Exception:  # even this is foreign code

@@ -1,14 +1,13 @@
-"""A counter window: pictures and prompts are handed in over HTTP, one scorer behind the glass hands numbers back.
+"""HTTP server of one scorer: takes PNG images and prompts as JSON and returns scores.
 
-The wire is described in `bench/scoring/remote.py`. What is handed in is data of strangers: sizes are bounded while it is
-read, pictures are PNG and nothing else, their headers are looked at before they are decoded, and nothing is ever unpickled.
+The protocol is described in `bench/scoring/remote.py`. Requests are untrusted: their sizes are bounded while they are read,
+images are PNG and nothing else, their headers are checked before they are decoded, and nothing is ever unpickled.
 """
 
 import argparse
 import asyncio
 import base64
 import hmac
-import io
 import ipaddress
 import os
 import signal
@@ -25,17 +24,18 @@ import numpy as np
 from pydantic import ValidationError
 
 from ..errors import Missing, UserError
+from ..images import png_pixels
 from ..spec import Images, Prompt, Scorer
-from .remote import MAGIC, PROTOCOL, READY, TOKEN, About, Answer, Limits, Question, wrong
+from .remote import MAGIC, PROTOCOL, READY, TOKEN, Limits, ScoreRequest, ScoreResponse, ScorerInfo, first_error
 from .scorers import ask, close_scorers, open_scorer
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-WAITING = 64  # connections at once; further ones are told 503
+MAX_CONNECTIONS = 64  # at once; further ones are answered with 503
 
 
-def _printed(line: str) -> None:
+def _print_line(line: str) -> None:
     print(line, flush=True)
 
 
@@ -48,7 +48,7 @@ def serve(
     max_images: int = 64,
     max_bytes: int = 64 * 2**20,
     max_pixels: int = 64 * 2**20,
-    say: Callable[[str], object] = _printed,
+    say: Callable[[str], object] = _print_line,
 ) -> None:
     """Serve a scorer until SIGINT or SIGTERM; says `ready: URL ID` when it answers. Port 0 takes a free one.
 
@@ -56,7 +56,7 @@ def serve(
     Raises UserError on a bound that is none, a port that is taken, and an address others can reach without a token; Missing without
     fastapi and uvicorn.
     """
-    if not token and not _private(host):
+    if not token and not _is_loopback(host):
         raise UserError(
             f"{host} can be reached from elsewhere: set a token in the environment variable {TOKEN}, or use 127.0.0.1"
         )
@@ -75,39 +75,39 @@ def serve(
         ) from None
     scorer = open_scorer(reference)
     try:
-        line = _bound(host, port)
-        name = f"[{host}]" if line.family == socket.AF_INET6 else host
-        ready = f"{READY}http://{name}:{line.getsockname()[1]} {scorer.id}"
+        listener = _listening_socket(host, port)
+        name = f"[{host}]" if listener.family == socket.AF_INET6 else host
+        ready = f"{READY}http://{name}:{listener.getsockname()[1]} {scorer.id}"
         app = application(scorer, limits, token=token, reference=reference, up=lambda: say(ready))
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, limit_concurrency=WAITING, timeout_graceful_shutdown=5
+            app, log_level="warning", access_log=False, limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=5
         )
         server = uvicorn.Server(config)
         main = threading.current_thread() is threading.main_thread()
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # its parent ends it
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # the parent process ends this one
             main = False
             server.capture_signals = nullcontext  # type: ignore[method-assign]
-        # uvicorn ends in good order at the first signal, then sends it again to whoever it found in its place
+        # uvicorn ends in good order at the first signal, then sends it again to the handler that it replaced
         before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM) if main}
         try:
-            server.run(sockets=[line])
+            server.run(sockets=[listener])
         finally:
-            line.close()
+            listener.close()
             for number, action in before.items():
                 signal.signal(number, action)
     finally:
         close_scorers([scorer])
 
 
-def _private(host: str) -> bool:
-    """Can only this machine reach it?"""
+def _is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _listening_socket(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=128)
@@ -118,123 +118,130 @@ def _bound(host: str, port: int) -> socket.socket:
 def application(
     scorer: Scorer, limits: Limits, *, token: str = "", reference: str = "", up: Callable[[], object] = lambda: None
 ) -> "FastAPI":
-    """The window for one scorer; `up` is called when it opens. Engines are not made for several threads: one question at a time."""
+    """The web application of one scorer; `up` is called when it starts.
+
+    Engines are not made for several threads: the scorer is called for one request at a time.
+    """
     from fastapi import FastAPI, HTTPException, Request, Response
     from starlette.concurrency import run_in_threadpool
     from starlette.requests import ClientDisconnect
 
-    about = About(
-        id=scorer.id,
-        name=scorer.name,
-        metrics=list(scorer.metrics),
-        protocol=PROTOCOL,
-        limits=limits,
+    info = ScorerInfo(
+        id=scorer.id, name=scorer.name, metrics=list(scorer.metrics), protocol=PROTOCOL, limits=limits,
         reference=reference,
-    )
-    turn = asyncio.Lock()
+    )  # fmt: skip
+    lock = asyncio.Lock()
 
     @asynccontextmanager
-    async def open_window(_: FastAPI) -> AsyncGenerator[None]:
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
         up()
         yield
 
-    app = FastAPI(openapi_url=None, lifespan=open_window)
-
-    def let_in(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("utf-8", "replace")
-        if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            raise HTTPException(401, "the token is missing or wrong", {"WWW-Authenticate": "Bearer"})
-
-    async def read(request: Request) -> bytes:
-        body = bytearray()
-        async for part in request.stream():  # what Content-Length says is no promise
-            body += part
-            if len(body) > limits.bytes:
-                why = f"a request has at most {limits.bytes} bytes"
-                raise HTTPException(413, why, {"Connection": "close"})  # the rest would be read, if only to be dropped
-        return bytes(body)
+    app = FastAPI(openapi_url=None, lifespan=lifespan)
 
     async def health() -> dict[str, bool]:
         return {"ok": True}
 
-    async def who(request: Request) -> About:
-        let_in(request)
-        return about
+    async def about(request: Request) -> ScorerInfo:
+        _authorise(request, token)
+        return info
 
     async def score(request: Request) -> Response:
-        let_in(request)
+        _authorise(request, token)
         try:
-            question = _understood(await read(request))
+            parsed = _parse_request(await _read_body(request, limits))
         except ClientDisconnect:
             return Response(status_code=408)
-        if isinstance(question, str):
-            raise HTTPException(422, question)
-        if len(question.images) > limits.images:
-            raise HTTPException(413, f"a request has at most {limits.images} images, not {len(question.images)}")
-        async with turn:
-            if await request.is_disconnected():  # it did not want to wait that long
+        if isinstance(parsed, str):
+            raise HTTPException(422, parsed)
+        if len(parsed.images) > limits.images:
+            raise HTTPException(413, f"a request has at most {limits.images} images, not {len(parsed.images)}")
+        async with lock:
+            if await request.is_disconnected():  # the client gave up while it waited
                 return Response(status_code=408)
-            answer = await run_in_threadpool(answered, scorer, question, limits.pixels)
-        if answer is None:
+            response = await run_in_threadpool(score_request, scorer, parsed, limits.pixels)
+        if response is None:
             raise HTTPException(413, f"the images of a request have at most {limits.pixels} pixels together")
-        return Response(answer.model_dump_json(), media_type="application/json")
+        return Response(response.model_dump_json(), media_type="application/json")
 
     app.add_api_route("/health", health, methods=["GET"])
-    app.add_api_route("/about", who, methods=["GET"])
+    app.add_api_route("/about", about, methods=["GET"])
     app.add_api_route("/score", score, methods=["POST"])
     return app
 
 
-def _understood(body: bytes) -> Question | str:
-    """The question, or what is wrong with it."""
+def _authorise(request: Any, token: str) -> None:
+    """Refuse a request without the token, where there is one."""
+    from fastapi import HTTPException
+
+    given = request.headers.get("authorization", "").encode("utf-8", "replace")
+    if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
+        raise HTTPException(401, "the token is missing or wrong", {"WWW-Authenticate": "Bearer"})
+
+
+async def _read_body(request: Any, limits: Limits) -> bytes:
+    """The body of a request; refused as soon as it exceeds the limit, whatever its Content-Length says."""
+    from fastapi import HTTPException
+
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > limits.bytes:
+            why = f"a request has at most {limits.bytes} bytes"
+            raise HTTPException(413, why, {"Connection": "close"})  # the rest would be read, if only to be dropped
+    return bytes(body)
+
+
+def _parse_request(body: bytes) -> ScoreRequest | str:
+    """The request, or the reason why it is refused."""
     try:
-        question = Question.model_validate_json(body)
+        request = ScoreRequest.model_validate_json(body)
     except ValidationError as error:
-        return wrong(error)
-    if len(question.images) != len(question.prompts):
-        return f"{len(question.images)} images but {len(question.prompts)} prompts"
-    return question
+        return first_error(error)
+    if len(request.images) != len(request.prompts):
+        return f"{len(request.images)} images but {len(request.prompts)} prompts"
+    return request
 
 
-def answered(scorer: Scorer, question: Question, pixels: int) -> Answer | None:
-    """What the scorer says; a picture that cannot be read costs its own row only. None: more than `pixels` pixels together."""
-    n = len(question.images)
+def score_request(scorer: Scorer, request: ScoreRequest, pixels: int) -> ScoreResponse | None:
+    """Score a request; an image that cannot be read costs its own row only. None: more than `pixels` pixels together."""
+    n = len(request.images)
     reasons: dict[int, str] = {}
     files: dict[int, bytes] = {}
-    for row, text in enumerate(question.images):
+    for row, text in enumerate(request.images):
         try:
-            files[row] = _png(text, pixels)
+            files[row] = _checked_png(text, pixels)
         except ValueError as error:
             reasons[row] = f"image refused: {error}"
-    if sum(height * width for height, width in map(_size, files.values())) > pixels:
+    if sum(height * width for height, width in map(_png_size, files.values())) > pixels:
         return None
     shapes: dict[tuple[int, int], dict[int, Images]] = {}
     for row, content in files.items():
         try:
-            shapes.setdefault(_size(content), {})[row] = _decoded(content)
-        except Exception as error:  # Pillow meets the bytes of strangers: there is no end to what it raises
+            shapes.setdefault(_png_size(content), {})[row] = png_pixels(content)
+        except Exception as error:  # on foreign bytes Pillow may raise anything
             reasons[row] = f"image refused: {type(error).__name__}: {error}"
-    prompts = [Prompt(asked.text, asked.meta, asked.stratum) for asked in question.prompts]
+    prompts = [Prompt(prompt.text, prompt.meta, prompt.stratum) for prompt in request.prompts]
     value: dict[str, list[float | None]] = {metric: [None] * n for metric in scorer.metrics}
     notes: list[str | None] = [None] * n
-    for pictures in shapes.values():  # pictures of one size are one batch
-        rows = list(pictures)
+    for batch in shapes.values():  # images of one size are one batch
+        rows = list(batch)
         if not rows:
             continue
-        scores = ask(scorer, np.stack(list(pictures.values())), [prompts[row] for row in rows])
+        scores = ask(scorer, np.stack(list(batch.values())), [prompts[row] for row in rows])
         for metric, column in scores.value.items():
             for row, number in zip(rows, column.tolist()):
                 value[metric][row] = number if np.isfinite(number) else None
         reasons |= {rows[at]: why for at, why in scores.reasons.items()}
         for row, note in zip(rows, scores.notes or ()):
             notes[row] = str(note)
-    return Answer(
+    return ScoreResponse(
         id=scorer.id, value=value, reasons=reasons, notes=notes if any(n is not None for n in notes) else None
     )
 
 
-def _png(text: str, pixels: int) -> bytes:
-    """The bytes of a PNG of at most so many pixels in 8 bit RGB; ValueError on anything else. Nothing is decoded."""
+def _checked_png(text: str, pixels: int) -> bytes:
+    """The bytes of a PNG in 8 bit RGB with at most `pixels` pixels; ValueError on anything else. Nothing is decoded."""
     try:
         content = base64.b64decode(text, validate=True)
     except ValueError:
@@ -243,30 +250,20 @@ def _png(text: str, pixels: int) -> bytes:
         raise ValueError("not a PNG")
     if content[24:26] != bytes((8, 2)):  # bits a channel, colour type
         raise ValueError("not 8 bit RGB")
-    height, width = _size(content)
+    height, width = _png_size(content)
     if not 0 < height * width <= pixels:
         raise ValueError(f"{width}x{height} pixels, at most {pixels} can be taken")
     return content
 
 
-def _size(content: bytes) -> tuple[int, int]:
-    """(height, width) as the header of a PNG says."""
+def _png_size(content: bytes) -> tuple[int, int]:
+    """(height, width) from the header of a PNG."""
     width, height = struct.unpack(">II", content[16:24])
     return height, width
 
 
-def _decoded(content: bytes) -> Images:
-    """(H, W, 3)."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-        if image.mode != "RGB":
-            raise ValueError(f"not RGB but {image.mode}")
-        return np.asarray(image)
-
-
 def _end_with_parent() -> None:
-    """End this process when its standard input does: whoever started it is gone, however it went."""
+    """End this process when its standard input ends: then the process that started it is gone."""
 
     def watch() -> None:
         with suppress(OSError, ValueError):
@@ -287,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--with-parent", action="store_true", help="end when standard input does")
     given: Any = parser.parse_args(arguments)
     if given.with_parent:
-        for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole job, they are the parent's to obey
+        for number in (signal.SIGINT, signal.SIGTERM):  # sent to a whole job, they are handled by the parent
             signal.signal(number, signal.SIG_IGN)
         _end_with_parent()
     try:

@@ -9,7 +9,6 @@ that `datasets.save_to_disk` wrote. A row that cannot be used is skipped, and co
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 from collections import Counter
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..images import fitted_pixels
 from ..losses import margin_mask
 from ..spec import Images
 
@@ -92,7 +92,7 @@ class PairSet:
         chunk, chunk_row, winner = (int(n) for n in self.place[row])
         table = self._chunk(chunk)
         try:
-            sides = [decoded(_content(table.column(name)[chunk_row]), height, width) for name in SIDES]
+            sides = [fitted_pixels(_content(table.column(name)[chunk_row]), height, width) for name in SIDES]
         except Exception:  # Pillow may raise anything on bytes from elsewhere
             return "unreadable image"
         if np.array_equal(sides[0], sides[1]):
@@ -106,14 +106,6 @@ class PairSet:
             while len(self._cached) > 1 and sum(table.nbytes for table in self._cached.values()) > CACHED:
                 del self._cached[next(iter(self._cached))]
         return self._cached[number]
-
-
-def decoded(content: bytes, height: int, width: int) -> Images:
-    """(H, W, 3): an encoded image, cropped around its centre to the wanted aspect, then resized by Lanczos."""
-    from PIL import Image, ImageOps
-
-    with Image.open(io.BytesIO(content)) as image:
-        return np.asarray(ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
 
 
 def open_pairs(reference: str) -> PairSet:

@@ -1,4 +1,4 @@
-"""Colour classifiers: the crayon one on prints, the published one on random weights of a small architecture of the same make."""
+"""Colour classifiers: the palette one on prints, the published one on random weights of a small architecture of the same make."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_file_of_yours_is_named_in_the_id(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_crayons_are_told_apart(masked: bool) -> None:
+def test_palette_colours_are_told_apart(masked: bool) -> None:
     rng = np.random.default_rng(0)
     for kind in glyphs.SHAPES:
         for colour, rgb in glyphs.SHAPE_COLOURS.items():

@@ -1,4 +1,4 @@
-"""The held-out eye: what it counts, in any colour, that it is independent of the crayon counter, and what its weights are."""
+"""Held-out shape detector: what it counts, in any colour, that it is independent of the palette counter, and its weights."""
 
 from __future__ import annotations
 

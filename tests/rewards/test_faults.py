@@ -1,4 +1,4 @@
-"""A thousand blows to the scale: whatever breaks, no broken score becomes a number, every gap has a reason, all are counted."""
+"""A thousand planted faults: no broken score becomes a number, every gap has a reason, and all are counted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from gpobench.bench.errors import UserError
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.scoring import remote
-from gpobench.bench.scoring.remote import Limits, Remote, connect, start
+from gpobench.bench.scoring.remote import Limits, RemoteScorer, connect, start
 from gpobench.bench.spec import Prompt, Scorer, Scores
 from gpobench.bench.training.rig import Rig, timed_scores
 from gpobench.rewards import reader
@@ -38,9 +38,9 @@ class Bench:
     """The sound scorer, its real server, and all the broken ones."""
 
     liar: Any
-    sound: Remote  # a real server
-    dead: Remote
-    lying: dict[str, Remote]
+    sound: RemoteScorer  # a real server
+    dead: RemoteScorer
+    lying: dict[str, RemoteScorer]
     monkeypatch: pytest.MonkeyPatch
 
     def scorer(self, fault: Any, bad: tuple[int, ...]) -> Scorer:
@@ -65,7 +65,7 @@ class Bench:
             broken = fault.family == "picture" and seen[-1] in bad
             return faulty.PICTURES[fault.kind](image) if broken else faulty.PNG(image)
 
-        self.monkeypatch.setattr(remote, "png", png)
+        self.monkeypatch.setattr(remote, "encode_png", png)
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def words() -> tuple[np.ndarray, list[Prompt]]:
 
 
 @pytest.fixture(scope="module")
-def child() -> Iterator[Remote]:
+def child() -> Iterator[RemoteScorer]:
     opened = start(sys.executable, "reader", timeout=60)
     yield opened
     opened.close()
@@ -187,7 +187,7 @@ def same(a: Scores, b: Scores) -> None:
     assert dict(a.reasons) == dict(b.reasons) and list(a.notes or ()) == list(b.notes or ())
 
 
-def test_another_process_gives_the_same_bits(child: Remote, local: Scorer, words: Any) -> None:
+def test_another_process_gives_the_same_bits(child: RemoteScorer, local: Scorer, words: Any) -> None:
     assert (child.id, child.name, tuple(child.metrics)) == (local.id, local.name, tuple(local.metrics))
     here, there = local(*words), child(*words)
     same(here, there)
@@ -198,7 +198,7 @@ def test_another_process_gives_the_same_bits(child: Remote, local: Scorer, words
     )  # its own refusal, word for word
 
 
-def test_four_threads_agree(child: Remote, local: Scorer, words: Any) -> None:
+def test_four_threads_agree(child: RemoteScorer, local: Scorer, words: Any) -> None:
     images, prompts = words
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(child, images[i : i + 70], prompts[i : i + 70]) for i in (0, 20, 40, 60)]
@@ -206,7 +206,7 @@ def test_four_threads_agree(child: Remote, local: Scorer, words: Any) -> None:
             same(local(images[i : i + 70], prompts[i : i + 70]), answer.result())
 
 
-def test_only_who_has_the_token_is_answered(child: Remote) -> None:
+def test_only_who_has_the_token_is_answered(child: RemoteScorer) -> None:
     with pytest.raises(
         UserError, match=f"{child.url}: answered 401: the token is missing or wrong; its token is"
     ) as refused:
@@ -216,7 +216,7 @@ def test_only_who_has_the_token_is_answered(child: Remote) -> None:
         connect(child.url)
 
 
-def test_a_killed_process_is_started_again(child: Remote, local: Scorer, words: Any) -> None:
+def test_a_killed_process_is_started_again(child: RemoteScorer, local: Scorer, words: Any) -> None:
     """Killed between two calls, and in the middle of one: numbers or reasons, and never a hang."""
     images, prompts = words
     began = time.perf_counter()

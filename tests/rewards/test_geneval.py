@@ -1,4 +1,4 @@
-"""The scorer over real detectors and real prints: numbers, failures, ids; the rule itself is tested beside its file."""
+"""Scorer `geneval` over real detectors and rendered images: numbers, failures, ids; the rule has a test file of its own."""
 
 from __future__ import annotations
 

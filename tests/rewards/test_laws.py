@@ -1,4 +1,4 @@
-"""The same oath for every scorer that runs without a download: a score belongs to its picture and to nothing else."""
+"""Laws of every scorer that runs without a download: a score depends on its image and prompt alone."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpobench.bench.assets import weight_store
+from gpobench.bench.assets import downloads, weight_store
 from gpobench.bench.assets.glyphs import INKS, PAPERS, draw_word
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.spec import Prompt
@@ -187,7 +187,7 @@ def test_models_that_fetch_left_in_the_store_are_found_and_noted(home: None, rap
     for name in names:
         shutil.copytree(paddle.from_wheel(name), weight_store.store() / "PaddlePaddle" / name)
     try:
-        with weight_store.ledger() as asked:
+        with downloads.log_downloads() as asked:
             stored = paddle.make("rapid")
         assert [one.source for one in asked] == [f"PaddlePaddle/{name}" for name in names]
         assert all(one.path.is_relative_to(weight_store.store()) for one in asked) and stored.id == rapid.id
@@ -204,7 +204,7 @@ def test_models_that_paddleocr_itself_fetched_are_found_and_noted(
         source = next(Path(os.environ["XDG_CACHE_HOME"]).rglob(f"paddleocr/*/{name}"))
         shutil.copytree(source, tmp_path / "official_models" / f"{name}{suffix}")
         (tmp_path / "official_models" / f"{name}{suffix}" / "README.md").write_text("not needed")
-    with weight_store.ledger() as asked:
+    with downloads.log_downloads() as asked:
         assert paddle.make("rapid").id == rapid.id
     assert [sorted(one.files()) for one in asked] == [["inference.onnx", "inference.yml"]] * 2
 

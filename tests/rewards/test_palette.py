@@ -33,8 +33,8 @@ def worn() -> Images:
 
 def reference(image: np.ndarray, colour: str) -> list[tuple[int, float]]:
     """(area, fill) of the blobs, in float64 and scipy's own opening."""
-    crayons = [*glyphs.SHAPE_COLOURS.values(), *glyphs.PAPERS.values()]
-    gaps = ((image[..., None, :].astype(np.float64) - np.array(crayons, np.float64)) ** 2).sum(-1)
+    palette_colours = [*glyphs.SHAPE_COLOURS.values(), *glyphs.PAPERS.values()]
+    gaps = ((image[..., None, :].astype(np.float64) - np.array(palette_colours, np.float64)) ** 2).sum(-1)
     mask = gaps[..., list(glyphs.SHAPE_COLOURS).index(colour)] == gaps.min(-1)
     labels, _ = ndimage.label(ndimage.binary_opening(mask, np.ones((2, 2), bool)))
     found = []

@@ -76,12 +76,12 @@ def test_case_and_spaces_say_nothing_and_other_white_space_does(target: str, rea
 
 @given(targets, texts, texts)
 def test_the_loopholes_are_the_published_ones(target: str, before: str, after: str) -> None:
-    framed = rules.clean(before) + rules.clean(target) + rules.clean(after)
-    if rules.clean(framed) != framed:  # a few letters change again when lowered twice
+    framed = rules.normalised(before) + rules.normalised(target) + rules.normalised(after)
+    if rules.normalised(framed) != framed:  # a few letters change again when lowered twice
         return
     assert rules.ocr_reward(target, framed) == 1
     assert rules.repeat_count(target, framed) >= 1
-    assert rules.exact(target, framed) == (framed == rules.clean(target))
+    assert rules.exact(target, framed) == (framed == rules.normalised(target))
 
 
 def test_stricter_columns() -> None:
@@ -113,12 +113,12 @@ def test_an_empty_target_is_refused(score: object) -> None:
 
 def test_judging_a_batch() -> None:
     prompts = [Prompt('a sign that says "OPEN"'), Prompt("no quotes at all", {"target": "SHUT"}), Prompt('say "LOST"')]
-    scores = rules.judge(prompts, ["OPFN", "SHUT", None], {2: "the engine fell over"})
+    scores = rules.score_texts(prompts, ["OPFN", "SHUT", None], {2: "the engine fell over"})
     np.testing.assert_array_equal(scores.value["soft"], [0.75, 1, math.nan])
     np.testing.assert_array_equal(scores.value["exact"], [0, 1, math.nan])
     assert scores.reasons == {2: "the engine fell over"} and scores.notes == ["OPFN", "SHUT", ""]
     with pytest.raises(ValueError, match="nobody says why"):
-        rules.judge(prompts, [None, "", ""], {})
+        rules.score_texts(prompts, [None, "", ""], {})
 
 
 def test_a_callers_mistake_is_raised() -> None:

@@ -1,4 +1,4 @@
-"""How the held-out eye is made: its pictures, its loss, its calibration, and that a short run learns and repeats itself."""
+"""Recipe of the shape detector: its pictures, its loss, its calibration, and that a short run learns and repeats itself."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -118,6 +119,23 @@ def test_a_short_run_learns_and_repeats_itself(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "one" / "shapes.json").read_text()) == facts
     recipe(tmp_path / "two", seed=5, log=told.append)
     one, two = (load_file(tmp_path / name / "shapes.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def test_a_stopped_run_continues_as_if_it_had_not(tmp_path: Path) -> None:
+    recipe = shapes_recipe.ShapesRecipe(steps=4, batch=8, warmup=2, tell_every=2, calibrated=16, each=1)
+    recipe(tmp_path / "straight", seed=5, log=lambda line: None)
+
+    def stop(line: dict[str, Any]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recipe(tmp_path / "stopped", seed=5, log=stop)
+    lines: list[dict[str, Any]] = []
+    recipe(tmp_path / "stopped", seed=5, log=lines.append)
+    assert lines[0] == {"recipe": "shapes", "continues_at": 2}
+    assert [path.name for path in sorted((tmp_path / "stopped").iterdir())] == ["shapes.json", "shapes.safetensors"]
+    one, two = (load_file(tmp_path / name / "shapes.safetensors") for name in ("straight", "stopped"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 

@@ -1,4 +1,4 @@
-"""How the two critics are made: what they may see, what counts as better, and that a stopped run continues as if it had not."""
+"""Recipe of the two small preference scorers: what they may see, what counts as better, and exact resuming."""
 
 from __future__ import annotations
 
@@ -124,15 +124,16 @@ def test_a_stopped_run_continues_as_if_it_had_not(tower: str, tmp_path: Path) ->
 
     with pytest.raises(Cut):
         small(tmp_path / "cut", seed=3, log=cut)
-    seen: list[int] = []
-    small(tmp_path / "cut", seed=3, log=lambda line: seen.append(line["step"]))
-    assert seen == [4]
+    lines: list[dict[str, Any]] = []
+    small(tmp_path / "cut", seed=3, log=lines.append)
+    assert lines[0] == {"recipe": "tiny-clip", "tower": tower, "continues_at": 2}
+    assert [line["step"] for line in lines[1:]] == [4]
     one, two = (load_file(tmp_path / run / f"{tower}.safetensors") for run in ("straight", "cut"))
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert two_towers.tiny(tower, tmp_path / "cut").id == two_towers.tiny(tower, tmp_path / "straight").id
-    seen.clear()
-    small(tmp_path / "cut", seed=3, log=lambda line: seen.append(line["step"]))
-    assert seen == []  # finished: nothing is trained again
+    lines.clear()
+    small(tmp_path / "cut", seed=3, log=lines.append)
+    assert lines == []  # finished: nothing is trained again
 
 
 def test_another_seed_does_not_continue_a_run(tmp_path: Path) -> None:

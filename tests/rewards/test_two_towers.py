@@ -1,4 +1,4 @@
-"""Two-tower scorers: the real classes on random weights of the same architectures, saved in the true formats, and the shipped critics."""
+"""Two-tower scorers: the real classes on random weights of the same architectures, saved in the true formats, and the shipped tiny ones."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 from gpobench.bench.assets import glyphs
+from gpobench.bench.assets.words import word_splits
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.models.tiny_recipe import TOKENS, build_tokenizer
 from gpobench.bench.spec import Prompt
-from gpobench.rewards import tiny_clip_recipe as recipe
 from gpobench.rewards import two_towers as towers
 
 SIDE = 32
@@ -362,7 +362,7 @@ def test_the_shipped_critics_know_their_answers(tower: str) -> None:
     assert min(facts[key]["share"] for key in set(facts) - slight) > 0.9, facts
     assert min(facts[key]["share"] for key in slight) > 0.7, facts
     # a held-out word beside the word with one letter changed, printed as the embedded model's pictures are
-    words = [word for word in recipe.WORDS.read_text("ascii").split() if glyphs.split_of(word) == "test"][:40]
+    words = word_splits()["test"][:40]
     wrong = [("B" if word[0] == "A" else "A") + word[1:] for word in words]
     prompts = [Prompt(glyphs.word_prompt(word)) for word in words]
     right, other = (

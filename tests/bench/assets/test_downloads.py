@@ -1,4 +1,4 @@
-"""A published list is the very bytes that were published, wherever they come from, or none at all."""
+"""Downloads: a published file has the published bytes wherever it comes from, or it is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gpobench.bench.assets import downloads
-from gpobench.bench.assets.downloads import Heavy, PinnedFile, ledger, matches, note
+from gpobench.bench.assets.downloads import DownloadLimitExceeded, PinnedFile, log_download, log_downloads, matches
 from gpobench.bench.errors import UserError
 
 TEXT = b"a red circle\nthree blue squares\n"
@@ -24,7 +24,7 @@ def lists(server: Any) -> PinnedFile:
 
 def test_fetched_once_then_from_the_cache(hub_server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     file = lists(hub_server)
-    with ledger() as asked:
+    with log_downloads() as asked:
         assert file.read() == TEXT and file.read() == TEXT
     assert len(hub_server.asked) == 1
     assert [(a.kind, a.source, a.names) for a in asked] == [("prompts", file.url, ("toy/test.txt",))] * 2
@@ -45,7 +45,7 @@ def test_other_bytes_are_refused_from_every_place(
     own.parent.mkdir(parents=True)
     own.write_bytes(b"mine")
     monkeypatch.setenv("GPOBENCH_DATA", str(empty_machine / "data"))
-    with pytest.raises(UserError, match="is not the published file"), ledger() as asked:
+    with pytest.raises(UserError, match="is not the published file"), log_downloads() as asked:
         file.read()
     assert not asked
 
@@ -70,11 +70,11 @@ def test_a_limit_refuses_what_is_heavy(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"x" * 100)
     asked = downloads.DownloadRequest("file", "acme/a", ("a.bin",), "main", path)
-    with ledger(limit=150), pytest.raises(Heavy):
-        assert note(asked) == path and note(asked) == path  # the same file weighs once
+    with log_downloads(limit=150), pytest.raises(DownloadLimitExceeded):
+        assert log_download(asked) == path and log_download(asked) == path  # the same file weighs once
         (tmp_path / "b.bin").write_bytes(b"x" * 51)
-        note(downloads.DownloadRequest("file", "acme/a", ("b.bin",), "main", tmp_path / "b.bin"))
-    assert note(asked) == path  # nobody counts any more
+        log_download(downloads.DownloadRequest("file", "acme/a", ("b.bin",), "main", tmp_path / "b.bin"))
+    assert log_download(asked) == path  # nobody counts any more
 
 
 def test_patterns_are_the_hub_s() -> None:
@@ -83,7 +83,7 @@ def test_patterns_are_the_hub_s() -> None:
 
 
 def test_no_redirect_leads_out_of_https() -> None:
-    follow = downloads._Careful().redirect_request  # pyright: ignore[reportPrivateUsage]
+    follow = downloads._HttpsOnlyRedirects().redirect_request  # pyright: ignore[reportPrivateUsage]
     secure = urllib.request.Request("https://acme.test/a")
     with pytest.raises(urllib.error.URLError, match="which is not https"):
         follow(secure, None, 302, "", {}, "http://acme.test/b")

@@ -1,4 +1,4 @@
-"""Proof sheets from the printing press: every letter in its cell, every shape countable, no forbidden word ever set."""
+"""Glyphs: every letter in its cell, every shape countable, and no held-out word is ever drawn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gpobench.bench.assets import glyphs
-from gpobench.bench.models.tiny_recipe import word_splits
+from gpobench.bench.assets.words import word_splits
 
 WORDS = word_splits()
 EXCLUDED = frozenset(WORDS["validation"] + WORDS["test"])

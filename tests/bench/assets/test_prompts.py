@@ -1,4 +1,4 @@
-"""A person's own prompts: what is written in any format is what is read, and an error says which line."""
+"""A user's own prompts: every format is read as it was written, and an error names the line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Four shelves in order, a folder of one's own, the store, the hub's cache, the hub; and one line for each way the hub says no."""
+"""Weights are searched in order (user's folder, store, hub's cache, hub), and each refusal of the hub is one line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gpobench.bench.assets import weight_store
+from gpobench.bench.assets import downloads, weight_store
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.model_spec import find_model_spec
 
@@ -29,7 +29,7 @@ def keep(root: Path, name: str, files: dict[str, bytes], **notes: Any) -> Path:
         (folder / file).write_bytes(data)
     facts = {file: {"bytes": len(data), "sha256": ""} for file, data in files.items()}
     told = {"commit": COMMIT, "revisions": ["main"], "patterns": [], "files": facts, **notes}
-    (folder / weight_store.KEPT).write_text(json.dumps(told))
+    (folder / weight_store.STORED).write_text(json.dumps(told))
     return folder
 
 
@@ -66,9 +66,9 @@ def test_the_ledger_keeps_what_was_asked_for(hub_server: Any, repository: Any) -
     hub_server.repositories["acme/clip"] = repository(
         {"config.json": b"{}", "model.safetensors": b"x" * 9, "b.md": b""}
     )
-    with weight_store.ledger() as outer:
+    with downloads.log_downloads() as outer:
         weight_store.file("acme/clip", "config.json")
-        with weight_store.ledger() as inner:
+        with downloads.log_downloads() as inner:
             weight_store.folder("acme/clip", patterns=("*.json", "*.safetensors"))
     weight_store.file("acme/clip", "b.md")
     assert [(a.kind, a.source, a.names, a.revision) for a in outer] == [
@@ -126,7 +126,7 @@ def test_offline_asks_nobody(hub_server: Any, repository: Any, monkeypatch: pyte
 def test_a_full_disk_is_said() -> None:
     full = ValueError("cannot save")
     full.__cause__ = OSError(errno.ENOSPC, "No space left on device")
-    assert "the disk is full" in str(weight_store.refused("acme/love", "a.bin", "main", full))
+    assert "the disk is full" in str(weight_store.hub_refusal("acme/love", "a.bin", "main", full))
 
 
 def test_a_pipeline_is_local_where_it_is_whole(empty_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +138,7 @@ def test_a_pipeline_is_local_where_it_is_whole(empty_machine: Path, monkeypatch:
     stored = keep(empty_machine, "acme/mini", {"model_index.json": b"{}"}, patterns=[list(weight_store.PIPELINE)])
     assert weight_store.local("acme/mini", "main") == weight_store.local("acme/mini", COMMIT) == stored
     assert weight_store.local("acme/mini", "d" * 40) is None
-    (stored / weight_store.KEPT).write_text("{")
+    (stored / weight_store.STORED).write_text("{")
     with pytest.raises(UserError, match="fetch again"):
         weight_store.local("acme/mini", "main")
     own = empty_machine / "own" / "acme" / "mini"
@@ -149,34 +149,37 @@ def test_a_pipeline_is_local_where_it_is_whole(empty_machine: Path, monkeypatch:
 
 
 def test_what_no_hub_serves(empty_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert weight_store.given("pytorch", "alexnet.pth") is None and weight_store.given("paddle/model") is None
+    assert (
+        weight_store.given_by_hand("pytorch", "alexnet.pth") is None
+        and weight_store.given_by_hand("paddle/model") is None
+    )
     stored = keep(empty_machine, "pytorch", {"alexnet.pth": b"store"})
-    with weight_store.ledger() as asked:
+    with downloads.log_downloads() as asked:
         assert (
-            weight_store.given("pytorch", "alexnet.pth") == stored / "alexnet.pth"
-            and weight_store.given("pytorch") == stored
+            weight_store.given_by_hand("pytorch", "alexnet.pth") == stored / "alexnet.pth"
+            and weight_store.given_by_hand("pytorch") == stored
         )
     assert [sorted(one.files()) for one in asked] == [["alexnet.pth"]] * 2
     own = empty_machine / "own" / "pytorch" / "alexnet.pth"
     own.parent.mkdir(parents=True)
     own.write_bytes(b"own")
     monkeypatch.setenv("GPOBENCH_WEIGHTS", str(empty_machine / "own"))
-    assert weight_store.given("pytorch", "alexnet.pth") == own
+    assert weight_store.given_by_hand("pytorch", "alexnet.pth") == own
 
 
 # What stands at an address
 
 
 @pytest.fixture
-def far(hub_server: Any) -> weight_store.Linked:
+def far(hub_server: Any) -> weight_store.PublishedWeights:
     """Weights that a publisher offers for download."""
     hub_server.plain["files/net-1.pth"] = b"net"
     begins = hashlib.sha256(b"net").hexdigest()[:8]
-    return weight_store.Linked("pytorch", "net.pth", f"{hub_server.address}/files/net-1.pth", begins)
+    return weight_store.PublishedWeights("pytorch", "net.pth", f"{hub_server.address}/files/net-1.pth", begins)
 
 
 def test_an_address_is_asked_once_and_last(
-    far: weight_store.Linked, hub_server: Any, empty_machine: Path, monkeypatch: pytest.MonkeyPatch
+    far: weight_store.PublishedWeights, hub_server: Any, empty_machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = empty_machine / "torch" / "net-1.pth"
     other.parent.mkdir()
@@ -186,14 +189,14 @@ def test_an_address_is_asked_once_and_last(
     rotten.write_bytes(b"rot")  # a cache of another program, with something else in it
     path = far.find(rotten)
     assert path == weight_store.store() / "pytorch" / "net.pth" and path.read_bytes() == b"net"
-    with weight_store.ledger() as asked:
+    with downloads.log_downloads() as asked:
         assert far.find() == path and hub_server.asked == ["GET files/net-1.pth"]
     assert [(one.kind, one.source, one.names, one.revision) for one in asked] == [
         ("file", "pytorch", ("net.pth",), far.url)
     ]
-    kept = weight_store.kept_of(path.parent / weight_store.KEPT)
+    kept = weight_store.read_stored(path.parent / weight_store.STORED)
     assert kept and kept.commit == far.url and kept.files["net.pth"]["bytes"] == 3
-    assert sorted(one.name for one in path.parent.iterdir()) == [weight_store.KEPT, "net.pth"]
+    assert sorted(one.name for one in path.parent.iterdir()) == [weight_store.STORED, "net.pth"]
     own = empty_machine / "own" / "pytorch" / "net.pth"
     own.parent.mkdir(parents=True)
     own.write_bytes(b"my own, whatever the publisher says")
@@ -202,7 +205,7 @@ def test_an_address_is_asked_once_and_last(
 
 
 def test_an_address_is_not_asked_offline(
-    far: weight_store.Linked, hub_server: Any, monkeypatch: pytest.MonkeyPatch
+    far: weight_store.PublishedWeights, hub_server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(Missing, match="net.pth are not here, and HF_HUB_OFFLINE forbids .* as pytorch/net.pth$"):
@@ -210,37 +213,37 @@ def test_an_address_is_not_asked_offline(
     assert not hub_server.asked
 
 
-def test_other_bytes_at_an_address_are_not_kept(far: weight_store.Linked, hub_server: Any) -> None:
+def test_other_bytes_at_an_address_are_not_kept(far: weight_store.PublishedWeights, hub_server: Any) -> None:
     hub_server.plain["files/net-1.pth"] = b"not it"
     with pytest.raises(
-        weight_store.Wrong, match=f"wrong hash after download: {far.url} is [0-9a-f]+, expected {far.begins}"
+        weight_store.WrongHash, match=f"wrong hash after download: {far.url} is [0-9a-f]+, expected {far.begins}"
     ):
         far.find()
     assert list((weight_store.store() / "pytorch").iterdir()) == []
     free = replace(far, begins="")  # nobody says what it must be: what came first is what it must be
     free.find()
     (weight_store.store() / "pytorch" / "net.pth").unlink()
-    kept = weight_store.kept_of(weight_store.store() / "pytorch" / weight_store.KEPT)
+    kept = weight_store.read_stored(weight_store.store() / "pytorch" / weight_store.STORED)
     assert kept is not None
     (weight_store.store() / weight_store.LOCK).write_text(json.dumps({f"pytorch@{far.url}": kept.mapping()}))
     hub_server.plain["files/net-1.pth"] = b"net"
-    with pytest.raises(weight_store.Wrong, match=f"expected {kept.files['net.pth']['sha256']}"):
+    with pytest.raises(weight_store.WrongHash, match=f"expected {kept.files['net.pth']['sha256']}"):
         free.find()
 
 
 def test_what_runs_code_when_opened_is_fetched_only_where_a_person_asked(
-    far: weight_store.Linked, hub_server: Any
+    far: weight_store.PublishedWeights, hub_server: Any
 ) -> None:
     pickled = replace(far, pickled=True)
     with pytest.raises(Missing, match="no run fetches them: `gpobench fetch --scorer` does, or put them below"):
         pickled.find()
     assert not hub_server.asked
-    with weight_store.bringing():
+    with weight_store.allow_pickled():
         path = pickled.find()
     assert pickled.find() == path  # it is here now
 
 
-def test_an_address_that_does_not_give(far: weight_store.Linked, hub_server: Any) -> None:
+def test_an_address_that_does_not_give(far: weight_store.PublishedWeights, hub_server: Any) -> None:
     with pytest.raises(Missing, match="does not give them .*404"):
         replace(far, url=f"{hub_server.address}/nowhere/else/at/all").find()
     hub_server.close()
@@ -263,7 +266,9 @@ def test_a_download_that_breaks_off(empty_machine: Path, monkeypatch: pytest.Mon
     with server:
         Thread(target=answer, daemon=True).start()
         with pytest.raises(Missing, match="cut off after 10 of 100 bytes"):
-            weight_store.Linked("pytorch", "net.pth", f"http://127.0.0.1:{server.getsockname()[1]}/net.pth").find()
+            weight_store.PublishedWeights(
+                "pytorch", "net.pth", f"http://127.0.0.1:{server.getsockname()[1]}/net.pth"
+            ).find()
     assert not list((weight_store.store() / "pytorch").iterdir())
 
 

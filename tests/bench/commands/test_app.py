@@ -17,7 +17,7 @@ HEAVY = ("torch", "diffusers", "transformers", "pandas", "matplotlib", "scipy")
 def words(*, method: str = "gpo", task: str, model: Any, **more: Any) -> list[str]:
     argv = ["run", "--method", method, "--task", task, "--model", str(model)]
     for key, value in more.items():
-        argv += [f"--{key}", *([] if value is True else [str(value)])]
+        argv += [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
     return argv
 
 
@@ -238,6 +238,8 @@ def test_score_writes_a_table_and_reports_failures(gpobench: Any, pictures: Path
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["score", "DIR", "--scorer", "reader=http://127.0.0.1:1"], "give --scorer-at reader=http://127.0.0.1:1"),
+        (["score", "DIR", "--scorer", "reader", "--scorer-at", "rapidocr=http://a"], "add --scorer rapidocr"),
         (["score", "DIR", "--scorer", "raeder"], "unknown scorer 'raeder'; did you mean 'reader'?"),
         (["score", "nowhere", "--scorer", "reader"], "nowhere"),
         (["serve-scorer", "raeder"], "did you mean 'reader'?"),
@@ -249,7 +251,7 @@ def test_score_writes_a_table_and_reports_failures(gpobench: Any, pictures: Path
         (["report", "DIR"], "DIR"),
         (["regress", "DIR", "--against", "none.toml"], "none.toml"),
         (["export", "DIR", "--to", "x"], "DIR"),
-        (["run", "--method", "gpo", "--task", "ocr", "--model", "tiny", "--scorer", "reader=8500"], "NAME=URL"),
+        (["run", "--method", "gpo", "--task", "ocr", "--model", "tiny", "--scorer-at", "reader=8500"], "NAME=URL"),
         (["run", "--method", "gpo", "--task", "ocr", "--model", "tiny", "--prompts", "none.txt"], "none.txt"),
         (["run", "--method", "gpo", "--task", "ocr", "--model", "tiny", "--reward", "reader*0"], "weight"),
         (["eval", "--task", "ocr", "--model", "tiny", "--prompts", "PLAIN"], "quote"),
@@ -279,7 +281,7 @@ def test_a_served_scorer_makes_the_same_run(gpobench: Any, argv: Any, redness: s
         assert server.stdout is not None
         ready = server.stdout.readline().split()
         assert ready[0] == "ready:" and ready[1].startswith("http://127.0.0.1:")
-        ended = gpobench(*argv(json=True, out=tmp_path / "there", scorer=f"{served}={ready[1]}"))
+        ended = gpobench(*argv(json=True, out=tmp_path / "there", scorer_at=f"{served}={ready[1]}"))
     finally:
         server.terminate()
         assert server.wait(30) == 0

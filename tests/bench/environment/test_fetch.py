@@ -326,7 +326,7 @@ def test_a_folder_of_the_persons_own_is_bundled_too(
 ) -> None:
     toy = Path(world)
     toy.write_text(
-        toy.read_text() + '\n\ndef Gift():\n    assert hub.given("pytorch", "net.pth")\n    return Plain()\n'
+        toy.read_text() + '\n\ndef Gift():\n    assert hub.given_by_hand("pytorch", "net.pth")\n    return Plain()\n'
     )
     own = empty_machine / "own" / "pytorch" / "net.pth"
     own.parent.mkdir(parents=True)
@@ -336,7 +336,7 @@ def test_a_folder_of_the_persons_own_is_bundled_too(
     monkeypatch.delenv("GPOBENCH_WEIGHTS")
     elsewhere(empty_machine / "there", monkeypatch)
     fetch.fetch(source=empty_machine / "stick", progress=NullProgress())
-    place = weight_store.given("pytorch", "net.pth")
+    place = weight_store.given_by_hand("pytorch", "net.pth")
     assert place is not None and place.read_bytes() == b"net"
 
 
@@ -345,7 +345,7 @@ def test_a_file_at_a_plain_address_is_locked_and_bundled(
 ) -> None:
     hub_server.plain["net.pth"] = b"net"
     toy, url = Path(world), f"{hub_server.address}/net.pth"
-    link = f'hub.Linked("pytorch", "net.pth", "{url}", pickled=True)'
+    link = f'hub.PublishedWeights("pytorch", "net.pth", "{url}", pickled=True)'
     toy.write_text(toy.read_text() + f"\n\ndef Far():\n    {link}.find()\n    return Plain()\n")
     told = fetch.fetch(scorers=[f"{world}:Far"], to=empty_machine / "stick", progress=NullProgress())
     digest = hashlib.sha256(b"net").hexdigest()
@@ -415,7 +415,7 @@ def quiet_ultralytics(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def serve(module: Any, name: str, file: Path, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The module's weights as this server publishes them, their hash in their name where the real ones have it."""
-    link: weight_store.Linked = getattr(module, name)
+    link: weight_store.PublishedWeights = getattr(module, name)
     data = file.read_bytes()
     begins = hashlib.sha256(data).hexdigest()[:8] if link.begins else ""
     path = f"{name.lower()}-{begins}.pth"

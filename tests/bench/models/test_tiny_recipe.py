@@ -1,4 +1,4 @@
-"""The apprentice on trial: stopped and woken it learns the same, and the picture-maker it left behind keeps its promises."""
+"""Recipe of the embedded model: a stopped run learns the same, and the shipped checkpoint is what its record says."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from gpobench.bench.assets import glyphs
+from gpobench.bench.assets.words import word_splits
 from gpobench.bench.models import tiny_recipe
-from gpobench.bench.models.tiny_recipe import TinyRecipe, build_tokenizer, word_splits
+from gpobench.bench.models.muon import orthogonalised
+from gpobench.bench.models.tiny_measure import count_patches, shape_prompts
+from gpobench.bench.models.tiny_recipe import TinyRecipe, build_tokenizer
 
 SHORT = TinyRecipe(
     layers=1,
@@ -79,14 +82,16 @@ def test_stopped_and_woken_it_learns_the_same(finished: Path, tmp_path: Path, st
     out = tmp_path / "interrupted"
 
     def pull_the_plug(line: dict) -> None:
-        if line.get("stage") == stage and line.get("step") == 2:
+        if line.get("stage") == stage and line.get("step") == 1:
             raise Stop
 
     with pytest.raises(Stop):
         SHORT(out, seed=3, log=pull_the_plug)
     assert not (out / "model_index.json").exists(), "a half-trained model is not published"
-    steps: list[int] = []
-    SHORT(out, seed=3, log=lambda line: steps.append(line["step"]) if line.get("stage") == stage else None)
+    lines: list[dict] = []
+    SHORT(out, seed=3, log=lines.append)
+    assert {"stage": stage, "continues_at": 1} in lines
+    steps = [line["step"] for line in lines if line.get("stage") == stage and "step" in line]
     assert steps[0] == 2, "it went on where the last state was saved"
     for name in WEIGHTS:
         one, other = load_file(finished / name), load_file(out / name)
@@ -119,7 +124,7 @@ def test_muon_makes_orthogonal_steps():
     import torch
 
     x = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
-    singular = torch.linalg.svdvals(tiny_recipe._orthogonal(x))
+    singular = torch.linalg.svdvals(orthogonalised(x))
     assert singular.min() > 0.5 and singular.max() < 1.3
 
 
@@ -130,7 +135,7 @@ def test_the_hub_counts_as_the_scorer_does():
         kind, colour, count = rng.choice(glyphs.SHAPES), rng.choice(list(glyphs.SHAPE_COLOURS)), int(rng.integers(1, 6))
         picture = glyphs.draw_shapes(kind, count, glyphs.SHAPE_COLOURS[colour], glyphs.PAPERS["cream"], rng)
         picture = np.clip(picture + rng.normal(0, 12, picture.shape), 0, 255).astype(np.uint8)
-        assert tiny_recipe._count(picture, colour) == palette.count(picture, colour)
+        assert count_patches(picture, colour) == palette.count(picture, colour)
 
 
 def every_prompt() -> list[str]:
@@ -144,7 +149,7 @@ def every_prompt() -> list[str]:
         for surface in glyphs.SURFACES
         for ink in inks
     ]
-    return prompts + [prompt for prompt, *_ in tiny_recipe._shape_prompts()]
+    return prompts + [prompt for prompt, *_ in shape_prompts()]
 
 
 # The checkpoint that ships

@@ -1,4 +1,4 @@
-"""A telephone line under test: what is said arrives to the last bit, and a stranger at the other end is not believed."""
+"""Client of a scorer server: scores arrive to the last bit, and a server that fails or lies gives NaN with a reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from PIL import Image
 from gpobench.bench import registry
 from gpobench.bench.errors import UserError
 from gpobench.bench.scoring import remote
-from gpobench.bench.scoring.remote import Answer, Limits, Remote, connect, start
+from gpobench.bench.scoring.remote import Limits, RemoteScorer, ScoreResponse, connect, start
 from gpobench.bench.scoring.scorers import ask
 from gpobench.bench.spec import Prompt, Scores
 
@@ -93,7 +93,7 @@ def test_pictures_and_prompts_arrive_as_they_are_in_requests_within_the_limits(l
 def test_a_png_is_read_by_others_as_it_was_written(height: int, width: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
     for progress in (image, image[::-1, ::-1], np.asfortranarray(image)):
-        with Image.open(io.BytesIO(remote.png(progress)), formats=["PNG"]) as opened:
+        with Image.open(io.BytesIO(remote.encode_png(progress)), formats=["PNG"]) as opened:
             assert opened.mode == "RGB" and np.array_equal(np.asarray(opened), progress)
 
 
@@ -105,7 +105,11 @@ def test_requests_fill_the_limit_of_bytes() -> None:
         bodies = list(opened._requests(images, prompts, remote._Call()))  # pyright: ignore[reportPrivateUsage]
         for (rows, body), after in zip(bodies, [*bodies[1:], None]):
             assert len(body) <= 5000
-            first = len(remote._body([remote._row(images[after[0][0]], prompts[after[0][0]])])) if after else 5000  # pyright: ignore
+            first = (
+                len(remote._encode_body([remote._encode_row(images[after[0][0]], prompts[after[0][0]])]))
+                if after
+                else 5000
+            )  # pyright: ignore
             assert len(body) + first > 5000
             sent += rows
     assert sent == list(range(12))
@@ -116,15 +120,15 @@ def test_requests_fill_the_limit_of_bytes() -> None:
         exclude_categories=["Cs"]), max_size=5), inner, max_size=3), max_leaves=8))  # fmt: skip
 def test_facts_survive_the_wire(fact: Any) -> None:
     prompt = Prompt('a "sign"\n', {"fact": fact, "pair": (1, 2)}, "tag")
-    row = remote._row(np.zeros((2, 2, 3), np.uint8), prompt)  # pyright: ignore[reportPrivateUsage]
-    asked = remote.Question.model_validate_json(remote._body([row])).prompts[0]  # pyright: ignore[reportPrivateUsage]
+    row = remote._encode_row(np.zeros((2, 2, 3), np.uint8), prompt)  # pyright: ignore[reportPrivateUsage]
+    asked = remote.ScoreRequest.model_validate_json(remote._encode_body([row])).prompts[0]  # pyright: ignore[reportPrivateUsage]
     assert (asked.text, asked.meta, asked.stratum) == (prompt.text, {"fact": fact, "pair": [1, 2]}, "tag")
 
 
 @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=5))
 def test_numbers_survive_the_wire(numbers: list[float]) -> None:
-    answer = Answer(id="x", value={"m": [*numbers, None]}, reasons={3: "why"})
-    back = Answer.model_validate_json(answer.model_dump_json())
+    answer = ScoreResponse(id="x", value={"m": [*numbers, None]}, reasons={3: "why"})
+    back = ScoreResponse.model_validate_json(answer.model_dump_json())
     assert np.array(back.value["m"][:-1], float).tobytes() == np.array(numbers, float).tobytes() and back == answer
 
 
@@ -215,7 +219,7 @@ def test_a_server_that_is_none_is_refused_in_one_line(liar: Any, kind: str) -> N
             "http://a#f", "file:///etc/passwd", "http://a\r\nX: y", "http://[::1"]
 )  # fmt: skip
 def test_an_address_that_is_none(url: str) -> None:
-    with pytest.raises(UserError, match="is no address of a scorer server") as caught:
+    with pytest.raises(UserError, match="is no URL of a scorer server") as caught:
         connect(url)
     assert "\n" not in str(caught.value)
 
@@ -274,7 +278,7 @@ def test_its_last_words_are_told(tmp_path: Path) -> None:
 
 
 def test_one_that_never_gets_ready_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "LOADING", 0.5)
+    monkeypatch.setattr(remote, "START_TIMEOUT", 0.5)
     with pytest.raises(UserError, match="was not ready after 0.5 s"):
         start(script(tmp_path, "import sys; print('hello', flush=True); sys.stdin.read()"), "reader")
 
@@ -291,7 +295,7 @@ def test_the_token_is_in_no_command_line(tmp_path: Path, liar: Any) -> None:
     assert len(token) >= 24 and token not in str(argv)
     opened.close()
     opened.close()
-    assert isinstance(opened, Remote) and opened.pid
+    assert isinstance(opened, RemoteScorer) and opened.pid
 
 
 def test_it_ends_with_who_started_it(tmp_path: Path, liar: Any) -> None:

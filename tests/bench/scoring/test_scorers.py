@@ -1,4 +1,4 @@
-"""A jury called in from near and far: references are read, places looked up, blends weighed, and every answer checked."""
+"""Scorers: references and locations are parsed, blends weighed, and every answer is checked."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ from hypothesis import strategies as st
 
 from gpobench.bench import registry
 from gpobench.bench.errors import UserError
-from gpobench.bench.scoring.remote import TOKEN, Remote
+from gpobench.bench.scoring.references import (
+    TOKEN,
+    ScorerLocation,
+    ScorerReference,
+    blend_name,
+    check_locations,
+    scorer_locations,
+)
+from gpobench.bench.scoring.remote import RemoteScorer
 from gpobench.bench.scoring.scorers import (
     Blend,
-    ScorerLocation,
     ask,
     close_scorers,
-    expression,
     open_scorer,
-    parts,
-    scorer_locations,
 )
 from gpobench.bench.spec import Images, Prompt, Scores
 
@@ -75,6 +79,12 @@ def images() -> Images:
 
 # References
 
+
+def weights(text: str) -> list[tuple[str, float]]:
+    """The scorers of a reference and their weights."""
+    return [(scorer.text, weight) for scorer, weight in ScorerReference.parse(text).weighted]
+
+
 NAMES = st.from_regex(r"[a-z0-9][a-z0-9_.:-]{0,12}[a-z0-9]", fullmatch=True)
 WEIGHTS = st.floats(allow_nan=False, allow_infinity=False).filter(bool)
 
@@ -82,10 +92,10 @@ WEIGHTS = st.floats(allow_nan=False, allow_infinity=False).filter(bool)
 @settings(max_examples=25)  # each looks names up among the installed packages
 @given(st.dictionaries(NAMES, WEIGHTS, min_size=1, max_size=3), st.sampled_from(["", " ", "  \t"]))
 def test_what_is_written_is_read(terms: dict[str, float], space: str) -> None:
-    written = expression(terms.items())
-    assert parts(written) == tuple(sorted(terms.items()))
+    written = blend_name(terms.items())
+    assert weights(written) == sorted(terms.items())
     spaced = f"{space}+{space}".join(f"{space}{name}{space}*{space}{weight!r}{space}" for name, weight in terms.items())
-    assert dict(parts(spaced)) == terms and expression(parts(spaced)) == written
+    assert dict(weights(spaced)) == terms and blend_name(weights(spaced)) == written
 
 
 @pytest.mark.parametrize(
@@ -101,7 +111,7 @@ def test_what_is_written_is_read(terms: dict[str, float], space: str) -> None:
     ],
 )
 def test_references(reference: str, read: list[tuple[str, float]]) -> None:
-    assert list(parts(reference)) == read
+    assert weights(reference) == read
 
 
 @pytest.mark.parametrize(
@@ -127,27 +137,64 @@ def test_references(reference: str, read: list[tuple[str, float]]) -> None:
 )
 def test_what_is_no_blend_is_said_in_one_line(reference: str) -> None:
     with pytest.raises(UserError, match="write NAME.WEIGHT") as caught:
-        parts(reference)
+        ScorerReference.parse(reference)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("weight", ["0", "-0", "0.0e5", "nan", "NaN", "inf", "-inf", "Inf", "1e999"])
 def test_a_weight_is_finite_and_not_0(weight: str) -> None:
     with pytest.raises(UserError, match="has the weight"):
-        parts(f"a+b*{weight}")
+        ScorerReference.parse(f"a+b*{weight}")
 
 
 def test_nobody_counts_twice() -> None:
     with pytest.raises(UserError, match="names 'a' twice; add the two weights"):
-        parts("a*0.5+b+a")
+        ScorerReference.parse("a*0.5+b+a")
 
 
 def test_a_path_alone_may_hold_anything(tmp_path: Path) -> None:
     file = tmp_path / "one+two*3" / "mine.py"
     file.parent.mkdir()
     file.write_text(Path(FAULTY).read_text("utf-8"))
-    assert parts(f"{file}:Sound") == ((f"{file}:Sound", 1.0),)
+    reference = ScorerReference.parse(f"{file}:Sound")
+    assert reference == ScorerReference(f"{file}:Sound", f"{file}:Sound", file) and not reference.terms
     assert open_scorer(f"{file}:Sound").name == "sound"
+
+
+@pytest.mark.parametrize(
+    ("text", "base", "file"),
+    [
+        ("rapidocr", "rapidocr", None),
+        (" rapidocr:page ", "rapidocr", None),
+        ("mine.py:Mine", "mine.py:Mine", "mine.py"),
+    ],
+)
+def test_one_scorer_has_a_base_name_or_a_file(text: str, base: str, file: str | None) -> None:
+    reference = ScorerReference.parse(text)
+    assert (reference.text, reference.base) == (text.strip(), base)
+    assert reference.file == (Path(file) if file else None) and reference.scorers == (reference,)
+
+
+def test_a_location_in_place_of_a_scorer_names_the_option() -> None:
+    with pytest.raises(
+        UserError, match="--scorer-at rapidocr:page=http://a:1, and 'rapidocr:page' as the scorer"
+    ) as caught:
+        ScorerReference.parse("rapidocr:page=http://a:1")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_location_is_of_a_scorer_that_is_named() -> None:
+    references = [ScorerReference.parse(text) for text in ("rapidocr:page", "reader*0.5+pickscore:tiny")]
+    check_locations(references, ["rapidocr", "pickscore:tiny", "reader"])
+    with pytest.raises(UserError, match="no --scorer names it: add --scorer rapidocr:line"):
+        check_locations(references, ["rapidocr:line"])
+
+
+def test_the_location_of_a_part_is_not_that_of_the_blend() -> None:
+    """The text of this blend begins with `rapidocr:`, which is no reason to look for the blend at rapidocr's location."""
+    with faulty.served(faulty.Sound(), reference="rapidocr:page") as url:
+        blend = open_scorer("rapidocr:page+reader", {"rapidocr": ScorerLocation(url=url)})
+    assert isinstance(blend, Blend) and blend.name == "reader+sound"
 
 
 # Blends
@@ -312,10 +359,10 @@ def test_what_is_said_beside_numbers_ends_no_run() -> None:
     pd.DataFrame({"note": list(scores.notes or ())}).to_parquet(io.BytesIO())
 
 
-# Places
+# Locations
 
 
-def test_places_from_options_and_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_locations_from_options_and_tables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(TOKEN, raising=False)
     tables = {"ocr": {"url": "http://a:1", "token": "t", "timeout": 5}, "geneval": {"python": "/envs/mm/bin/python"}}
     found = scorer_locations(["ocr=http://127.0.0.1:8100", "my file.py:Mine = https://b/x?=y"], tables)
@@ -337,8 +384,8 @@ def test_places_from_options_and_tables(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(
     "option", ["ocr", "ocr=", "=http://a", "ocr=127.0.0.1:8100", "ocr=/usr/bin/python", "", "ocr=ftp://a"]
 )
-def test_an_option_that_is_no_place(option: str) -> None:
-    with pytest.raises(UserError, match="e.g. --scorer geneval=http://127.0.0.1:8100") as caught:
+def test_an_option_that_is_no_location(option: str) -> None:
+    with pytest.raises(UserError, match="e.g. --scorer-at geneval=http://127.0.0.1:8100") as caught:
         scorer_locations([option], {})
     assert "\n" not in str(caught.value)
 
@@ -350,21 +397,21 @@ def test_an_option_that_is_no_place(option: str) -> None:
      ({"url": "http://a", "timeout": 0}, "above 0, got 0"), ({"url": "http://a", "timeout": True}, "wrong type"),
      ({"url": "http://a", "timeout": float("nan")}, "above 0"), ({"url": "http://a", "token": 5}, "wrong type")],
 )  # fmt: skip
-def test_a_table_that_is_no_place(table: dict[str, Any], said: str) -> None:
+def test_a_table_that_is_no_location(table: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as caught:
         scorer_locations([], {"ocr": table})
     assert "[scorer.ocr]" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_scorer_has_one_place() -> None:
-    with pytest.raises(UserError, match="has a place already; name it once"):
+def test_a_scorer_has_one_location() -> None:
+    with pytest.raises(UserError, match="has a location already; name it once"):
         scorer_locations(["a=http://b", "a=http://c"], {})
 
 
 EYES = "from importlib import import_module\ndef make(variant=None):\n    raise AssertionError('made here')\n"
 
 
-def test_aliases_share_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_aliases_share_a_location(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "eyes.py").write_text(EYES)
     info = tmp_path / "eyes-1.0.dist-info"
     info.mkdir()
@@ -372,10 +419,10 @@ def test_aliases_share_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (info / "entry_points.txt").write_text("[gpobench.rewards]\neyes = eyes:make\nlook = eyes:make\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert scorer_locations(["look=http://a"], {}) == {"eyes": ScorerLocation(url="http://a")}
-    with pytest.raises(UserError, match="'eyes' has a place already"):
+    with pytest.raises(UserError, match="'eyes' has a location already"):
         scorer_locations([], {"eyes": {"url": "http://a"}, "look": {"url": "http://b"}})
     with pytest.raises(UserError, match="names 'eyes' twice"):
-        parts("eyes+look")
+        ScorerReference.parse("eyes+look")
     with faulty.served(faulty.Sound(), reference="look") as url:
         for name in ("eyes", "look"):
             for asked in ("eyes", "look"):
@@ -384,14 +431,14 @@ def test_aliases_share_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             open_scorer("look:closely", {"eyes": ScorerLocation(url=url)})
 
 
-def test_a_scorer_is_found_at_its_place() -> None:
+def test_a_scorer_is_opened_at_its_location() -> None:
     with faulty.served(faulty.Sound(), reference="rapidocr:page") as page, faulty.served(faulty.Sound()) as any_program:
         known = {
             "rapidocr": ScorerLocation(url="http://127.0.0.1:1"),
             "rapidocr:page": ScorerLocation(url=page),
             "nickname": ScorerLocation(url=any_program),
         }
-        assert isinstance(open_scorer("rapidocr:page", known), Remote)  # the whole reference before the name
+        assert isinstance(open_scorer("rapidocr:page", known), RemoteScorer)  # the whole reference before the name
         assert open_scorer(" nickname ", known).id == open_scorer("nickname:fine", known).id == "sound-v1"
         assert open_scorer("reader", known).name == "reader"
         with pytest.raises(UserError, match="http://127.0.0.1:1: .*refused"):
@@ -407,7 +454,7 @@ def test_what_was_started_is_ended(images: Images) -> None:
     mine = f"{FAULTY}:Sound"
     blend = open_scorer(f"{mine}*0.5+reader", {mine: ScorerLocation(python=sys.executable)})
     assert isinstance(blend, Blend)
-    (child,) = (part for part, _ in blend.parts if isinstance(part, Remote))
+    (child,) = (part for part, _ in blend.parts if isinstance(part, RemoteScorer))
     os.kill(child.pid, 0)
     here, there = faulty.Sound()(images, PROMPTS), child(images, PROMPTS)
     assert all(np.array_equal(here.value[m], there.value[m]) for m in child.metrics) and here.notes == there.notes

@@ -1,4 +1,4 @@
-"""A counter window with bars: strangers hand in what they like, and get numbers or a polite refusal."""
+"""Server of a scorer: any request gets scores or a refusal, and none ends the server."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_who_is_there(url: str) -> None:
 
 def test_scores_come_in_the_order_of_the_pictures_whatever_their_sizes(url: str) -> None:
     images = [picture(i, *size) for i, size in enumerate([(16, 16), (8, 24), (16, 16), (1, 1), (8, 24)])]
-    status, answer = call(url, "POST", "/score", question(*map(remote.png, images)))
+    status, answer = call(url, "POST", "/score", question(*map(remote.encode_png, images)))
     assert status == 200 and answer["id"] == "sound-v1" and answer["reasons"] == {}
     each = [faulty.Sound()(image[None], [Prompt(f"n {i}")]) for i, image in enumerate(images)]
     assert answer["value"] == {m: [scores.value[m][0] for scores in each] for m in ("mean", "spread")}
@@ -88,7 +88,10 @@ def test_scores_come_in_the_order_of_the_pictures_whatever_their_sizes(url: str)
 def test_a_picture_that_is_none_costs_its_row_only(url: str, kind: str) -> None:
     image = picture()
     status, answer = call(
-        url, "POST", "/score", question(remote.png(image), faulty.PICTURES[kind](image), remote.png(image))
+        url,
+        "POST",
+        "/score",
+        question(remote.encode_png(image), faulty.PICTURES[kind](image), remote.encode_png(image)),
     )
     assert status == 200
     good = faulty.Sound()(image[None], [Prompt("")]).value["mean"][0]
@@ -159,12 +162,12 @@ def test_a_caller_who_leaves_in_the_middle_disturbs_nobody(url: str) -> None:
         link.endheaders()
         link.send(b'{"images":')
         link.close()
-    assert call(url, "POST", "/score", question(remote.png(picture())))[0] == 200
+    assert call(url, "POST", "/score", question(remote.encode_png(picture())))[0] == 200
 
 
 def test_a_token_opens_the_window() -> None:
     with faulty.served(faulty.Sound(), token="s3cret") as at:
-        body = question(remote.png(picture()))
+        body = question(remote.encode_png(picture()))
         for header in ({}, {"Authorization": "Bearer s3cre"}, {"Authorization": "s3cret"}, {"Authorization": "Bearer s3cret "[:-2]},
                        {"Authorization": "Bearer \xe9"}):  # fmt: skip
             for method, path in (("GET", "/about"), ("POST", "/score")):
@@ -233,7 +236,7 @@ def test_what_the_scorer_does_wrong_is_null_with_a_reason() -> None:
     with faulty.served(Changing()) as at:
         for kind, spoil in {**faulty.WHOLE, **faulty.SOME}.items():
             Changing.spoil = staticmethod(spoil)
-            status, answer = call(at, "POST", "/score", question(*[remote.png(picture(i)) for i in range(3)]))
+            status, answer = call(at, "POST", "/score", question(*[remote.encode_png(picture(i)) for i in range(3)]))
             mean = answer["value"]["mean"]
             lost = [row for row in range(3) if mean[row] is None]
             assert status == 200 and lost == ([1] if kind in faulty.SOME else [0, 1, 2]), kind

@@ -20,12 +20,13 @@ from PIL import Image
 
 from gpobench.bench.budget import Budget, Meter, Spent
 from gpobench.bench.errors import UserError
+from gpobench.bench.images import fitted_pixels
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt
 from gpobench.bench.training import checkpoint, pairs
-from gpobench.bench.training.pairs import captions, decoded, open_pairs
+from gpobench.bench.training.pairs import captions, open_pairs
 from gpobench.bench.training.rig import Rig
 from gpobench.bench.training.train import optimiser
 from gpobench.methods.diffusion_dpo import DiffusionDPO
@@ -188,20 +189,22 @@ def test_images_that_turn_out_bad_say_so(tmp_path: Path) -> None:
 def test_an_image_of_the_right_size_passes_untouched() -> None:
     content = encoded(40)
     with Image.open(io.BytesIO(content)) as image:
-        assert np.array_equal(decoded(content, 16, 16), np.asarray(image))
+        assert np.array_equal(fitted_pixels(content, 16, 16), np.asarray(image))
 
 
 def test_other_sizes_are_cut_around_the_centre() -> None:
-    wide = decoded(encoded(40, (64, 16)), 16, 16)  # green runs from 0 to 255 over the width: the middle quarter stays
+    wide = fitted_pixels(
+        encoded(40, (64, 16)), 16, 16
+    )  # green runs from 0 to 255 over the width: the middle quarter stays
     assert wide.shape == (16, 16, 3) and wide[0, 0, 1] > 80 and wide[0, -1, 1] < 175
-    tall = decoded(encoded(40, (16, 64)), 16, 16)
+    tall = fitted_pixels(encoded(40, (16, 64)), 16, 16)
     assert tall[0, 0, 2] > 80 and tall[-1, 0, 2] < 175
-    larger = decoded(encoded(40, (64, 64)), 8, 16)
+    larger = fitted_pixels(encoded(40, (64, 64)), 8, 16)
     assert larger.shape == (8, 16, 3) and larger[0, 0, 1] < 20 and 50 < larger[0, 0, 2] < 100
     for mode in ("L", "P", "RGBA", "CMYK"):
         buffer = io.BytesIO()
         Image.new(mode, (20, 30)).save(buffer, "TIFF" if mode == "CMYK" else "PNG")
-        assert decoded(buffer.getvalue(), 16, 16).shape == (16, 16, 3)
+        assert fitted_pixels(buffer.getvalue(), 16, 16).shape == (16, 16, 3)
 
 
 # Sets that cannot be read
@@ -272,7 +275,7 @@ def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
 
 
 def latent(rig: Rig, colour: int) -> torch.Tensor:
-    image = torch.from_numpy(np.array(decoded(encoded(colour), 16, 16))).permute(2, 0, 1)[None] / 255
+    image = torch.from_numpy(np.array(fitted_pixels(encoded(colour), 16, 16))).permute(2, 0, 1)[None] / 255
     return rig.model.latents(image)[0]
 
 

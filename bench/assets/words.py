@@ -1,0 +1,20 @@
+"""The words that the embedded model is asked to write, and the split that each belongs to by its spelling."""
+
+from pathlib import Path
+
+from .glyphs import split_of
+
+WORD_LIST = Path(__file__).with_name("ocr_words.txt")  # one word a line, 3 to 5 capitals
+
+
+def read_word_list() -> list[str]:
+    """Every word, in the order of the file."""
+    return WORD_LIST.read_text("ascii").split()
+
+
+def word_splits() -> dict[str, list[str]]:
+    """The words of the train, the validation and the test split; only those of the train split may ever be printed."""
+    splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for word in read_word_list():
+        splits[split_of(word)].append(word)
+    return splits
