@@ -190,7 +190,7 @@ def test_a_violation_of_the_source_rules_is_found(line: str, said: str) -> None:
         "torch.randperm(5, generator=rig.rng)",
         "from ..bench.losses import gpo",
         "from ..bench.budget import Spent",
-        "rig.model.steps, rig.model.guidance, rig.model.times(4), rig.model.blend('old', 0.9)",
+        "rig.model.steps, rig.model.guidance, rig.model.times(4), rig.model.update_copy('old', 0.9)",
         "x.to(rig.model.device)",
         "rig.step(ode, x, t, s, who)",
         "rig.state['old'] = torch.zeros(3)",
