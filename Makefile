@@ -4,6 +4,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 JOBS ?= 2
+PARTS := $(BIN)/python .ci/parts.py
 QUIET := OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 HF_HUB_OFFLINE=1
 
 # What leaderboards/tiny.toml and leaderboards/short.toml report, and how far from a number is still the same.
@@ -12,23 +13,37 @@ FULL := --methods gpo,diffusion-nft,awm,diffusion-dpo,dgpo,flow-grpo,grpo-guard,
 SHORT := --methods gpo,diffusion-dpo --no-baselines --task ocr --model tiny --seeds 2 --budget nfe=8000 \
     --set optim.lr=3e-4 --set optim.warmup=0 --set optim.ema=0 \
     --set evaluation.split=validation --set evaluation.validation_images=2 --set evaluation.eval_points=1
+REGRESS := $(QUIET) $(BIN)/gpobench regress --run short --fresh --jobs $(JOBS) --allow-unsure --out runs/short
 MARGINS := --margin .08 --margin rapidocr/soft=.04 --margin reader/soft=.04
 
-.PHONY: run test regress slow bench board clean help
+# Tests whose numbers depend on how the processor rounds; tests/conftest.py marks them, and of them a sample of a minute.
+NUMERIC := $(BIN)/pytest -q -m 'numeric and not slow'
+TWO_THREADS := OMP_NUM_THREADS=2 OMP_THREAD_LIMIT=2 HF_HUB_OFFLINE=1
+
+.PHONY: run test regress portable slow bench board clean help
 
 run: .venv/core.stamp  ## train GPO on OCR with the embedded model under a budget, and judge it (more flags: ARGS="--seed 1")
 	$(BIN)/gpobench run --method gpo --task ocr --model tiny $(ARGS)
 
-test: .venv/dev.stamp  ## the test suite, the linters and the type checks
-	$(QUIET) $(BIN)/pytest -n 2
-	$(MAKE) --no-print-directory regress
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/pyright
-	$(BIN)/lint-imports
+test: .venv/dev.stamp  ## the test suite, the regression gate, the linters and the type checks: all run, then which failed
+	@$(PARTS) \
+	    "pytest: $(QUIET) $(BIN)/pytest -n 2 -rs" \
+	    "perturbed sample: $(QUIET) $(BIN)/pytest -q -n 2 -m portable_sample --perturb" \
+	    "regress: $(REGRESS)" \
+	    "ruff check: $(BIN)/ruff check ." \
+	    "ruff format: $(BIN)/ruff format --check ." \
+	    "pyright: $(BIN)/pyright" \
+	    "lint-imports: $(BIN)/lint-imports"
 
 regress: .venv/core.stamp  ## train again what leaderboards/short.toml reports, and judge it: minutes
-	$(QUIET) $(BIN)/gpobench regress --run short --fresh --jobs $(JOBS) --allow-unsure --out runs/short
+	$(REGRESS)
+
+portable: .venv/dev.stamp  ## the numeric tests as other processors compute them: tens of minutes
+	@$(PARTS) \
+	    "perturbed: $(QUIET) $(NUMERIC) -n 2 --perturb" \
+	    "baseline instructions: ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(QUIET) $(NUMERIC) -n 2" \
+	    "AVX2: ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(QUIET) $(NUMERIC) -n 2" \
+	    "two threads: $(TWO_THREADS) $(NUMERIC)"
 
 slow: .venv/dev.stamp  ## the tests that take minutes
 	$(QUIET) $(BIN)/pytest -m slow --timeout 3600

@@ -214,11 +214,11 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         if min(self.test_images, self.validation_images, self.curve_images) < 1:
             raise UserError(
-                f"judging: at least one image a prompt, got {self.test_images}, {self.validation_images} "
+                f"evaluation: at least one image a prompt, got {self.test_images}, {self.validation_images} "
                 f"and {self.curve_images}"
             )
         if self.eval_points < 1:
-            raise UserError(f"judging: the curve needs at least one mark, got {self.eval_points}")
+            raise UserError(f"evaluation: the curve needs at least one evaluation point, got {self.eval_points}")
 
 
 class Task(Protocol):

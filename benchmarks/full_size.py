@@ -141,7 +141,7 @@ def main(names: list[str]) -> None:
         )
     print("\n| method | s an iteration | of it rollout | nfe | updates | peak GB |\n|---|---|---|---|---|---|")
     for name in names or [n for n in registry.entries("method") if registry.canonical("method", n) == n]:
-        settings = config.resolve(name, "ocr", "sd35m").settings
+        settings = config.resolve(config.RunRequest(name, "ocr", "sd35m")).settings
         if not isinstance(settings, Search):
             print(f"| {name} | {train_a_little(shrunk(settings), model, rig.train_prompts)} |", flush=True)
 

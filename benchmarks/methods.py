@@ -83,7 +83,12 @@ def arguments(row: Row, seed: int, budget: str, out: Path) -> list[str]:
 def run_dir(row: Row, seed: int, budget: str, out: Path) -> Path:
     """The run directory of one run."""
     sets = [*row.sets, "evaluation.split=validation", f"evaluation.validation_images={IMAGES}"]
-    return out / config.resolve(row.method, TASK, MODEL, seed=seed, budget=row.budget or budget, sets=sets).slug()
+    return (
+        out
+        / config.resolve(
+            config.RunRequest(row.method, TASK, MODEL, seed=seed, budget=row.budget or budget, sets=sets)
+        ).slug()
+    )
 
 
 def run(rows: list[Row], seeds: int, budget: str, out: Path, jobs: int) -> int:
@@ -195,7 +200,7 @@ def facts(row: Row) -> tuple[str, int]:
 def passes(row: Row, seen: Seen) -> str:
     """F and B an image: what the method declares, and what the runs spent (groups without spread are not learnt from)."""
     model_spec = find_model_spec(MODEL)
-    settings = config.resolve(row.method, TASK, MODEL, sets=row.sets).settings
+    settings = config.resolve(config.RunRequest(row.method, TASK, MODEL, sets=row.sets)).settings
     roles, images = seen.records[0].nfe_by_role, seen.records[0].spent["images"]
     static = settings.cost(model_spec.steps, model_spec.guidance)
     said, done = (

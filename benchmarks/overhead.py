@@ -48,7 +48,7 @@ class Clock:
 
 def profile(name: str, iterations: int) -> tuple[Counter[str], float]:
     """(seconds by part, seconds in all) of `iterations` iterations."""
-    plan, model_spec = config.resolve(name, "ocr", "tiny"), find_model_spec("tiny")
+    plan, model_spec = config.resolve(config.RunRequest(name, "ocr", "tiny")), find_model_spec("tiny")
     model: Any = open_model(
         model_spec,
         device="cuda" if torch.cuda.is_available() else "cpu",
@@ -88,7 +88,7 @@ def main(iterations: int, names: list[str]) -> None:
     print(f"| method | s an iteration | {' | '.join(PARTS)} | the rest |")
     print("|---" * (len(PARTS) + 3) + "|")
     for name in names:
-        if isinstance(config.resolve(name, "ocr", "tiny").settings, Search):
+        if isinstance(config.resolve(config.RunRequest(name, "ocr", "tiny")).settings, Search):
             continue
         seconds, total = profile(name, iterations)
         shares = " | ".join(f"{100 * seconds[p] / total:.1f} %" for p in PARTS)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpobench.bench import registry
-from gpobench.bench.experiments.config import Config, resolve
+from gpobench.bench.experiments.config import Config, RunRequest, resolve
 from gpobench.bench.experiments.cost_estimate import estimate_cost, held, latents
 from gpobench.bench.models.memory import DEVICES, GB, MemoryEstimate
 from gpobench.bench.spec import Search
@@ -54,7 +54,7 @@ def methods() -> list[str]:
 
 def need(method: str, model: str, device: str = "h100", sets: tuple[str, ...] = ()) -> Need:
     """What the preset of a method for a model holds and takes, estimated."""
-    plan = resolve(method, TASK, model, sets=sets)
+    plan = resolve(RunRequest(method, TASK, model, sets=sets))
     told, size = estimate_cost(plan, device), held(plan)
     gpu_gb = next((gigabytes for gigabytes in CARDS if size.fits(gigabytes)), 0)
     nfe = sum(told["nfe_an_image"].values())

@@ -70,6 +70,9 @@ class Baseline(_Part):
     commit: str
     runs_commits: tuple[str, ...]
     device: str
+    processor: str = Field(
+        default="", description="the kind that made the runs, on which alone they repeat to the last digit"
+    )
     versions: dict[str, str]
     task: str
     task_version: str

@@ -273,7 +273,28 @@ def _measure(guarded: Guarded, mine: Sequence[LoadedRun], left: Sequence[str]) -
         else:
             changes.append(change(new, old, scores.strata, trained=claim.label != BASE))
     notes += [f"{r.folder.name} wears the hack flag." for r in mine if record.flagged(r.record)]
+    notes += _last_digits(known, processors(mine), all(c.repeated for c in changes))
     return _Measured(guarded, found, changes, tuple(missing), tuple(notes))
+
+
+def processors(runs: Sequence[LoadedRun]) -> str:
+    """The kinds of processor that made these runs; "" where one of the records is older than the note of it."""
+    kinds = {str(r.record.provenance.get("processor", "")) for r in runs}
+    return "" if "" in kinds else " and ".join(sorted(kinds))
+
+
+def _last_digits(known: Baseline, here: str, repeated: bool) -> list[str]:
+    """Whether these runs were to repeat the baseline to the last digit, in a line. repeated: they do, all of them."""
+    elsewhere = "numbers repeat within the margin, not to the last digit."
+    if known.processor and here and known.processor != here:
+        return [f"Made on {known.processor}; this is {here}: {elsewhere}"]
+    if repeated:
+        return []
+    if known.processor and here:
+        return [
+            f"Made on the same kind of processor ({here}): the same code, versions and seeds repeat to the last digit."
+        ]
+    return [f"Made on {known.processor or known.device}: on another kind of processor {elsewhere}"]
 
 
 def _report(m: _Measured, rule: Sequence[tuple[Verdict, float]]) -> Report:
@@ -513,6 +534,7 @@ def compose(
         commit=commit,
         runs_commits=tuple(sorted({str(r.record.provenance["revision"]) for r in runs})),
         device=str(first.provenance.get("machine", "")),
+        processor=processors(runs),
         versions={str(k): str(v) for k, v in dict(first.provenance.get("versions", {})).items()},
         task=table.task,
         task_version=table.task_version,
@@ -586,10 +608,10 @@ def _claim(row: BoardRow, numbers: tuple[BaselineNumber, ...], table: Board) -> 
 
 def _sets(method: str, table: Board, settings: Mapping[str, Any]) -> tuple[str, ...]:
     """What `gpobench run --set` needs to get from the method's preset, as it is now, to these settings."""
-    from ..bench.experiments.config import resolve
+    from ..bench.experiments.config import RunRequest, resolve
 
     bounds = ",".join(f"{k}={v!r}" for k, v in table.budget.items())
-    now = resolve(method, table.task, table.model, budget=bounds).mapping()
+    now = resolve(RunRequest(method, table.task, table.model, budget=bounds)).mapping()
     there = {key.removeprefix("settings."): value for key, value in flat(now).items()}
     own = {
         key.removeprefix("settings."): value
@@ -660,16 +682,18 @@ def train(
 
 def _slug(known: Baseline, claim: Claim, seed: int) -> str:
     """The name of a run's directory: that of its settings as they are resolved today."""
-    from ..bench.experiments.config import resolve
+    from ..bench.experiments.config import RunRequest, resolve
 
     return resolve(
-        claim.method,
-        known.task,
-        known.model,
-        seed=seed,
-        budget=_bounds(known),
-        reward=claim.reward or None,
-        sets=claim.sets,
+        RunRequest(
+            claim.method,
+            known.task,
+            known.model,
+            seed=seed,
+            budget=_bounds(known),
+            reward=claim.reward or None,
+            sets=claim.sets,
+        )
     ).slug()
 
 

@@ -107,10 +107,10 @@ class DGPO:
         t = grid.to(uniform)[uniform.argsort()[: self.timesteps]]
         advantage = standardise(groups.reward, self.std).clamp(-self.adv_clip_max, self.adv_clip_max)
         rows = informative(groups.reward).nonzero().flatten().repeat_interleave(self.timesteps)
-        rows_of_groups = select_rows(groups, rows)
+        selected = select_rows(groups, rows)
         return TimedGroups(
-            rows_of_groups.x0, rows_of_groups.prompt_ids, t.repeat(len(rows) // self.timesteps),
-            rows_of_groups.reward, advantage[rows],
+            selected.x0, selected.prompt_ids, t.repeat(len(rows) // self.timesteps),
+            selected.reward, advantage[rows],
         )  # fmt: skip
 
     def loss(self, rig: Rig, batch: TimedGroups) -> Tensor:

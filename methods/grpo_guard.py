@@ -50,7 +50,7 @@ class GRPOGuard:
     guidance: float = 0.0  # guidance of rollout and training; 0: the protocol's
 
     def __post_init__(self) -> None:
-        for name, fine, rule in (
+        for name, valid, rule in (
             ("prompts", self.prompts >= 1, "at least 1"),
             ("group", self.group >= 2, "at least 2: one image has nothing to be compared with"),
             ("adv_clip_max", self.adv_clip_max > 0, "above 0"),
@@ -64,7 +64,7 @@ class GRPOGuard:
             ("steps", self.steps == 0 or self.steps >= 2, "at least 2, or 0 for the protocol's number"),
             ("guidance", self.guidance >= 0, "at least 0"),
         ):
-            if not fine:
+            if not valid:
                 raise UserError(f"grpo-guard: {name} must be {rule}, got {getattr(self, name)}")
 
     def trained_steps(self, steps: int) -> int:

@@ -59,7 +59,7 @@ class MixGRPO:
     guidance: float = 0.0  # guidance of rollout and training; 0: the protocol's
 
     def __post_init__(self) -> None:
-        for name, fine, rule in (
+        for name, valid, rule in (
             ("prompts", self.prompts >= 1, "at least 1"),
             ("group", self.group >= 2, "at least 2: one image has nothing to be compared with"),
             ("adv_clip_max", self.adv_clip_max > 0, "above 0"),
@@ -72,7 +72,7 @@ class MixGRPO:
             ("steps", self.steps == 0 or self.steps >= 2, "at least 2, or 0 for the protocol's number"),
             ("guidance", self.guidance >= 0, "at least 0"),
         ):  # fmt: skip
-            if not fine:
+            if not valid:
                 raise UserError(f"mix-grpo: {name} must be {rule}, got {getattr(self, name)}")
 
     @property

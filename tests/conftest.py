@@ -27,6 +27,9 @@ from typing import Any  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).with_name("perturbed")))
+pytest_plugins = ["perturbation", "selection"]
+
 # The published prompt lists, where they lie beside the checkout; the tests that need them are skipped elsewhere.
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
 if BESIDE.is_dir():

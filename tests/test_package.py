@@ -110,7 +110,9 @@ def wheel(copy: Path, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_no_other(wheel: set[str]) -> None:
-    expected = {"__init__.py", "py.typed"} | {name for name in tree() if name.partition("/")[0] in FOLDERS}
+    expected = {"__init__.py", "__main__.py", "py.typed"} | {
+        name for name in tree() if name.partition("/")[0] in FOLDERS
+    }
     assert not expected - wheel, "not in the wheel: declare them under package-data, or move them out of the package"
     assert not wheel - expected, "stray files in the wheel"
 

@@ -1,1 +1,1 @@
-"""The command line."""
+"""Commands: one file for each command of `gpobench`, and what they share."""

@@ -20,6 +20,8 @@ from ..files import write_atomically
 INVALID = 0.005  # share of images that could not be scored above which a row is invalid
 SCHEMA = 3  # the version that is written, and the only one that is read
 SIGNIFICANT = 1.96  # standard errors of a two-sided test at 5 %
+# How the libraries under torch are told to use fewer instructions; torch's own limit shows in the instruction set it names.
+LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 Key = str  # `scorer/metric`
 Role = Literal["training", "held-out", "auxiliary", "quality"]
 
@@ -198,7 +200,7 @@ def schema() -> dict[str, Any]:
 
 
 def provenance(**more: Any) -> dict[str, Any]:
-    """Where a number comes from: code revision, package versions, machine, and `more`."""
+    """Where a number comes from: code revision, versions, machine, processor kind (it decides last digits), and `more`."""
     import torch
 
     names = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "rapidocr", "onnxruntime", "gpobench")
@@ -213,6 +215,7 @@ def provenance(**more: Any) -> dict[str, Any]:
         "versions": versions,
         "threads": torch.get_num_threads(),
         "machine": machine(),
+        "processor": processor(),
         **more,
     }
 
@@ -242,9 +245,36 @@ def machine() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
-        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
+    name = _cpuinfo().get("model name") or platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"
+
+
+def processor() -> str:
+    """The kind of processor, as far as last digits depend on it: its design, the instruction set torch computes with, and the
+    environment variables that restrict its libraries to less. The accelerator's name stands before it where there is one.
+
+    "AuthenticAMD family 26 model 2, AVX512"
+    """
+    import torch
+
+    facts = _cpuinfo()
+    parts = {
+        "": ("vendor_id", "CPU implementer"),
+        "family": ("cpu family",),
+        "model": ("model",),
+        "part": ("CPU part",),
+    }
+    found = [(word, facts[name]) for word, names in parts.items() for name in names if name in facts]
+    design = " ".join(f"{word} {value}".strip() for word, value in found) or platform.processor() or platform.machine()
+    limits = [f"{name}={os.environ[name]}" for name in LIMITS if os.environ.get(name)]
+    kind = ", ".join([design, torch.backends.cpu.get_cpu_capability(), *limits])
+    return f"{torch.cuda.get_device_name()} with {kind}" if torch.cuda.is_available() else kind
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor; {} elsewhere."""
+    try:
+        first = Path("/proc/cpuinfo").read_text("utf-8").partition("\n\n")[0]
+    except (OSError, UnicodeDecodeError):
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}

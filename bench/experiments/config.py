@@ -1,4 +1,4 @@
-"""From a command line to one resolved, checked and hashable mapping that says everything a run will do."""
+"""Config of a run: resolves a request through presets, files and --set into one checked and hashable description."""
 
 from __future__ import annotations
 
@@ -19,13 +19,38 @@ from ..files import digest as file_digest
 from ..model_spec import Adapter, ModelSpec, find_model_spec
 
 Table = dict[str, Any]
-# Fields of a card that a run may set: they change memory and speed, and a result by its rounding only.
+# Fields of a model spec that a run may set: they change memory and speed, and results only by rounding.
 EXECUTION = ("rows", "checkpointing", "offload", "compile")
 
 
 @dataclass(frozen=True)
+class RunRequest:
+    """What a person asks of one run: the options of `gpobench run` that decide what it computes."""
+
+    method: str  # a name, NAME:VARIANT or path/to/file.py:Name
+    task: str
+    model: str
+    seed: int = 0  # of the training
+    budget: str | None = None  # a name, a TOML file or nfe=200000; None: the model's
+    reward: str | None = None  # the scorer to train on, or a blend; None: the task's
+    config: Path | None = None  # a TOML file of settings
+    sets: Sequence[str] = ()  # key=value, the last word
+    scorer_locations: Sequence[str] = ()  # NAME=URL, where a scorer is served
+    prompts: Sequence[str] = ()  # FILE for the train split, or SPLIT=FILE
+
+    def words(self) -> list[str]:
+        """The command line behind `gpobench` that makes the same request."""
+        words = ["run", "--method", self.method, "--task", self.task, "--model", self.model, "--seed", str(self.seed)]
+        config = str(self.config) if self.config else None
+        for option, text in (("--budget", self.budget), ("--reward", self.reward), ("--config", config)):
+            words += [option, text] if text else []
+        lists = (("--set", self.sets), ("--scorer", self.scorer_locations), ("--prompts", self.prompts))
+        return words + [word for option, texts in lists for text in texts for word in (option, text)]
+
+
+@dataclass(frozen=True)
 class Config:
-    """What a run will do, resolved: the same Config gives the same bytes."""
+    """A resolved run: everything that decides its result, so that equal configs give equal bytes."""
 
     method: str
     task: str
@@ -34,22 +59,26 @@ class Config:
     budget: Budget
     settings: Any  # the method's dataclass, its fields set
     adapter: Adapter
-    evaluation: Any  # spec.Judging
+    evaluation: Any  # spec.EvaluationSettings
     precision: str  # fp32 | bf16 | fp16
     reward: str  # the scorer to train on
-    execution: Table = field(default_factory=dict[str, Any])  # of EXECUTION, what is not as the model's card has it
-    tuned: Table = field(default_factory=dict[str, Any])  # how the settings were chosen: trials, spent, command
-    scorer_locations: Mapping[str, Any] = field(
-        default_factory=dict[str, Any]
-    )  # scorer -> scorers.Place, where it lives
-    prompts: Mapping[Any, Path] = field(default_factory=dict[Any, Path])  # split -> the person's own file
-    asked: Mapping[Any, str] = field(default_factory=dict[Any, str])  # split -> that file's name and its content's hash
-    sources: Mapping[str, str] = field(default_factory=dict[str, str])  # a part's own file -> its content's hash
+    # Values of EXECUTION that differ from the model spec.
+    execution: Table = field(default_factory=dict[str, Any])
+    # How the settings were chosen: trials, spent, command.
+    tuned: Table = field(default_factory=dict[str, Any])
+    # Scorer -> ScorerLocation, for scorers that run elsewhere.
+    scorer_locations: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    # Split -> a prompt file of the person's own.
+    prompts: Mapping[Any, Path] = field(default_factory=dict[Any, Path])
+    # Split -> that file's name and the hash of its content.
+    prompt_hashes: Mapping[Any, str] = field(default_factory=dict[Any, str])
+    # File of a method, task or scorer of the person's own -> the hash of its content.
+    source_hashes: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def mapping(self) -> Table:
-        """Plain, printable, hashable: what --dry-run shows and the record keeps.
+        """Return the config as plain values: what --dry-run prints, the record keeps and the digest hashes.
 
-        How settings were chosen and where scorers live is no part of it: neither changes what a run does.
+        `tuned` and `scorer_locations` are left out, because neither changes what a run computes.
         """
         return {
             "method": self.method,
@@ -62,125 +91,126 @@ class Config:
             "evaluation": _plain(asdict(self.evaluation)),
             "precision": self.precision,
             "reward": self.reward,
-            **({"prompts": dict(self.asked)} if self.asked else {}),
-            **({"sources": dict(self.sources)} if self.sources else {}),
+            **({"prompts": dict(self.prompt_hashes)} if self.prompt_hashes else {}),
+            **({"sources": dict(self.source_hashes)} if self.source_hashes else {}),
             **self.execution,
         }
 
-    def unchanged(self) -> None:
-        """Raise UserError where a file that this run is named after has changed since it was planned."""
-        now = {**_asked(self.prompts), **_sources(self.method, self.task, self.reward)}
-        for name, content in {**self.asked, **self.sources}.items():
-            if now.get(name) != content:
-                what = self.prompts.get(name, name)
-                raise UserError(f"{what} changed since this run was planned: the same command plans it anew")
+    def refuse_changed_files(self) -> None:
+        """Raise UserError where a file whose hash is part of this config has changed since the config was resolved."""
+        hashes_now = {**_prompt_hashes(self.prompts), **_source_hashes(self.method, self.task, self.reward)}
+        for name, content_hash in {**self.prompt_hashes, **self.source_hashes}.items():
+            if hashes_now.get(name) != content_hash:
+                file = self.prompts.get(name, name)
+                raise UserError(f"{file} changed since this run was planned; give the same command again")
 
     def model_spec(self) -> ModelSpec:
-        """The model's card with what this run says about execution."""
+        """Return the model spec with this run's execution settings."""
         return replace(find_model_spec(self.model), **self.execution)
 
     def digest(self) -> str:
-        """8 hex digits that name the run; what the budget is called does not matter."""
+        """Return 8 hex digits that identify the run; the budget's name is not hashed, its bounds are."""
         mapping = {**self.mapping(), "budget": self.budget.bounds()}
         return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()[:8]
 
     def slug(self) -> str:
-        """The run directory's name."""
-        clean = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(self.model).name)
-        name = Path(self.method.rpartition(":")[0]).stem if ".py:" in self.method else self.method.replace(":", "-")
-        return f"{name}-{Path(self.task).name.replace(':', '-')}-{clean}-s{self.seed}-{self.digest()}"
+        """Return the name of the run directory."""
+        model = "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(self.model).name)
+        method = Path(self.method.rpartition(":")[0]).stem if ".py:" in self.method else self.method.replace(":", "-")
+        return f"{method}-{Path(self.task).name.replace(':', '-')}-{model}-s{self.seed}-{self.digest()}"
 
 
-def resolve(
-    method: str,
-    task: str,
-    model: str,
-    *,
-    seed: int = 0,
-    budget: str | None = None,
-    reward: str | None = None,
-    config: Path | None = None,
-    sets: Iterable[str] = (),
-    scorers: Iterable[str] = (),
-    prompts: Sequence[str] = (),
-) -> Config:
-    """Field defaults < methods/NAME.toml [model] < [model.task] < --config FILE < --set key=value.
+def resolve(request: RunRequest) -> Config:
+    """Resolve a request into a config.
 
-    A method's name may carry a variant, `flow-grpo:fast`: then [fast], [fast.model] and [fast.model.task] come after [model.task].
-    scorers: NAME=URL, where a scorer is served. prompts: FILE for the train split, or SPLIT=FILE.
-    Raises UserError on an unknown name (with the nearest valid one), a value of the wrong type, an unreadable file.
+    Settings come from, later ones winning: field defaults, methods/NAME.toml [model], its [model.task], for a variant
+    `flow-grpo:fast` its [fast], [fast.model] and [fast.model.task], then --config FILE, then --set key=value.
+
+    Raises:
+        UserError: on an unknown name, with the nearest valid one, a value of the wrong type or an unreadable file.
     """
     from ..assets.prompts import parse_option
     from ..scoring.scorers import scorer_locations
     from ..spec import EvaluationSettings
 
-    method = registry.canonical("method", method)
-    kind = registry.load("method", method)
-    exam = registry.load("task", task)()
-    model_spec = find_model_spec(model)
-    evaluation: EvaluationSettings = exam.evaluation(model_spec.domain)
+    method = registry.canonical("method", request.method)
+    method_class = registry.load("method", method)
+    task = registry.load("task", request.task)()
+    model_spec = find_model_spec(request.model)
+    evaluation: EvaluationSettings = task.evaluation(model_spec.domain)
     table: Table = {}
-    for layer in (preset(method, model_spec.preset or model_spec.name, task), _file(config), pairs(sets)):
+    preset_settings = preset(method, model_spec.preset or model_spec.name, request.task)
+    for layer in (preset_settings, _read_toml(request.config), parse_settings(request.sets)):
         _merge(table, layer)
-    own = {key: table.pop(key, {}) for key in ("adapter", "evaluation")}
+    adapter_table, evaluation_table = table.pop("adapter", {}), table.pop("evaluation", {})
     tuned = _tuned(table.pop("tuned", {}))
-    files = parse_option(prompts)
-    for path in files.values():
+    prompt_files = parse_option(request.prompts)
+    for path in prompt_files.values():
         if not path.is_file():
             raise UserError(f"--prompts: there is no file {path}")
-    homes = scorer_locations(scorers, _table("scorer", table.pop("scorer", {})))
+    locations = scorer_locations(request.scorer_locations, _table("scorer", table.pop("scorer", {})))
     precision = table.pop("precision", model_spec.precision)
     if precision not in ("fp32", "bf16", "fp16"):
         raise registry.unknown("precision", str(precision), ("fp32", "bf16", "fp16"))
     execution = _execution({key: table.pop(key) for key in EXECUTION if key in table}, model_spec)
+    _check_seed(request.seed)
+    reward = request.reward or task.reward(model_spec.domain)
+    return Config(
+        method=method,
+        task=request.task,
+        model=request.model,
+        seed=request.seed,
+        budget=load_budget(request.budget or model_spec.budget),
+        settings=build(method_class, table, extra=("adapter", "evaluation", "precision", *EXECUTION)),
+        adapter=_build_group(Adapter, "adapter", asdict(model_spec.adapter), adapter_table),
+        evaluation=_build_group(EvaluationSettings, "evaluation", asdict(evaluation), evaluation_table),
+        precision=precision,
+        reward=reward,
+        execution=execution,
+        tuned=tuned,
+        scorer_locations=locations,
+        prompts=prompt_files,
+        prompt_hashes=_prompt_hashes(prompt_files),
+        source_hashes=_source_hashes(method, request.task, reward),
+    )
+
+
+def _check_seed(seed: int) -> None:
+    """Raise UserError unless the seed is in [0, 2^32), the range that numpy accepts."""
     if seed < 0:
         raise UserError(f"--seed must not be negative, got {seed}")
     if seed >= 2**32:
         raise UserError(f"--seed must be below {2**32}, got {seed}")
-    return Config(
-        method=method,
-        task=task,
-        model=model,
-        seed=seed,
-        budget=load_budget(budget or model_spec.budget),
-        settings=build(kind, table, extra=("adapter", "evaluation", "precision", *EXECUTION)),
-        adapter=build(Adapter, {**asdict(model_spec.adapter), **_table("adapter", own["adapter"])}, prefix="adapter."),
-        evaluation=build(
-            EvaluationSettings, {**asdict(evaluation), **_table("evaluation", own["evaluation"])}, prefix="judging."
-        ),
-        precision=precision,
-        reward=reward or exam.reward(model_spec.domain),
-        execution=execution,
-        tuned=tuned,
-        scorer_locations=homes,
-        prompts=files,
-        asked=_asked(files),
-        sources=_sources(method, task, reward or exam.reward(model_spec.domain)),
-    )
 
 
-def _asked(files: Mapping[Any, Path]) -> dict[Any, str]:
+def _build_group(kind: type, name: str, defaults: Mapping[str, Any], table: Any) -> Any:
+    """Build the dataclass of a group of settings, as adapter.KEY, from its defaults and what was set."""
+    return build(kind, {**defaults, **_table(name, table)}, prefix=f"{name}.")
+
+
+def _prompt_hashes(files: Mapping[Any, Path]) -> dict[Any, str]:
+    """Return split -> NAME@HASH, 12 hex digits."""
     return {split: f"{path.name}@{file_digest(path)[:12]}" for split, path in files.items()}
 
 
-def _sources(method: str, task: str, reward: str) -> dict[str, str]:
-    """Of parts that are files of the person's own: their content, 12 hex digits by name. An edited method is another one.
+def _source_hashes(method: str, task: str, reward: str) -> dict[str, str]:
+    """Return file name -> 12 hex digits of its content, for parts named path/to/file.py:Name: an edited method is another run.
 
-    What such a file imports is not looked at.
+    Files that such a file imports are not hashed.
     """
     from ..scoring.scorers import parts
 
-    named = [method, task, *(name for name, _ in parts(reward))]
-    found: dict[str, str] = {}
-    for path in dict.fromkeys(Path(one.rpartition(":")[0]) for one in named if ".py:" in one):
+    references = [method, task, *(name for name, _ in parts(reward))]
+    hashes: dict[str, str] = {}
+    for path in dict.fromkeys(Path(reference.rpartition(":")[0]) for reference in references if ".py:" in reference):
         if not path.is_file():
             raise UserError(f"no such file: {path}")
-        found[path.name] = found.get(path.name, "") + file_digest(path)[:12]
-    return found
+        hashes[path.name] = hashes.get(path.name, "") + file_digest(path)[:12]
+    return hashes
 
 
 def _execution(table: Table, model_spec: ModelSpec) -> Table:
-    """What of it differs from the card. Raises UserError on a value of another kind."""
+    """Return the execution settings that differ from the model spec. Raises UserError on a value of the wrong type."""
     for key, value in table.items():
         if key == "rows" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
             raise UserError(
@@ -188,59 +218,69 @@ def _execution(table: Table, model_spec: ModelSpec) -> Table:
             )
         if key != "rows" and not isinstance(value, bool):
             raise UserError(
-                f"{key} is true or false (the model's card says {str(getattr(model_spec, key)).lower()}), got {value!r}"
+                f"{key} is true or false (the model's spec says {str(getattr(model_spec, key)).lower()}), got {value!r}"
             )
     return {
         key: value for key, value in table.items() if value != getattr(model_spec, key) and (key != "rows" or value)
     }
 
 
-def _tuned(marker: Any) -> Table:
-    """{trials, spent, command} from the flat table `tuned` that `gpobench tune` writes beside the settings it chose."""
-    if not isinstance(marker, Mapping):
-        raise UserError(f"tuned is a table of trials, command and what was spent, got {marker!r}")
-    table: Table = dict(marker)  # type: ignore[arg-type]
+def _tuned(value: Any) -> Table:
+    """Parse the flat table `tuned` that `gpobench tune` writes beside chosen settings into {trials, spent, command}."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"tuned is a table of trials, command and what was spent, got {value!r}")
+    table: Table = dict(value)  # type: ignore[arg-type]
     if not table:
         return {}
     trials, command = table.pop("trials", None), table.pop("command", "")
     if not isinstance(trials, int) or isinstance(trials, bool) or trials < 1 or not isinstance(command, str):
-        raise UserError(f"tuned wants a number of trials and the command, got {trials!r} and {command!r}")
-    for key, value in table.items():
+        raise UserError(f"tuned needs a number of trials and the command, got {trials!r} and {command!r}")
+    for key, amount in table.items():
         if key not in CURRENCIES:
             raise registry.unknown(
                 "setting", f"tuned.{key}", [f"tuned.{c}" for c in ("trials", "command", *CURRENCIES)]
             )
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise UserError(f"tuned.{key} must be a number, got {value!r}")
+        if not isinstance(amount, int | float) or isinstance(amount, bool):
+            raise UserError(f"tuned.{key} must be a number, got {amount!r}")
     return {"trials": trials, "command": command, "spent": table}
 
 
 def build(kind: Any, table: Mapping[str, Any], *, prefix: str = "", extra: Iterable[str] = ()) -> Any:
-    """A dataclass from a mapping, checked by pydantic; nested dataclasses too; unknown keys refused with a suggestion."""
+    """Build a dataclass, and the dataclasses inside it, from a mapping whose values pydantic checks.
+
+    Args:
+        kind: the dataclass; every field has a default.
+        table: values by field; a nested dataclass as a mapping, of which missing keys keep this dataclass's default.
+        prefix: put before the keys in error messages, as "optim.".
+        extra: further valid keys of the level, for the suggestion in the error message.
+
+    Raises:
+        UserError: on an unknown key, with the nearest valid one, or a value of the wrong type.
+    """
     from pydantic import TypeAdapter, ValidationError
 
     default = kind()
     values: Table = {}
-    known = {f.name: getattr(default, f.name) for f in fields(kind)}
+    defaults = {f.name: getattr(default, f.name) for f in fields(kind)}
     for key, value in table.items():
-        if key not in known:
-            raise registry.unknown("setting", prefix + key, [prefix + k for k in (*known, *extra)])
-        if is_dataclass(known[key]) and not isinstance(known[key], type):
-            inner = {**asdict(known[key]), **_table(prefix + key, value)}  # what is not set keeps this method's default
-            value = build(type(known[key]), inner, prefix=f"{prefix}{key}.")
+        if key not in defaults:
+            raise registry.unknown("setting", prefix + key, [prefix + k for k in (*defaults, *extra)])
+        if is_dataclass(defaults[key]) and not isinstance(defaults[key], type):
+            inner = {**asdict(defaults[key]), **_table(prefix + key, value)}
+            value = build(type(defaults[key]), inner, prefix=f"{prefix}{key}.")
         values[key] = value
-    whole = {**{name: value for name, value in known.items() if name not in values}, **values}
+    complete = {**{name: value for name, value in defaults.items() if name not in values}, **values}
     try:
-        # A dataclass instance would pass unchecked, so nested ones go in as they are and the rest as plain values.
-        return TypeAdapter(kind).validate_python(whole)
+        # pydantic does not check a dataclass instance: nested ones were checked above, the rest are plain values.
+        return TypeAdapter(kind).validate_python(complete)
     except ValidationError as error:
         first = error.errors()[0]
-        where = prefix + ".".join(str(part) for part in first["loc"])
-        raise UserError(f"setting {where}: {first['msg']}, got {first['input']!r}") from None
+        key = prefix + ".".join(str(part) for part in first["loc"])
+        raise UserError(f"setting {key}: {first['msg']}, got {first['input']!r}") from None
 
 
 def preset_path(method: str) -> Path | None:
-    """The preset TOML that stands beside a method's file, if there is one."""
+    """Return the preset TOML beside a method's file, if there is one."""
     if ".py:" in method:
         path = Path(method.rpartition(":")[0]).with_suffix(".toml")
     else:
@@ -251,11 +291,11 @@ def preset_path(method: str) -> Path | None:
 
 
 def preset(method: str, model: str, task: str) -> Table:
-    """The settings of a method's preset file for a model and a task, those of its variant last."""
+    """Return the settings of a method's preset file for a model and a task; those of its variant come last and win."""
     path = preset_path(method)
-    presets = _file(path) if path else {}
+    presets = _read_toml(path) if path else {}
     if path and ".py:" in method:
-        _presets_only(path, presets, model)
+        _check_presets(path, presets, model)
     table = _section(presets, model, task)
     variant = "" if ".py:" in method else method.partition(":")[2]
     if variant:
@@ -267,20 +307,20 @@ def preset(method: str, model: str, task: str) -> Table:
     return table
 
 
-def _presets_only(path: Path, presets: Mapping[str, Any], model: str) -> None:
-    """Raise UserError where a file beside a person's method holds no presets, or has a section that is nearly a model's name."""
-    known = {*registry.entries("model"), model}
+def _check_presets(path: Path, presets: Mapping[str, Any], model: str) -> None:
+    """Raise UserError where a file beside a person's method holds no presets, or a section that is nearly a model's name."""
+    models = {*registry.entries("model"), model}
     for key, value in presets.items():
         if not isinstance(value, Mapping):
             raise UserError(
-                f"{path} stands beside a method and should hold its presets, but {key!r} is in no section of a model"
+                f"{path} lies beside a method and should hold its presets, but {key!r} is in no section of a model"
             )
-        if key not in known and get_close_matches(key, known, n=1, cutoff=0.75):
-            raise registry.unknown(f"section of {path}", key, known)
+        if key not in models and get_close_matches(key, models, n=1, cutoff=0.75):
+            raise registry.unknown(f"section of {path}", key, models)
 
 
 def _section(presets: Mapping[str, Any], model: str, task: str) -> Table:
-    """[model] without its tasks, then [model.task]; pickscore-full is pickscore too, and what is its own comes last."""
+    """Merge [model] without its tasks and [model.task]; the task pickscore-full also reads pickscore's, before its own."""
     section, tasks = presets.get(model, {}), registry.entries("task")
     table: Table = {}
     _merge(table, {key: value for key, value in section.items() if key not in tasks})
@@ -290,17 +330,18 @@ def _section(presets: Mapping[str, Any], model: str, task: str) -> Table:
 
 
 def variants(method: str) -> list[str]:
-    """The variants a method's preset file names: its sections that are no model."""
+    """Return the variants of a method: the sections of its preset file that are no model."""
     path = preset_path(method)
-    return [key for key in (_file(path) if path else {}) if key not in registry.entries("model")]
+    return [key for key in (_read_toml(path) if path else {}) if key not in registry.entries("model")]
 
 
 def scorer_tables(path: Path | None) -> Mapping[str, Table]:
-    """The [scorer.NAME] tables of a settings file: where scorers live."""
-    return _table("scorer", _file(path).get("scorer", {}))
+    """Return the [scorer.NAME] tables of a settings file, which say where scorers run."""
+    return _table("scorer", _read_toml(path).get("scorer", {}))
 
 
-def _file(path: Path | None) -> Table:
+def _read_toml(path: Path | None) -> Table:
+    """Read a TOML file; nothing for None. Raises UserError on a file that cannot be read."""
     if path is None:
         return {}
     try:
@@ -309,18 +350,19 @@ def _file(path: Path | None) -> Table:
         raise UserError(f"cannot read config {path}: {error}") from None
 
 
-def pairs(sets: Iterable[str]) -> Table:
-    """`a.b=1` and its like as one nested mapping. Raises UserError on text without an equals sign."""
+def parse_settings(sets: Iterable[str]) -> Table:
+    """Parse `a.b=1` and the like into one nested mapping. Raises UserError on text without an equals sign."""
     table: Table = {}
     for text in sets:
-        _merge(table, _pair(text))
+        _merge(table, _parse_setting(text))
     return table
 
 
-def _pair(text: str) -> Table:
+def _parse_setting(text: str) -> Table:
+    """Parse one key=value; the value is TOML, or else a string."""
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"--set wants key=value, got {text!r}")
+        raise UserError(f"--set needs key=value, got {text!r}")
     try:
         parsed = tomllib.loads(f"x = {value.strip()}")["x"]
     except tomllib.TOMLDecodeError:
@@ -331,15 +373,17 @@ def _pair(text: str) -> Table:
     return table
 
 
-def _merge(into: Table, more: Mapping[str, Any]) -> None:
-    for key, value in more.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)  # type: ignore[arg-type]
+def _merge(target: Table, layer: Mapping[str, Any]) -> None:
+    """Write a layer of nested settings over the target, key by key."""
+    for key, value in layer.items():
+        if isinstance(value, Mapping) and isinstance(target.get(key), dict):
+            _merge(target[key], value)  # type: ignore[arg-type]
         else:
-            into[key] = dict(value) if isinstance(value, Mapping) else value  # type: ignore[arg-type]
+            target[key] = dict(value) if isinstance(value, Mapping) else value  # type: ignore[arg-type]
 
 
 def _table(name: str, value: Any) -> Table:
+    """Return a group of settings as a dict. Raises UserError on a single value."""
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     if not isinstance(value, Mapping):
@@ -348,9 +392,5 @@ def _table(name: str, value: Any) -> Table:
 
 
 def _plain(value: Any) -> Any:
+    """Return nested values as JSON has them: tuples as lists, unknown types as text."""
     return json.loads(json.dumps(value, default=str))
-
-
-def with_seed(config: Config, seed: int) -> Config:
-    """The same run under another seed."""
-    return replace(config, seed=seed)

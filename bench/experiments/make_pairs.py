@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -26,9 +27,9 @@ from ..model_spec import ModelSpec, find_model_spec
 from ..models.open import open_model
 from ..progress import Progress
 from ..scoring.scorers import close_scorers, open_scorer
-from ..spec import Scorer, Task
+from ..spec import Images, Scorer, Task
 from ..training.pairs import STATEMENT, Choose, compare
-from ..training.rig import Rig, to_uint8
+from ..training.rig import Rig
 
 FILE = "pairs.parquet"
 CHUNK = 32  # rows of a row group: a reader of one pair reads so many
@@ -143,28 +144,29 @@ def _sample_pairs(request: PairsRequest, rig: Rig, progress: Progress) -> _PairT
         image_ids = prompt_ids.repeat_interleave(request.group)
         x0 = torch.cat([rig.sample(rig.noise(len(ids)), ids) for ids in image_ids.split(rig.rows)])
         parts = zip(x0.split(rig.rows), image_ids.split(rig.rows), strict=True)
-        reward = torch.cat([rig.score(x, ids) for x, ids in parts]).cpu().view(len(prompt_ids), request.group)
+        rewards, images = zip(*(rig.score_images(x, ids) for x, ids in parts), strict=True)
+        reward = torch.cat(rewards).cpu().view(len(prompt_ids), request.group)
         table.flat_groups += int((~informative(reward)).sum())
-        _add_pairs(table, request, rig, prompt_ids, x0, reward)
+        _add_pairs(table, request, rig, prompt_ids, np.concatenate(images), reward)
         progress.advance(len(prompt_ids))
     return table
 
 
 def _add_pairs(
-    table: _PairTable, request: PairsRequest, rig: Rig, prompt_ids: Tensor, x0: Tensor, reward: Tensor
+    table: _PairTable, request: PairsRequest, rig: Rig, prompt_ids: Tensor, images: Images, reward: Tensor
 ) -> None:
-    """Pair the images x0 (P G, C, h, w) by their rewards (P, G); the winner's side is drawn."""
+    """Pair the images (P G, H, W, 3) that were scored by their rewards (P, G); the winner's side is drawn."""
     which, win, lose = compare(reward, request.choose, request.margin, rig.uniform(len(prompt_ids)))
     swap = rig.uniform(len(which)).cpu() < 0.5 if len(which) else torch.zeros(0, dtype=torch.bool)
     columns = table.columns
-    png: dict[int, bytes] = {}  # row of x0 -> its image, which can be in several pairs
+    png: dict[int, bytes] = {}  # row of images -> its PNG, which can be in several pairs
     for p, i, j, swapped in zip(which.tolist(), win.tolist(), lose.tolist(), swap.tolist(), strict=True):
         columns["caption"].append(rig.texts(prompt_ids[p : p + 1])[0].text)
         columns["has_label"].append(True)
         for side, member in enumerate((j, i) if swapped else (i, j)):
             row = p * request.group + member
             if row not in png:
-                png[row] = _png(to_uint8(rig.model.decode(x0[row : row + 1]))[0])
+                png[row] = _png(images[row])
             columns[f"jpg_{side}"].append(png[row])
             columns[f"label_{side}"].append(float(member == i))
             columns[f"reward_{side}"].append(float(reward[p, member]))

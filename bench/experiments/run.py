@@ -61,7 +61,7 @@ def run(
         return _follow(launch)
     run_dir = launch.run_dir
     with report_disk_errors(run_dir), advise_on_oom(config):
-        config.unchanged()
+        config.refuse_changed_files()
         run_dir.mkdir(parents=True, exist_ok=True)
         with lock_run_dir(run_dir):
             delete_unfinished(run_dir)

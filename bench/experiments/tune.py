@@ -1,4 +1,4 @@
-"""Settings are chosen for every method by one rule: the same number of draws, judged on validation prompts, and its price kept."""
+"""Tuning: chooses a method's settings by the same number of random draws for every method, evaluated on validation prompts."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ from ..files import write_atomically
 from ..progress import Progress
 from ..scoring.scorers import close_scorers, open_scorer
 from ..spec import Choice, LogUniform, Range
-from .config import Config, resolve
+from .config import Config, RunRequest, resolve
 from .in_process import run_in_process
 from .jobs import Job, make_folder, run_jobs, spent_so_far
 from .run_dir import is_locked
 
-CHOSEN = ("budget:", "search:")  # how a stop reason begins when nothing went wrong
+# How the stop reason of a run begins that ended as planned.
+SOUND_STOPS = ("budget:", "search:")
 
 
 @dataclass
 class Trial:
-    """One draw of settings, and what came of it."""
+    """One draw of settings and the result of its run."""
 
     number: int
-    settings: dict[str, Any]  # what was drawn; empty for trial 0, the preset as it stands
-    plan: Config | None = None  # None where the method refuses the settings
-    done: Record | None = None
-    failed: str = ""  # why there is no record
+    settings: dict[str, Any]  # the drawn values; empty for trial 0, the preset itself
+    config: Config | None = None  # None where the method refuses the settings
+    record: Record | None = None
+    failure: str = ""  # why there is no record
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What to tune: the method's declared space, drawn `trials` times; `sets` holds for every trial and is not drawn."""
+    """What to tune: the method's search space is drawn from `trials` times; settings in `sets` are fixed, not drawn."""
 
     method: str
     task: str
@@ -58,17 +59,17 @@ class Tuning:
             raise UserError(f"--trials must be at least 1, got {self.trials}")
 
     def command(self) -> str:
-        """What a person types for the same tuning."""
+        """Return the command line for the same tuning."""
         words = ["gpobench", "tune", "--method", self.method, "--task", self.task, "--model", self.model]
         words += ["--trials", str(self.trials), "--seed", str(self.seed)]
         words += ["--budget", self.budget] if self.budget else []
         words += ["--reward", self.reward] if self.reward else []
         return shlex.join(words + [word for text in self.sets for word in ("--set", text)])
 
-    def resolve(self, settings: Mapping[str, Any]) -> Config:
-        """The run of one trial: an ordinary one, judged on the validation prompts."""
+    def request(self, settings: Mapping[str, Any]) -> RunRequest:
+        """Return the run of one trial: an ordinary one, evaluated on the validation prompts."""
         drawn = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        return resolve(
+        return RunRequest(
             self.method,
             self.task,
             self.model,
@@ -79,78 +80,82 @@ class Tuning:
         )
 
 
-# The draws
+# Draws
 
 
-def draw(key: str, span: Range, seed: int, trial: int) -> Any:
-    """A value of the range that depends on nothing but the key's name, the tuning's seed and the trial's number.
+def draw(key: str, search_range: Range, seed: int, trial: int) -> Any:
+    """Draw a value from a range; it depends only on the key's name, the tuning's seed and the trial's number.
 
-    So two methods with the same range for the same key try the same values, and a further key changes no other's.
-    Numbers have 3 significant digits: a preset is read by people.
+    So two methods with the same range for the same key try the same values, and another key changes none of them.
+    Numbers have 3 significant digits, because people read presets.
     """
     digest = hashlib.sha256(f"{seed}\n{trial}\n{key}".encode()).digest()
     u = int.from_bytes(digest[:6], "big") / 2**48  # uniform in [0, 1)
-    if isinstance(span, Choice):
-        return span.options[int(u * len(span.options))]
+    if isinstance(search_range, Choice):
+        return search_range.options[int(u * len(search_range.options))]
     exact = (
-        span.low * (span.high / span.low) ** u
-        if isinstance(span, LogUniform)
-        else span.low + (span.high - span.low) * u
+        search_range.low * (search_range.high / search_range.low) ** u
+        if isinstance(search_range, LogUniform)
+        else search_range.low + (search_range.high - search_range.low) * u
     )
-    return min(max(float(f"{exact:.3g}"), span.low), span.high)
+    return min(max(float(f"{exact:.3g}"), search_range.low), search_range.high)
 
 
-def draws(space: Mapping[str, Range], trials: int, seed: int, whole: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """The settings of every trial; the first is empty: the preset as it stands. whole: keys that take integers."""
-    found: list[dict[str, Any]] = [{}]
+def draws(space: Mapping[str, Range], trials: int, seed: int, integer_keys: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return the settings of every trial; those of the first are empty, the preset itself. integer_keys: take integers."""
+    settings_by_trial: list[dict[str, Any]] = [{}]
     for trial in range(1, trials):
-        settings = {key: draw(key, span, seed, trial) for key, span in space.items()}
-        found.append({key: round(v) if key in whole and isinstance(v, float) else v for key, v in settings.items()})
-    return found
+        settings = {key: draw(key, search_range, seed, trial) for key, search_range in space.items()}
+        settings_by_trial.append(
+            {key: round(v) if key in integer_keys and isinstance(v, float) else v for key, v in settings.items()}
+        )
+    return settings_by_trial
 
 
 def plan(tuning: Tuning) -> list[Trial]:
-    """Every trial with its resolved run.
+    """Return every trial with its resolved config.
 
     Raises UserError on a name or a fixed setting that is wrong, and on a method that declares nothing to draw.
     """
-    preset = tuning.resolve({})
+    preset = resolve(tuning.request({}))
     space: Mapping[str, Range] = vars(type(preset.settings)).get("space") or {}
-    for key, span in space.items():
-        _sound(key, span)
+    for key, search_range in space.items():
+        _check_range(key, search_range)
     fixed = {text.partition("=")[0].strip() for text in tuning.sets}
-    space = {key: span for key, span in space.items() if key not in fixed}
+    space = {key: search_range for key, search_range in space.items() if key not in fixed}
     if not space and tuning.trials > 1:
         raise UserError(
             f"{tuning.method} declares no search space that is left to draw from: its settings stay as they are"
         )
-    whole = [key for key in space if isinstance(_current(preset.settings, key), int)]
-    trials = [Trial(k, drawn) for k, drawn in enumerate(draws(space, tuning.trials, tuning.seed, whole))]
-    trials[0].plan = preset
+    integer_keys = [key for key in space if isinstance(_current(preset.settings, key), int)]
+    trials = [Trial(k, drawn) for k, drawn in enumerate(draws(space, tuning.trials, tuning.seed, integer_keys))]
+    trials[0].config = preset
     for trial in trials[1:]:
         try:
-            trial.plan = tuning.resolve(trial.settings)
+            trial.config = resolve(tuning.request(trial.settings))
         except UserError as error:
-            trial.failed = str(error)
+            trial.failure = str(error)
     return trials
 
 
-def _sound(key: str, span: Range) -> None:
-    if isinstance(span, Choice):
-        wrong = not span.options
+def _check_range(key: str, search_range: Range) -> None:
+    """Raise UserError on a range without values."""
+    if isinstance(search_range, Choice):
+        empty = not search_range.options
     else:
-        wrong = not span.low <= span.high or (isinstance(span, LogUniform) and span.low <= 0)
-    if wrong:
-        raise UserError(f"the search space of {key} is empty: {span}")
+        empty = search_range.low > search_range.high or (isinstance(search_range, LogUniform) and search_range.low <= 0)
+    if empty:
+        raise UserError(f"the search space of {key} is empty: {search_range}")
 
 
 def _current(settings: Any, key: str) -> Any:
+    """Return the value of a dotted key in nested settings."""
     for part in key.split("."):
         settings = getattr(settings, part, None)
     return settings
 
 
-# The trials
+# Trials
 
 
 def tune(
@@ -161,123 +166,134 @@ def tune(
     jobs: int = 1,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
-    """Run every trial, choose the best, write tuning.json and best.toml; returns what tuning.json holds.
+    """Run every trial that is not done, choose the best and write tuning.json and best.toml.
 
-    A trial that is done is not done again. jobs: trials at once; more than one run in processes of their own.
-    Raises UserError when no trial can be used, Interrupted when asked to stop.
+    Args:
+        tuning: what to tune.
+        out: the folder in which the tuning's own folder is made.
+        progress: shows lines and the progress of runs.
+        jobs: trials at once; with more than one, each runs in a process of its own.
+        interrupted: returns true when the tuning must stop.
+
+    Returns:
+        What tuning.json holds.
+
+    Raises:
+        UserError: when no trial can be used.
+        Interrupted: when asked to stop.
     """
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
     trials = plan(tuning)
-    run_dir = out / trials[0].plan.slug().rsplit("-", 2)[0]  # type: ignore[union-attr]
+    folder = out / trials[0].config.slug().rsplit("-", 2)[0]  # type: ignore[union-attr]
     for part in ("runs", "logs"):
-        make_folder(run_dir / part)
-    # A draw that comes out as an earlier one is that trial: two processes never write one run directory.
-    unique = {trial.plan.slug(): trial for trial in reversed(trials) if trial.plan is not None}
-    work = [trial for trial in trials if trial.plan is not None and unique[trial.plan.slug()] is trial]
+        make_folder(folder / part)
+    # A draw equal to an earlier one shares its run, so that two processes never write one run directory.
+    unique = {trial.config.slug(): trial for trial in reversed(trials) if trial.config is not None}
+    work = [trial for trial in trials if trial.config is not None and unique[trial.config.slug()] is trial]
     if jobs > 1:
-        free = lambda place: not (place / "record.json").is_file() and not is_locked(place)
-        left = [t for t in work if free(run_dir / "runs" / _slug(t))]
-        _apart(tuning, left, run_dir, jobs, progress, interrupted)
+        is_free = lambda trial_dir: not (trial_dir / "record.json").is_file() and not is_locked(trial_dir)
+        free_trials = [trial for trial in work if is_free(folder / "runs" / _slug(trial))]
+        _run_in_processes(tuning, free_trials, folder, jobs, progress, interrupted)
     for trial in work:
-        if not trial.failed:
-            _here(trial, len(trials), run_dir, progress, interrupted)
+        if not trial.failure:
+            _run_here(trial, len(trials), folder, progress, interrupted)
     for trial in trials:
-        if trial.plan is not None:
-            trial.done, trial.failed = unique[_slug(trial)].done, unique[_slug(trial)].failed
-    return _settle(tuning, trials, run_dir)
+        if trial.config is not None:
+            trial.record, trial.failure = unique[_slug(trial)].record, unique[_slug(trial)].failure
+    return _choose_and_write(tuning, trials, folder)
 
 
 def _slug(trial: Trial) -> str:
-    assert trial.plan is not None
-    return trial.plan.slug()
+    """Return the name of the trial's run directory."""
+    assert trial.config is not None
+    return trial.config.slug()
 
 
-def _here(trial: Trial, of: int, run_dir: Path, progress: Progress, interrupted: Callable[[], bool]) -> None:
-    """Run a trial in this process, or read what an earlier start made of it."""
-    assert trial.plan is not None
-    progress.message(f"trial {trial.number} (of 0 to {of - 1}): {_words(trial)}")
-    place = run_dir / "runs" / _slug(trial)
-    if is_locked(place):
-        progress.message(f"trial {trial.number}: another process is at work on it; waiting for that to end")
-    while is_locked(place):
+def _run_here(trial: Trial, of: int, folder: Path, progress: Progress, interrupted: Callable[[], bool]) -> None:
+    """Run a trial in this process, or read the record it has already. of: the number of trials."""
+    assert trial.config is not None
+    progress.message(f"trial {trial.number} (of 0 to {of - 1}): {_settings_text(trial)}")
+    trial_dir = folder / "runs" / _slug(trial)
+    if is_locked(trial_dir):
+        progress.message(f"trial {trial.number}: another process is making it; waiting for that to end")
+    while is_locked(trial_dir):
         if interrupted():
             raise Interrupted(f"trial {trial.number}: stopped; the same command goes on from there")
         time.sleep(1)
     try:
-        trial.done, trial.failed = run_in_process(
-            trial.plan, runs=run_dir / "runs", log=_log(trial, run_dir), progress=progress, interrupted=interrupted
+        trial.record, trial.failure = run_in_process(
+            trial.config, runs=folder / "runs", log=_log(trial, folder), progress=progress, interrupted=interrupted
         )
     except Interrupted as stop:
         raise Interrupted(f"trial {trial.number}: {stop}") from None
-    if trial.failed:
-        progress.message(f"trial {trial.number} failed: {trial.failed}")
+    if trial.failure:
+        progress.message(f"trial {trial.number} failed: {trial.failure}")
 
 
-def _apart(
+def _run_in_processes(
     tuning: Tuning,
     trials: Sequence[Trial],
-    run_dir: Path,
+    folder: Path,
     at_once: int,
     progress: Progress,
     interrupted: Callable[[], bool],
 ) -> None:
-    """Run trials as commands of their own; leaves the records to be read."""
+    """Run trials as commands of their own, `at_once` at a time; their records are read afterwards."""
 
-    def ends(k: int, why: str) -> None:
-        trials[k].failed = why
-        progress.message(f"trial {trials[k].number} " + (f"failed: {why}" if why else "ended"))
+    def end(k: int, failure: str) -> None:
+        trials[k].failure = failure
+        progress.message(f"trial {trials[k].number} " + (f"failed: {failure}" if failure else "ended"))
 
-    work = [Job(_command(tuning, trial, run_dir), _log(trial, run_dir)) for trial in trials]
-    begins = lambda k: progress.message(f"trial {trials[k].number} begins: {_words(trials[k])}")
-    if not run_jobs(work, at_once, begins=begins, ends=ends, interrupted=interrupted):
+    work = [Job(_command(tuning, trial, folder), _log(trial, folder)) for trial in trials]
+    begin = lambda k: progress.message(f"trial {trials[k].number} begins: {_settings_text(trials[k])}")
+    if not run_jobs(work, at_once, begins=begin, ends=end, interrupted=interrupted):
         raise Interrupted("stopped; the same command goes on with the trials that are left")
 
 
-def _command(tuning: Tuning, trial: Trial, run_dir: Path) -> list[str]:
-    words = ["run", "--method", tuning.method, "--task", tuning.task, "--model", tuning.model, "--json"]
-    words += ["--seed", str(tuning.seed), "--out", str(run_dir / "runs")]
-    words += ["--budget", tuning.budget] if tuning.budget else []
-    words += ["--reward", tuning.reward] if tuning.reward else []
-    drawn = [f"{key}={json.dumps(value)}" for key, value in trial.settings.items()]
-    return words + [word for text in (*tuning.sets, *drawn, "evaluation.split=validation") for word in ("--set", text)]
+def _command(tuning: Tuning, trial: Trial, folder: Path) -> list[str]:
+    """Return the command line behind `gpobench` that runs a trial."""
+    return [*tuning.request(trial.settings).words(), "--json", "--out", str(folder / "runs")]
 
 
-def _log(trial: Trial, run_dir: Path) -> Path:
-    return run_dir / "logs" / f"trial-{trial.number}.log"
+def _log(trial: Trial, folder: Path) -> Path:
+    """Return the file that takes what a trial prints."""
+    return folder / "logs" / f"trial-{trial.number}.log"
 
 
-# The choice
+# Choice of the best trial
 
 
-def loses(done: Record, key: str) -> str:
-    """Why a run cannot be chosen however high its number; "" when it can."""
-    mean = done.delta[key].mean if key in done.delta else None
-    if not done.stop.startswith(CHOSEN):
-        return done.stop
-    if done.flags.invalid:
+def rejection(run_record: Record, key: str) -> str:
+    """Return why a run cannot be chosen, whatever its gain; "" when it can."""
+    mean = run_record.delta[key].mean if key in run_record.delta else None
+    if not run_record.stop.startswith(SOUND_STOPS):
+        return run_record.stop
+    if run_record.flags.invalid:
         return "invalid: too many images could not be scored"
-    if done.flags.hack:
+    if run_record.flags.hack:
         return "hack flag: no held-out scorer rose"
     return "not scored" if mean is None or not math.isfinite(mean) else ""
 
 
 def best(trials: Sequence[Trial], key: str) -> Trial | None:
-    """The trial whose training scorer rose most on validation, of two equal ones the earlier."""
-    sound = [t for t in trials if t.done is not None and not loses(t.done, key)]
-    return max(sound, key=lambda t: (t.done.delta[key].mean, -t.number), default=None)  # type: ignore[union-attr]
+    """Return the trial whose training scorer rose most on validation prompts; of equal ones the earliest."""
+    sound = [t for t in trials if t.record is not None and not rejection(t.record, key)]
+    return max(sound, key=lambda t: (t.record.delta[key].mean, -t.number), default=None)  # type: ignore[union-attr]
 
 
-def _settle(tuning: Tuning, trials: Sequence[Trial], run_dir: Path) -> dict[str, Any]:
-    preset = trials[0].plan
+def _choose_and_write(tuning: Tuning, trials: Sequence[Trial], folder: Path) -> dict[str, Any]:
+    """Choose the best trial and write tuning.json and best.toml; returns what tuning.json holds."""
+    preset = trials[0].config
     assert preset is not None
     scorer = open_scorer(preset.reward, preset.scorer_locations)
-    close_scorers([scorer])  # only what it is called was asked
+    close_scorers([scorer])  # opened for its name and metrics only
     key = f"{scorer.name}/{scorer.metrics[0]}"
     chosen = best(trials, key)
-    spends = {_slug(t): _spent(t, run_dir) for t in trials if t.plan is not None}  # twins were paid for once
-    total = {currency: sum(spend.get(currency, 0.0) for spend in spends.values()) for currency in CURRENCIES}
-    found: dict[str, Any] = {
+    # Keyed by run, because equal draws share one run and its cost.
+    spent_by_run = {_slug(trial): _spent(trial, folder) for trial in trials if trial.config is not None}
+    total = {currency: sum(spent.get(currency, 0.0) for spent in spent_by_run.values()) for currency in CURRENCIES}
+    result: dict[str, Any] = {
         "method": preset.method,
         "task": tuning.task,
         "model": tuning.model,
@@ -285,61 +301,62 @@ def _settle(tuning: Tuning, trials: Sequence[Trial], run_dir: Path) -> dict[str,
         "seed": tuning.seed,
         "budget": {"name": preset.budget.name, **preset.budget.bounds()},
         "objective": f"{key} on validation prompts, after minus before",
-        "trials": [_facts(t, key, spends) for t in trials],
+        "trials": [_row(trial, key, spent_by_run) for trial in trials],
         "best": None if chosen is None else chosen.number,
         "spent": total,
         "command": tuning.command(),
-        "home": str(run_dir),
+        "folder": str(folder),
         "provenance": record.provenance(),
     }
     write_atomically(
-        run_dir / "tuning.json", lambda p: p.write_text(json.dumps(_plain(found), indent=1) + "\n", "utf-8")
+        folder / "tuning.json", lambda p: p.write_text(json.dumps(_finite_or_null(result), indent=1) + "\n", "utf-8")
     )
     if chosen is None:
-        (run_dir / "best.toml").unlink(missing_ok=True)
-        why = "; ".join(f"trial {t['trial']}: {t['loses']}" for t in found["trials"])
-        raise UserError(f"no trial can be used ({why}): see {run_dir / 'tuning.json'}")
+        (folder / "best.toml").unlink(missing_ok=True)
+        why = "; ".join(f"trial {t['trial']}: {t['rejected']}" for t in result["trials"])
+        raise UserError(f"no trial can be used ({why}): see {folder / 'tuning.json'}")
     text = preset_text(tuning, chosen, key, total)
-    write_atomically(run_dir / "best.toml", lambda p: p.write_text(text, "utf-8"))
-    return _plain(found)
+    write_atomically(folder / "best.toml", lambda p: p.write_text(text, "utf-8"))
+    return _finite_or_null(result)
 
 
-def _facts(trial: Trial, key: str, spends: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    facts: dict[str, Any] = {"trial": trial.number, "settings": trial.settings, "loses": trial.failed or "not run"}
-    if trial.plan is not None:
-        facts |= {"run": trial.plan.slug(), "spent": spends[trial.plan.slug()]}
-    done = trial.done
-    if done is not None:
-        facts |= {
-            "loses": loses(done, key),
-            "stop": done.stop,
-            "before": done.before[key].model_dump(),
-            "after": done.after[key].model_dump(),
-            "delta": {name: d.model_dump() for name, d in done.delta.items()},
-            "gain": done.delta[key].model_dump(),
-            "flags": done.flags.model_dump(),
-            "run_dir": done.run_dir,
+def _row(trial: Trial, key: str, spent_by_run: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """Return a trial's row of tuning.json."""
+    row: dict[str, Any] = {"trial": trial.number, "settings": trial.settings, "rejected": trial.failure or "not run"}
+    if trial.config is not None:
+        row |= {"run": trial.config.slug(), "spent": spent_by_run[trial.config.slug()]}
+    run_record = trial.record
+    if run_record is not None:
+        row |= {
+            "rejected": rejection(run_record, key),
+            "stop": run_record.stop,
+            "before": run_record.before[key].model_dump(),
+            "after": run_record.after[key].model_dump(),
+            "delta": {name: d.model_dump() for name, d in run_record.delta.items()},
+            "gain": run_record.delta[key].model_dump(),
+            "flags": run_record.flags.model_dump(),
+            "run_dir": run_record.run_dir,
         }
-    return facts
+    return row
 
 
-def _spent(trial: Trial, run_dir: Path) -> dict[str, float]:
-    """What a trial cost, a failed one up to its last complete iteration."""
-    return spent_so_far(run_dir / "runs" / _slug(trial)) if trial.done is None else dict(trial.done.spent)
+def _spent(trial: Trial, folder: Path) -> dict[str, float]:
+    """Return what a trial has spent; a failed one up to its last complete iteration."""
+    return spent_so_far(folder / "runs" / _slug(trial)) if trial.record is None else dict(trial.record.spent)
 
 
 def preset_text(tuning: Tuning, chosen: Trial, key: str, total: Mapping[str, float]) -> str:
-    """best.toml: the settings of the chosen trial and what finding them cost, for --config or for a preset's section."""
-    assert chosen.done is not None
-    gain = chosen.done.delta[key]
-    marker = {"trials": str(tuning.trials), **{c: _short(x) for c, x in total.items() if x}}
-    inner = ", ".join(f"{name} = {value}" for name, value in marker.items())
+    """Return best.toml: the settings of the chosen trial and what tuning spent, for --config or a preset's section."""
+    assert chosen.record is not None
+    gain = chosen.record.delta[key]
+    price = {"trials": str(tuning.trials), **{c: _compact(x) for c, x in total.items() if x}}
+    inner = ", ".join(f"{name} = {value}" for name, value in price.items())
     fixed = {key.strip(): value.strip() for key, _, value in (text.partition("=") for text in tuning.sets)}
     lines = [
         f"# Trial {chosen.number} of {tuning.trials}, chosen on validation prompts: {key} {gain.mean:+.4f}, "
-        f"95 % interval [{_end(gain.ci[0])}, {_end(gain.ci[1])}], one seed.",
+        f"95 % interval [{_interval_end(gain.ci[0])}, {_interval_end(gain.ci[1])}], one seed.",
         "# With --config, or in the preset under "
-        f"[{_section(tuning)}]: `tuned` is what the choice cost, and every record keeps it.",
+        f"[{_preset_section(tuning)}]: `tuned` is what tuning spent, and every record keeps it.",
         *[f"{name} = {_literal(value)}" for name, value in fixed.items()],
         *[f"{name} = {json.dumps(value)}" for name, value in chosen.settings.items()],
         f"tuned = {{ {inner}, command = {json.dumps(tuning.command())} }}",
@@ -348,7 +365,7 @@ def preset_text(tuning: Tuning, chosen: Trial, key: str, total: Mapping[str, flo
 
 
 def _literal(value: str) -> str:
-    """The text of a --set as TOML: a bare word is a string."""
+    """Return the value of a --set as TOML; a bare word becomes a string."""
     try:
         tomllib.loads(f"x = {value}")
     except tomllib.TOMLDecodeError:
@@ -356,29 +373,33 @@ def _literal(value: str) -> str:
     return value
 
 
-def _short(x: float) -> str:
+def _compact(x: float) -> str:
+    """Return a number as an integer where it is one, else with 6 significant digits."""
     return str(int(x)) if x == int(x) and x < 1e15 else f"{x:.6g}"
 
 
-def _section(tuning: Tuning) -> str:
+def _preset_section(tuning: Tuning) -> str:
+    """Return the name of the model's section in preset files."""
     from ..model_spec import find_model_spec
 
     model_spec = find_model_spec(tuning.model)
     return model_spec.preset or model_spec.name
 
 
-def _end(x: float | None) -> str:
+def _interval_end(x: float | None) -> str:
+    """Return one end of an interval as text; ? where there is none."""
     return "?" if x is None or not math.isfinite(x) else f"{x:+.4f}"
 
 
-def _words(trial: Trial) -> str:
-    return ", ".join(f"{key} = {value}" for key, value in trial.settings.items()) or "the preset as it stands"
+def _settings_text(trial: Trial) -> str:
+    """Return the drawn settings in one line."""
+    return ", ".join(f"{key} = {value}" for key, value in trial.settings.items()) or "the preset unchanged"
 
 
-def _plain(value: Any) -> Any:
-    """NaN and infinity as null: JSON knows neither."""
+def _finite_or_null(value: Any) -> Any:
+    """Return nested values with null for NaN and infinity, which JSON has not."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _finite_or_null(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [_finite_or_null(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -291,9 +291,17 @@ class Rig:
 
     def score(self, x0: Tensor, prompt_ids: Tensor) -> Tensor:
         """(B,): rewards of the images that x0 decodes to; NaN where an image could not be scored, which is counted."""
-        pending = self._submit(x0, prompt_ids)
-        assert pending is not None, "a method never calls score inside `turn`"
-        return self._reward(pending.result())
+        return self.score_images(x0, prompt_ids)[0]
+
+    def score_images(self, x0: Tensor, prompt_ids: Tensor) -> tuple[Tensor, Images]:
+        """The rewards (B,) of `score`, and the pixels (B, H, W, 3) that were scored.
+
+        Decoded again in another batch, the pixels could differ: the last digits of a product depend on its shape.
+        """
+        assert not self._computed_elsewhere, "a method never scores inside `turn`"
+        self._charge_scoring(len(x0))
+        images = to_uint8(self.model.decode(x0))
+        return self._reward(self._start_scoring(images, prompt_ids).result()), images
 
     @torch.no_grad()
     def groups(
@@ -489,11 +497,15 @@ class Rig:
 
     def _submit(self, x0: Tensor, prompt_ids: Tensor) -> Future[TimedScores] | None:
         """Charge and start the scoring of images; None where another process scores them."""
-        self.meter.charge(images=len(x0))
-        self.meter.charge_scorer(self.scorer.name, len(x0))
-        if self._computed_elsewhere:
-            return None
-        return self._scoring.submit(timed_scores, self.scorer, to_uint8(self.model.decode(x0)), self.texts(prompt_ids))
+        self._charge_scoring(len(x0))
+        return None if self._computed_elsewhere else self._start_scoring(to_uint8(self.model.decode(x0)), prompt_ids)
+
+    def _charge_scoring(self, images: int) -> None:
+        self.meter.charge(images=images)
+        self.meter.charge_scorer(self.scorer.name, images)
+
+    def _start_scoring(self, images: Images, prompt_ids: Tensor) -> Future[TimedScores]:
+        return self._scoring.submit(timed_scores, self.scorer, images, self.texts(prompt_ids))
 
     def _reward(self, timed: TimedScores) -> Tensor:
         """(B,): the reward metric; latency, errors and reasons are kept."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gpobench.bench import registry
-from gpobench.bench.experiments.config import resolve
+from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.leaderboards.baseline import Baseline, Claim, locate, parts, read
 from gpobench.leaderboards.board import BASE, load
 from gpobench.leaderboards.regress import judge, words
@@ -52,7 +52,7 @@ def test_the_settings_are_still_those_of_the_presets(name: str) -> None:
             said = words(baseline, claim, claim.seeds[0], Path("runs"))
             sets = [said[i + 1] for i, word in enumerate(said) if word == "--set"]
             budget = said[said.index("--budget") + 1]
-            plan = resolve(claim.method, baseline.task, baseline.model, budget=budget, sets=sets)
+            plan = resolve(RunRequest(claim.method, baseline.task, baseline.model, budget=budget, sets=sets))
             now = plan.mapping()["settings"]
             for key, value in claim.settings.items():
                 if key.startswith("settings."):
@@ -97,7 +97,7 @@ def verdicts(out: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_a_tenth_of_the_learning_rate_is_worse_on_the_embedded_model(tmp_path: Path) -> None:
-    rate = resolve("gpo", "ocr", "tiny").settings
+    rate = resolve(RunRequest("gpo", "ocr", "tiny")).settings
     assert isinstance(rate, GPO)
     for seed in row(known("ocr"), "gpo").seeds:
         trained(tmp_path, seed, f"optim.lr={rate.optim.lr / 10}")

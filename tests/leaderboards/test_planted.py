@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from gpobench.bench.evaluation.record import Record
 from gpobench.bench.experiments import jobs
 from gpobench.bench.experiments import run as running
-from gpobench.bench.experiments.config import resolve
+from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.bench.progress import NullProgress
 from gpobench.leaderboards.baseline import read
 from gpobench.leaderboards.board import load
@@ -33,7 +33,9 @@ app.command()(regress)
 @pytest.fixture(scope="module")
 def train(tiny_pipe: Path, redness: str) -> Train:
     def one(out: Path, seed: int, *sets: str, task: str = "Many") -> Record:
-        plan = resolve("gpo", f"{redness}:{task}", str(tiny_pipe), seed=seed, budget="nfe=16000", sets=[*SETS, *sets])
+        plan = resolve(
+            RunRequest("gpo", f"{redness}:{task}", str(tiny_pipe), seed=seed, budget="nfe=16000", sets=[*SETS, *sets])
+        )
         return running.run(plan, runs=out, progress=NullProgress())
 
     return one

@@ -224,6 +224,47 @@ def test_other_seeds_are_no_regression(baseline: Path, make: Make, tmp_path: Pat
     assert set(verdict_of(one).values()) <= {"same", "cannot tell"}
 
 
+MINE, OTHER_KIND = "AuthenticAMD family 26 model 2, AVX512", "GenuineIntel family 6 model 85, AVX512"
+
+
+def test_the_last_digits_are_expected_of_the_kind_of_processor_that_made_them(
+    make: Make, look: Any, tmp_path: Path
+) -> None:
+    """On another kind the change of a last digit is no regression, and one line says so; on the same one it is news."""
+    for seed in range(2):
+        make(f"old/{seed}", "gpo", seed, 0.2, provenance={"processor": MINE})
+        shaken = {
+            key: (before + 1e-3, after - 1e-3)
+            for k, key in enumerate(("engine/exact", KEY))
+            for before, after in [look(0.2, 10 * k + seed)]
+        }
+        make(f"same/{seed}", "gpo", seed, 0.2, looks=shaken, provenance={"processor": MINE})
+        make(f"elsewhere/{seed}", "gpo", seed, 0.2, looks=shaken, provenance={"processor": OTHER_KIND})
+        make(f"unknown/{seed}", "gpo", seed, 0.2, looks=shaken)
+        make(f"none changed/{seed}", "gpo", seed, 0.2, provenance={"processor": OTHER_KIND})
+    path = tmp_path / "mine.toml"
+    assert run(tmp_path / "old", "--against", path, "--update", "--margin", "0.05")[0] == 0
+    assert read(path)[0].processor == MINE
+    assert not judged(path, tmp_path / "old").notes
+    made = f"Made on {MINE}; this is {OTHER_KIND}: numbers repeat within the margin, not to the last digit."
+    for folder, said in {
+        "same": f"Made on the same kind of processor ({MINE})",
+        "elsewhere": made,
+        "unknown": f"Made on {MINE}: on another kind of processor numbers repeat within the margin",
+        "none changed": made,
+    }.items():
+        report = judged(path, tmp_path / folder)
+        assert report.code() == 0 and set(verdict_of(report).values()) == {"same"}
+        assert len([note for note in report.notes if said in note]) == 1, (folder, report.notes)
+        assert said in dresses.terminal(report).replace("\n", " ")
+
+
+def test_a_baseline_without_the_kind_of_processor_is_read(baseline: Path, tmp_path: Path) -> None:
+    lines = baseline.read_text().splitlines(keepends=True)
+    baseline.write_text("".join(line for line in lines if not line.startswith("processor = ")))
+    assert read(baseline)[0].processor == "" and not judged(baseline, tmp_path / "old").notes
+
+
 def test_a_planted_regression_fails(baseline: Path, make: Make, tmp_path: Path) -> None:
     for seed in range(3):
         make(f"new/gpo{seed}", "gpo", seed, 0.05)

@@ -15,7 +15,7 @@ from gpobench.methods.awm import AWM, AdvantageBatch
 FREE = {"kl": 0.0, "ema_kl": 0.0}
 
 
-def praised(rig: Any) -> AdvantageBatch:
+def advantage_batch(rig: Any) -> AdvantageBatch:
     x0 = torch.randn(5, *rig.model.shape, generator=torch.Generator().manual_seed(3))
     return AdvantageBatch(x0, torch.tensor([1, 1, 4, 0, 2]), torch.tensor([0.9, -0.4, 0.0, 0.3, -1.0]))
 
@@ -63,7 +63,7 @@ def test_the_loss_and_its_gradient_are_the_equation(
     lab: Any, moved: Any, form: Any, off_policy: bool, clip: float
 ) -> None:
     method = AWM(weighting=form, off_policy=off_policy, clip_range=clip, kl=0.3, ema_kl=0.7, timesteps=2)
-    batch = praised(moved)
+    batch = advantage_batch(moved)
     e = slow(lab, moved, method, batch)
     ell = slow_fit(form, e["policy"], e["t"])
     ratio = (ell - (slow_fit(form, e["old"], e["t"]) if off_policy else ell).detach()).exp()
@@ -73,7 +73,7 @@ def test_the_loss_and_its_gradient_are_the_equation(
 
 
 def test_without_advantages_the_policy_has_no_gradient(lab: Any, moved: Any) -> None:
-    batch = replace(praised(moved), advantage=torch.zeros(5))
+    batch = replace(advantage_batch(moved), advantage=torch.zeros(5))
     for off_policy in (False, True):
         loss = lab.loss(AWM(off_policy=off_policy, **FREE), moved, batch)
         assert float(loss.detach()) == 0 and float(lab.gradient(moved, loss).abs().max()) == 0
@@ -81,7 +81,7 @@ def test_without_advantages_the_policy_has_no_gradient(lab: Any, moved: Any) -> 
 
 def test_on_policy_it_is_flow_matching_weighted_by_advantages(lab: Any, moved: Any) -> None:
     """The ratio is 1 and the gradient that of mean A e: the advantage-weighted flow matching of the paper's title."""
-    method, batch = AWM(weighting="uniform", **FREE), praised(moved)
+    method, batch = AWM(weighting="uniform", **FREE), advantage_batch(moved)
     loss = lab.loss(method, moved, batch)
     assert float(loss.detach()) == pytest.approx(-float(batch.advantage.mean()), abs=1e-6)
     assert moved.mean("policy/ratio") == 1
@@ -93,7 +93,7 @@ def test_on_policy_it_is_flow_matching_weighted_by_advantages(lab: Any, moved: A
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_an_image_beyond_the_clip_teaches_nothing(lab: Any, moved: Any, sign: float) -> None:
     method = AWM(weighting="uniform", off_policy=True, clip_range=1e-6, timesteps=1, **FREE)
-    batch = replace(praised(moved), advantage=torch.full((5,), sign))
+    batch = replace(advantage_batch(moved), advantage=torch.full((5,), sign))
     e = slow(lab, moved, method, batch)
     ratio = (e["old"] - e["policy"]).exp()
     beyond = (ratio > 1) if sign > 0 else (ratio < 1)  # it has moved its own way already

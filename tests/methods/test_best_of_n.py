@@ -23,7 +23,7 @@ from gpobench.bench.evaluation.evaluator import sample_protocol
 from gpobench.bench.evaluation.record import Record
 from gpobench.bench.evaluation.search import SearchSettings, answers, search
 from gpobench.bench.experiments import run as running
-from gpobench.bench.experiments.config import Config, resolve
+from gpobench.bench.experiments.config import Config, RunRequest, resolve
 from gpobench.bench.models.open import open_model
 from gpobench.bench.progress import NullProgress
 from gpobench.bench.registry import scorer
@@ -177,7 +177,7 @@ def test_what_could_not_be_scored_never_wins(make: Any) -> None:
 @pytest.fixture
 def plan(tiny_pipe: Path, redness: str) -> Callable[..., Config]:
     def make(*sets: str, task: str = "Paint", budget: str = "nfe=500", **more: Any) -> Config:
-        return resolve("best-of-n", f"{redness}:{task}", str(tiny_pipe), budget=budget, sets=sets, **more)
+        return resolve(RunRequest("best-of-n", f"{redness}:{task}", str(tiny_pipe), budget=budget, sets=sets, **more))
 
     return make
 

@@ -15,7 +15,7 @@ from gpobench.methods.dgpo import DGPO, TimedGroups
 REWARD = torch.tensor([[0.0, 0.2, 0.9, 1.0], [0.3, float("nan"), 0.5, 0.1]])
 
 
-def timed(rig: Any) -> TimedGroups:
+def timed_groups(rig: Any) -> TimedGroups:
     """Two groups, each at two times, one of them pure noise."""
     x0 = torch.randn(2, 4, *rig.model.shape, generator=torch.Generator().manual_seed(3)).repeat_interleave(2, 0)
     reward = REWARD.repeat_interleave(2, 0)
@@ -54,7 +54,7 @@ def moved(lab: Any) -> Any:
 @pytest.mark.parametrize("clip", [0.0, 1e-3, 1e9])
 @pytest.mark.parametrize("beta", [1.0, 300.0])
 def test_the_loss_and_its_gradient_are_the_equation(lab: Any, moved: Any, clip: float, beta: float) -> None:
-    batch, method = timed(moved), DGPO(group=4, beta=beta, clip_range=clip, kl=0.3)
+    batch, method = timed_groups(moved), DGPO(group=4, beta=beta, clip_range=clip, kl=0.3)
     e = slow_errors(lab, moved, batch)
     a, known = batch.advantage.double(), batch.reward.isfinite()
     weight = 1 / (1 + (-(beta / 4) * (a * (e["policy"] - e["ref"])).sum(1, keepdim=True)).exp())
@@ -70,7 +70,7 @@ def test_the_loss_and_its_gradient_are_the_equation(lab: Any, moved: Any, clip: 
 
 @pytest.mark.parametrize("clip", [0.0, 1e9])
 def test_where_nothing_is_clipped_the_gradient_is_that_of_gpo(lab: Any, moved: Any, clip: float) -> None:
-    batch = timed(moved)
+    batch = timed_groups(moved)
     e = slow_errors(lab, moved, batch)
     one = lab.gradient(moved, lab.loss(DGPO(group=4, beta=40.0, clip_range=clip, kl=0), moved, batch))
     two = lab.gradient(moved, gpo(batch.advantage.double(), e["policy"], e["ref"], 40.0).mean())

@@ -14,7 +14,7 @@ import torch
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
-from gpobench.bench.experiments.config import resolve, variants
+from gpobench.bench.experiments.config import RunRequest, resolve, variants
 from gpobench.bench.experiments.make_pairs import PairsRequest, make_pairs
 from gpobench.bench.flow import mix
 from gpobench.bench.losses import dpo, margin_mask
@@ -236,7 +236,9 @@ def test_after_a_refresh_the_policy_is_the_reference(make: Any, collector: Any) 
     numbers = go(method, rig, adam, 4)
     still = [abs(n["policy/loss"] - at) < 1e-9 for n in numbers]
     assert still == [True, False, True, False]  # the first update of each refresh begins at its reference
-    assert [n["policy/kl"] == 0 for n in numbers] == still
+    # The squared difference of two velocities of size 1: with a gradient torch may choose another kernel, whose rounding is below
+    # 1e-6 of them; an update of this learning rate moves them by 1e-3.
+    assert [n["policy/kl"] < 1e-12 for n in numbers] == still
     assert set(rig.meter.roles) == {"rollout", "policy", "old"}
 
 
@@ -374,19 +376,19 @@ def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
 @pytest.mark.parametrize("bad", ["choose=best", "collector=old", "timestep_sampling=log"])
 def test_a_word_that_is_no_choice_is_refused(bad: str, redness: str) -> None:
     with pytest.raises(UserError, match=f"setting {bad.partition('=')[0]}"):
-        resolve("dpo", f"{redness}:Paint", "tiny", sets=[bad])
+        resolve(RunRequest("dpo", f"{redness}:Paint", "tiny", sets=[bad]))
 
 
 def test_its_presets_and_variants_resolve() -> None:
     assert load("method", "dpo") is load("method", "diffusion-dpo") is DiffusionDPO
     assert variants("diffusion-dpo") == ["random", "margin", "offline"]
     for model in ("tiny", "sd35m"):
-        plain = resolve("dpo", "ocr", model).settings
-        assert resolve("dpo:random", "ocr", model).settings == replace(plain, choose="random")
-        assert resolve("dpo:offline", "ocr", model).settings == replace(
+        plain = resolve(RunRequest("dpo", "ocr", model)).settings
+        assert resolve(RunRequest("dpo:random", "ocr", model)).settings == replace(plain, choose="random")
+        assert resolve(RunRequest("dpo:offline", "ocr", model)).settings == replace(
             plain, pairs="pairs", prompts=32, collector="policy", ref_update_step=0
         )  # the reference of a fixed data set never moves
-        gap = resolve("dpo:margin", "ocr", model).settings
+        gap = resolve(RunRequest("dpo:margin", "ocr", model)).settings
         assert (gap.choose, gap.margin) == ("all", 0.25)
 
 

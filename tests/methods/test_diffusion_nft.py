@@ -13,7 +13,7 @@ from gpobench.bench.spec import Optim
 from gpobench.methods.diffusion_nft import DiffusionNFT, OptimalityBatch
 
 
-def judged(rig: Any) -> OptimalityBatch:
+def optimality_batch(rig: Any) -> OptimalityBatch:
     x0 = torch.randn(4, *rig.model.shape, generator=torch.Generator().manual_seed(3))
     return OptimalityBatch(x0, torch.tensor([1, 1, 4, 0]), torch.tensor([0.9, 0.1, 0.5, 0.0]))
 
@@ -43,7 +43,7 @@ def test_the_loss_and_its_gradient_are_the_equation(lab: Any, mix: float, kl: fl
     rig, method = lab.rig(push=0.05), DiffusionNFT(nft_beta=mix, kl=kl, timesteps=2, adv_clip_max=4.0)
     rig.model.update_copy("old", 0.0)
     lab.push(rig, 0.05, seed=2)
-    batch = judged(rig)
+    batch = optimality_batch(rig)
     lab.agree(rig, lab.loss(method, rig, batch), slow_loss(lab, rig, method, batch))
 
 
@@ -52,14 +52,14 @@ def test_at_the_old_policy_the_gradient_goes_with_how_good_the_image_is(lab: Any
     rig.model.update_copy("old", 0.0)
     one = {}
     for r in (0.0, 0.25, 0.5, 0.8, 1.0):
-        batch = replace(judged(rig), optimality=torch.full((4,), r))
+        batch = replace(optimality_batch(rig), optimality=torch.full((4,), r))
         one[r] = lab.gradient(rig, lab.loss(method, rig, batch))
     whole = float(one[1.0].norm())
     assert whole > 1e-4
     for r, gradient in one.items():
         assert float((gradient - (2 * r - 1) * one[1.0]).norm()) < 1e-5 * whole
     lab.push(rig, 0.05, seed=2)  # elsewhere r = 1/2 pulls back to the old policy
-    batch = replace(judged(rig), optimality=torch.full((4,), 0.5))
+    batch = replace(optimality_batch(rig), optimality=torch.full((4,), 0.5))
     loss = lab.loss(method, rig, batch)
     pull = lab.gradient(rig, loss)
     assert float(pull.norm()) > 1e-4

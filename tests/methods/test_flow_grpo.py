@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
-from gpobench.bench.experiments.config import resolve
+from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.bench.flow import ode, rectified
 from gpobench.bench.losses import guard_log_ratio, standardise
 from gpobench.bench.model_spec import SMALL, Adapter, find_model_spec
@@ -333,7 +333,7 @@ def test_they_make_the_model_better(make: Any) -> None:
 )
 @pytest.mark.parametrize("model", ["tiny", "sd35m"])
 def test_presets_and_search_spaces_are_settings(name: str, model: str) -> None:
-    method = resolve(name, "ocr", model).settings
+    method = resolve(RunRequest(name, "ocr", model)).settings
     known = {f.name for f in fields(method)} | {f"optim.{f.name}" for f in fields(Optim)}
     assert set(type(method).space) <= known
     assert method.cost(10, 1.0)["rollout"] > 0

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gpobench.bench.errors import UserError
-from gpobench.bench.experiments.config import resolve
+from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.bench.model_spec import SMALL
 from gpobench.bench.spec import Choice, LogUniform, Optim, Uniform, batch_size, select_rows
 from gpobench.bench.training import checkpoint
@@ -64,12 +64,12 @@ def test_the_static_cost_is_what_the_meter_shows(lab: Any, name: str, guidance: 
 )
 def test_the_published_settings_cost_what_was_published(name: str, cost: dict[str, float]) -> None:
     """One image, in forwards, a backward counting two; the evaluation's protocol is 40 steps at guidance 4.5."""
-    assert resolve(name, "ocr", "sd35m").settings.cost(40, 4.5) == cost
+    assert resolve(RunRequest(name, "ocr", "sd35m")).settings.cost(40, 4.5) == cost
 
 
 @every
 def test_presets_resolve_and_the_search_space_fits(name: str) -> None:
-    method = resolve(name, "ocr", "tiny").settings
+    method = resolve(RunRequest(name, "ocr", "tiny")).settings
     assert (method.prompts, method.optim.warmup, method.optim.ema) == (8, 20, 0.9) and method.group in (8, 16)
     for key, range_ in KINDS[name].space.items():
         owner, _, leaf = key.rpartition(".")

@@ -13,7 +13,7 @@ import torch
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
-from gpobench.bench.experiments.config import resolve
+from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.bench.flow import cps, dpm2, ode, sde, shift, shifted_grid
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
@@ -76,7 +76,7 @@ def test_flash_shortens_what_comes_after_the_window() -> None:
         assert kernels[:first] == [ode] * first and tail == [dpm2] * len(tail) and len(tail) >= 1
         assert len(tail) == max(1, round(0.4 * (21 - first)))
     assert len(MixGRPO(window_size=4, compress_ratio=1.0).plan(0, 25)) == 25
-    star = resolve("mix-grpo:flash-star", "ocr", "sd35m").settings
+    star = resolve(RunRequest("mix-grpo:flash-star", "ocr", "sd35m")).settings
     assert {len(star.plan(i, 25)) for i in range(0, 300, 25)} == {8}  # the paper's Flash*
 
 

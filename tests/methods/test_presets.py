@@ -17,7 +17,7 @@ import torch
 
 from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
-from gpobench.bench.experiments.config import preset, preset_path, resolve, variants
+from gpobench.bench.experiments.config import RunRequest, preset, preset_path, resolve, variants
 from gpobench.bench.experiments.cost_estimate import branches, estimate_cost
 from gpobench.bench.flow import ddim_grid, ddpm, ode, sde, to_velocity
 from gpobench.bench.model_spec import find_model_spec
@@ -66,7 +66,7 @@ def sections(method: str) -> dict[str, list[str]]:
 @EVERY
 def test_a_dry_run_is_quoted(method: str, model: str) -> None:
     for name in (method, *(f"{method}:{variant}" for variant in variants(method))):
-        told = estimate_cost(resolve(name, "ocr", model), "h100")
+        told = estimate_cost(resolve(RunRequest(name, "ocr", model)), "h100")
         assert told["memory"]["peak"] > 0 and told["images"] > 100 and told["nfe"] > 0 and told["hours"]["h100"] > 0
         assert any("peak of training" in line for line in told["lines"])
 
@@ -81,7 +81,7 @@ def test_the_preset_fits_the_card_that_is_promised(method: str, model: str) -> N
 @EVERY
 def test_the_larger_sd35_takes_the_mediums(method: str) -> None:
     assert find_model_spec("sd35l").preset == "sd35m"
-    assert resolve(method, "ocr", "sd35l").settings == resolve(method, "ocr", "sd35m").settings
+    assert resolve(RunRequest(method, "ocr", "sd35l")).settings == resolve(RunRequest(method, "ocr", "sd35m")).settings
 
 
 # What stands in the files
@@ -98,7 +98,7 @@ def test_every_model_has_a_section_and_a_preset_names_only_fields_of_its_method(
             told = preset(name, model, "ocr")
             assert set(told) - {"adapter", "evaluation", "precision", "rows", "tuned"} <= set(known), name
             assert set(told.get("optim", {})) <= {f.name for f in fields(Optim)}
-            settings = resolve(name, "ocr", model).settings
+            settings = resolve(RunRequest(name, "ocr", model)).settings
             for key, value in told.items():  # and none is lost on the way
                 if not is_dataclass(getattr(settings, key)):
                     assert getattr(settings, key) == (tuple(value) if isinstance(value, list) else value)
@@ -151,7 +151,7 @@ def test_clips_shrink_as_the_root_of_a_latents_elements() -> None:
     """log rho is a mean over them: 16 x 64 x 64 in SD3.5-M, 4 x 64 x 64 in SD1.5, as many as SD3.5-M's in SDXL, 16 x 90 x 90 in FLUX."""
     elements = {"sd35m": 16 * 64**2, "sd15": 4 * 64**2, "sdxl": 4 * 128**2, "flux1-dev": 16 * 90**2}
     for name in ("grpo-guard", "flow-grpo:fast"):
-        clip = {model: resolve(name, "ocr", model).settings.clip_range for model in elements}
+        clip = {model: resolve(RunRequest(name, "ocr", model)).settings.clip_range for model in elements}
         for model, n in elements.items():
             assert clip[model] == pytest.approx(clip["sd35m"] * math.sqrt(elements["sd35m"] / n), rel=0.02), (
                 name,
@@ -170,15 +170,15 @@ def test_the_noisy_times_are_as_noisy_as_those_of_sd35m() -> None:
     ratio = ((1 - abar) / abar).sqrt()
     first = (int((ratio >= 0.5625 / 0.4375).nonzero()[0]) + 1) / 1000
     for model in ("sdxl", "sd15"):
-        assert resolve("gpo", "ocr", model).settings.t_min == pytest.approx(first, abs=0.005)
-        dgpo = resolve("dgpo", "ocr", model).settings
+        assert resolve(RunRequest("gpo", "ocr", model)).settings.t_min == pytest.approx(first, abs=0.005)
+        dgpo = resolve(RunRequest("dgpo", "ocr", model)).settings
         grid = ddim_grid(dgpo.steps, spacing="leading", offset=1, alpha_to_one=False)[:-1]
         assert int((grid >= first).sum()) == dgpo.trunc_steps + 1
     tokens = (720 // 16) ** 2
     shift = math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))  # FLUX.1-dev's scheduler
     noisy = shift * 0.3 / (1 + (shift - 1) * 0.3)
     for method in ("gpo", "diffusion-nft"):
-        assert resolve(method, "ocr", "flux1-dev").settings.t_min == pytest.approx(noisy, abs=0.005)
+        assert resolve(RunRequest(method, "ocr", "flux1-dev")).settings.t_min == pytest.approx(noisy, abs=0.005)
 
 
 def test_the_noise_of_the_unets_walk_keeps_the_width_of_its_data() -> None:
@@ -186,10 +186,10 @@ def test_the_noise_of_the_unets_walk_keeps_the_width_of_its_data() -> None:
     path = ddpm(table_of_sd15())
     ends: dict[str, float] = {}
     for method in ("flow-grpo", "grpo-guard", "mix-grpo"):
-        own = resolve(method, "ocr", "sd15").settings
+        own = resolve(RunRequest(method, "ocr", "sd15")).settings
         assert (
             own.noise_level
-            == resolve(method, "ocr", "sdxl").settings.noise_level
+            == resolve(RunRequest(method, "ocr", "sdxl")).settings.noise_level
             == pytest.approx(math.sqrt(2), abs=0.01)
         )
         grid = ddim_grid(own.steps, spacing="leading", offset=1, alpha_to_one=False)
@@ -207,7 +207,7 @@ def test_the_noise_of_the_unets_walk_keeps_the_width_of_its_data() -> None:
 
 @pytest.mark.parametrize("model", ["sdxl", "sd15"])
 def test_the_published_dpo_of_the_unets_warms_up_for_a_quarter_of_its_updates(model: str) -> None:
-    plan = resolve("dpo:offline", "ocr", model)
+    plan = resolve(RunRequest("dpo:offline", "ocr", model))
     own = plan.settings
     updates = plan.budget.bounds()["nfe"] / (2 * own.prompts * sum(own.cost(50, 7.5).values()))
     assert own.optim.warmup == round(updates / 4)
@@ -220,19 +220,19 @@ def test_the_published_dpo_of_the_unets_warms_up_for_a_quarter_of_its_updates(mo
 @pytest.mark.parametrize("task", ["pickscore", "pickscore-full"])
 def test_what_is_published_for_pickscore_is_used_for_it(task: str) -> None:
     """Sources beside each number in the preset files."""
-    own = lambda method: resolve(method, task, "sd35m").settings
+    own = lambda method: resolve(RunRequest(method, task, "sd35m")).settings
     dgpo, awm = own("dgpo"), own("awm")
     assert (dgpo.group, dgpo.beta, dgpo.clip_range, dgpo.kl) == (24, 10, 5e-2, 1e-3)
     assert (awm.prompts, awm.kl, awm.with_init) == (24, 1e-4, True) and awm.strata(awm.steps)[0] == 0
     assert own("flow-grpo").kl == 0.01 and own("flow-grpo:fast").kl == 0 and own("grpo-guard").clip_range == 4e-6
     assert (own("gpo").beta, own("gpo").kl, own("rwr").temperature) == (10, 1e-3, 26)
-    tags = resolve("dgpo", "geneval", "sd35m").settings
+    tags = resolve(RunRequest("dgpo", "geneval", "sd35m")).settings
     assert (tags.trunc_steps, tags.switch_ema_ref, tags.std, tags.beta) == (4, 500, "group", 100)
 
 
 @pytest.mark.parametrize("model", ["tiny", "sd35m", "sd35l", "flux1-dev", "sdxl", "sd15"])
 def test_the_reference_of_a_data_set_stays_the_base(model: str) -> None:
-    own = resolve("dpo:offline", "ocr", model).settings
+    own = resolve(RunRequest("dpo:offline", "ocr", model)).settings
     assert own.ref_update_step == 0 and own.collector == "policy" and own.reference == "ref"
 
 
@@ -267,7 +267,7 @@ def mini(folders: dict[str, Path], redness: str) -> Iterator[Callable[[str], Rig
 @EVERY
 def test_the_preset_walks_and_learns_on_a_miniature_of_its_class(mini: Any, method: str, model: str) -> None:
     """The preset as it stands but for one small group: sampler, times, noise and guidance are the model's own."""
-    own = resolve(method, "ocr", model).settings
+    own = resolve(RunRequest(method, "ocr", model)).settings
     if isinstance(own, Search):
         pytest.skip("it trains nothing")
     rig, few = mini(model), replace(own, prompts=1, group=3)
@@ -293,9 +293,10 @@ def test_guidance_in_the_loss_holds_two_branches_and_an_input_holds_one() -> Non
         "sd15": 2,
     }
     assert (
-        presets.need("flow-grpo:fast", "sd35m").held == resolve("flow-grpo:fast", "ocr", "sd35m").settings.optim.micro
+        presets.need("flow-grpo:fast", "sd35m").held
+        == resolve(RunRequest("flow-grpo:fast", "ocr", "sd35m")).settings.optim.micro
     )
-    assert branches(resolve("gpo", "ocr", "sd15")) == 1  # guided in the rollout only
+    assert branches(resolve(RunRequest("gpo", "ocr", "sd15"))) == 1  # guided in the rollout only
 
 
 def test_the_table_in_the_documentation_is_what_the_command_prints() -> None:

@@ -86,7 +86,7 @@ def test_show_says_fields_defaults_preset_and_source(gpobench: Any, redness: str
         ({"budget": "gone.toml"}, "gone.toml"),
         ({"set": "gruop=4"}, "unknown setting 'gruop'; did you mean 'group'?"),
         ({"set": "group=1"}, "a group needs at least two images to compare, got group=1"),
-        ({"set": "group"}, "--set wants key=value, got 'group'"),
+        ({"set": "group"}, "--set needs key=value, got 'group'"),
         ({"set": "optim.lr=fast"}, "setting optim.lr"),
         ({"config": "gone.toml"}, "cannot read config gone.toml"),
         ({"seed": "-1"}, "--seed must not be negative"),

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 
 from gpobench.bench import registry
-from gpobench.bench.conformance.check import ALL, FAMILIES, LAWS, LawResult, check, trespasses
+from gpobench.bench.conformance import gradient_laws, run_laws, search_laws, source_laws
+from gpobench.bench.conformance.check import ALL_FAMILIES, DEFAULT_FAMILIES, LAWS, check
+from gpobench.bench.conformance.law import Law, LawResult
+from gpobench.bench.conformance.source_rules import rule_violations
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments import config
 
@@ -50,6 +53,12 @@ def test_the_names_here_are_those_of_the_laws() -> None:
     assert {law.name for law in LAWS if law.on != "search"} == named
 
 
+def test_every_law_is_in_the_list_of_laws() -> None:
+    modules = (source_laws, gradient_laws, run_laws, search_laws)
+    defined = [value for module in modules for value in vars(module).values() if isinstance(value, Law)]
+    assert {law.name for law in defined} == {law.name for law in LAWS} | {gradient_laws.fits_model.name}
+
+
 # On `tiny` these two are held back by a KL and a low rate, for its long run; on a miniature's short one they may learn.
 BOLD = {name: ("kl=0", "t_min=0", "optim.lr=3e-4") for name in ("rwr", "sft")}
 
@@ -72,7 +81,7 @@ def test_a_penalty_learns_nothing_from_what_could_not_be_scored(name: str) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_built_in_method_keeps_the_laws_on_the_other_families_too(name: str) -> None:
-    others = [family for family in ALL if family not in FAMILIES]
+    others = [family for family in ALL_FAMILIES if family not in DEFAULT_FAMILIES]
     verdicts = check(name, families=others)
     assert not failed(verdicts, soft=True)
     assert {v.family for v in verdicts} == {"", "flux", "sdxl"}
@@ -169,7 +178,7 @@ PREAMBLE = "import torch\nfrom dataclasses import dataclass\n"
     ],
 )
 def test_what_is_not_a_methods_business_is_seen_in_its_source(line: str, said: str) -> None:
-    found = list(trespasses(PREAMBLE + line, "gpobench.methods.mine"))
+    found = list(rule_violations(PREAMBLE + line, "gpobench.methods.mine"))
     assert any(said in each and re.match(r"line [34]: ", each) for each in found), found
 
 
@@ -186,7 +195,7 @@ def test_what_is_not_a_methods_business_is_seen_in_its_source(line: str, said: s
     ],
 )
 def test_what_is_a_methods_business_is_not(line: str) -> None:
-    assert not list(trespasses(PREAMBLE + line, "gpobench.methods.mine"))
+    assert not list(rule_violations(PREAMBLE + line, "gpobench.methods.mine"))
 
 
 def test_an_optimiser_in_a_file_is_caught_by_the_law(broken: str, tmp_path: Path) -> None:
@@ -232,7 +241,7 @@ def test_a_new_method_works_from_its_first_minute(gpobench: Any, tmp_path: Path)
     dry = gpobench("run", "--method", f"{file}:MyMethod", "--task", "ocr", "--model", "tiny", "--dry-run")
     assert dry.code == 0 and "optim.lr = 0.001" in dry.out  # its preset is found
     again = gpobench("new", "method", "my-method", "--out", tmp_path / "mine")
-    assert again.code == 2 and "already there" in again.err and again.out == ""
+    assert again.code == 2 and "exists already" in again.err and again.out == ""
 
 
 @pytest.mark.parametrize("name", ["My-Method", "a b", "1st", "../x", "-x", "class", "x-"])

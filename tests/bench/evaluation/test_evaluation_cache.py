@@ -19,7 +19,7 @@ from gpobench.bench.evaluation.estimates import Evaluation
 from gpobench.bench.evaluation.evaluation_cache import RunConditions
 from gpobench.bench.evaluation.request import EvaluationRequest
 from gpobench.bench.experiments import run as running
-from gpobench.bench.experiments.config import Config, resolve
+from gpobench.bench.experiments.config import Config, RunRequest, resolve
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.process_group import ProcessGroup
 from gpobench.bench.progress import NullProgress
@@ -208,7 +208,7 @@ def test_runs_of_one_folder_share_the_base_and_differ_in_nothing_else(
     tiny_pipe: Path, redness: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def plan(seed: int) -> Config:
-        return resolve("gpo", f"{redness}:Paint", str(tiny_pipe), seed=seed, budget="nfe=400", sets=SETS)
+        return resolve(RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe), seed=seed, budget="nfe=400", sets=SETS))
 
     seen = list[str]()
     evaluate = evaluator.evaluate

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from gpobench.bench.evaluation import record
 from gpobench.bench.evaluation.record import Difference, Flags, Number, Record, ScorerUse, flagged, hacked
 
 PUBLISHED = Path(record.__file__).with_name("record.schema.json")
+CLEAN = {key: value for key, value in os.environ.items() if key not in ("ATEN_CPU_CAPABILITY", *record.LIMITS)}
 ISSUE = {"method", "task", "model", "seed", "stop", "before", "after", "delta", "spent", "run_dir"}
 
 
@@ -98,6 +102,21 @@ def test_provenance_names_code_versions_and_machine() -> None:
     assert facts["device"] == "cpu" and facts["machine"] and facts["threads"] >= 1
     assert {"python", "torch", "diffusers", "gpobench"} <= facts["versions"].keys()
     json.dumps(facts)
+
+
+def test_the_kind_of_processor_names_the_instruction_set() -> None:
+    """Two machines of one name, or one machine told to use less of itself, do not repeat one another's last digits."""
+
+    def processor(**environment: str) -> str:
+        code = "from gpobench.bench.evaluation import record; print(record.provenance()['processor'])"
+        return subprocess.run(
+            [sys.executable, "-c", code], env=CLEAN | environment, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    own, less = processor(), processor(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41")
+    assert own and "core" not in own  # how many there are changes no digit
+    assert less.endswith("DEFAULT, ONEDNN_MAX_CPU_ISA=SSE41") and own != less
+    assert own.rpartition(", ")[0] == less.split(", DEFAULT")[0]
 
 
 def test_the_environment_names_the_revision_of_a_copy_without_history(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,15 +80,20 @@ def test_the_grid_is_every_method_task_and_seed_and_what_any_method_must_beat(
 ) -> None:
     runs = plan(grid("gpo", "dpo", seeds=2, baselines=True), tmp_path)
     four = ["gpo", "diffusion-dpo", "sft", "best-of-n"]
-    assert [run.plan.method for run in runs] == four * 2 and [run.plan.seed for run in runs] == [0] * 4 + [1] * 4
+    assert [run.config.method for run in runs] == four * 2 and [run.config.seed for run in runs] == [0] * 4 + [1] * 4
     assert [run.number for run in runs] == list(range(1, 9)) and len({run.run_dir for run in runs}) == 8
-    assert {str(run.plan.budget.bounds()) for run in runs} == {"{'nfe': 200.0}"}
-    assert runs[2].plan.settings.group == 4  # ours take the common settings they have
+    assert {str(run.config.budget.bounds()) for run in runs} == {"{'nfe': 200.0}"}
+    assert runs[2].config.settings.group == 4  # ours take the common settings they have
     assert len(plan(grid("gpo", "dpo", seeds=(4, 0, 4)), tmp_path)) == 4
     both = plan(replace(grid("gpo", seeds=2), tasks=[f"{redness}:Paint", f"{redness}:Rich"]), tmp_path)
-    assert [(run.plan.seed, run.plan.task[-4:]) for run in both] == [(0, "aint"), (0, "Rich"), (1, "aint"), (1, "Rich")]
+    assert [(run.config.seed, run.config.task[-4:]) for run in both] == [
+        (0, "aint"),
+        (0, "Rich"),
+        (1, "aint"),
+        (1, "Rich"),
+    ]
     named = plan(grid("best-of-n", "gpo", baselines=True, sets=[]), tmp_path)
-    assert [run.plan.method for run in named] == ["best-of-n", "gpo", "sft"]
+    assert [run.config.method for run in named] == ["best-of-n", "gpo", "sft"]
     assert str(runs[0]).startswith("gpo on redness.py:Paint, seed 0")
     assert not list(tmp_path.iterdir())
 
@@ -114,19 +119,19 @@ def test_settings_for_one_method_are_its_own(grid: Any, tmp_path: Path) -> None:
         ),
         tmp_path,
     )
-    gpo, dpo, offline, sft, _ = (run.plan.settings for run in runs)
+    gpo, dpo, offline, sft, _ = (run.config.settings for run in runs)
     assert (gpo.group, dpo.group, sft.group) == (8, 4, 4) and dpo.beta == 7 and sft.kl == 1
     assert gpo.beta != 7 and offline.beta != 7 and gpo.kl != 1
     (tmp_path / "own.toml").write_text("beta = 9\n")
     (tmp_path / "all.toml").write_text("adapter.rank = 2\n")
     configs = [str(tmp_path / "all.toml"), f"gpo={tmp_path}/own.toml"]
-    gpo, dpo = (run.plan for run in plan(grid("gpo", "dpo", configs=configs), tmp_path))
+    gpo, dpo = (run.config for run in plan(grid("gpo", "dpo", configs=configs), tmp_path))
     assert gpo.settings.beta == 9 and dpo.settings.beta != 9
     assert dpo.adapter.rank == 2 and gpo.adapter.rank != 2  # its own file stands instead
     (tmp_path / "cranky.py").write_text(CRANKY)
     method = f"{tmp_path}/cranky.py:Cranky"
     (run,) = plan(grid(method, sets=[f"{method}/beta=3"]), tmp_path)  # slashes before the last are the path's
-    assert run.plan.settings.beta == 3
+    assert run.config.settings.beta == 3
 
 
 def test_what_is_wrong_anywhere_is_refused_before_anything_runs(
@@ -138,7 +143,7 @@ def test_what_is_wrong_anywhere_is_refused_before_anything_runs(
         (dict(methods=("gpo", "best-of-n"), sets=["group=3"]), r"best-of-n: .*--set METHOD/group=3"),
         (dict(sets=["gpo/group=many"]), "gpo: setting group"),
         (dict(sets=["dpo/beta=3"]), "unknown method of this comparison 'dpo'"),
-        (dict(sets=["gpo/beta"]), "--set wants key=value"),
+        (dict(sets=["gpo/beta"]), "--set needs key=value"),
         (dict(configs=["a.toml", "b.toml"]), "one file for all"),
         (dict(configs=["nothing.toml"]), "cannot read config nothing.toml"),
         (dict(reward="pickscor"), "did you mean 'pickscore'"),
@@ -255,7 +260,9 @@ def test_what_another_process_is_at_work_on_is_waited_for(grid: Any, tmp_path: P
     found = compare(g, out=out, progress=bar)
     assert found["done"] == 2 and not any("failed" in line for line in bar.said)
     order = [
-        line.partition(":")[0] for line in bar.said if "at work" in line or line.startswith("run ") and " of 2" in line
+        line.partition(":")[0]
+        for line in bar.said
+        if "another process" in line or line.startswith("run ") and " of 2" in line
     ]
     assert order == ["run 2 of 2", "run 1", "run 1 of 2"]
 
@@ -310,7 +317,7 @@ def test_side_by_side_is_one_by_one_even_with_a_kill_between(grid: Any, gpobench
 def test_a_second_attempt_is_a_process_of_its_own(grid: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line's part is acted out: only that it is asked, and what is made of its silence, is looked at."""
     monkeypatch.setattr(jobs, "COMMAND", "import sys; print('gpobench: ' + sys.argv[1], file=sys.stderr); sys.exit(2)")
-    monkeypatch.setattr(comparing, "here", lambda *args, **more: (None, "no room"))
+    monkeypatch.setattr(comparing, "run_in_process", lambda *args, **more: (None, "no room"))
     bar = Bar()
     found = compare(grid("gpo", "rwr"), out=tmp_path, progress=bar)
     assert [line for line in bar.said if "failed" in line] == [

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpobench.bench.errors import UserError
-from gpobench.bench.experiments.config import Config, resolve, with_seed
+from gpobench.bench.experiments.config import Config, RunRequest, resolve
 
 METHOD = '''"""A method with defaults of its own."""
 from dataclasses import dataclass, field
@@ -47,18 +47,18 @@ def mine(tmp_path: Path) -> str:
 
 
 def plan(method: str, task: str, model: Path, *sets: str, **more: Any) -> Config:
-    return resolve(method, task, str(model), sets=sets, **more)
+    return resolve(RunRequest(method, task, str(model), sets=sets, **more))
 
 
 @pytest.fixture
 def named(monkeypatch: pytest.MonkeyPatch, tiny_pipe: Path, tmp_path: Path) -> Path:
     """The model under a card whose preset section is [mini]."""
-    from dataclasses import replace
-
     from gpobench.bench import model_spec
     from gpobench.bench.experiments import config
 
-    monkeypatch.setattr(config, "find", lambda name: replace(model_spec.find_model_spec(name), preset="mini"))
+    monkeypatch.setattr(
+        config, "find_model_spec", lambda name: replace(model_spec.find_model_spec(name), preset="mini")
+    )
     return tiny_pipe
 
 
@@ -101,8 +101,8 @@ def test_the_shipped_preset_is_read(tiny_pipe: Path, redness: str) -> None:
         ("group=1", "a group needs at least two"),
         ("optim.minibatches=0", "optim.minibatches must be at least 1"),
         ("evaluation.test_images=0", "at least one image"),
-        ("group", "--set wants key=value, got 'group'"),
-        ("=4", "--set wants key=value"),
+        ("group", "--set needs key=value, got 'group'"),
+        ("=4", "--set needs key=value"),
     ],
 )
 def test_what_makes_no_sense_is_one_line(tiny_pipe: Path, redness: str, setting: str, said: str) -> None:
@@ -137,7 +137,7 @@ def test_the_digest_names_what_matters_and_nothing_else(tiny_pipe: Path, redness
              digest("precision=bf16"), digest(budget="nfe=101"), digest(seed=1)]  # fmt: skip
     assert len({first, *other}) == 8
     base = plan("gpo", f"{redness}:Paint", tiny_pipe, budget="nfe=100")
-    assert with_seed(base, 1).digest() == digest(seed=1)
+    assert replace(base, seed=1).digest() == digest(seed=1)
 
 
 def test_an_edited_file_is_another_run(tiny_pipe: Path, redness: str, mine: str) -> None:
@@ -151,7 +151,7 @@ def test_an_edited_file_is_another_run(tiny_pipe: Path, redness: str, mine: str)
     assert second.digest() != first.digest() and second.mapping()["settings"] == first.mapping()["settings"]
     file.write_text(METHOD)
     assert plan(mine, task, tiny_pipe, budget="nfe=100").digest() == first.digest()
-    assert "sources" not in resolve("gpo", "ocr", "tiny").mapping()  # ours is known by its version
+    assert "sources" not in resolve(RunRequest("gpo", "ocr", "tiny")).mapping()  # ours is known by its version
 
 
 @pytest.mark.parametrize(
@@ -188,13 +188,13 @@ def test_what_a_run_wrote_down_is_the_same_run(tiny_pipe: Path, redness: str, tm
 
 
 def test_a_variant_is_the_preset_with_its_section_on_top() -> None:
-    plain, variant = (resolve(name, "ocr", "tiny") for name in ("gpo", "gpo:unstandardised"))
+    plain, variant = (resolve(RunRequest(name, "ocr", "tiny")) for name in ("gpo", "gpo:unstandardised"))
     assert plain.settings.std == "group" and variant.settings.std == "none"
     assert variant.settings.t_min == plain.settings.t_min  # what [tiny] says still holds
     assert variant.digest() != plain.digest() and variant.slug().startswith("gpo-unstandardised-ocr-tiny-s0-")
-    assert resolve("gpo:unstandardised", "ocr", "tiny", sets=["std=global"]).settings.std == "global"
+    assert resolve(RunRequest("gpo:unstandardised", "ocr", "tiny", sets=["std=global"])).settings.std == "global"
     with pytest.raises(UserError, match="unknown variant of gpo 'unstandardized'; did you mean 'unstandardised'"):
-        resolve("gpo:unstandardized", "ocr", "tiny")
+        resolve(RunRequest("gpo:unstandardized", "ocr", "tiny"))
 
 
 def test_a_variant_has_sections_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,17 +202,17 @@ def test_a_variant_has_sections_of_its_own(tmp_path: Path, monkeypatch: pytest.M
 
     file = tmp_path / "gpo.toml"
     file.write_text(
-        "[tiny]\nbeta = 1\nkl = 1\ngroup = 4\n[tiny.ocr]\nkl = 2\nnoisy = 0.5\n"
-        "[fast]\nbeta = 3\ngroup = 6\nnoisy = 0.1\n[fast.tiny]\ngroup = 7\n[fast.tiny.ocr]\nnoisy = 0.2\n[fast.sd35m]\nbeta = 9\n"
+        "[tiny]\nbeta = 1\nkl = 1\ngroup = 4\n[tiny.ocr]\nkl = 2\nt_min = 0.5\n"
+        "[fast]\nbeta = 3\ngroup = 6\nt_min = 0.1\n[fast.tiny]\ngroup = 7\n[fast.tiny.ocr]\nt_min = 0.2\n[fast.sd35m]\nbeta = 9\n"
     )
     monkeypatch.setattr(config, "preset_path", lambda method: file)
-    s = resolve("gpo:fast", "ocr", "tiny").settings
+    s = resolve(RunRequest("gpo:fast", "ocr", "tiny")).settings
     assert (s.beta, s.kl, s.group, s.t_min) == (3, 2, 7, 0.2)
     assert config.variants("gpo") == ["fast"]
 
 
 def test_an_alias_is_the_same_run() -> None:
-    first, second = (resolve(name, "ocr", "tiny") for name in ("diffusion-dpo", "dpo"))
+    first, second = (resolve(RunRequest(name, "ocr", "tiny")) for name in ("diffusion-dpo", "dpo"))
     assert first.slug() == second.slug() and first.mapping() == second.mapping()
 
 
@@ -232,8 +232,8 @@ def test_how_settings_were_chosen_is_kept_beside_them(mine: str, named: Path, tm
     ("marker", "said"),
     [
         ("8", "tuned is a table"),
-        ("{ nfe = 3 }", "tuned wants a number of trials"),
-        ("{ trials = 0 }", "tuned wants a number of trials"),
+        ("{ nfe = 3 }", "tuned needs a number of trials"),
+        ("{ trials = 0 }", "tuned needs a number of trials"),
         ("{ trials = 2, nfes = 3 }", "unknown setting 'tuned.nfes'; did you mean 'tuned.nfe'"),
         ('{ trials = 2, nfe = "many" }', "tuned.nfe must be a number"),
     ],

@@ -9,7 +9,7 @@ import pytest
 
 from gpobench.bench.errors import Interrupted, UserError
 from gpobench.bench.experiments import in_process as module
-from gpobench.bench.experiments.config import Config, resolve
+from gpobench.bench.experiments.config import Config, RunRequest, resolve
 from gpobench.bench.experiments.in_process import run_in_process
 from gpobench.bench.progress import NullProgress
 
@@ -17,7 +17,7 @@ from gpobench.bench.progress import NullProgress
 @pytest.fixture
 def plan(tiny_pipe: Path, redness: str) -> Config:
     sets = ["prompts=2", "group=4", "evaluation.test_images=1"]
-    return resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="updates=2", sets=sets)
+    return resolve(RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe), budget="updates=2", sets=sets))
 
 
 def test_a_run_gives_its_record(plan: Config, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments.make_pairs import FILE, PairsRequest, make_pairs
 from gpobench.bench.model_spec import Adapter, find_model_spec
+from gpobench.bench.models import common
 from gpobench.bench.models.open import open_model
 from gpobench.bench.progress import NullProgress
 from gpobench.bench.registry import scorer
@@ -59,6 +60,17 @@ def test_the_liked_image_is_the_one_its_scorer_likes(make: Any, redness: str) ->
         sides.append(int(row["label_1"]))
     assert len(sides) == done["pairs"] == 30 and 7 <= sum(sides) <= 23  # the winner's side tells nothing
     assert done["spent"] == {"nfe": 30 * 4 * 4, "images": 120, "reward_calls": 120}
+
+
+def test_the_stored_pixels_are_the_scored_ones(make: Any, redness: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image's last digits depend on the batch it is decoded in; here the decoder exaggerates, so that no rounding hides it."""
+    decode = common.decode
+    monkeypatch.setattr(common, "decode", lambda vae, x0: decode(vae, x0) * (1 - len(x0) / 100))
+    like = scorer(f"{redness}:Redness")
+    for row in table(make(choose="all")):
+        images = np.stack([picture(row["jpg_0"]), picture(row["jpg_1"])])
+        value = like(images, [Prompt(row["caption"])] * 2).value["mean"]
+        assert [row["reward_0"], row["reward_1"]] == [float(np.float32(v)) for v in value]
 
 
 def test_the_set_can_be_learnt_from_and_says_what_it_cost(make: Any, redness: str) -> None:

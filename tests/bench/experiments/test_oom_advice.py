@@ -14,7 +14,7 @@ import torch
 from gpobench.bench import registry
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments import run as running
-from gpobench.bench.experiments.config import Config, resolve
+from gpobench.bench.experiments.config import Config, RunRequest, resolve
 from gpobench.bench.experiments.cost_estimate import held
 from gpobench.bench.experiments.oom_advice import advice
 from gpobench.bench.model_spec import ModelSpec, find_model_spec
@@ -26,7 +26,7 @@ METHODS = sorted(registry.entries("method"))
 
 
 def plan(method: str, *sets: str, model: str = "sd35m") -> Config:
-    return resolve(method, "ocr", model, sets=sets)
+    return resolve(RunRequest(method, "ocr", model, sets=sets))
 
 
 def needed(p: Config) -> MemoryEstimate:
@@ -102,7 +102,7 @@ def test_a_run_that_does_not_fit_ends_in_one_line(
         return velocity(self, *args, **more)
 
     monkeypatch.setattr(SD3, "velocity", greedy)
-    p = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=400", sets=["prompts=2", "group=4"])
+    p = resolve(RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=400", sets=["prompts=2", "group=4"]))
     with pytest.raises(UserError) as said:
         running.run(p, runs=tmp_path, progress=NullProgress())
     text = str(said.value)
@@ -117,7 +117,7 @@ def test_another_fault_is_not_taken_for_it(
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(SD3, "velocity", broken)
-    p = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=400")
+    p = resolve(RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=400"))
     with pytest.raises(RuntimeError, match="shapes cannot"):
         running.run(p, runs=tmp_path, progress=NullProgress())
 
@@ -125,6 +125,6 @@ def test_another_fault_is_not_taken_for_it(
 def test_a_model_of_unknown_size_still_gets_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     strange = ModelSpec("strange", "nobody/strange", pipeline="StableDiffusion3Pipeline", rows=16)
     p = plan("gpo")
-    monkeypatch.setattr(Config, "card", lambda self: strange)
+    monkeypatch.setattr(Config, "model_spec", lambda self: strange)
     assert "--set rows=8" in advice(p, 24, sampling=True)
     assert MARGIN > 0

@@ -27,7 +27,7 @@ from gpobench.bench.evaluation.scorer_set import open_scorer_set
 from gpobench.bench.evaluation.splits import prompts_hash
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.artifacts import truncate_metrics
-from gpobench.bench.experiments.config import Config, resolve
+from gpobench.bench.experiments.config import Config, RunRequest, resolve
 from gpobench.bench.experiments.evaluate_model import ModelEvaluation, evaluate_model
 from gpobench.bench.models.sd3 import SD3
 from gpobench.bench.progress import NullProgress
@@ -59,7 +59,7 @@ class RecordingProgress(NullProgress):
 def plan(tiny_pipe: Path, redness: str) -> Callable[..., Config]:
     def make(*sets: str, task: str = "Paint", budget: str = "nfe=2000", model: Path = tiny_pipe, **more: Any) -> Config:
         task = task if task.islower() else f"{redness}:{task}"
-        return resolve("gpo", task, str(model), budget=budget, sets=[*SETTINGS, *sets], **more)
+        return resolve(RunRequest("gpo", task, str(model), budget=budget, sets=[*SETTINGS, *sets], **more))
 
     return make
 
@@ -137,7 +137,9 @@ def test_no_bound_is_passed_and_the_one_that_binds_is_named(
 
 @pytest.fixture(scope="module")
 def finished(tiny_pipe: Path, redness: str, tmp_path_factory: pytest.TempPathFactory) -> Record:
-    config = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", sets=[*SETTINGS, "optim.ema=0.5"])
+    config = resolve(
+        RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", sets=[*SETTINGS, "optim.ema=0.5"])
+    )
     return running.run(config, runs=tmp_path_factory.mktemp("runs"), progress=NullProgress())
 
 
@@ -213,7 +215,9 @@ def test_the_saved_adapter_is_what_was_evaluated(finished: Record, redness: str,
 
 def test_a_written_config_names_the_same_run(finished: Record, tiny_pipe: Path, redness: str) -> None:
     run_dir = Path(finished.run_dir)
-    again = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", config=run_dir / "config.toml")
+    again = resolve(
+        RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", config=run_dir / "config.toml")
+    )
     assert again.slug() == run_dir.name
 
 
@@ -371,7 +375,7 @@ def test_parts_of_a_third_party_package_run(
         "[gpobench.tasks]\nforeign = stranger:Foreign\n\n[gpobench.rewards]\nstranger = stranger:make\n"
     )
     monkeypatch.syspath_prepend(site)
-    config = resolve("gpo", "foreign", str(tiny_pipe), budget="nfe=500", sets=SETTINGS)
+    config = resolve(RunRequest("gpo", "foreign", str(tiny_pipe), budget="nfe=500", sets=SETTINGS))
     done = running.run(replace(config), runs=tmp_path / "runs", progress=NullProgress())
     assert done.scorers["redness"].id == "stranger-bold" and done.task == "foreign" and done.spent["updates"] > 0
 
@@ -469,7 +473,7 @@ class Mine(Paint):
         f"class Held(Warmth):\n    def __init__(self): super().__init__('held-v{n}', 'held')\n"
     )
     version(1)
-    config = resolve("gpo", f"{source}:Mine", plan().model, budget="nfe=400", sets=SETTINGS)
+    config = resolve(RunRequest("gpo", f"{source}:Mine", plan().model, budget="nfe=400", sets=SETTINGS))
     with pytest.raises(Interrupted):
         running.run(config, runs=tmp_path / "runs", progress=NullProgress(), interrupted=lambda: True)
     version(2)
@@ -550,7 +554,7 @@ def test_what_the_settings_cost_to_find_is_in_the_record(plan: Any, tmp_path: Pa
     assert done.tuning == {"trials": 4, "command": "gpobench tune", "spent": {"nfe": 8000}}
     assert "chosen in 4 trials" in (Path(done.run_dir) / "README.md").read_text()
     written = Path(done.run_dir) / "config.toml"
-    again = resolve(config.method, config.task, config.model, budget="nfe=100", config=written)
+    again = resolve(RunRequest(config.method, config.task, config.model, budget="nfe=100", config=written))
     assert again.digest() == config.digest() and again.tuned == config.tuned
     by_hand = replace(plan("beta=31.0", budget="nfe=100"), tuned={})  # the same settings, found at no price
     tuned = replace(by_hand, tuned=config.tuned)
@@ -569,7 +573,7 @@ def test_what_the_settings_cost_to_find_is_in_the_record(plan: Any, tmp_path: Pa
 def test_settings_that_cannot_work_are_refused_before_the_base_is_evaluated(
     method: str, sets: list[str], said: str, tiny_pipe: Path, redness: str, tmp_path: Path
 ) -> None:
-    config = resolve(method, f"{redness}:Paint", str(tiny_pipe), budget="nfe=500", sets=[*sets, "steps=0"])
+    config = resolve(RunRequest(method, f"{redness}:Paint", str(tiny_pipe), budget="nfe=500", sets=[*sets, "steps=0"]))
     with pytest.raises(UserError, match=said):
         running.run(config, runs=tmp_path, progress=NullProgress())
     assert not list(tmp_path.glob("*/before.parquet"))

@@ -18,8 +18,8 @@ from scipy import stats
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.record import Difference, Flags, Number, Record, ScorerUse
 from gpobench.bench.experiments import tune as tuning
-from gpobench.bench.experiments.config import resolve
-from gpobench.bench.experiments.tune import Trial, Tuning, best, draw, draws, loses
+from gpobench.bench.experiments.config import RunRequest, resolve
+from gpobench.bench.experiments.tune import Trial, Tuning, best, draw, draws, rejection
 from gpobench.bench.progress import NullProgress
 from gpobench.bench.spec import Choice, LogUniform, Uniform
 
@@ -53,20 +53,22 @@ def test_the_dice_are_the_same_for_everyone_and_for_any_company() -> None:
     assert [draw("lr", Uniform(0, 10), 0, k) for k in (1, 2)] == pytest.approx(
         [10 * draw("lr", Uniform(0, 1), 0, k) for k in (1, 2)], abs=0.02
     )
-    assert all(isinstance(t["group"], int) for t in draws({"group": Uniform(2, 9)}, 5, seed=0, whole=["group"])[1:])
+    assert all(
+        isinstance(t["group"], int) for t in draws({"group": Uniform(2, 9)}, 5, seed=0, integer_keys=["group"])[1:]
+    )
 
 
 def test_trial_zero_is_the_preset_and_the_others_differ_in_what_is_drawn() -> None:
     trials = tuning.plan(Tuning("gpo", "ocr", "tiny", 4, budget="nfe=100"))
-    preset = resolve("gpo", "ocr", "tiny", budget="nfe=100", sets=["evaluation.split=validation"])
-    assert trials[0].settings == {} and trials[0].plan is not None and trials[0].plan.digest() == preset.digest()
+    preset = resolve(RunRequest("gpo", "ocr", "tiny", budget="nfe=100", sets=["evaluation.split=validation"]))
+    assert trials[0].settings == {} and trials[0].config is not None and trials[0].config.digest() == preset.digest()
     for trial in trials[1:]:
-        assert trial.plan is not None and set(trial.settings) == {"optim.lr", "beta", "t_min"}
-        s = trial.plan.settings
+        assert trial.config is not None and set(trial.settings) == {"optim.lr", "beta", "t_min"}
+        s = trial.config.settings
         assert (s.optim.lr, s.beta, s.t_min) == tuple(trial.settings[key] for key in ("optim.lr", "beta", "t_min"))
-        assert s.group == preset.settings.group and trial.plan.evaluation.split == "validation"
+        assert s.group == preset.settings.group and trial.config.evaluation.split == "validation"
     fixed = tuning.plan(Tuning("gpo", "ocr", "tiny", 2, sets=["beta=7"]))
-    assert fixed[1].plan is not None and fixed[1].plan.settings.beta == 7 and "beta" not in fixed[1].settings
+    assert fixed[1].config is not None and fixed[1].config.settings.beta == 7 and "beta" not in fixed[1].settings
 
 
 def test_what_cannot_be_tuned_is_one_line(tmp_path: Path) -> None:
@@ -98,12 +100,12 @@ def made(gain: float | None = 0.1, stop: str = "budget: nfe", **flags: bool) -> 
 def test_the_best_is_the_highest_of_the_sound_ones() -> None:
     runs = [made(0.1), made(0.3), made(0.3), made(0.9, hack=True), made(0.9, invalid=True), made(None)]
     runs += [made(0.9, stop="collapsed: flat"), made(0.9, stop="the loss is nan"), made(math.nan)]
-    trials = [Trial(k, {}, done=done) for k, done in enumerate(runs)] + [Trial(9, {}, failed="no memory")]
+    trials = [Trial(k, {}, record=done) for k, done in enumerate(runs)] + [Trial(9, {}, failure="no memory")]
     chosen = best(trials, KEY)
     assert chosen is not None and chosen.number == 1  # of two equal ones the earlier
-    assert [bool(loses(done, KEY)) for done in runs] == [False] * 3 + [True] * 6
+    assert [bool(rejection(done, KEY)) for done in runs] == [False] * 3 + [True] * 6
     assert best(trials[3:], KEY) is None
-    assert not loses(made(0.1, stop="search: 3 candidates an image"), KEY)
+    assert not rejection(made(0.1, stop="search: 3 candidates an image"), KEY)
 
 
 # The command
@@ -131,11 +133,11 @@ def test_a_tuning_from_the_draws_to_a_run_that_knows_its_price(
     ended = gpobench(*argv("--json"))
     assert ended.code == 0, ended.err
     found = json.loads(ended.out, parse_constant=pytest.fail)
-    run_dir = Path(found["home"])
+    run_dir = Path(found["folder"])
     assert run_dir.parent == tmp_path / "tune" and json.loads((run_dir / "tuning.json").read_text()) == found
     assert [t["settings"] for t in found["trials"]] == [t["settings"] for t in drawn]
     for t in found["trials"]:
-        assert t["loses"] == "" and t["stop"] == "budget: nfe" and t["spent"]["nfe"] <= 200
+        assert t["rejected"] == "" and t["stop"] == "budget: nfe" and t["spent"]["nfe"] <= 200
         assert t["gain"] == t["delta"][KEY] and len(t["gain"]["ci"]) == 2 and t["gain"]["n"] == 2
         assert (
             json.loads((Path(t["run_dir"]) / "record.json").read_text())["config"]["evaluation"]["split"]
@@ -155,12 +157,14 @@ def test_a_tuning_from_the_draws_to_a_run_that_knows_its_price(
     chosen = tomllib.loads((run_dir / "best.toml").read_text())
     assert chosen["prompts"] == 2 and chosen["tuned"]["trials"] == 2
     assert chosen["tuned"]["nfe"] == found["spent"]["nfe"] and chosen["tuned"]["command"] == found["command"]
-    config = resolve("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=200", config=run_dir / "best.toml")
+    config = resolve(
+        RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=200", config=run_dir / "best.toml")
+    )
     assert config.tuned["trials"] == 2 and config.tuned["spent"]["images"] == found["spent"]["images"]
-    best = resolve(
+    best = resolve(RunRequest(
         "gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=200", config=run_dir / "best.toml",
         sets=["evaluation.split=validation"],
-    )  # fmt: skip
+    ))  # fmt: skip
     assert best.slug() == found["trials"][found["best"]]["run"]  # the file says the chosen trial's settings
 
 
@@ -206,11 +210,11 @@ def test_a_trial_that_fails_stops_no_other(gpobench: Any, argv: Any, tmp_path: P
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)
     good, crashed, refused = found["trials"]
-    assert found["best"] == 0 and good["loses"] == ""
-    assert "no room for this" in crashed["loses"] and "not in the mood" in refused["loses"]
+    assert found["best"] == 0 and good["rejected"] == ""
+    assert "no room for this" in crashed["rejected"] and "not in the mood" in refused["rejected"]
     assert 0 < crashed["spent"]["nfe"] < good["spent"]["nfe"]  # what it had spent is on the bill
     assert found["spent"]["nfe"] == crashed["spent"]["nfe"] + good["spent"]["nfe"] and "spent" not in refused
-    assert "no room for this" in (Path(found["home"]) / "logs" / "trial-1.log").read_text()
+    assert "no room for this" in (Path(found["folder"]) / "logs" / "trial-1.log").read_text()
 
 
 def test_without_a_trial_to_choose_there_is_no_best(gpobench: Any, argv: Any, tmp_path: Path) -> None:

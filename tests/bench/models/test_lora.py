@@ -11,6 +11,10 @@ import torch
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 
+# Of a velocity of size 2: 1e-6 for each product on its way. Equal weights give equal bits only where torch takes the same kernel, and
+# it folds a batch into one matrix or not depending on whether a parameter requires a gradient, though none is recorded.
+ROUNDING = 1e-5
+
 
 def draw(model: Any, weights: str) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
@@ -61,7 +65,8 @@ def test_copies_blend_and_stay_behind(model: Any) -> None:
     push(model)
     model.update_copy("ema", 0.9)  # the first call makes it equal
     start = {k.removeprefix("ema/"): v for k, v in model.lora.state().items() if k.startswith("ema/")}
-    assert torch.equal(draw(model, "ema"), draw(model, "policy"))
+    assert all(torch.equal(value, model.lora.state()[f"policy/{key}"]) for key, value in start.items())
+    assert torch.allclose(draw(model, "ema"), draw(model, "policy"), atol=ROUNDING)
     push(model, 0.1)
     assert not torch.allclose(draw(model, "ema"), draw(model, "policy"), atol=1e-5)
     model.update_copy("ema", 0.9)
@@ -70,7 +75,9 @@ def test_copies_blend_and_stay_behind(model: Any) -> None:
         assert torch.allclose(state[f"ema/{key}"], 0.9 * was + 0.1 * state[f"policy/{key}"], atol=1e-7)
     model.update_copy("old", 0.5)
     model.update_copy("old", 0.0)
-    assert torch.equal(draw(model, "old"), draw(model, "policy"))
+    state = model.lora.state()
+    assert all(torch.equal(state[f"old/{key}"], state[f"policy/{key}"]) for key in start)
+    assert torch.allclose(draw(model, "old"), draw(model, "policy"), atol=ROUNDING)
 
 
 def test_switching_leaves_no_trace(model: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from gpobench.bench.evaluation import record
 from gpobench.bench.evaluation.evaluator import noise, sample_protocol
 from gpobench.bench.experiments import run as running
-from gpobench.bench.experiments.config import resolve
+from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.progress import NullProgress
@@ -43,7 +43,7 @@ def test_a_run_is_killed_goes_on_and_its_adapter_loads(
     method: str, family: str, request: pytest.FixtureRequest, gpobench: Any, redness: str, tmp_path: Path
 ) -> None:
     folder: Path = request.getfixturevalue(family)
-    plan = resolve(method, f"{redness}:Paint", str(folder), budget="nfe=1200", sets=SETS)
+    plan = resolve(RunRequest(method, f"{redness}:Paint", str(folder), budget="nfe=1200", sets=SETS))
     whole = running.run(plan, runs=tmp_path / "whole", progress=NullProgress())
     assert whole.spent["updates"] >= 2 and whole.stop == "budget: nfe"
     argv = ["run", "--method", method, "--task", f"{redness}:Paint", "--model", folder, "--budget", "nfe=1200"]

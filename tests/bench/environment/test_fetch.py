@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from gpobench.bench import files
 from gpobench.bench.assets import downloads, weight_store
-from gpobench.bench.commands import fetch
+from gpobench.bench.environment import fetch, needs, part_checks, pipeline
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.progress import NullProgress
@@ -24,13 +25,13 @@ TOY = '''
 import numpy as np
 from dataclasses import dataclass
 from gpobench.bench.assets import weight_store as hub
-from gpobench.bench.model_spec import Card
+from gpobench.bench.model_spec import ModelSpec
 from gpobench.bench.errors import Missing
 from gpobench.bench.assets.downloads import Published
-from gpobench.bench.spec import Columns, Judging, Prompt, Scores
+from gpobench.bench.spec import Columns, EvaluationSettings, Prompt, Scores
 
 LISTS = Published("toy/prompts.txt", "{address}/prompts.txt")
-mini = Card(name="mini", source="acme/mini", revision="main", pipeline="StableDiffusion3Pipeline")
+mini = ModelSpec(name="mini", source="acme/mini", revision="main", pipeline="StableDiffusion3Pipeline")
 
 
 class Love:
@@ -97,15 +98,15 @@ class Toy:
     def columns(self, domain):
         return Columns(diversity=[f"{{__file__}}:Eye"], drift=[f"{{__file__}}:Eye"])
 
-    def judging(self, domain):
-        return Judging()
+    def evaluation(self, domain):
+        return EvaluationSettings()
 
 
 def Needy():
     return Toy(own="Absent")
 '''
 PROMPTS = "".join(
-    f"{split}: a {what}\n" for split in fetch.SPLITS for what in ("red circle", "square", f"blue {split}")
+    f"{split}: a {what}\n" for split in needs.SPLITS for what in ("red circle", "square", f"blue {split}")
 ).encode()
 
 
@@ -116,7 +117,7 @@ class Notes(NullProgress):
     phases: list[list[Any]] = field(default_factory=list[list[Any]])
     said: list[str] = field(default_factory=list[str])
 
-    def message(self, text: str) -> None:
+    def say(self, text: str) -> None:
         self.said.append(text)
 
     def phase(self, name: str, total: float) -> None:
@@ -263,7 +264,7 @@ def test_prompts_whose_hash_nobody_published_are_locked_too(world: str, hub_serv
 
 
 def test_no_room(world: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = shutil.disk_usage("/")._replace(free=fetch.MIN_FREE_DISK + 10)
+    usage = shutil.disk_usage("/")._replace(free=files.MIN_FREE_DISK + 10)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
     with pytest.raises(UserError, match="acme/mini takes .* free"):
         fetch.fetch(None, f"{world}:mini", progress=NullProgress())
@@ -426,7 +427,6 @@ def serve(module: Any, name: str, file: Path, server: Any, monkeypatch: pytest.M
 def test_the_weights_of_other_engines_travel(
     world: str, publishers: None, hub_server: Any, empty_machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpobench.bench.commands import doctor
 
     toy = Path(world)
     columns = 'Columns(diversity=["lpips"])'
@@ -441,8 +441,8 @@ def test_the_weights_of_other_engines_travel(
     assert {name: rows[name]["files"] for name in files} == files and all(one["commit"] for one in rows.values())
 
     def looked() -> dict[str, str]:
-        needs = [fetch.Need("embedder", "lpips", False), *(fetch.Need("scorer", name, True) for name in scorers)]
-        found = [next(doctor.part(need, False, True, f"gpobench fetch: {need.name}")) for need in needs]
+        parts = [needs.Need("embedder", "lpips", False), *(needs.Need("scorer", name, True) for name in scorers)]
+        found = [next(part_checks.check_part(need, False, True, f"gpobench fetch: {need.name}")) for need in parts]
         return {check.name: check.verdict if check.verdict != "broken" else check.detail for check in found}
 
     elsewhere(empty_machine / "there", monkeypatch)
@@ -517,9 +517,9 @@ def test_requests_that_make_no_sense(empty_machine: Path) -> None:
 def test_needs_of_the_built_in_task() -> None:
     from gpobench.tasks.ocr import OCR
 
-    needs = fetch.needs(OCR(), "glyphs")
-    assert [(n.kind, n.name) for n in needs if n.needed] == [("scorer", "rapidocr"), ("scorer", "reader")]
-    assert ("embedder", "clip:tiny", False) in [(n.kind, n.name, n.needed) for n in needs]
+    parts = needs.needs_of_run(OCR(), "glyphs")
+    assert [(n.kind, n.name) for n in parts if n.needed] == [("scorer", "rapidocr"), ("scorer", "reader")]
+    assert ("embedder", "clip:tiny", False) in [(n.kind, n.name, n.needed) for n in parts]
 
 
 def test_files_that_diffusers_loads() -> None:
@@ -537,4 +537,4 @@ def test_files_that_diffusers_loads() -> None:
         "text_encoder/model.safetensors.index.fp16.json", "safety_checker/model.safetensors", "image_encoder/model.safetensors",
         "transformer/diffusion_pytorch_model.non_ema.safetensors", "text_encoders/t5xxl.safetensors", "README.md",
     ]  # fmt: skip
-    assert fetch.wanted(index, [*bad, *good]) == ["model_index.json", *good]
+    assert pipeline.diffusers_files(index, [*bad, *good]) == ["model_index.json", *good]

@@ -14,9 +14,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from gpobench.bench.assets import weight_store
-from gpobench.bench.commands import doctor
-from gpobench.bench.commands.doctor import Check
-from gpobench.bench.commands.fetch import Need
+from gpobench.bench.environment import check_result, doctor, machine_checks, model_checks, part_checks
+from gpobench.bench.environment.check_result import Check
+from gpobench.bench.environment.needs import Need
 from gpobench.bench.errors import UserError
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models import catalogue
@@ -96,7 +96,7 @@ def only(checks: Any) -> Check:
 def test_the_embedded_model_and_its_task_are_healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GPOBENCH_WEIGHTS", raising=False)
     found = {check.name: check for check in doctor.doctor("ocr", "tiny", progress=NullProgress())}
-    assert not doctor.broken(list(found.values())), found
+    assert not check_result.broken(list(found.values())), found
     fine = ["python", "packages", "model tiny", "licence of tiny", "memory", "prompts of ocr", "splits"]
     fine += ["scorer rapidocr", "scorer reader"]
     assert [name for name in fine if found[name].verdict != "ok"] == []
@@ -109,17 +109,17 @@ def test_one_collapse_does_not_end_the_round(tiny_pipe: Path, redness: str, monk
     def collapse() -> Any:
         raise KeyError("something nobody thought of")
 
-    monkeypatch.setattr(doctor, "packages", collapse)
-    monkeypatch.setattr(doctor, "memory", lambda model_spec: iter([Check("memory", "ok", "")]))
+    monkeypatch.setattr(doctor, "check_packages", collapse)
+    monkeypatch.setattr(doctor, "check_memory", lambda model_spec: iter([Check("memory", "ok", "")]))
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(doctor, "_reach", lambda address: "")
+    monkeypatch.setattr(machine_checks, "_unreachable", lambda address: "")
     found = {c.name: c for c in doctor.doctor(f"{redness}:Rich", str(tiny_pipe), progress=NullProgress())}
     assert found["packages"].verdict == "broken" and "KeyError" in found["packages"].detail
     assert found["splits"].verdict == "ok" and found[f"scorer {redness}:Redness"].verdict == "ok"
     assert found[f"scorer {redness}:Absent"].verdict == "missing"
     assert found[f"embedder {redness}:Colour"].verdict == "ok"
     assert "HF_HUB_OFFLINE" not in os.environ
-    assert doctor.broken(list(found.values()))
+    assert check_result.broken(list(found.values()))
 
 
 def test_unknown_names_are_refused() -> None:
@@ -129,16 +129,16 @@ def test_unknown_names_are_refused() -> None:
 
 def test_rows_and_remedies() -> None:
     checks = [Check("a", "ok", "fine"), Check("b", "warning", "so so", "rest"), Check("c", "broken", "bad", "mend")]
-    assert doctor.rows(checks)[2] == ("c", "broken", "bad")
-    assert doctor.remedies([*checks, Check("d", "missing", "not here", "rest")]) == ["c: mend", "d, b: rest"]
-    assert doctor.broken(checks) and not doctor.broken(checks[:2])
+    assert check_result.rows(checks)[2] == ("c", "broken", "bad")
+    assert check_result.remedies([*checks, Check("d", "missing", "not here", "rest")]) == ["c: mend", "d, b: rest"]
+    assert check_result.broken(checks) and not check_result.broken(checks[:2])
 
 
 # The model
 
 
 def model_of(folder: Path) -> Check:
-    return next(iter(doctor.weights(find_model_spec(str(folder)), offline=True)))
+    return next(iter(model_checks.check_weights(find_model_spec(str(folder)), offline=True)))
 
 
 def test_a_healthy_folder(tiny_pipe: Path) -> None:
@@ -168,13 +168,13 @@ def test_damaged_heads(sick: Path, harm: Any, said: str) -> None:
     path = sick / NETWORK
     path.write_bytes(harm(path.read_bytes()))
     with pytest.raises(UserError, match=said):
-        doctor.header(path)
+        model_checks.read_safetensors_header(path)
     assert model_of(sick).verdict == "broken"
 
 
 def test_the_head_is_what_the_library_reads(tiny_pipe: Path) -> None:
     real = {key: list(tensor.shape) for key, tensor in load_file(tiny_pipe / NETWORK).items()}
-    assert {key: one["shape"] for key, one in doctor.header(tiny_pipe / NETWORK).items()} == real
+    assert {key: one["shape"] for key, one in model_checks.read_safetensors_header(tiny_pipe / NETWORK).items()} == real
 
 
 def shards(folder: Path) -> tuple[Path, dict[str, str]]:
@@ -220,16 +220,16 @@ def test_parts_that_are_not_there(sick: Path) -> None:
     shutil.rmtree(sick / "scheduler")
     (sick / "vae" / "config.json").write_text("{")
     (sick / "text_encoder" / "model.safetensors").unlink()
-    told = "; ".join(doctor.faults(sick))
+    told = "; ".join(model_checks.folder_faults(sick))
     assert "scheduler is missing" in told and "vae/config.json cannot be read" in told
     assert "text_encoder holds no weights" in told
 
 
 def test_a_model_that_is_not_here(empty_machine: Path) -> None:
-    online, licence = doctor.weights(catalogue.sd35m, offline=False)
+    online, licence = model_checks.check_weights(catalogue.sd35m, offline=False)
     assert online.verdict == "missing" and online.remedy == "gpobench fetch --model sd35m"
     assert licence.verdict == "warning" and "huggingface.co/stabilityai" in licence.remedy
-    assert next(doctor.weights(catalogue.sd35m, offline=True)).verdict == "broken"
+    assert next(model_checks.check_weights(catalogue.sd35m, offline=True)).verdict == "broken"
 
 
 def test_a_machine_that_is_too_small(tiny_pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,9 +237,9 @@ def test_a_machine_that_is_too_small(tiny_pipe: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     model_spec = find_model_spec(str(tiny_pipe))
-    assert only(doctor.memory(model_spec)).verdict == "ok"
-    monkeypatch.setattr(doctor, "_memory", lambda: 2.0**20)
-    assert only(doctor.memory(model_spec)).verdict == "warning"
+    assert only(model_checks.check_memory(model_spec)).verdict == "ok"
+    monkeypatch.setattr(model_checks, "main_memory", lambda: 2.0**20)
+    assert only(model_checks.check_memory(model_spec)).verdict == "warning"
 
 
 # Packages, disk, hub
@@ -254,7 +254,7 @@ def test_an_extra_that_is_not_installed_and_one_that_is_too_old(monkeypatch: pyt
         return {"ultralytics": "7.0", "peft": "0.1"}.get(name) or real(name)
 
     monkeypatch.setattr(metadata, "version", version)
-    found = {check.name: check for check in doctor.packages()}
+    found = {check.name: check for check in machine_checks.check_packages()}
     assert found["extra lpips"].verdict == "missing" and found["extra lpips"].remedy == "pip install 'gpobench[lpips]'"
     assert found["extra yolo"].verdict == "warning" and "7.0 is outside of" in found["extra yolo"].detail
     assert found["peft"].verdict == "broken" and found["peft"].remedy.startswith("pip install 'peft")
@@ -265,7 +265,10 @@ def test_an_extra_that_is_not_installed_and_one_that_is_too_old(monkeypatch: pyt
 def test_the_disk(free: int, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage("/")._replace(free=free)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
-    assert next(check for check in doctor.surroundings(True) if check.name == "disk for runs").verdict == verdict
+    assert (
+        next(check for check in machine_checks.check_disk_and_hub(True) if check.name == "disk for runs").verdict
+        == verdict
+    )
 
 
 def test_the_hub_and_the_folders_of_the_environment(
@@ -273,11 +276,11 @@ def test_the_hub_and_the_folders_of_the_environment(
 ) -> None:
     monkeypatch.setenv("GPOBENCH_WEIGHTS", str(empty_machine / "nowhere"))
     monkeypatch.setenv("GPOBENCH_DATA", str(empty_machine))
-    found = {check.name: check for check in doctor.surroundings(False)}
+    found = {check.name: check for check in machine_checks.check_disk_and_hub(False)}
     assert found["hub"].verdict == "ok" and "answers" in found["hub"].detail
     assert found["GPOBENCH_WEIGHTS"].verdict == "broken" and found["GPOBENCH_DATA"].verdict == "ok"
     hub_server.close()
-    unreachable = next(check for check in doctor.surroundings(False) if check.name == "hub")
+    unreachable = next(check for check in machine_checks.check_disk_and_hub(False) if check.name == "hub")
     assert unreachable.verdict == "warning" and "cannot be reached" in unreachable.detail
 
 
@@ -289,17 +292,17 @@ def test_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda emulated: False)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (30 * gb, 40 * gb))
-    found = {check.name: check for check in doctor.device(None)}
+    found = {check.name: check for check in machine_checks.check_device(None)}
     assert found["device"].detail.startswith("a card, 30.0 GB of 40.0 GB free, no bf16")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (3 * gb, 40 * gb))
-    assert next(doctor.device(None)).verdict == "warning"
+    assert next(machine_checks.check_device(None)).verdict == "warning"
 
 
 def test_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4096)
-    found = {check.name: check for check in doctor.device(None)}
+    found = {check.name: check for check in machine_checks.check_device(None)}
     assert found["threads"].verdict == "warning" and "OMP_NUM_THREADS" in found["threads"].remedy
 
 
@@ -311,7 +314,7 @@ def test_a_wrong_prompt_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     path.parent.mkdir(parents=True)
     path.write_text('A sign that says "NOT THE FILE"\n')
     monkeypatch.setenv("GPOBENCH_DATA", str(tmp_path))
-    check = only(doctor.prompts(OCR(), "open", False))
+    check = only(part_checks.check_prompts(OCR(), "open", False))
     assert check.verdict == "broken" and "is not the published file: its sha256 is" in check.detail and check.remedy
 
 
@@ -319,7 +322,7 @@ def test_prompts_that_stand_in_two_splits(redness: str) -> None:
     from gpobench.bench import registry
 
     task = registry.load("task", f"{redness}:Overlapping")()
-    fine, overlap = doctor.prompts(task, "open", False)
+    fine, overlap = part_checks.check_prompts(task, "open", False)
     assert fine.verdict == "ok" and overlap.name == "splits" and overlap.verdict == "broken"
 
 
@@ -336,7 +339,7 @@ def test_prompts_that_stand_in_two_splits(redness: str) -> None:
     ],
 )
 def test_scorers(toys: str, name: str, needed: bool, verdict: str, said: str) -> None:
-    check, *_ = doctor.part(Need("scorer", f"{toys}:{name}", needed), False, False, "fetch it")
+    check, *_ = part_checks.check_part(Need("scorer", f"{toys}:{name}", needed), False, False, "fetch it")
     assert check.verdict == verdict and said in check.detail and "\n" not in check.detail
 
 
@@ -345,21 +348,21 @@ def test_weights_that_a_run_would_fetch_are_missing_not_broken(
 ) -> None:
     need = Need("scorer", f"{toys}:Large", True)
     for offline, verdict in ((False, "missing"), (True, "broken")):
-        check = only(doctor.part(need, False, offline, "fetch it"))
+        check = only(part_checks.check_part(need, False, offline, "fetch it"))
         assert (check.verdict, check.remedy) == (verdict, "fetch it")
         assert check.detail == "the weights acme/large/model.safetensors are not here"
     monkeypatch.setenv("GPOBENCH_DATA", str(empty_machine))
-    check = only(doctor.prompts(OCR(), "open", False))
+    check = only(part_checks.check_prompts(OCR(), "open", False))
     assert check.verdict == "missing" and check.detail.endswith(f"is not below GPOBENCH_DATA ({empty_machine})")
 
 
 def test_a_licence_that_binds_is_said_aloud(toys: str) -> None:
-    _, licence = doctor.part(Need("scorer", f"{toys}:Good", True), False, False, "fetch it")
+    _, licence = part_checks.check_part(Need("scorer", f"{toys}:Good", True), False, False, "fetch it")
     assert licence.verdict == "warning" and "AGPL" in licence.detail
 
 
 def test_an_embedder_that_sees_nothing(toys: str) -> None:
-    check = only(doctor.part(Need("embedder", f"{toys}:Blind", False), False, False, "fetch it"))
+    check = only(part_checks.check_part(Need("embedder", f"{toys}:Blind", False), False, False, "fetch it"))
     assert check.verdict == "broken" and "equal or not finite" in check.detail
 
 
@@ -372,7 +375,7 @@ def test_heavy_weights_are_looked_at_and_not_loaded(
     monkeypatch.setenv("GPOBENCH_WEIGHTS", str(empty_machine / "own"))
     monkeypatch.setattr(doctor, "HEAVY", 1000)
     need = Need("scorer", f"{toys}:Large", True)
-    look = lambda deep: only(doctor.part(need, deep, False, "fetch it"))
+    look = lambda deep: only(part_checks.check_part(need, deep, False, "fetch it"))
     assert look(False).verdict == "ok" and "--deep" in look(False).detail
     assert "AssertionError: loaded" in look(True).detail
     os.truncate(own, own.stat().st_size - 1)

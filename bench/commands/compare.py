@@ -1,0 +1,120 @@
+"""`gpobench compare`: runs several methods, tasks and seeds under one budget."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..signals import asked_to_stop
+from .console import clean_stdout, open_console, terminal_progress
+from .options import AsJson, ModelName, Places, check_names, named_scorer
+from .tables import cell, short_name
+
+EPILOG = (
+    "Examples: `gpobench compare --methods gpo,dpo,grpo --task ocr --model tiny` · `gpobench compare ... --set gpo/beta=50 "
+    "--jobs 2` · on any scheduler: `gpobench compare ... --print | xargs -d '\\n' -P 4 -I{} sh -c '{}'`"
+)
+
+
+def compare(
+    methods: Annotated[list[str], typer.Option("--methods", help="Methods, separated by commas; repeatable.")],
+    tasks: Annotated[list[str], typer.Option("--task", help="Tasks, separated by commas; repeatable.")],
+    model: ModelName,
+    seeds: Annotated[str, typer.Option(help="How many training seeds, from 0 on; or a list: 0,4,7.")] = "3",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="The budget of each run: a name, a TOML file, or nfe=200000; default: the model's."),
+    ] = None,
+    reward: Annotated[
+        str | None, typer.Option(help="The scorer to train on, or a blend; default: each task's.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value for all; METHOD/key=value for one, e.g. gpo/beta=50; repeatable."),
+    ] = None,
+    configs: Annotated[
+        list[str] | None,
+        typer.Option("--config", help="A TOML file of settings for all; METHOD=FILE replaces it for one; repeatable."),
+    ] = None,
+    scorers: Places = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines/--no-baselines", help="Also run sft and best-of-n, which any method must beat.")
+    ] = True,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at once; with more than one, each in a process of its own.")
+    ] = 1,
+    out: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
+    print_: Annotated[
+        bool, typer.Option("--print", help="Print the command of each run, one per line, and stop.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run several methods, tasks and seeds under one budget.
+
+    The same command goes on where it was cut off; finished runs are not made again. Exit code 1: a run failed twice.
+    """
+    from ..experiments import compare as comparing
+
+    grid_methods, grid_tasks = comparing.split(methods), comparing.split(tasks)
+    for name in grid_methods:
+        check_names(method=name)
+    for name in grid_tasks:
+        check_names(task=name)
+    check_names(model=model, **named_scorer(reward))
+    with clean_stdout() as answer, terminal_progress() as progress, asked_to_stop() as stopped:
+        grid = comparing.Grid(
+            grid_methods, grid_tasks, model, comparing.seeds(seeds), budget, reward, sets or (), configs or (),
+            scorers or (), baselines,
+        )  # fmt: skip
+        if print_:
+            answer("\n".join(comparing.commands(grid, out)))
+            return
+        result = comparing.compare(grid, out=out, progress=progress, jobs=jobs, interrupted=stopped)
+        answer(json.dumps(result, indent=1) if as_json else lambda: print_comparison(result))
+    if result["failed"]:
+        raise typer.Exit(1)
+
+
+def print_comparison(result: Mapping[str, Any]) -> None:
+    """Print a table per task, one line per run: its change by a held-out and by the training scorer; then the failures."""
+    from rich.table import Table
+
+    from ..evaluation.record import Difference
+
+    console, rows = open_console(), result["runs"]
+    for task in dict.fromkeys(row["task"] for row in rows):
+        task_rows = [row for row in rows if row["task"] == task]
+        keys = next(((r["key"], r["training_key"]) for r in task_rows if "key" in r), ("held out", "trained on"))
+        heads = ["method", "seed", "state", f"{keys[0]} *", keys[1]]
+        table = Table(*heads, box=None, pad_edge=False, header_style="bold")
+        for row in task_rows:
+            cells = [cell(Difference(**row[k]), sign=True) if k in row else "" for k in ("delta", "training_delta")]
+            flags = [flag for flag in ("hack", "invalid") if row.get("flags", {}).get(flag)]
+            table.add_row(short_name(row["method"]), str(row["seed"]), ", ".join([row["state"], *flags]), *cells)
+        console.print(f"\n[bold]{short_name(task)}[/], {result['model']}", highlight=False)
+        console.print(table, markup=False)
+    console.print(
+        "after minus before with 95 % intervals, one training seed each; * held out: never trained on",
+        style="dim",
+        highlight=False,
+    )
+    for row in rows:
+        if row["reason"]:
+            text = (
+                f"FAILED {short_name(row['method'])} on {short_name(row['task'])}, seed {row['seed']}: {row['reason']}"
+            )
+            console.print(text, style="bold red", markup=False, highlight=False)
+    spent = " · ".join(f"{key} {value:,.0f}" for key, value in result["spent"].items() if key != "flops")
+    lines = [f"spent by all of them: {spent}", f"see {result['path']}"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows if row["state"] == "done"))
+    lines += [  # by this file: the folder may hold runs of other budgets
+        f"to rank them: gpobench leaderboard {result['path']}"
+        + (f" --task {shlex.quote(task)}" if len(tasks) > 1 else "")
+        for task in tasks
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

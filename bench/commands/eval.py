@@ -1,0 +1,56 @@
+"""`gpobench eval`: evaluates a base model, or a base with an adapter, on a task."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import registry
+from .console import clean_stdout, open_console, terminal_progress
+from .options import AsJson, ModelName, Places, TaskName, check_names
+from .tables import finite_or_null, is_finite
+
+EPILOG = "Example: `gpobench eval --task ocr --model tiny --adapter runs/NAME/adapter --split test`"
+
+
+def eval(
+    task: TaskName,
+    model: ModelName,
+    adapter: Annotated[Path | None, typer.Option(help="A LoRA folder; without it the base model is evaluated.")] = None,
+    split: Annotated[str, typer.Option(help="test | validation | train")] = "test",
+    images: Annotated[int | None, typer.Option(min=1, help="Images per prompt; default: the task's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write scores.parquet and samples.png there.")] = None,
+    scorers: Places = None,
+    prompts: Annotated[Path | None, typer.Option(help="Your prompts (txt, jsonl, csv) instead of the split's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a base model, with or without an adapter, on a task."""
+    check_names(task=task, model=model)
+    if split not in ("test", "validation", "train"):
+        raise registry.unknown("split", split, ("test", "validation", "train"))
+    with clean_stdout() as answer, terminal_progress() as progress:
+        from ..experiments.evaluate_model import ModelEvaluation, evaluate_model
+        from ..scoring.scorers import scorer_locations
+
+        locations = scorer_locations(scorers or (), {})
+        request = ModelEvaluation(task, model, adapter, split, images, prompts, locations)  # type: ignore[arg-type]
+        result = evaluate_model(request, progress, out)
+        answer(json.dumps(finite_or_null(result), indent=1) if as_json else lambda: print_evaluation(result))
+
+
+def print_evaluation(result: Mapping[str, Any]) -> None:
+    """Print the mean of each scorer's metrics, with interval and role."""
+    from rich.table import Table
+
+    table = Table("scorer", "mean", "95 % interval", "prompts", "role", box=None, pad_edge=False, header_style="bold")
+    for key, number in result["scores"].items():
+        scorer = key.partition("/")[0]  # or the embedder whose distances they are
+        role = result["scorers"].get(scorer, {"role": scorer.partition("-")[0]})["role"]
+        mean = f"{number['mean']:.3f}" if is_finite(number["mean"]) else "not scored"
+        ends = ", ".join(f"{end:.3f}" for end in number["ci"] if is_finite(end))
+        table.add_row(key, mean, f"[{ends}]" if ends else "", str(number["n"]), role)
+    open_console().print(table, markup=False)

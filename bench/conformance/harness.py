@@ -1,0 +1,352 @@
+"""Harness of the laws: a miniature model, a toy scorer, rigs whose calls are counted, and short runs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import random
+import sys
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..budget import Budget, Meter
+from ..spec import Images, Prompt, Scores, batch_size
+from ..training.rig import Rig
+from ..training.train import optimiser, train
+from .law import LawBroken
+
+# Steps of the sampling protocol; the first that a method's settings fit is used, because some windows need more.
+STEP_COUNTS = (4, 7, 10)
+# Learning settings for a model of a few thousand parameters.
+FAST_OPTIM = {"lr": 3e-3, "warmup": 0, "weight_decay": 0.0, "ema": 0.0}
+# Standard deviation of the step that moves trained weights away from the reference.
+PERTURBATION = 0.05
+AMPLE_NFE = 1e9
+PROMPTS = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle", "a photo"]
+
+
+def redness(images: Images, prompts: Sequence[Prompt]) -> Any:
+    """Reward (B,) in [0, 1]: how much redder the left half of an image is than the right half.
+
+    A difference of halves, because the overall colour of a random decoder's images hardly changes.
+    """
+    red, half = images[..., 0] / 255.0, images.shape[2] // 2
+    return 1 / (1 + np.exp(-8 * (red[:, :, :half].mean((1, 2)) - red[:, :, half:].mean((1, 2)))))
+
+
+def scaled_redness(images: Images, prompts: Sequence[Prompt]) -> Any:
+    """Reward (B,): redness times 1000, so that any two images differ widely."""
+    return 1000 * redness(images, prompts)
+
+
+def equal_rewards(images: Images, prompts: Sequence[Prompt]) -> Any:
+    """Reward (B,): 1 for every image."""
+    return np.ones(len(images))
+
+
+def unscored_first_image(images: Images, prompts: Sequence[Prompt]) -> Any:
+    """Reward (B,): redness, and NaN for the first image of each prompt."""
+    value = redness(images, prompts)
+    value[first_rows([p.text for p in prompts])] = np.nan
+    return value
+
+
+def unscored_everywhere(images: Images, prompts: Sequence[Prompt]) -> Any:
+    """Reward (B,): NaN for every image."""
+    return np.full(len(images), np.nan)
+
+
+def first_rows(names: Sequence[Any]) -> list[int]:
+    """Return the index at which each distinct name first occurs."""
+    return [names.index(name) for name in dict.fromkeys(names)]
+
+
+@dataclass
+class ToyScorer:
+    """Scorer without an engine; it records the images it was given and the rewards it returned."""
+
+    rule: Callable[[Images, Sequence[Prompt]], Any] = redness
+    id: str = "toy-v1"
+    name: str = "toy"
+    metrics: Sequence[str] = ("mean",)
+    images: list[Images] = field(default_factory=list[Images])
+    values: list[Any] = field(default_factory=list[Any])
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        self.images.append(images)
+        self.values.append(self.rule(images, prompts))
+        return Scores({"mean": self.values[-1]})
+
+
+def write_pairs(folder: Path) -> Path:
+    """Write 48 preference pairs of noise images as parquet; the image with the redder left half is the preferred one."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    rng, columns = np.random.default_rng(0), dict[str, list[Any]]()
+    for i in range(48):
+        sides = rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
+        preferred = int(redness(sides, ())[1] > redness(sides, ())[0])
+        row: dict[str, Any] = {"caption": PROMPTS[i % len(PROMPTS)]}
+        for side in (0, 1):
+            content = io.BytesIO()
+            Image.fromarray(sides[side]).save(content, "PNG")
+            row[f"jpg_{side}"], row[f"label_{side}"] = content.getvalue(), float(side == preferred)
+        for key, value in row.items():
+            columns.setdefault(key, []).append(value)
+    pq.write_table(pa.table(columns), folder / "pairs.parquet")
+    return folder / "pairs.parquet"
+
+
+@dataclass(frozen=True)
+class MethodSource:
+    """A method's class and the function that makes fresh instances of it."""
+
+    kind: Any
+    make: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class CallCounts:
+    """Calls of the network and the autoencoder, counted outside the rig, and the meter that should show them."""
+
+    meter: Meter
+    nfe: list[int] = field(default_factory=list[int])  # of each call of the network
+    decoded: list[int] = field(default_factory=list[int])  # images of each call of the decoder
+
+
+class Harness:
+    """A method and a model of one family: makes fresh rigs for each law and keeps the runs that several laws check."""
+
+    def __init__(self, kind: Any, make: Callable[..., Any], model: Any):
+        self.kind, self.make, self.model = kind, make, model
+        self.rigs: list[Rig] = []
+
+    @property
+    def method(self) -> Any:
+        """A fresh instance, so that no law sees what another changed."""
+        return self.make()
+
+    def rig(self, rule: Any = redness, *, seed: int = 0, scale: float = 0.0, **bounds: float) -> Any:
+        """Make a rig around a copy of the model.
+
+        rule: the reward function. scale: standard deviation of the step away from the reference weights. bounds: of the budget.
+        """
+        limits: Any = bounds or {"nfe": AMPLE_NFE}
+        rig: Any = Rig(
+            copy.deepcopy(self.model), [Prompt(text) for text in PROMPTS], ToyScorer(rule),
+            Meter(Budget(**limits)), seed=seed, rows=64,
+        )  # fmt: skip
+        perturb_weights(rig, scale)
+        self.rigs.append(rig)
+        return rig
+
+    def trained(self, *, seed: int = 0, global_seed: int = 0) -> TrainedRun:
+        """Train a fresh instance for two iterations. global_seed: of the random states that a method must not use."""
+        rig, method = self.rig(seed=seed), self.make()
+        count = count_calls(rig)
+        run = TrainedRun(rig, method, optimiser(method, rig), count)
+        before = run.snapshots(self.kind)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(global_seed)
+            np.random.seed(global_seed)
+            random.seed(global_seed)
+            train_iterations(method, rig, 2, run.adam)
+        run.weights, run.spent = all_weights(rig), rig.meter.spent()
+        run.changed = [
+            f"{owner}: {key}"
+            for owner, old, new in zip(("instance", "class", "module"), before, run.snapshots(self.kind), strict=True)
+            for key in {**old, **new}
+            if old.get(key) != new.get(key)
+        ]
+        return run
+
+    @cached_property
+    def first(self) -> TrainedRun:
+        """A run with seed 0, trained once and shared by the laws."""
+        return self.trained()
+
+    @cached_property
+    def other(self) -> TrainedRun:
+        """A run with seed 1, trained once and shared by the laws."""
+        return self.trained(seed=1)
+
+
+@dataclass
+class TrainedRun:
+    """A rig after a short run; `weights` and `spent` are copies that later use of the rig does not change."""
+
+    rig: Any
+    method: Any
+    adam: torch.optim.Optimizer
+    count: CallCounts
+    weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    spent: dict[str, float] = field(default_factory=dict[str, float])
+    changed: list[str] = field(default_factory=list[str])  # names outside the rig whose value the run changed
+
+    def snapshots(self, kind: Any) -> list[dict[str, str]]:
+        """Return the data of instance, class and module as text."""
+        return [_data_snapshot(vars(owner)) for owner in (self.method, kind, sys.modules[kind.__module__])]
+
+
+@contextmanager
+def open_harness(kind: Any, make: Callable[..., Any], model: Any) -> Generator[Harness]:
+    """Within the context: a harness whose rigs are closed at the end."""
+    harness = Harness(kind, make, model)
+    try:
+        yield harness
+    finally:
+        for rig in harness.rigs:
+            rig.close()
+
+
+@contextmanager
+def no_library_progress() -> Generator[None]:
+    """Switch off the progress bars of diffusers and transformers, which would overwrite ours."""
+    import diffusers.utils.logging as diffusers
+    import transformers.utils.logging as transformers
+
+    diffusers.disable_progress_bar()
+    transformers.disable_progress_bar()
+    yield
+
+
+def perturb_weights(rig: Any, scale: float) -> None:
+    """Move the trained weights by a fixed random step of this standard deviation."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in rig.model.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator))
+
+
+def count_calls(rig: Any) -> CallCounts:
+    """Count every later call of the network and the decoder, whether it comes through the rig or not."""
+    count, network, decode = CallCounts(rig.meter), rig.model.lora.module, rig.model.decode
+
+    def count_network(module: Any, args: Any, kwargs: Any) -> None:
+        # One row an image, whether the network takes images or token sequences.
+        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
+        count.nfe.append(len(x) * (3 if torch.is_grad_enabled() else 1))
+
+    def count_decode(x0: Tensor) -> Tensor:
+        count.decoded.append(len(x0) if bool(x0.any()) else 0)  # an all-zero latent only serves to find the image size
+        return decode(x0)
+
+    network.register_forward_pre_hook(count_network, with_kwargs=True)
+    rig.model.decode = count_decode
+    return count
+
+
+def train_iterations(
+    method: Any,
+    rig: Any,
+    iterations: int,
+    adam: torch.optim.Optimizer | None = None,
+    after: Callable[[dict[str, float]], None] = lambda numbers: None,
+) -> str:
+    """Train until so many iterations are done.
+
+    Args:
+        method: the method instance.
+        rig: the rig it trains on.
+        iterations: the iteration at which training stops.
+        adam: the optimiser to go on with; None makes a fresh one.
+        after: called with the metrics of each iteration.
+
+    Returns:
+        Why training stopped: "interrupted" or "budget: CURRENCY".
+
+    Raises:
+        LawBroken: where it stopped for another reason.
+    """
+    stop = train(
+        method, rig, adam or optimiser(method, rig), after=after,
+        interrupted=lambda: rig.iteration >= iterations,
+    )  # fmt: skip
+    if stop != "interrupted" and not stop.startswith("budget"):
+        raise LawBroken(f"training ended by itself: {stop}")
+    return stop
+
+
+def collect_rows(method: Any, rig: Any) -> Any:
+    """Collect a batch with rows. Raises LawBroken when three collections bring none, though the rewards differ."""
+    for _ in range(3):
+        batch = method.collect(rig)
+        if batch_size(batch):
+            return batch
+    raise LawBroken("collect brought no rows in three iterations, though the rewards of all images differ")
+
+
+def loss_and_gradient(method: Any, rig: Any, batch: Any, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss of a batch whose rows draw from these keys, and its gradient as one vector."""
+    with rig.keyed(keys):
+        loss = method.loss(rig, batch)
+    if not isinstance(loss, Tensor) or loss.ndim:
+        raise LawBroken(f"loss must be one number, got {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss)}")
+    parameters = rig.model.parameters()
+    if not loss.requires_grad:
+        return loss, torch.cat([torch.zeros_like(p).flatten() for p in parameters])
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return loss.detach(), torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, gradients, strict=True)]
+    )
+
+
+def row_keys(batch: Any) -> Tensor:
+    """Return one random key for each row, (rows,)."""
+    return torch.arange(batch_size(batch)) + 5
+
+
+def relative_distance(a: Tensor, b: Tensor) -> float:
+    """Return |a - b| / |a|, or |b| where a vanishes."""
+    return float((a - b).norm() / a.norm()) if float(a.norm()) > 1e-12 else float(b.norm())
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
+    """Return the keys under which two mappings of tensors and plain values are not equal to the last bit."""
+    return [key for key in {**a, **b} if key not in a or key not in b or not _equal(a[key], b[key])]
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b)
+    return bool(a == b)
+
+
+def all_weights(rig: Any) -> dict[str, Tensor]:
+    """Return every copy of the trained weights: policy, averaged and named ones."""
+    return rig.model.weight_state()
+
+
+def _data_snapshot(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the repr of each value that is data; functions, classes and modules are left out."""
+    return {
+        key: repr(value)
+        for key, value in values.items()
+        if not key.startswith("__") and not callable(value) and not inspect.ismodule(value)
+        and not isinstance(value, property | staticmethod | classmethod | cached_property)
+    }  # fmt: skip
+
+
+def check_meter(rig: Any, count: CallCounts) -> None:
+    """Raise LawBroken where the meter shows other numbers than were counted outside the rig."""
+    if rig.meter is not count.meter:
+        raise LawBroken("the meter was replaced")
+    scored = sum(len(images) for images in rig.scorer.images)
+    for what, counted, shown in (
+        ("network evaluations", sum(count.nfe), count.meter.nfe),
+        ("decoded images", sum(count.decoded), count.meter.images),
+        ("scored images", scored, count.meter.reward_calls),
+    ):
+        if counted != shown:
+            raise LawBroken(f"{what}: {counted} really, {shown} on the meter")

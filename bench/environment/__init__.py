@@ -1,0 +1,1 @@
+"""What a machine has: weights fetched and checked by hash, and the examination before a run."""

@@ -1,0 +1,23 @@
+"""Disk: refuses downloads that would fill it, and formats sizes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from ..errors import UserError
+from ..files import MIN_FREE_DISK
+
+
+def require_free_disk(path: Path, needed: float, what: str) -> None:
+    """Raise UserError where the disk of a path, which need not exist, has too little room for so many bytes of `what`."""
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if needed and free < needed + MIN_FREE_DISK:
+        raise UserError(f"{what} takes {format_size(needed)}, and the disk at {path} has {format_size(free)} free")
+
+
+def format_size(n: float) -> str:
+    """Return a number of bytes in GB (2^30 bytes) or, below a tenth of one, in MB."""
+    return f"{n / 2**30:.1f} GB" if n >= 2**30 / 10 else f"{n / 2**20:.1f} MB"
