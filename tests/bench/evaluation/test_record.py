@@ -107,13 +107,13 @@ def test_provenance_names_code_versions_and_machine() -> None:
 def test_the_kind_of_processor_names_the_instruction_set() -> None:
     """Two machines of one name, or one machine told to use less of itself, do not repeat one another's last digits."""
 
-    def said(**environment: str) -> str:
+    def processor(**environment: str) -> str:
         code = "from gpobench.bench.evaluation import record; print(record.provenance()['processor'])"
         return subprocess.run(
             [sys.executable, "-c", code], env=CLEAN | environment, capture_output=True, text=True, check=True
         ).stdout.strip()
 
-    own, less = said(), said(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41")
+    own, less = processor(), processor(ATEN_CPU_CAPABILITY="default", ONEDNN_MAX_CPU_ISA="SSE41")
     assert own and "core" not in own  # how many there are changes no digit
     assert less.endswith("DEFAULT, ONEDNN_MAX_CPU_ISA=SSE41") and own != less
     assert own.rpartition(", ")[0] == less.split(", DEFAULT")[0]

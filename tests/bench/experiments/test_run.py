@@ -567,7 +567,7 @@ def test_what_the_settings_cost_to_find_is_in_the_record(plan: Any, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("method", "sets", "said"),
-    [("mix-grpo", ["window=4"], "window must be shorter than the 4 steps"),
+    [("mix-grpo", ["window_size=4"], "window_size must be shorter than the 4 steps"),
      ("diffusion-dpo", ["pairs=nowhere"], "no such path: nowhere")],
 )  # fmt: skip
 def test_settings_that_cannot_work_are_refused_before_the_base_is_evaluated(

@@ -17,7 +17,7 @@ from gpobench.bench import registry
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation import record
 from gpobench.bench.experiments import run as running
-from gpobench.bench.experiments.config import resolve
+from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models.base import PipelineModel
 from gpobench.bench.models.memory import estimate
@@ -112,7 +112,7 @@ def test_a_third_partys_pipeline_class_is_trained_and_its_adapter_loads(
     mirror: Path, redness: str, tmp_path: Path
 ) -> None:
     sets = ["prompts=2", "group=4", "optim.lr=3e-3"]
-    plan = resolve("gpo", f"{redness}:Paint", str(mirror), budget="nfe=400", sets=sets)
+    plan = resolve(RunRequest("gpo", f"{redness}:Paint", str(mirror), budget="nfe=400", sets=sets))
     done = running.run(plan, runs=tmp_path / "runs", progress=NullProgress())
     assert done.spent["updates"] >= 2 and done.stop == "budget: nfe"
     run_dir = cast(Any, record.read(tmp_path / "runs" / plan.slug() / "record.json")).run_dir
