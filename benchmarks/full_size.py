@@ -23,7 +23,7 @@ from gpobench.bench.models import loading, sd3
 from gpobench.bench.models.tiny_recipe import build_silent_tokenizer, build_tokenizer
 from gpobench.bench.spec import Prompt, Scores, Search
 from gpobench.bench.training import train
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 
 GB = 2**30
 TRANSFORMER: dict[str, Any] = dict(
@@ -119,7 +119,7 @@ def main(names: list[str]) -> None:
         end=" ",
     )
     print(f"{model.flops_a_forward() / 1e12:.2f} TFLOP a forward\n", flush=True)
-    rig = Rig(
+    rig = MeteredRig(
         model,
         [Prompt(w) for w in ("a red circle", "two blue squares", "a photo")],
         Brightness(),
@@ -155,13 +155,13 @@ class TimedMethod:
     began: float = 0.0
     rollout: float = 0.0
 
-    def collect(self, rig: Rig) -> Any:
+    def collect(self, rig: MeteredRig) -> Any:
         self.began = clock()
         batch = self.method.collect(rig)
         self.rollout = clock() - self.began
         return batch
 
-    def loss(self, rig: Rig, batch: Any) -> Any:
+    def loss(self, rig: MeteredRig, batch: Any) -> Any:
         return self.method.loss(rig, batch)
 
 
@@ -173,7 +173,7 @@ def clock() -> float:
 def train_a_little(settings: Any, model: Any, book: Any) -> str:
     """The cells of one row, of the second iteration: the first one includes the one-time cost of the allocator."""
     meter = Meter(Budget(nfe=1e12))
-    rig, timed = Rig(model, book, Brightness(), meter, rows=8), TimedMethod(settings, settings.optim)
+    rig, timed = MeteredRig(model, book, Brightness(), meter, rows=8), TimedMethod(settings, settings.optim)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     ends: list[float] = []

@@ -22,7 +22,7 @@ from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.spec import Search
 from gpobench.bench.training import train
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 
 PARTS = ("forward", "backward", "scorer", "decode", "encode", "optimiser")
 
@@ -56,7 +56,7 @@ def profile(name: str, iterations: int) -> tuple[Counter[str], float]:
         precision=plan.precision,
     )
     book = registry.load("task", "ocr")().prompts("train", model_spec.domain)
-    rig = Rig(model, book, registry.scorer(plan.reward), Meter(Budget(nfe=1e12)), rows=model_spec.rows)
+    rig = MeteredRig(model, book, registry.scorer(plan.reward), Meter(Budget(nfe=1e12)), rows=model_spec.rows)
     clock, total = Clock(), [0.0]
     model.velocity, model.decode = clock.on("forward", model.velocity), clock.on("decode", model.decode)
     model.encode = clock.on("encode", model.encode)

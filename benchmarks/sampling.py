@@ -17,7 +17,7 @@ from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models.open import open_model
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 
 BATCH, STEPS = 32, 10
 
@@ -26,7 +26,7 @@ def measure(precision: str, adapted: bool, rounds: int) -> None:
     model_spec = find_model_spec("tiny")
     model = open_model(model_spec, device="cpu", precision=precision, adapter=model_spec.adapter if adapted else None)
     book = registry.load("task", "ocr")().prompts("train", model_spec.domain)
-    rig = Rig(model, book, registry.scorer("rapidocr"), Meter(Budget(nfe=1e12)), rows=BATCH)
+    rig = MeteredRig(model, book, registry.scorer("rapidocr"), Meter(Budget(nfe=1e12)), rows=BATCH)
     prompt_ids, times = rig.prompts(BATCH), model.times(STEPS)
     noise, cond = rig.noise(BATCH), model.encode([p.text for p in rig.texts(prompt_ids)])
     dtype = next(model.network.parameters()).dtype

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..budget import Budget, Meter
 from ..spec import Images, Prompt, Scores, batch_size
-from ..training.rig import Rig
+from ..training.rig import MeteredRig
 from ..training.train import optimiser, train
 from .law import LawBroken
 
@@ -130,7 +130,7 @@ class Harness:
 
     def __init__(self, kind: Any, make: Callable[..., Any], model: Any):
         self.kind, self.make, self.model = kind, make, model
-        self.rigs: list[Rig] = []
+        self.rigs: list[MeteredRig] = []
 
     @property
     def method(self) -> Any:
@@ -143,7 +143,7 @@ class Harness:
         rule: the reward function. scale: standard deviation of the step away from the reference weights. bounds: of the budget.
         """
         limits: Any = bounds or {"nfe": AMPLE_NFE}
-        rig: Any = Rig(
+        rig: Any = MeteredRig(
             copy.deepcopy(self.model), [Prompt(text) for text in PROMPTS], ToyScorer(rule),
             Meter(Budget(**limits)), seed=seed, rows=64,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..budget import Budget, Spent
 from ..spec import Search
-from ..training.rig import Rig
+from ..training.rig import MeteredRig
 from . import evaluator
 from .request import ImageIndex, image_indices
 
@@ -34,7 +34,7 @@ class SearchSettings:
 
 def search(
     method: Search,
-    rig: Rig,
+    rig: MeteredRig,
     settings: SearchSettings,
     *,
     after: Callable[[float, dict[str, float]], None] = lambda fraction, numbers: None,
@@ -77,12 +77,12 @@ def search(
     return f"search: {rig.meter.images / len(indices):.4g} candidates an image"
 
 
-def answers(rig: Rig) -> Tensor:
+def answers(rig: MeteredRig) -> Tensor:
     """(N, C, h, w): the latents found so far, on the CPU."""
     return rig.state.get(ANSWERS, torch.empty(0, *rig.model.shape)).cpu()
 
 
-def keys(rig: Rig, batch: Sequence[ImageIndex], settings: SearchSettings) -> Tensor:
+def keys(rig: MeteredRig, batch: Sequence[ImageIndex], settings: SearchSettings) -> Tensor:
     """(B,): the keys of each image's further draws; they depend on prompt, ordinal and seeds, not on the batch."""
     texts = [f"{settings.seed}\n{settings.noise_seed}\n{ordinal}\n{rig.train_prompts[i].text}" for i, ordinal in batch]
     return torch.tensor([int.from_bytes(hashlib.sha256(t.encode()).digest()[:7], "big") for t in texts])

@@ -15,7 +15,7 @@ from ..evaluation.estimates import Evaluation, estimates
 from ..evaluation.evaluator import Evaluator
 from ..spec import Prompt, fold_text
 from ..training import checkpoint
-from ..training.rig import Rig
+from ..training.rig import MeteredRig
 from .context import RunContext
 
 SAVES = 10  # checkpoints in the course of a budget, beside those at the eval points
@@ -31,7 +31,7 @@ class BudgetedStage(ABC):
     def __init__(self, context: RunContext, evaluator: Evaluator) -> None:
         self.context, self.evaluator = context, evaluator
         self.meter = Meter(context.config.budget, flops_a_forward=context.model.flops_a_forward())
-        self.rig = Rig(
+        self.rig = MeteredRig(
             context.model,
             self._prompts(),
             context.scorers.training,

@@ -29,7 +29,7 @@ from ..progress import Progress
 from ..scoring.scorers import close_scorers, open_scorer
 from ..spec import Images, Scorer, Task
 from ..training.pairs import STATEMENT, Choose, compare
-from ..training.rig import Rig
+from ..training.rig import MeteredRig
 
 FILE = "pairs.parquet"
 CHUNK = 32  # rows of a row group: a reader of one pair reads so many
@@ -125,18 +125,18 @@ def make_pairs(request: PairsRequest, out: Path, progress: Progress) -> dict[str
         close_scorers([scorer])
 
 
-def _open_rig(request: PairsRequest, model_spec: ModelSpec, task: Task, scorer: Scorer) -> Rig:
+def _open_rig(request: PairsRequest, model_spec: ModelSpec, task: Task, scorer: Scorer) -> MeteredRig:
     """A rig on the model, whose budget is the images of all groups."""
     model = open_model(model_spec, device=_device())
     if request.adapter is not None:
         model.load_adapter(request.adapter)
     meter = Meter(Budget(images=request.prompts * request.group))
     prompts = task.prompts("train", model_spec.domain)
-    return Rig(model, prompts, scorer, meter, seed=request.seed, rows=model_spec.rows)
+    return MeteredRig(model, prompts, scorer, meter, seed=request.seed, rows=model_spec.rows)
 
 
 @torch.no_grad()
-def _sample_pairs(request: PairsRequest, rig: Rig, progress: Progress) -> _PairTable:
+def _sample_pairs(request: PairsRequest, rig: MeteredRig, progress: Progress) -> _PairTable:
     """Sample and score the groups, as many at once as fit into the model's rows, and pair their images."""
     table = _PairTable()
     progress.phase("sampling groups", request.prompts)
@@ -153,7 +153,7 @@ def _sample_pairs(request: PairsRequest, rig: Rig, progress: Progress) -> _PairT
 
 
 def _add_pairs(
-    table: _PairTable, request: PairsRequest, rig: Rig, prompt_ids: Tensor, images: Images, reward: Tensor
+    table: _PairTable, request: PairsRequest, rig: MeteredRig, prompt_ids: Tensor, images: Images, reward: Tensor
 ) -> None:
     """Pair the images (P G, H, W, 3) that were scored by their rewards (P, G); the winner's side is drawn."""
     which, win, lose = compare(reward, request.choose, request.margin, rig.uniform(len(prompt_ids)))
@@ -172,7 +172,7 @@ def _add_pairs(
             columns[f"reward_{side}"].append(float(reward[p, member]))
 
 
-def _counts(request: PairsRequest, rig: Rig, table: _PairTable) -> dict[str, Any]:
+def _counts(request: PairsRequest, rig: MeteredRig, table: _PairTable) -> dict[str, Any]:
     """Counts, failures and spend. Raises UserError when there is not one pair."""
     meter = rig.meter
     if not len(table):

@@ -12,7 +12,7 @@ from ..budget import Meter
 from ..errors import Interrupted
 from ..evaluation.search import SearchSettings, answers, scaled_budget, search
 from ..spec import Prompt
-from ..training.rig import Rig
+from ..training.rig import MeteredRig
 from .budgeted_stage import SAVES, BudgetedStage
 
 
@@ -74,7 +74,9 @@ class Searcher(BudgetedStage):
         count = len(plan.validation) * plan.settings.curve_images
         budget = scaled_budget(self.meter.budget, count, len(plan.result) * plan.images)
         meter = Meter(budget, flops_a_forward=self.meter.flops_a_forward)
-        rig = Rig(self.rig.model, plan.validation, self.rig.scorer, meter, seed=context.config.seed, rows=self.rig.rows)
+        rig = MeteredRig(
+            self.rig.model, plan.validation, self.rig.scorer, meter, seed=context.config.seed, rows=self.rig.rows
+        )
         context.progress.phase("searching for validation prompts, off budget", count)
         try:
             stop = search(

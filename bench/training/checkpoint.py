@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import digest, sync
-from .rig import Rig
+from .rig import MeteredRig
 
 TENSORS, FACTS = "state.safetensors", "state.json"
 KEPT = 2  # checkpoints, the latest ones
 
 
-def save(folder: Path, number: int, rig: Rig, optimiser: torch.optim.Optimizer, facts: dict[str, Any]) -> None:
+def save(folder: Path, number: int, rig: MeteredRig, optimiser: torch.optim.Optimizer, facts: dict[str, Any]) -> None:
     """Write folder/NUMBER atomically: a temporary name, fsync, rename.
 
     Args:
@@ -62,7 +62,7 @@ def save(folder: Path, number: int, rig: Rig, optimiser: torch.optim.Optimizer, 
         shutil.rmtree(folder / f"{old:08d}", ignore_errors=True)
 
 
-def _tensors(rig: Rig, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(rig: MeteredRig, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Weights, random state, the optimiser's moments and the tensors of the method's memory, by prefixed name."""
     tensors: dict[str, Tensor] = {f"weights/{k}": v for k, v in rig.model.weight_state().items()}
     tensors["rng"] = rig.rng.get_state()
@@ -77,7 +77,7 @@ def numbers(folder: Path) -> list[int]:
 
 
 def restore(
-    folder: Path, rig: Rig, optimiser: torch.optim.Optimizer, message: Callable[[str], None]
+    folder: Path, rig: MeteredRig, optimiser: torch.optim.Optimizer, message: Callable[[str], None]
 ) -> dict[str, Any] | None:
     """Set rig and optimiser to the newest undamaged checkpoint; returns the caller's facts, or None without a checkpoint.
 

@@ -31,7 +31,7 @@ SINGLE_PROCESS = ProcessGroup()
 CAPTIONS = 1024  # embeddings kept for the captions of pairs, besides those of the training prompts
 
 
-class Rig:
+class MeteredRig:
     """What a method may use: `state` is its memory, `prompts`, `noise`, `normal` and `uniform` its random draws."""
 
     def __init__(

@@ -11,7 +11,7 @@ import torch
 
 from ..budget import Spent
 from ..spec import Method, batch_size, select_rows
-from .rig import Rig
+from .rig import MeteredRig
 
 PATIENCE = 25  # iterations in which no group's rewards differ, after which a run counts as collapsed
 RATIO = (1e-2, 1e2)  # a mean policy ratio outside of this counts as exploded
@@ -21,7 +21,7 @@ class Stop(Exception):
     """Ends training with a reason that goes into the record."""
 
 
-def optimiser(method: Method, rig: Rig) -> torch.optim.Optimizer:
+def optimiser(method: Method, rig: MeteredRig) -> torch.optim.Optimizer:
     """AdamW on the trained parameters, with the method's settings."""
     o = method.optim
     return torch.optim.AdamW(rig.model.parameters(), lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
@@ -43,7 +43,7 @@ class Gradients:
 
 def train(
     method: Method,
-    rig: Rig,
+    rig: MeteredRig,
     optimizer: torch.optim.Optimizer,
     *,
     after: Callable[[dict[str, float]], None],
@@ -89,7 +89,7 @@ def train(
 
 
 def _fit(
-    method: Method, rig: Rig, optimizer: torch.optim.Optimizer, gradients: Gradients, batch: Any, rows: int
+    method: Method, rig: MeteredRig, optimizer: torch.optim.Optimizer, gradients: Gradients, batch: Any, rows: int
 ) -> None:
     """Update the weights on a batch: epochs of minibatches, each in micro-batches."""
     o = method.optim
@@ -103,7 +103,7 @@ def _fit(
                 raise Stop(f"exploded: the policy ratio is {ratio:.3g} after {rig.meter.updates} updates")
 
 
-def _differentiate(method: Method, rig: Rig, gradients: Gradients, batch: Any, minibatch: torch.Tensor) -> None:
+def _differentiate(method: Method, rig: MeteredRig, gradients: Gradients, batch: Any, minibatch: torch.Tensor) -> None:
     """Add up the gradients of the rows of a minibatch that this process computes. Raises Stop on a loss that is not finite."""
     keys = torch.randint(2**62, (len(minibatch),), generator=rig.rng)
     infinite_loss: float | None = None
@@ -120,7 +120,7 @@ def _differentiate(method: Method, rig: Rig, gradients: Gradients, batch: Any, m
             raise Stop(f"the loss is {losses[0]:g} after {rig.meter.updates} updates")
 
 
-def _update(method: Method, rig: Rig, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+def _update(method: Method, rig: MeteredRig, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
     """Clip the gradient and step the optimiser, unless half precision overflowed."""
     o = method.optim
     scaler.unscale_(optimizer)

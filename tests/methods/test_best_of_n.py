@@ -28,7 +28,7 @@ from gpobench.bench.models.open import open_model
 from gpobench.bench.progress import NullProgress
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt, Scores, Search
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 from gpobench.methods.best_of_n import BestOfN
 
 BOOK = [Prompt(t) for t in ("two green squares", "a red triangle", "three blue circles", "a sign", "a card")]
@@ -36,13 +36,13 @@ STEPS = 4  # the small model's protocol, without guidance
 
 
 @pytest.fixture
-def make(tiny_pipe: Path, redness: str) -> Iterator[Callable[..., Rig]]:
-    made: list[Rig] = []
+def make(tiny_pipe: Path, redness: str) -> Iterator[Callable[..., MeteredRig]]:
+    made: list[MeteredRig] = []
 
-    def build(judge: Any = "Redness", rows: int = 64, **bounds: float) -> Rig:
+    def build(judge: Any = "Redness", rows: int = 64, **bounds: float) -> MeteredRig:
         model = open_model(cards.find_model_spec(str(tiny_pipe)), device="cpu", seed=0)
         judge = scorer(f"{redness}:{judge}") if isinstance(judge, str) else judge
-        made.append(Rig(model, BOOK, judge, Meter(Budget(**bounds or {"nfe": 1e9})), rows=rows))
+        made.append(MeteredRig(model, BOOK, judge, Meter(Budget(**bounds or {"nfe": 1e9})), rows=rows))
         return made[-1]
 
     yield build
@@ -50,13 +50,13 @@ def make(tiny_pipe: Path, redness: str) -> Iterator[Callable[..., Rig]]:
         rig.close()
 
 
-def look(rig: Rig, n: int, images: int = 2, seed: int = 0) -> str:
+def look(rig: MeteredRig, n: int, images: int = 2, seed: int = 0) -> str:
     return search(BestOfN(n=n), rig, SearchSettings(images, noise_seed=7, seed=seed))
 
 
-def rewards(rig: Rig) -> torch.Tensor:
+def rewards(rig: MeteredRig) -> torch.Tensor:
     """Of the answers, by the scorer itself."""
-    other = Rig(rig.model, rig.train_prompts, rig.scorer, Meter(Budget(nfe=1e9)))
+    other = MeteredRig(rig.model, rig.train_prompts, rig.scorer, Meter(Budget(nfe=1e9)))
     try:
         return other.score(answers(rig), torch.arange(len(BOOK)).repeat_interleave(2))
     finally:

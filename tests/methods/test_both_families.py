@@ -19,7 +19,7 @@ from gpobench.bench.flow import Kernel, Step, cps, dance, ddim, ddim_grid, ddpm,
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.spec import Optim, Prompt, batch_size
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 from gpobench.bench.training.train import optimiser, train
 from gpobench.methods.gpo import GPO, AdvantageGroups
 
@@ -45,10 +45,10 @@ def build(name: str, **more: Any) -> Any:
 
 
 @pytest.fixture
-def make(request: pytest.FixtureRequest, redness: str) -> Iterator[Callable[..., Rig]]:
-    made: list[Rig] = []
+def make(request: pytest.FixtureRequest, redness: str) -> Iterator[Callable[..., MeteredRig]]:
+    made: list[MeteredRig] = []
 
-    def rig(family: str, push: float = 0.0) -> Rig:
+    def rig(family: str, push: float = 0.0) -> MeteredRig:
         model_spec = find_model_spec(str(request.getfixturevalue(family)))
         model = open_model(model_spec, device="cpu", adapter=model_spec.adapter, seed=0)
         generator = torch.Generator().manual_seed(1)
@@ -56,7 +56,7 @@ def make(request: pytest.FixtureRequest, redness: str) -> Iterator[Callable[...,
             for p in model.parameters():
                 p.add_(push * torch.randn(p.shape, generator=generator))
         book, judge = [Prompt(p) for p in BOOK], registry.scorer(f"{redness}:Redness")
-        made.append(Rig(model, book, judge, Meter(Budget(nfe=1e9)), rows=64))
+        made.append(MeteredRig(model, book, judge, Meter(Budget(nfe=1e9)), rows=64))
         return made[-1]
 
     yield rig
@@ -64,7 +64,7 @@ def make(request: pytest.FixtureRequest, redness: str) -> Iterator[Callable[...,
         one.close()
 
 
-def keyed_loss(method: Any, rig: Rig, batch: Any) -> torch.Tensor:
+def keyed_loss(method: Any, rig: MeteredRig, batch: Any) -> torch.Tensor:
     with rig.keyed(torch.arange(batch_size(batch)) + 5):
         return method.loss(rig, batch)
 

@@ -24,7 +24,7 @@ from gpobench.bench.registry import load
 from gpobench.bench.spec import Optim, Pairs, select_rows
 from gpobench.bench.training import checkpoint
 from gpobench.bench.training.pairs import compare
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 from gpobench.bench.training.train import optimiser, train
 from gpobench.methods import diffusion_dpo as module
 from gpobench.methods.diffusion_dpo import DiffusionDPO
@@ -40,12 +40,12 @@ def dataset(tiny_pipe: Path, redness: str, tmp_path_factory: pytest.TempPathFact
     return str(out)
 
 
-def keyed_loss(method: DiffusionDPO, rig: Rig, batch: Pairs) -> torch.Tensor:
+def keyed_loss(method: DiffusionDPO, rig: MeteredRig, batch: Pairs) -> torch.Tensor:
     with rig.keyed(torch.arange(len(batch.prompt_ids)) + 5):
         return method.loss(rig, batch)
 
 
-def go(method: DiffusionDPO, rig: Rig, adam: torch.optim.Optimizer, iterations: int) -> list[dict[str, float]]:
+def go(method: DiffusionDPO, rig: MeteredRig, adam: torch.optim.Optimizer, iterations: int) -> list[dict[str, float]]:
     """So many iterations of the real loop; their numbers."""
     numbers: list[dict[str, float]] = []
     train(
@@ -55,7 +55,7 @@ def go(method: DiffusionDPO, rig: Rig, adam: torch.optim.Optimizer, iterations: 
     return numbers
 
 
-def weights(rig: Rig) -> dict[str, torch.Tensor]:
+def weights(rig: MeteredRig) -> dict[str, torch.Tensor]:
     return rig.model.weight_state()
 
 
@@ -269,7 +269,7 @@ def test_given_pairs_cost_no_rollout(make: Any, dataset: str) -> None:
     assert all(n["pairs/usable"] == 24 and n["pairs/skipped"] == 0 and n["batch/rows"] == 8 for n in numbers)
 
 
-def accuracy(method: DiffusionDPO, rig: Rig) -> float:
+def accuracy(method: DiffusionDPO, rig: MeteredRig) -> float:
     """The implicit accuracy over a hundred pairs at three timesteps each."""
     rig.notes()
     batch = rig.pairs(method.pairs, 100)

@@ -22,7 +22,7 @@ from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Optim, Prompt, batch_size, select_rows
 from gpobench.bench.training import checkpoint
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 from gpobench.bench.training.train import optimiser, train
 from gpobench.methods.flow_grpo import FlowGRPO
 from gpobench.methods.grpo_guard import GRPOGuard
@@ -58,16 +58,16 @@ def shared(tiny_pipe: Path) -> Any:
 @pytest.fixture
 def make(shared: Any, tiny_pipe: Path, redness: str) -> Iterator[Any]:
     """One model for all tests, reset to its first weights each time; a test that needs two at once opens its own."""
-    made: list[Rig] = []
+    made: list[MeteredRig] = []
     first = shared.lora.state()
 
     def build(
         name: str = "Redness", push: float = 0.0, adapter: Adapter | None = None, rows: int = 64, **bounds: float
-    ) -> Rig:
+    ) -> MeteredRig:
         shared.lora.restore(first)
         own = adapter and open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=adapter, seed=0)
         meter = Meter(Budget(**bounds or {"nfe": 1e9}))
-        made.append(Rig(own or shared, [Prompt(p) for p in BOOK], scorer(f"{redness}:{name}"), meter, rows=rows))
+        made.append(MeteredRig(own or shared, [Prompt(p) for p in BOOK], scorer(f"{redness}:{name}"), meter, rows=rows))
         shove(made[-1], push)
         return made[-1]
 
@@ -77,7 +77,7 @@ def make(shared: Any, tiny_pipe: Path, redness: str) -> Iterator[Any]:
         rig.close()
 
 
-def shove(rig: Rig, push: float) -> None:
+def shove(rig: MeteredRig, push: float) -> None:
     """Move the trained weights, always by the same numbers."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -85,13 +85,13 @@ def shove(rig: Rig, push: float) -> None:
             p.add_(push * torch.randn(p.shape, generator=generator))
 
 
-def fit(method: Any, rig: Rig, iterations: int) -> tuple[torch.optim.Optimizer, list[dict[str, float]]]:
+def fit(method: Any, rig: MeteredRig, iterations: int) -> tuple[torch.optim.Optimizer, list[dict[str, float]]]:
     adam, seen = optimiser(method, rig), []
     go_on(method, rig, adam, iterations, seen)
     return adam, seen
 
 
-def go_on(method: Any, rig: Rig, adam: torch.optim.Optimizer, iterations: int, seen: list[Any]) -> None:
+def go_on(method: Any, rig: MeteredRig, adam: torch.optim.Optimizer, iterations: int, seen: list[Any]) -> None:
     end = rig.iteration + iterations
     train(
         method, rig, adam, 
@@ -99,16 +99,16 @@ def go_on(method: Any, rig: Rig, adam: torch.optim.Optimizer, iterations: int, s
     )  # fmt: skip
 
 
-def keyed_loss(method: Any, rig: Rig, batch: Any) -> Tensor:
+def keyed_loss(method: Any, rig: MeteredRig, batch: Any) -> Tensor:
     with rig.keyed(torch.arange(batch_size(batch))):
         return method.loss(rig, batch)
 
 
-def weights(rig: Rig) -> list[Tensor]:
+def weights(rig: MeteredRig) -> list[Tensor]:
     return [p.detach().clone() for p in rig.model.parameters()]
 
 
-def gradient(loss: Tensor, rig: Rig) -> Tensor:
+def gradient(loss: Tensor, rig: MeteredRig) -> Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, rig.model.parameters())])
 
 
@@ -125,7 +125,7 @@ def step_of(method: Any, v: Tensor, batch: Any) -> tuple[Tensor, Tensor, Tensor]
     return mean, scale * (-dt).sqrt(), scale
 
 
-def guidance_of(method: Any, rig: Rig) -> float:
+def guidance_of(method: Any, rig: MeteredRig) -> float:
     return method.guidance or rig.model.guidance
 
 

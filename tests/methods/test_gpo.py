@@ -16,13 +16,13 @@ from gpobench.bench.flow import mix
 from gpobench.bench.losses import dpo, flow_error, standardise
 from gpobench.bench.model_spec import SMALL
 from gpobench.bench.spec import Optim
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 from gpobench.bench.training.train import optimiser, train
 from gpobench.methods import gpo as module
 from gpobench.methods.gpo import GPO, AdvantageGroups
 
 
-def keyed_loss(method: GPO, rig: Rig, batch: AdvantageGroups) -> torch.Tensor:
+def keyed_loss(method: GPO, rig: MeteredRig, batch: AdvantageGroups) -> torch.Tensor:
     with rig.keyed(torch.arange(len(batch.prompt_ids)) + 5):
         return method.loss(rig, batch)
 

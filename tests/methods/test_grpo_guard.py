@@ -17,27 +17,27 @@ from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt, batch_size, select_rows
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 from gpobench.methods.grpo_guard import GRPOGuard
 
 
 @pytest.fixture
-def rig(tiny_pipe: Path, redness: str) -> Iterator[Rig]:
+def rig(tiny_pipe: Path, redness: str) -> Iterator[MeteredRig]:
     model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
     judge, book = scorer(f"{redness}:Redness"), ["a red circle", "two blue squares", "a photo"]
-    made = Rig(model, [Prompt(p) for p in book], judge, Meter(Budget(nfe=1e9)), rows=32)
+    made = MeteredRig(model, [Prompt(p) for p in book], judge, Meter(Budget(nfe=1e9)), rows=32)
     yield made
     made.close()
 
 
-def shove(rig: Rig, push: float) -> None:
+def shove(rig: MeteredRig, push: float) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in rig.model.parameters():
             p.add_(push * torch.randn(p.shape, generator=generator))
 
 
-def test_the_loss_is_the_codes_per_transition(rig: Rig) -> None:
+def test_the_loss_is_the_codes_per_transition(rig: MeteredRig) -> None:
     """train_sd3_GRPO_Guard.py in float64 with batches of one, where its batch mean is the transition's own."""
     method = GRPOGuard(prompts=2, group=4, steps=10, clip_range=1e-4)
     batch = method.collect(rig)
@@ -67,7 +67,7 @@ def test_the_loss_is_the_codes_per_transition(rig: Rig) -> None:
     assert sum(parts) / len(parts) == pytest.approx(loss, rel=1e-4)  # no row depends on its company
 
 
-def test_the_guarded_ratio_is_centred_where_the_plain_one_is_not(rig: Rig) -> None:
+def test_the_guarded_ratio_is_centred_where_the_plain_one_is_not(rig: MeteredRig) -> None:
     """The point of the paper: log rho is below 0 in the mean and differs in scale from step to step, the guarded one does not."""
     method = GRPOGuard(prompts=3, group=16, steps=10)
     batch = method.collect(rig)

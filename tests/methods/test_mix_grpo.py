@@ -19,17 +19,17 @@ from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt, batch_size
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 from gpobench.methods.mix_grpo import MixGRPO, compress_grid
 
 SDE = sde(0.7)
 
 
 @pytest.fixture
-def rig(tiny_pipe: Path, redness: str) -> Iterator[Rig]:
+def rig(tiny_pipe: Path, redness: str) -> Iterator[MeteredRig]:
     model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
     judge, book = scorer(f"{redness}:Redness"), ["a red circle", "two blue squares", "a photo"]
-    made = Rig(model, [Prompt(p) for p in book], judge, Meter(Budget(nfe=1e9)), rows=3)
+    made = MeteredRig(model, [Prompt(p) for p in book], judge, Meter(Budget(nfe=1e9)), rows=3)
     yield made
     made.close()
 
@@ -100,7 +100,7 @@ def test_the_tails_grid_is_nearly_the_authors(first: int, tail: int) -> None:
 
 @pytest.mark.parametrize("tail", [0.0, 0.5])
 @pytest.mark.parametrize("kernel", [SDE, cps(0.8)])
-def test_only_the_window_is_kept_at_its_place(rig: Rig, tail: float, kernel: Any) -> None:
+def test_only_the_window_is_kept_at_its_place(rig: MeteredRig, tail: float, kernel: Any) -> None:
     name = "sde" if kernel == SDE else "cps"
     method = MixGRPO(
         prompts=2,
@@ -121,7 +121,7 @@ def test_only_the_window_is_kept_at_its_place(rig: Rig, tail: float, kernel: Any
         assert batch_size(batch) == 12 and not torch.isclose(batch.to, batch.mean).all()
 
 
-def test_a_group_shares_its_noise_and_its_way_to_the_window(rig: Rig) -> None:
+def test_a_group_shares_its_noise_and_its_way_to_the_window(rig: MeteredRig) -> None:
     method = MixGRPO(prompts=2, group=3, steps=6, window_size=2, shift_interval=1)
     rig.iteration = 2
     batch = method.collect(rig)
@@ -134,7 +134,7 @@ def test_a_group_shares_its_noise_and_its_way_to_the_window(rig: Rig) -> None:
     assert not torch.allclose(batch.to[at][0], batch.to[at][1], atol=1e-2)
 
 
-def test_the_rollout_costs_what_the_first_place_says(rig: Rig) -> None:
+def test_the_rollout_costs_what_the_first_place_says(rig: MeteredRig) -> None:
     method = MixGRPO(prompts=2, group=3, steps=8, window_size=2, compress_ratio=0.5, shift_interval=1)
     for rig.iteration, rollout in ((0, 2 + 3), (3, 5 + 2), (5, 7 + 1)):
         before = rig.meter.nfe
@@ -157,7 +157,7 @@ def test_settings_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
         MixGRPO(**bad)
 
 
-def test_a_window_as_long_as_the_schedule_is_refused(rig: Rig) -> None:
+def test_a_window_as_long_as_the_schedule_is_refused(rig: MeteredRig) -> None:
     method = MixGRPO(window_size=4)  # the protocol of this model has four steps
     for ask in (lambda: method.collect(rig), lambda: method.cost(4, 1.0), lambda: method.plan(0, 3)):
         with pytest.raises(UserError, match="mix-grpo: window"):

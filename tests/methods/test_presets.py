@@ -25,7 +25,7 @@ from gpobench.bench.models.memory import GB
 from gpobench.bench.models.mini import write_flux, write_sd15, write_sdxl
 from gpobench.bench.models.open import open_model
 from gpobench.bench.spec import Optim, Prompt, Search, batch_size, select_rows
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 
 REPO = Path(__file__).resolve().parents[2]
 SPEC = importlib.util.spec_from_file_location("presets_table", REPO / "benchmarks" / "presets.py")
@@ -247,14 +247,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def mini(folders: dict[str, Path], redness: str) -> Iterator[Callable[[str], Rig]]:
-    made: list[Rig] = []
+def mini(folders: dict[str, Path], redness: str) -> Iterator[Callable[[str], MeteredRig]]:
+    made: list[MeteredRig] = []
 
-    def rig(model: str) -> Rig:
+    def rig(model: str) -> MeteredRig:
         model_spec = find_model_spec(str(folders[model]))
         loaded = open_model(model_spec, device="cpu", adapter=model_spec.adapter, seed=0)
         book = [Prompt(text) for text in ("a red circle", "two blue squares", "a green triangle")]
-        made.append(Rig(loaded, book, registry.scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e9)), rows=64))
+        made.append(MeteredRig(loaded, book, registry.scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e9)), rows=64))
         return made[-1]
 
     yield rig

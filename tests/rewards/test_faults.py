@@ -25,7 +25,7 @@ from gpobench.bench.models.open import open_model
 from gpobench.bench.scoring import remote
 from gpobench.bench.scoring.remote import Limits, RemoteScorer, connect, start
 from gpobench.bench.spec import Prompt, Scorer, Scores
-from gpobench.bench.training.rig import Rig, timed_scores
+from gpobench.bench.training.rig import MeteredRig, timed_scores
 from gpobench.rewards import reader
 
 FAULTY = str(Path(__file__).parents[1] / "faulty.py")
@@ -133,7 +133,7 @@ def test_a_run_counts_every_fault_and_loses_no_sound_score(bench: Bench, tiny_pi
     """Through the rig, one call of each kind: the meter shows as many errors as rows were spoilt."""
     model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
     book = [Prompt(f"number {i}") for i in range(4)]
-    rig = Rig(model, book, faulty.Sound(), Meter(Budget(nfe=1e9)), seed=0)
+    rig = MeteredRig(model, book, faulty.Sound(), Meter(Budget(nfe=1e9)), seed=0)
     rng = np.random.default_rng(2)
     x0, who = rig.noise(4), rig.prompts(4)
     sound = rig.score(x0, who)

@@ -24,7 +24,7 @@ from gpobench.bench.progress import NullProgress
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt
 from gpobench.bench.training.pairs import STATEMENT, captions, open_pairs
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 
 
 @pytest.fixture
@@ -184,7 +184,7 @@ def test_an_adapter_makes_other_images(make: Any, tiny_pipe: Path, redness: str,
 def test_the_rig_draws_them(make: Any, tiny_pipe: Path, redness: str) -> None:
     done = make()
     model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
-    rig = Rig(model, [Prompt("a sign")], scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e6)))
+    rig = MeteredRig(model, [Prompt("a sign")], scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e6)))
     batch = rig.pairs(str(Path(done["path"]).parent), 5)
     rig.close()
     assert sorted(p.text for p in rig.texts(batch.prompt_ids)) == sorted(row["caption"] for row in table(done))

@@ -22,7 +22,7 @@ from gpobench.bench.models.mini import write_flux
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt
-from gpobench.bench.training.rig import Rig, to_uint8
+from gpobench.bench.training.rig import MeteredRig, to_uint8
 
 PROMPTS = ["a red circle", "two blue squares", "a photo of five green triangles"]
 
@@ -138,7 +138,7 @@ def test_guidance_is_one_evaluation_and_the_same_in_every_batch(tiny_flux: Path)
 def test_a_rig_charges_a_guided_velocity_as_the_model_says(tiny_flux: Path, redness: str) -> None:
     meter = Meter(Budget(nfe=1e9))
     model = open_model(find_model_spec(str(tiny_flux)), device="cpu")
-    rig = Rig(model, [Prompt(p) for p in PROMPTS], scorer(f"{redness}:Redness"), meter, rows=3)
+    rig = MeteredRig(model, [Prompt(p) for p in PROMPTS], scorer(f"{redness}:Redness"), meter, rows=3)
     seen: list[int] = []
     model.network.register_forward_pre_hook(lambda *a: seen.append(1))
     rig.sample(starts(model.shape), torch.arange(3), steps=4, guidance=3.5)

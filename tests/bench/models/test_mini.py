@@ -16,7 +16,7 @@ from gpobench.bench.models.mini import write_sd3, write_sd15
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 
 BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle", "a photo"]
 Write = Callable[..., Path]
@@ -60,7 +60,7 @@ def test_its_pictures_heed_noise_and_words_and_earn_different_rewards(
     family: str, request: pytest.FixtureRequest, redness: str
 ) -> None:
     model = open_model(find_model_spec(str(request.getfixturevalue(family))), device="cpu")
-    rig = Rig(model, [Prompt(p) for p in BOOK], scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e9)), rows=64)
+    rig = MeteredRig(model, [Prompt(p) for p in BOOK], scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e9)), rows=64)
     noise, prompt_ids = rig.noise(12), torch.arange(6)
     latents = rig.sample(noise, prompt_ids.repeat(2))
     reward = rig.score(latents, prompt_ids.repeat(2))

@@ -24,7 +24,7 @@ from gpobench.bench.models.mini import write_sd15
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt
-from gpobench.bench.training.rig import Rig, to_uint8
+from gpobench.bench.training.rig import MeteredRig, to_uint8
 
 PROMPTS = ["a red circle", "two blue squares", "a photo of five green triangles"]
 SMALL = Adapter(rank=4, alpha=16, targets=UNET_ATTENTION)
@@ -53,8 +53,8 @@ def starts(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.stack([noise(p, 0, 7, shape) for p in PROMPTS])
 
 
-def rig_of(model: Any, redness: str, prompts: list[str] = PROMPTS) -> Rig:
-    return Rig(model, [Prompt(p) for p in prompts], scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e9)), rows=2)
+def rig_of(model: Any, redness: str, prompts: list[str] = PROMPTS) -> MeteredRig:
+    return MeteredRig(model, [Prompt(p) for p in prompts], scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e9)), rows=2)
 
 
 def edited(folder: Path, to: Path, part: str, **more: Any) -> Path:

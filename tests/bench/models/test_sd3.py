@@ -26,7 +26,7 @@ from gpobench.bench.models.adapters import LORA_FILE
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt
-from gpobench.bench.training.rig import Rig, to_uint8
+from gpobench.bench.training.rig import MeteredRig, to_uint8
 
 PROMPTS = ["a red circle", "two blue squares", "a photo of five green triangles"]
 
@@ -51,8 +51,8 @@ def theirs(tiny_pipe: Path) -> Any:
     return plain_pipe(tiny_pipe)
 
 
-def rig_of(model: Any, redness: str, prompts: list[str] = PROMPTS) -> Rig:
-    return Rig(model, [Prompt(p) for p in prompts], scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e9)), rows=2)
+def rig_of(model: Any, redness: str, prompts: list[str] = PROMPTS) -> MeteredRig:
+    return MeteredRig(model, [Prompt(p) for p in prompts], scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e9)), rows=2)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Optim, Prompt
 from gpobench.bench.training import checkpoint
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 from gpobench.bench.training.train import optimiser
 from gpobench.methods.gpo import GPO
 
@@ -48,13 +48,15 @@ METHOD = GPO(optim=Optim(ema=0.5))
 
 
 @pytest.fixture
-def make(tiny_pipe: Path, redness: str) -> Iterator[Callable[[], tuple[Rig, Any]]]:
-    made: list[Rig] = []
+def make(tiny_pipe: Path, redness: str) -> Iterator[Callable[[], tuple[MeteredRig, Any]]]:
+    made: list[MeteredRig] = []
 
-    def build() -> tuple[Rig, Any]:
+    def build() -> tuple[MeteredRig, Any]:
         model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=len(made))
         made.append(
-            Rig(model, [Prompt("a red circle"), Prompt("a sign")], scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e6)))
+            MeteredRig(
+                model, [Prompt("a red circle"), Prompt("a sign")], scorer(f"{redness}:Redness"), Meter(Budget(nfe=1e6))
+            )
         )
         return made[-1], optimiser(METHOD, made[-1])
 
@@ -63,7 +65,7 @@ def make(tiny_pipe: Path, redness: str) -> Iterator[Callable[[], tuple[Rig, Any]
         rig.close()
 
 
-def work(rig: Rig, adam: torch.optim.Optimizer) -> None:
+def work(rig: MeteredRig, adam: torch.optim.Optimizer) -> None:
     """One update, a blend and some memory: something of everything that must survive."""
     rig.score(rig.noise(2), rig.prompts(2))
     rig.velocity(rig.noise(2), rig.uniform(2), rig.prompts(2)).square().mean().backward()

@@ -27,7 +27,7 @@ from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt
 from gpobench.bench.training import checkpoint, pairs
 from gpobench.bench.training.pairs import captions, open_pairs
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 from gpobench.bench.training.train import optimiser
 from gpobench.methods.diffusion_dpo import DiffusionDPO
 
@@ -261,12 +261,12 @@ def test_captions_of_skipped_rows_are_returned_too(tmp_path: Path) -> None:
 
 @pytest.fixture
 def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
-    made: list[Rig] = []
+    made: list[MeteredRig] = []
 
-    def build(**bounds: float) -> Rig:
+    def build(**bounds: float) -> MeteredRig:
         model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
         meter = Meter(Budget(**bounds or {"nfe": 1e9}))
-        made.append(Rig(model, [Prompt(p) for p in BOOK], scorer(f"{redness}:Redness"), meter, seed=1, rows=4))
+        made.append(MeteredRig(model, [Prompt(p) for p in BOOK], scorer(f"{redness}:Redness"), meter, seed=1, rows=4))
         return made[-1]
 
     yield build
@@ -274,7 +274,7 @@ def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
         rig.close()
 
 
-def latent(rig: Rig, colour: int) -> torch.Tensor:
+def latent(rig: MeteredRig, colour: int) -> torch.Tensor:
     image = torch.from_numpy(np.array(fitted_pixels(encoded(colour), 16, 16))).permute(2, 0, 1)[None] / 255
     return rig.model.latents(image)[0]
 

@@ -18,10 +18,10 @@ from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import Prompt, select_rows
-from gpobench.bench.training.rig import Rig, stochastic, timed_scores, to_uint8
+from gpobench.bench.training.rig import MeteredRig, stochastic, timed_scores, to_uint8
 
 BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle"]
-Make = Callable[..., Rig]
+Make = Callable[..., MeteredRig]
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,11 @@ def model(tiny_pipe: Path) -> Any:
 
 @pytest.fixture
 def make(model: Any, redness: str) -> Any:
-    made: list[Rig] = []
+    made: list[MeteredRig] = []
 
-    def build(seed: int = 0, rows: int = 4, name: str = "Redness", **bounds: float) -> Rig:
+    def build(seed: int = 0, rows: int = 4, name: str = "Redness", **bounds: float) -> MeteredRig:
         judge = scorer(f"{redness}:{name}")
-        rig = Rig(
+        rig = MeteredRig(
             model, [Prompt(p) for p in BOOK], judge, Meter(Budget(**bounds or {"nfe": 1e9})), seed=seed, rows=rows
         )
         made.append(rig)

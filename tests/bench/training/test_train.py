@@ -18,7 +18,7 @@ from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.spec import InitialNoise, Optim, Prompt
-from gpobench.bench.training.rig import Rig
+from gpobench.bench.training.rig import MeteredRig
 from gpobench.bench.training.train import PATIENCE, Gradients, _fit, optimiser, train  # pyright: ignore[reportPrivateUsage]
 from gpobench.methods.gpo import GPO
 
@@ -32,10 +32,10 @@ class Shrink:
     scale: float = 1.0
     ratio: float = 1.0
 
-    def collect(self, rig: Rig) -> InitialNoise:
+    def collect(self, rig: MeteredRig) -> InitialNoise:
         return InitialNoise(rig.noise(max(1, self.rows))[: self.rows], rig.prompts(5).repeat(9)[: self.rows])
 
-    def loss(self, rig: Rig, batch: InitialNoise) -> Tensor:
+    def loss(self, rig: MeteredRig, batch: InitialNoise) -> Tensor:
         rig.note("policy/ratio", self.ratio)
         v = rig.velocity(batch.noise, rig.uniform(len(batch.prompt_ids)), batch.prompt_ids)
         return self.scale * v.square().mean()
@@ -43,12 +43,12 @@ class Shrink:
 
 @pytest.fixture
 def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
-    made: list[Rig] = []
+    made: list[MeteredRig] = []
 
-    def build(**bounds: float) -> Rig:
+    def build(**bounds: float) -> MeteredRig:
         model = open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(rank=4), seed=0)
         book = [Prompt(p) for p in ("a red circle", "two blue squares", "a sign", "a card", "a photo")]
-        made.append(Rig(model, book, scorer(f"{redness}:Redness"), Meter(Budget(**bounds)), rows=8))
+        made.append(MeteredRig(model, book, scorer(f"{redness}:Redness"), Meter(Budget(**bounds)), rows=8))
         return made[-1]
 
     yield build
@@ -56,13 +56,13 @@ def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
         rig.close()
 
 
-def go(method: Any, rig: Rig, **more: Any) -> tuple[str, list[dict[str, float]]]:
+def go(method: Any, rig: MeteredRig, **more: Any) -> tuple[str, list[dict[str, float]]]:
     seen: list[dict[str, float]] = []
     why = train(method, rig, optimiser(method, rig), after=seen.append, **more)
     return why, seen
 
 
-Make = Callable[..., Rig]
+Make = Callable[..., MeteredRig]
 
 
 def test_it_stops_at_the_bound_and_says_which(make: Make) -> None:
@@ -167,7 +167,7 @@ def test_a_gradient_that_is_never_finite_ends_a_scaled_run(make: Make) -> None:
 def test_a_few_iterations_without_signal_do_not_end_a_run(make: Make) -> None:
     @dataclass(frozen=True)
     class Moody(Shrink):
-        def collect(self, rig: Rig) -> InitialNoise:
+        def collect(self, rig: MeteredRig) -> InitialNoise:
             without_signal = rig.iteration % PATIENCE != 0
             return (
                 super().collect(rig)
