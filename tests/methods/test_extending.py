@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gpobench.bench import registry
-from gpobench.bench.evaluation.evaluator import refuse_overlap
+from gpobench.bench.evaluation.splits import refuse_overlap
 from gpobench.bench.spec import Images, Prompt
 
 

@@ -18,7 +18,7 @@ from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments.make_pairs import FILE, PairsRequest, make_pairs
 from gpobench.bench.model_spec import Adapter, find_model_spec
-from gpobench.bench.models import common
+from gpobench.bench.models import autoencoder
 from gpobench.bench.models.open import open_model
 from gpobench.bench.progress import NullProgress
 from gpobench.bench.registry import scorer
@@ -64,8 +64,8 @@ def test_the_liked_image_is_the_one_its_scorer_likes(make: Any, redness: str) ->
 
 def test_the_stored_pixels_are_the_scored_ones(make: Any, redness: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An image's last digits depend on the batch it is decoded in; here the decoder exaggerates, so that no rounding hides it."""
-    decode = common.decode
-    monkeypatch.setattr(common, "decode", lambda vae, x0: decode(vae, x0) * (1 - len(x0) / 100))
+    decode = autoencoder.decode
+    monkeypatch.setattr(autoencoder, "decode", lambda vae, x0: decode(vae, x0) * (1 - len(x0) / 100))
     like = scorer(f"{redness}:Redness")
     for row in table(make(choose="all")):
         images = np.stack([picture(row["jpg_0"]), picture(row["jpg_1"])])
