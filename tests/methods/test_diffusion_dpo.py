@@ -296,7 +296,9 @@ def test_learning_from_given_pairs_ranks_pairs_it_never_saw(
     assert accuracy(method, rig) == accuracy(unseen, rig) == 0.5
     go(method, rig, optimiser(method, rig), 60)
     seen = accuracy(method, rig), accuracy(unseen, rig)
-    assert seen[0] > 0.65 and seen[1] > 0.57, seen
+    # Without learning both are 0.5. Seeds 0 to 3: 0.72 to 0.81 of the seen pairs, 0.58 to 0.70 of the unseen; this one 0.777 and
+    # 0.590, within 0.003 (one pair) whatever the instructions, and with weights moved by 1e-5 of themselves.
+    assert seen[0] > 0.65 and seen[1] > 0.55, seen
 
 
 @pytest.mark.parametrize("way", ["online", "refresh", "offline"])
@@ -351,6 +353,7 @@ def test_it_makes_the_model_better(make: Any) -> None:
     gain = rig.score(rig.sample(x, prompt_ids), prompt_ids) - rig.score(
         rig.sample(x, prompt_ids, weights="ref"), prompt_ids
     )  # on the same noise
+    # 17.7 standard errors (17 to 23 with other seeds), the same to three digits with other instructions
     assert float(gain.mean()) > 5 * float(gain.std()) / math.sqrt(60)
 
 

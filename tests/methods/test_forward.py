@@ -173,6 +173,9 @@ def test_it_makes_the_model_better(lab: Any, name: str) -> None:
     gain = rig.score(rig.sample(x, prompt_ids), prompt_ids) - rig.score(
         rig.sample(x, prompt_ids, weights="ref"), prompt_ids
     )  # on the same noise
+    # Measured in standard errors: awm 20, dgpo 19, diffusion-nft 15, rwr 17, sft 7. Weights moved by 1e-5 of themselves, or other
+    # instructions (AVX-512, AVX2, none), move these by less than 0.01. Without training the gain is 0. The seed is part of the
+    # test: sft makes 1.6 to 8 of other seeds, too few images to tell.
     assert float(gain.mean()) > 4 * float(gain.std()) / math.sqrt(60)
 
 

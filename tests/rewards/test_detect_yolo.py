@@ -1,4 +1,4 @@
-"""YOLO: a tiny one learns drawn shapes for half a minute, is loaded as a user would load a file of theirs, and counts."""
+"""YOLO: a tiny one learns drawn shapes for ten seconds, is loaded as a user would load a file of theirs, and counts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gpobench.bench.errors import Missing, UserError
 from gpobench.rewards import detect_yolo as engine
 from gpobench.rewards.detectors import open_detector
 
-pytestmark = pytest.mark.timeout(300)  # about half a CPU-minute
+pytestmark = pytest.mark.timeout(300)  # a quarter of a CPU-minute
 if importlib.util.find_spec("ultralytics") is None:
     pytest.skip("ultralytics is not installed", allow_module_level=True)
 
@@ -52,18 +52,49 @@ def draw(rows: int, seed: int) -> tuple[np.ndarray, list[int], list[int]]:
 
 
 def write_split(folder: Path, rows: int, seed: int) -> None:
+    """Square pictures of two drawings, one above the other: nothing that is computed is padding."""
     from scipy import ndimage
 
     (folder / "images").mkdir(parents=True)
     (folder / "labels").mkdir()
-    for i, (picture, kind, _) in enumerate(zip(*draw(rows, seed), strict=True)):
-        Image.fromarray(picture).save(folder / "images" / f"{i}.png")
-        labelled: Any = ndimage.label((picture != 255).any(-1))
-        lines = [
-            f"{kind} {(c.start + c.stop) / 128} {(r.start + r.stop) / 64} {(c.stop - c.start) / 64} {(r.stop - r.start) / 32}"
-            for r, c in ndimage.find_objects(labelled[0])
-        ]
+    pictures, kinds, _ = draw(2 * rows, seed)
+    for i in range(rows):
+        Image.fromarray(np.concatenate(pictures[[i, i + rows]])).save(folder / "images" / f"{i}.png")
+        lines: list[str] = []
+        for j, top in ((i, 0), (i + rows, 32)):
+            labelled: Any = ndimage.label((pictures[j] != 255).any(-1))
+            lines += [
+                f"{kinds[j]} {(c.start + c.stop) / 128} {top / 64 + (r.start + r.stop) / 128} "
+                f"{(c.stop - c.start) / 64} {(r.stop - r.start) / 64}"
+                for r, c in ndimage.find_objects(labelled[0])
+            ]
         (folder / "labels" / f"{i}.txt").write_text("\n".join(lines))
+
+
+# nbs is the batch of an update: left at 64, eight batches would be one update, and 240 of them 30. Colours are not what is to be
+# learnt, so they stay as drawn; class scores weigh more because few cells hold a shape.
+FIT = {
+    "epochs": 20,
+    "batch": 8,
+    "nbs": 8,
+    "imgsz": 64,
+    "optimizer": "AdamW",
+    "lr0": 5e-3,
+    "warmup_epochs": 1,
+    "cos_lr": True,
+}
+PLAIN = {
+    "mosaic": 0.0,
+    "scale": 0.1,
+    "translate": 0.1,
+    "erasing": 0.0,
+    "hsv_h": 0.0,
+    "hsv_s": 0.0,
+    "hsv_v": 0.0,
+    "cls": 2.0,
+}
+QUIET = {"pretrained": False, "amp": False, "plots": False, "workers": 0, "verbose": False, "val": False, "cache": True}
+TRAINING: dict[str, Any] = {**FIT, **PLAIN, **QUIET}
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +114,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = {"path": str(root), "train": "train/images", "val": "val/images", "names": list(NAMES)}
         (root / "data.yaml").write_text(yaml.safe_dump(data))
         (root / "tiny.yaml").write_text(yaml.safe_dump(ARCHITECTURE, sort_keys=False))
-        quiet = {"pretrained": False, "amp": False, "plots": False, "workers": 0, "verbose": False, "val": False}
-        fit = {
-            "epochs": 50,
-            "batch": 16,
-            "imgsz": 64,
-            "optimizer": "AdamW",
-            "lr0": 1e-2,
-            "warmup_epochs": 1,
-            "cos_lr": True,
-        }
-        plain = {"mosaic": 0.0, "scale": 0.1, "translate": 0.1, "erasing": 0.0, "cache": True, "seed": 0}
         YOLO(str(root / "tiny.yaml"), task="detect").train(
-            data=str(root / "data.yaml"), device="cpu", project=str(root), name="fit", **quiet, **fit, **plain
+            data=str(root / "data.yaml"), device="cpu", project=str(root), name="fit", seed=0, **TRAINING
         )
     return root / "fit" / "weights" / "last.pt"
 
@@ -117,9 +137,20 @@ def exact(detector: engine.Yolo, threshold: float, rows: int, seed: int) -> floa
 
 
 def test_counts_clean_drawings(detector: engine.Yolo) -> None:
-    """Half a minute teaches it to find shapes, not to be sure: the threshold is chosen on some drawings and judged on others."""
+    """Ten seconds teach it to find shapes, not to be sure: the threshold is chosen on some drawings and judged on others."""
     threshold = max((0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5), key=lambda t: exact(detector, t, 45, seed=1))
-    assert exact(detector, threshold, 90, seed=2) >= 0.6
+    # Seeds 0 to 5, two runs of these without AVX-512 and two without AVX: 0.90 to 1.00, mean 0.965, sd 0.036; a kind that is not
+    # learnt costs 0.33.
+    assert exact(detector, threshold, 90, seed=2) >= 0.75
+
+
+def test_an_untrained_one_counts_nothing(weights: Path, tmp_path: Path) -> None:
+    from ultralytics import YOLO
+
+    YOLO(str(weights.parents[2] / "tiny.yaml"), task="detect").save(tmp_path / "untrained.pt")
+    with pytest.warns(UserWarning, match="AGPL-3.0"):
+        untrained = engine.Yolo(tmp_path / "untrained.pt")
+    assert exact(untrained, 0.05, 45, seed=1) == 0
 
 
 def test_answers_have_the_form_of_the_contract(detector: engine.Yolo) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,17 @@ def test_calibration_puts_the_best_threshold_at_nine_tenths() -> None:
 
 
 def test_a_short_run_learns_and_repeats_itself(tmp_path: Path) -> None:
-    recipe = shapes_recipe.ShapesRecipe(steps=12, batch=16, warmup=2, tell_every=6, calibrated=32, each=1)
+    recipe = shapes_recipe.ShapesRecipe(steps=12, batch=16, warmup=2, tell_every=1, calibrated=32, each=1)
     told: list[dict[str, Any]] = []
     facts = recipe(tmp_path / "one", seed=5, log=told.append)
-    assert [fact["step"] for fact in told] == [6, 12] and told[1]["loss"] < told[0]["loss"]
+    loss = [fact["loss"] for fact in told]
+    # Seeds 5 to 14, and four of them without AVX: 0.47 of the loss is left, sd 0.06; without learning all of it is. Losses of
+    # single batches of 16 are no measure: bfloat16 on another processor moves them by a tenth, as much as some fall.
+    assert [fact["step"] for fact in told] == list(range(1, 13)) and np.mean(loss[-3:]) < 0.75 * np.mean(loss[:3])
     assert json.loads((tmp_path / "one" / "shapes.json").read_text()) == facts
-    recipe(tmp_path / "two", seed=5, log=told.append)
+    told.clear()
+    replace(recipe, tell_every=6)(tmp_path / "two", seed=5, log=told.append)
+    assert [fact["step"] for fact in told] == [6, 12] and told[1]["loss"] == loss[11]
     one, two = (load_file(tmp_path / name / "shapes.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 

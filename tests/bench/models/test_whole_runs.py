@@ -22,8 +22,8 @@ from gpobench.bench.spec import Prompt
 from gpobench.bench.training.rig import to_uint8
 
 FAMILIES = ("tiny_pipe", "tiny_flux", "tiny_sdxl", "tiny_unet")
-SETS = ["prompts=2", "group=4", "optim.lr=3e-3", "optim.micro=0", "optim.ema=0"]
-
+SETS = ["prompts=2", "group=4", "optim.lr=3e-3", "optim.micro=0", "optim.ema=0", "evaluation.eval_points=2"]
+BUDGET = "nfe=600"
 
 # What the process does to itself in the update LAST.
 DIE = """
@@ -43,10 +43,10 @@ def test_a_run_is_killed_goes_on_and_its_adapter_loads(
     method: str, family: str, request: pytest.FixtureRequest, gpobench: Any, redness: str, tmp_path: Path
 ) -> None:
     folder: Path = request.getfixturevalue(family)
-    plan = resolve(RunRequest(method, f"{redness}:Paint", str(folder), budget="nfe=1200", sets=SETS))
+    plan = resolve(RunRequest(method, f"{redness}:Paint", str(folder), budget=BUDGET, sets=SETS))
     whole = running.run(plan, runs=tmp_path / "whole", progress=NullProgress())
     assert whole.spent["updates"] >= 2 and whole.stop == "budget: nfe"
-    argv = ["run", "--method", method, "--task", f"{redness}:Paint", "--model", folder, "--budget", "nfe=1200"]
+    argv = ["run", "--method", method, "--task", f"{redness}:Paint", "--model", folder, "--budget", BUDGET]
     argv += [word for text in SETS for word in ("--set", text)] + ["--out", tmp_path / "cut"]
     assert gpobench(*argv, before=DIE.replace("LAST", str(int(whole.spent["updates"])))).code == -signal.SIGKILL
     ended = gpobench(*argv)
