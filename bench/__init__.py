@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .budget import Budget, Meter, Spent
     from .errors import Missing, UserError
+    from .experiments.config import RunRequest, resolve
+    from .experiments.run import run
     from .spec import (
         Choice,
         EvaluationSettings,
@@ -35,6 +37,9 @@ _MODULE_OF = {
     "Spent": "budget",
     "Missing": "errors",
     "UserError": "errors",
+    "RunRequest": "experiments.config",
+    "resolve": "experiments.config",
+    "run": "experiments.run",
     **dict.fromkeys(
         "Choice EvaluationSettings Groups InitialNoise LogUniform Method Model Optim Pairs Prompt Rig Scorer Scores Search Task "
         "Transitions Uniform".split(),
@@ -45,26 +50,29 @@ _MODULE_OF = {
 __all__ = [
     "Budget",
     "Choice",
-    "Uniform",
-    "Groups",
     "EvaluationSettings",
+    "Groups",
+    "InitialNoise",
     "LogUniform",
     "Meter",
     "Method",
     "Missing",
     "Model",
-    "Transitions",
     "Optim",
     "Pairs",
     "Prompt",
     "Rig",
+    "RunRequest",
     "Scorer",
     "Scores",
     "Search",
     "Spent",
-    "InitialNoise",
     "Task",
+    "Transitions",
+    "Uniform",
     "UserError",
+    "resolve",
+    "run",
 ]
 
 

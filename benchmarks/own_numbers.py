@@ -1,8 +1,8 @@
-"""Writes the project's own numbers into pages: the table of the README, and leaderboards/tiny.md with every column and the curves.
+"""Writes the project's own numbers into pages: the table of docs/board.md, and leaderboards/tiny.md with every column and the curves.
 
 make board                                         # makes the runs (hours), the baselines, then runs this script
 python benchmarks/own_numbers.py                   # writes the pages from runs/tiny
-python benchmarks/own_numbers.py DIR --print       # the README's tables on stdout, nothing written
+python benchmarks/own_numbers.py DIR --print       # the tables of docs/board.md on stdout, nothing written
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gpobench.leaderboards.runs import LoadedRun, load_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "leaderboards" / "tiny.md"
-README = ROOT / "README.md"
+BOARD_PAGE = ROOT / "docs" / "board.md"
 FIGURES = ROOT / "docs"
 MARKERS = ("<!-- made by benchmarks/own_numbers.py -->", "<!-- end -->")
 SHOWN_ROLES = ("training", "quality", "diversity")  # one column of each role, and the drift
@@ -88,8 +88,8 @@ def run_facts(runs: Sequence[LoadedRun]) -> str:
     )
 
 
-def readme(boards: dict[str, Board], runs: Sequence[LoadedRun]) -> str:
-    """The text between the two markers of the README."""
+def board_page(boards: dict[str, Board], runs: Sequence[LoadedRun]) -> str:
+    """The text between the two markers of docs/board.md."""
     lines = [f"`make board`: {run_facts(runs)}", ""]
     for task, table in boards.items():
         split = table.evaluation.get("split", "test")
@@ -134,18 +134,18 @@ def main() -> None:
         raise SystemExit(f"own_numbers: {error}") from None
     boards = tables(runs)
     if options.print:
-        print(readme(boards, runs))
+        print(board_page(boards, runs))
         return
-    text = README.read_text("utf-8")
+    text = BOARD_PAGE.read_text("utf-8")
     if any(marker not in text for marker in MARKERS):
         raise SystemExit(
-            f"own_numbers: {README.name} has no place for the table: put {MARKERS[0]} and {MARKERS[1]} there"
+            f"own_numbers: {BOARD_PAGE.name} has no place for the table: put {MARKERS[0]} and {MARKERS[1]} there"
         )
     PAGE.write_text(page(boards, runs), "utf-8")
     figures(boards, runs)
     head, _, rest = text.partition(MARKERS[0])
     _, _, tail = rest.partition(MARKERS[1])
-    README.write_text(f"{head}{MARKERS[0]}\n\n{readme(boards, runs)}\n{MARKERS[1]}{tail}", "utf-8")
+    BOARD_PAGE.write_text(f"{head}{MARKERS[0]}\n\n{board_page(boards, runs)}\n{MARKERS[1]}{tail}", "utf-8")
 
 
 if __name__ == "__main__":

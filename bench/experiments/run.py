@@ -35,8 +35,8 @@ BASES = ".bases"  # in the folder of runs: evaluations of the base that several 
 def run(
     config: Config,
     *,
-    runs: Path,
-    progress: Progress,
+    runs: Path = Path("runs"),
+    progress: Progress | None = None,
     fresh: bool = False,
     track: str | None = None,
     interrupted: Callable[[], bool] = lambda: False,
@@ -46,7 +46,7 @@ def run(
     Args:
         config: the resolved settings; they name the run directory.
         runs: the folder of run directories.
-        progress: where progress is shown.
+        progress: where progress is shown; None shows none.
         fresh: delete what an earlier start of this run left.
         track: a tracker that accelerate knows (tensorboard, wandb ...); it is given the numbers of every iteration.
         interrupted: asked whether to stop.
@@ -56,7 +56,9 @@ def run(
         Interrupted: when asked to stop; the same call continues.
     """
     processes = process_group()
-    launch = Launch(config, runs / config.slug(), runs / BASES, "", processes, progress, track, interrupted)
+    launch = Launch(
+        config, runs / config.slug(), runs / BASES, "", processes, progress or NullProgress(), track, interrupted
+    )
     if not processes.is_main:
         return _follow(launch)
     run_dir = launch.run_dir

@@ -18,8 +18,8 @@ EXACT = frozenset(
     f"test_{name}.py"
     for name in """
     aggregate app baseline board budget commands config downloads distances fetch files geneval_rules glyphs in_process intervals
-    model_spec package palette paper_numbers parts planted plots prompts record registry remote render render_regression report
-    report_browser report_data rules run_dir server signals tesseract weight_store
+    method_colours model_spec package palette paper_numbers parts planted plots prompts ranking record registry remote render
+    render_regression report report_browser report_data rules run_dir server signals tesseract weight_store
     """.split()
 )
 
