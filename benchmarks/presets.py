@@ -39,7 +39,7 @@ class Need:
 
     plan: Config
     family: str
-    estimate_memory: int  # latents in one backward pass, both branches of guidance counted
+    held: int  # latents in one backward pass, both branches of guidance counted
     size: MemoryEstimate
     gpu_gb: int  # GB of the smallest of CARDS that holds it; 0 where none does
     nfe: float  # of an image

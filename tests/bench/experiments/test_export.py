@@ -19,7 +19,7 @@ from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation import record
 from gpobench.bench.evaluation.record import Difference, Flags, Number, Record, ScorerUse
 from gpobench.bench.experiments.export import ADAPTER, RESULTS, Exported, export, push
-from gpobench.leaderboards import commands
+from gpobench.leaderboards.commands import export as command
 
 Make = Callable[..., Path]
 
@@ -184,7 +184,7 @@ def test_only_what_was_written_is_uploaded(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_command_says_what_it_wrote(make: Make, tmp_path: Path) -> None:
     app = typer.Typer()
-    app.command()(commands.export)
+    app.command()(command.export)
     run_dir = make(flags=Flags(hack=True, invalid=False))
     done = CliRunner().invoke(app, [str(run_dir), "--to", str(tmp_path / "card")])
     assert done.exit_code == 0 and done.stdout == "" and "gpobench: The training scorer rose" in done.stderr

@@ -512,10 +512,10 @@ def test_on_the_validation_split_no_test_prompt_is_touched(
         "evaluation.split=validation", "evaluation.validation_images=3", "evaluation.curve_images=3", budget="nfe=600"
     )
     done = running.run(config, runs=tmp_path, progress=shown)
-    shown = {"four red circles", "five blue triangles"}
+    drawn = {"four red circles", "five blue triangles"}
     table = pd.read_parquet(Path(done.run_dir) / "scores.parquet")
-    assert set(table.text) == shown and len(table) == 2 * 2 * 3 * 2 and shown.done == 2 * 2 * 3
-    assert not {"two green squares", "a sign", "a card"} & set(texts) and shown <= set(texts)
+    assert set(table.text) == drawn and len(table) == 2 * 2 * 3 * 2 and shown.done == 2 * 2 * 3
+    assert not {"two green squares", "a sign", "a card"} & set(texts) and drawn <= set(texts)
     for numbers in (done.before, done.after, done.delta):
         assert {n.n for n in numbers.values()} == {2}
     assert done.after["redness/mean"] == done.curve[-1].scores["redness/mean"]
