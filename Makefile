@@ -1,4 +1,4 @@
-# Two doors into the house: `make run` does the main job, `make test` checks everything; both set up what they need.
+# `make run` does the main job, `make test` checks everything; both set up what they need.
 
 PYTHON ?= python3
 ARGS ?=
@@ -22,7 +22,7 @@ TWO_THREADS := OMP_NUM_THREADS=2 OMP_THREAD_LIMIT=2 HF_HUB_OFFLINE=1
 
 .PHONY: run test regress portable slow bench board clean help
 
-run: .venv/core.stamp  ## train GPO on OCR with the embedded model under a budget, and judge it (more flags: ARGS="--seed 1")
+run: .venv/core.stamp  ## train GPO on OCR with the embedded model under a budget, and evaluate it (more flags: ARGS="--seed 1")
 	$(BIN)/gpobench run --method gpo --task ocr --model tiny $(ARGS)
 
 test: .venv/dev.stamp  ## the test suite, the regression gate, the linters and the type checks: all run, then which failed
@@ -35,7 +35,7 @@ test: .venv/dev.stamp  ## the test suite, the regression gate, the linters and t
 	    "pyright: $(BIN)/pyright" \
 	    "lint-imports: $(BIN)/lint-imports"
 
-regress: .venv/core.stamp  ## train again what leaderboards/short.toml reports, and judge it: minutes
+regress: .venv/core.stamp  ## train again what leaderboards/short.toml reports, and compare: minutes
 	$(REGRESS)
 
 portable: .venv/dev.stamp  ## the numeric tests as other processors compute them: tens of minutes
