@@ -430,15 +430,17 @@ def test_another_machines_last_bits_are_noted_on_any_scale(scale: float, make: M
         table(first, make("c", "awm", scores_by_key={KEY: (far, far)}))
 
 
-def test_equal_methods_share_a_rank(make: Make) -> None:
+# 1 % of such experiments show more than so many second ranks, if 5 % of tables have one.
+@pytest.mark.parametrize(("tables", "most"), [(50, 6), pytest.param(400, 30, marks=pytest.mark.slow)])
+def test_equal_methods_share_a_rank(make: Make, tables: int, most: int) -> None:
     """Of tables of eleven equal methods no more have a second rank than the table says: 5 in 100."""
     run, rng = load_runs([make("one")])[0], np.random.default_rng(5)
     second = 0
-    for _ in range(100):
+    for _ in range(tables):
         seeds = [(f"m{k}", s, rng.normal(0, 0.02)) for k in range(11) for s in range(3)]
         runs = [in_memory(run, m, s, run.before[KEY] + gain + rng.normal(0, 0.1, (40, 2))) for m, s, gain in seeds]
         second += max(r.rank or 1 for r in build_board(runs, resamples=100).rows) > 1
-    assert second <= 10  # 1 % of such experiments show more, if it is 5 %
+    assert second <= most
 
 
 def test_what_did_not_change_is_not_told_from_the_base(make: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,12 @@ def test_the_method_learns_at_all(reported: Path) -> None:
 
 
 def test_the_same_seeds_repeat_to_the_last_digit(train: Train, reported: Path, tmp_path: Path) -> None:
-    runs = trained(train, tmp_path, [0, 1, 2])
+    """One of the three is trained again."""
+    runs = shutil.copytree(reported.parent / "runs", tmp_path / "runs")
+    (known,) = (run.folder for run in load_runs([runs]) if run.record.seed == 1)
+    shutil.rmtree(known)
+    trained(train, runs, [1])
+    assert known.is_dir()
     assert all(f.repeated for f in check_runs(reported, runs).findings) and exit_code(runs, "--against", reported) == 0
 
 
@@ -124,7 +130,8 @@ def test_a_flipped_sign_is_worse(train: Train, reported: Path, tmp_path: Path, m
     )
 
 
-def test_a_hack_of_the_training_scorer_is_flagged(train: Train, tmp_path: Path) -> None:
-    bait, honest = train(tmp_path, 0, task="Bait"), train(tmp_path, 0)
+def test_a_hack_of_the_training_scorer_is_flagged(train: Train, reported: Path, tmp_path: Path) -> None:
+    (honest,) = (run.record for run in load_runs([reported.parent / "runs"]) if run.record.seed == 0)
+    bait = train(tmp_path, 0, task="Bait")
     assert bait.delta["redness/mean"].ci[0] > 0 and bait.delta["balance/mean"].ci[1] < 0  # type: ignore[operator]
     assert bait.flags.hack and not honest.flags.hack

@@ -90,7 +90,7 @@ def test_the_meter_shows_the_static_cost(make: Any, n: int) -> None:
 
 
 @pytest.mark.parametrize("currency", ["nfe", "images", "reward_calls"])
-@pytest.mark.parametrize("bound", [1, 9, 10, 39, 40, 41, 79, 80, 95, 400, 777])
+@pytest.mark.parametrize("bound", [1, 9, 10, 39, 40, 41, 79, 80, 95, 233])
 def test_no_budget_is_passed_and_what_it_affords_is_shared_evenly(make: Any, currency: str, bound: int) -> None:
     rig = make(rows=4, **{currency: bound})
     each = STEPS if currency == "nfe" else 1
