@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 from collections.abc import Iterator, Mapping
 
-from ..spec import Model
+from ..spec import Model, PolicyModel
 
 # Names that a method must not import or use, with everything below them where they are imported.
 FORBIDDEN_NAMES = (
@@ -28,6 +28,10 @@ FORBIDDEN_ATTRIBUTES = set(
 FORBIDDEN_BUILTINS = {"open", "exec", "eval", "compile", "input", "__import__"}
 # Members of the model contract that differ between families.
 FAMILY_ATTRIBUTES = {"name", "prediction"}
+# Members of the model contract that mean the same in every family.
+SHARED_ATTRIBUTES = {
+    name for protocol in (PolicyModel, Model) for name in (*inspect.get_annotations(protocol), *vars(protocol))
+} - FAMILY_ATTRIBUTES
 
 
 def rule_violations(source: str, module: str) -> Iterator[str]:
@@ -69,8 +73,7 @@ def _name_violations(node: ast.Attribute | ast.Name, name: str) -> Iterator[str]
     owner, _, leaf = name.rpartition(".")
     if leaf in FORBIDDEN_ATTRIBUTES:
         yield f"line {node.lineno}: .{leaf}"
-    allowed = {*inspect.get_annotations(Model), *vars(Model)} - FAMILY_ATTRIBUTES
-    if owner.rpartition(".")[2] == "model" and leaf not in allowed:
+    if owner.rpartition(".")[2] == "model" and leaf not in SHARED_ATTRIBUTES:
         yield f"line {node.lineno}: {name} tells one family of models from another"
 
 
