@@ -117,7 +117,7 @@ class Notes(NullProgress):
     phases: list[list[Any]] = field(default_factory=list[list[Any]])
     said: list[str] = field(default_factory=list[str])
 
-    def say(self, text: str) -> None:
+    def message(self, text: str) -> None:
         self.said.append(text)
 
     def phase(self, name: str, total: float) -> None:
