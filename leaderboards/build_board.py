@@ -13,7 +13,7 @@ from . import paper_numbers
 from .board import BASE, Board, BoardRow
 from .columns import find_columns, ranking_key
 from .comparable import budget_bounds, check_comparable, check_same_base, scorer_ids
-from .contrasts import Scores, cells_of, corrected_p, estimate_all, row_order
+from .contrasts import BoardScores, cells_of, corrected_p, estimate_all, row_order
 from .notes import notes_on
 from .rows import base_row, find_row, group_runs, method_row, settings_text
 from .runs import LoadedRun
@@ -52,7 +52,7 @@ def build_board(
     base_notes = check_same_base(runs)
     key = ranking_key(columns, key)
     bases = {c.key: next(r for r in runs if r.has(c.key)) for c in columns}
-    scores = Scores(columns, group_runs(runs), bases, key)
+    scores = BoardScores(columns, group_runs(runs), bases, key)
     unranked = [base_row(bases)] + [method_row(label, group) for label, group in scores.groups.items()]
     baseline = find_row(unranked, baseline).label
     rows = _ranked(unranked, scores, baseline, resamples, seed)
@@ -76,7 +76,7 @@ def build_board(
     )
 
 
-def _ranked(rows: Sequence[BoardRow], scores: Scores, baseline: str, resamples: int, seed: int) -> list[BoardRow]:
+def _ranked(rows: Sequence[BoardRow], scores: BoardScores, baseline: str, resamples: int, seed: int) -> list[BoardRow]:
     """The rows with cells, tests and ranks; ranked ones first, by falling mean, then the others by label."""
     order = row_order(rows, scores)
     estimates = estimate_all(scores, baseline, order, resamples, seed)

@@ -46,7 +46,7 @@ class ContrastSet:
 
 
 @dataclass(frozen=True)
-class Scores:
+class BoardScores:
     """The scores that a board is made of: the runs of each row, and for each column the run whose base is shown."""
 
     columns: Sequence[Column]
@@ -78,7 +78,7 @@ class Scores:
 
 
 def estimate_all(
-    scores: Scores, baseline: str, order: Sequence[str], resamples: int, seed: int
+    scores: BoardScores, baseline: str, order: Sequence[str], resamples: int, seed: int
 ) -> dict[Question, Estimate]:
     """Every cell, every row against the baseline, and every pair of ranked rows.
 
@@ -100,7 +100,7 @@ def estimate_all(
     return contrasts.estimate(resamples if resamples > 1 else 1, seed, scores.strata)
 
 
-def row_order(rows: Sequence[BoardRow], scores: Scores) -> list[str]:
+def row_order(rows: Sequence[BoardRow], scores: BoardScores) -> list[str]:
     """The labels that are ranked, by falling mean over the images that all of them have a score of, as pairs are compared."""
     results = scores.results()
     labels = [r.label for r in rows if not r.invalid and results[r.label]]
@@ -110,7 +110,7 @@ def row_order(rows: Sequence[BoardRow], scores: Scores) -> list[str]:
     return order_by_mean({label: e.mean for label, e in zip(labels, means, strict=True)})
 
 
-def cells_of(label: str, scores: Scores, estimates: Mapping[Question, Estimate]) -> dict[str, Cell]:
+def cells_of(label: str, scores: BoardScores, estimates: Mapping[Question, Estimate]) -> dict[str, Cell]:
     """Scorer/metric -> the cell of one row."""
     cells: dict[str, Cell] = {}
     for key in (c.key for c in scores.columns if (label, c.key, "after") in estimates):
@@ -127,7 +127,7 @@ def corrected_p(order: Sequence[str], key: str, estimates: Mapping[Question, Est
     return dict(zip(p, significance.holm(list(p.values())), strict=True))
 
 
-def _add_cells(contrasts: ContrastSet, scores: Scores) -> None:
+def _add_cells(contrasts: ContrastSet, scores: BoardScores) -> None:
     """Before, after and difference of every row in every column."""
     for c in scores.columns:
         contrasts.add((BASE, c.key, "after"), Contrast([scores.bases[c.key].before[c.key]]))

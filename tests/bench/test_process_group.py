@@ -81,7 +81,7 @@ def fork(commands: Any, processes: int, *argv: str, out: Path) -> dict:  # type:
 def test_two_processes_make_the_run_of_one(
     gpobench: Any, method: str, launched: bool, tiny_pipe: Path, redness: str, tmp_path: Path
 ) -> None:
-    """launched: by torchrun; the other pair is forked, which costs a third."""
+    """launched: by torchrun; the other pair is forked, which costs a seventh."""
     sets = [
         "optim.lr=1e-3",
         "optim.minibatches=2",
