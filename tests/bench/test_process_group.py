@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -58,30 +57,8 @@ def start(processes: int, *argv: str, out: Path, by: Sequence[str] = TORCHRUN) -
     return json.loads(done.stdout)
 
 
-# What a launcher does: so many processes, and the variables by which they find each other.
-LAUNCHED = """
-import socket
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = str(free.getsockname()[1])
-os.environ |= {"WORLD_SIZE": "SIZE", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
-rank = str(int(SIZE == 2 and os.fork() == 0))
-os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
-"""
-
-
-def fork(commands: Any, processes: int, *argv: str, out: Path) -> dict:  # type: ignore[type-arg]
-    """The same by forks of a process that has imported everything, one or two of them."""
-    done = commands("run", *argv, "--out", out, "--json", before=LAUNCHED.replace("SIZE", str(processes)))
-    assert done.code == 0, done.err[-3000:]
-    return json.loads(done.out)
-
-
-@pytest.mark.parametrize(("method", "launched"), [("gpo", True), ("flow-grpo", False)])
-def test_two_processes_make_the_run_of_one(
-    gpobench: Any, method: str, launched: bool, tiny_pipe: Path, redness: str, tmp_path: Path
-) -> None:
-    """launched: by torchrun; the other pair is forked, which costs a seventh."""
+@pytest.mark.parametrize("method", ["gpo", "flow-grpo"])
+def test_two_processes_make_the_run_of_one(method: str, tiny_pipe: Path, redness: str, tmp_path: Path) -> None:
     sets = [
         "optim.lr=1e-3",
         "optim.minibatches=2",
@@ -94,8 +71,7 @@ def test_two_processes_make_the_run_of_one(
     ]
     argv = ["--method", method, "--task", f"{redness}:Rich", "--model", str(tiny_pipe), "--budget", "nfe=700"]
     argv += [part for text in sets for part in ("--set", text)]
-    one = fork(gpobench, 1, *argv, out=tmp_path / "1")
-    two = start(2, *argv, out=tmp_path / "2") if launched else fork(gpobench, 2, *argv, out=tmp_path / "2")
+    one, two = (start(n, *argv, out=tmp_path / str(n)) for n in (1, 2))
     for key in ("images", "updates", "nfe", "reward_calls"):
         assert one["spent"][key] == two["spent"][key] > 0, key
     assert one["nfe_by_role"] == two["nfe_by_role"] and one["stop"] == two["stop"]
@@ -110,19 +86,11 @@ def test_two_processes_make_the_run_of_one(
     assert len(lines[0]) == len(lines[1])
 
 
-def test_accelerate_starts_them_on_the_embedded_model(gpobench: Any, redness: str, tmp_path: Path) -> None:
-    sets = [
-        "prompts=3",
-        "group=4",
-        "optim.warmup=0",
-        "optim.micro=1",
-        "rows=5",
-        "evaluation.test_images=1",
-        "evaluation.eval_points=1",
-    ]
+def test_accelerate_starts_them_on_the_embedded_model(redness: str, tmp_path: Path) -> None:
+    sets = ["prompts=3", "group=4", "optim.warmup=0", "optim.micro=1", "rows=5", "evaluation.test_images=1"]
     argv = ["--method", "gpo", "--task", f"{redness}:Paint", "--model", "tiny", "--budget", "updates=3"]
     argv += [part for text in sets for part in ("--set", text)]
-    one, two = fork(gpobench, 1, *argv, out=tmp_path / "1"), start(2, *argv, out=tmp_path / "2", by=ACCELERATE)
+    one, two = start(1, *argv, out=tmp_path / "1"), start(2, *argv, out=tmp_path / "2", by=ACCELERATE)
     assert {k: v for k, v in one["spent"].items() if k != "seconds"} == {
         k: v for k, v in two["spent"].items() if k != "seconds"
     }

@@ -224,44 +224,6 @@ def test_without_a_trial_to_choose_there_is_no_best(gpobench: Any, argv: Any, tm
     assert json.loads((run_dir / "tuning.json").read_text())["best"] is None and not (run_dir / "best.toml").exists()
 
 
-# The processes of the trials as forks of the command, none of which imports anything; the trials that fail above have real ones.
-FORKED = """
-import signal
-import gpobench.bench.experiments.jobs as jobs
-
-class Fork:
-    def __init__(self, job, threads):
-        self.pid, self.returncode = os.fork(), None
-        if self.pid == 0:
-            os.setsid()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            os.dup2(os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-            sys.argv = ["gpobench", *job.arguments]
-            try:
-                main()
-                code = 0
-            except SystemExit as stop:
-                code = stop.code or 0
-            except BaseException:
-                traceback.print_exc()
-                code = 1
-            sys.stderr.flush()
-            os._exit(code)
-
-    def poll(self):
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def send_signal(self, number):
-        os.kill(self.pid, number)
-
-jobs._start = Fork
-"""
-
-
 def test_parallel_trials_equal_serial_ones_and_an_interrupted_tuning_resumes(
     gpobench: Any, argv: Any, tmp_path: Path
 ) -> None:
@@ -273,10 +235,10 @@ def test_parallel_trials_equal_serial_ones_and_an_interrupted_tuning_resumes(
         os.kill(pid, signal.SIGINT)
 
     words = argv("--jobs", "2", "--json", out="apart")
-    ended = gpobench(*words, meanwhile=stop, before=FORKED)
+    ended = gpobench(*words, meanwhile=stop)
     assert ended.code == 130 and "the same command goes on" in ended.err and ended.out == ""
     assert not list((tmp_path / "apart").glob("*/best.toml"))
-    ended = gpobench(*words, before=FORKED)
+    ended = gpobench(*words)
     assert ended.code == 0, ended.err
     apart, here = json.loads(ended.out), json.loads(gpobench(*argv("--json")).out)
     for one, other in zip(apart["trials"], here["trials"], strict=True):
