@@ -1,1 +1,1 @@
-"""Tables, curves and verdicts, drawn from the records that runs leave behind."""
+"""Builds tables, curves and verdicts from the records of runs."""

@@ -1,4 +1,4 @@
-"""Aggregate over tasks: each method's gain on every task, the interquartile mean of all gains, and how often it beats a baseline."""
+"""Aggregates gains over tasks: each method's gain on every task, the interquartile mean, and how often it beats a baseline."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Gains = Mapping[str, Mapping[int, Array]]  # label -> seed -> (prompts,) in stan
 
 @dataclass(frozen=True)
 class AggregateRow:
-    """A method over all tasks."""
+    """Results of one method over all tasks."""
 
     label: str
     seeds: tuple[int, ...]
@@ -39,7 +39,7 @@ class AggregateRow:
 
 @dataclass(frozen=True)
 class AggregateTable:
-    """The methods that have runs of all tasks, by falling IQM."""
+    """Table of the methods that have runs of all tasks, by falling IQM."""
 
     model: str
     baseline: str
@@ -50,7 +50,7 @@ class AggregateTable:
 
 @dataclass(frozen=True)
 class _TaskGains:
-    """The gains of the rows that have runs of all tasks, as means over prompts."""
+    """Gains of the rows that have runs of all tasks, as means over prompts."""
 
     runs: dict[str, Array]  # label -> (runs, tasks)
     drawn: dict[str, Array]  # label -> (resamples, runs, tasks): the same under resamples of the prompts
@@ -104,7 +104,7 @@ def _rows(
 
 
 def _gains(table: Board, runs: Sequence[LoadedRun]) -> Gains:
-    """The gain of each run of the ranked rows on every prompt."""
+    """Compute the gain of each run of the ranked rows on every prompt."""
     key = table.key
     base = next(run.before[key] for run in runs if key in run.before)
     spread = float(np.nanstd(intervals.per_prompt(base), ddof=1))
@@ -140,6 +140,6 @@ def _task_gains(
             by_task[label][task] = estimate
             for s in range(len(vectors)):
                 tables[label][s, k], drawn[label][:, s, k] = next(means).mean, next(redrawn)
-    # The base gains exactly nothing.
+    # The base's gain is exactly 0.
     tables[BASE], drawn[BASE] = np.zeros((2, len(tasks))), np.zeros((resamples, 2, len(tasks)))
     return _TaskGains(tables, drawn, by_task)

@@ -1,4 +1,4 @@
-"""Album of a report: the images that runs stored of the same noise, before and after training, embedded as data URIs."""
+"""Album of a report: embeds the images that runs stored of the same noise, before and after training, as data URIs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Places = tuple[int | None, int | None]  # before and after, as indices of an alb
 
 @dataclass(frozen=True)
 class Frame:
-    """The images of one noise before and after, as indices of an album's images; None: this run did not store it."""
+    """Images of one noise before and after, as indices of an album's images; None: this run did not store it."""
 
     before: int | None
     after: int | None
@@ -36,7 +36,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Album:
-    """The images of the same noises for every row."""
+    """Images of the same noises for every row."""
 
     pictures: Sequence[str]  # data URIs, equal ones once
     size: tuple[int, int]  # width and height in pixels as they were sampled
@@ -48,7 +48,7 @@ class Album:
 def make_album(
     rows: Mapping[str, Sequence[LoadedRun]], keys: Sequence[str], max_bytes: int = MAX_BYTES
 ) -> Album | None:
-    """The images that the first run of each row stored, of as many noises as fit; None where none did.
+    """Collect the images that the first run of each row stored, of as many noises as fit; None where no run stored any.
 
     rows: label -> the runs of that row. keys: the scorer/metric shown with an image. max_bytes: of all data URIs.
     Raises UserError on images that cannot be read.
@@ -87,7 +87,7 @@ def make_album(
 
 
 def _place(stored: Mapping[str, NDArray[Any]], at: int | None, pictures: dict[str, int]) -> Places:
-    """The indices of an image before and after in `pictures`, to which new ones are added."""
+    """Return the indices of an image before and after in `pictures`, adding new ones."""
     uris = ["" if at is None else _data_uri(stored[phase][at]) for phase in ("before", "after")]
     before, after = (pictures.setdefault(uri, len(pictures)) if uri else None for uri in uris)
     return before, after
@@ -98,7 +98,7 @@ def _file(run: LoadedRun) -> Path:
 
 
 def _read_images(path: Path) -> dict[str, NDArray[Any]]:
-    """before and after (K, H, W, 3) uint8, prompt and ordinal (K,)."""
+    """Read images before and after, (K, H, W, 3) uint8, and their prompt and ordinal, (K,)."""
     import zipfile
 
     try:
@@ -113,7 +113,7 @@ def _read_images(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _data_uri(image: NDArray[Any]) -> str:
-    """A PNG of a small image, a reduced JPEG of a large one, of which a page could otherwise hold only few."""
+    """Encode a small image as PNG and a large one as a reduced JPEG, so that a page can contain more of them."""
     from PIL import Image
 
     picture, out = Image.fromarray(image), io.BytesIO()

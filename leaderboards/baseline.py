@@ -1,4 +1,4 @@
-"""Baseline files: reported numbers with their margins as TOML for review, and the score of every prompt as CSV beside it."""
+"""Reads and writes baseline files: reported numbers with their margins as TOML, and every prompt's score as CSV beside it."""
 
 from __future__ import annotations
 
@@ -91,21 +91,21 @@ class Baseline(_BaselinePart):
 
 @dataclass(frozen=True)
 class BaselineScores:
-    """The score of every prompt, a mean over its images."""
+    """Scores of every prompt, as means over its images."""
 
     by: Mapping[tuple[str, str], Sequence[Array]]  # (row, key) -> (prompts,) for each seed of the row; NaN = no score
     strata: Sequence[str] | None = None  # (prompts,), where there are several
 
 
 def find_baseline(name: str) -> Path:
-    """The file of a baseline, given its path or the name of one that comes with the package."""
+    """Find the file of a baseline, given its path or the name of one in the package."""
     path = Path(name)
     own = Path(__file__).parent / f"{path.name}.toml"
     return own if not path.is_file() and path.name == name and own.is_file() else path
 
 
 def baseline_files(path: Path) -> list[Path]:
-    """The baselines behind a file: itself, or those that an index lists, one a task. Raises UserError on a damaged index."""
+    """Return the baselines of a file: itself, or those that an index lists, one a task. Raises UserError on a damaged index."""
     try:
         table = tomllib.loads(path.read_text("utf-8"))
     except (OSError, ValueError):
@@ -133,7 +133,7 @@ def write_index(path: Path, files: Sequence[Path]) -> None:
 
 
 def scores_path(path: Path) -> Path:
-    """The file with the scores of a baseline."""
+    """Return the path of the scores of a baseline."""
     return path.with_name(f"{path.stem}.scores.csv")
 
 
@@ -150,7 +150,7 @@ def write_baseline(path: Path, baseline: Baseline, scores: BaselineScores) -> Ba
 
 
 def read_baseline(path: Path) -> tuple[Baseline, BaselineScores]:
-    """A baseline and its scores.
+    """Read a baseline and its scores.
 
     Raises UserError where either cannot be read, the format is another one, the scores are not those the baseline was written
     with, a mean is not that of its scores, or a method is not registered.
@@ -202,7 +202,7 @@ def _check_format(path: Path, table: Mapping[str, Any]) -> None:
 
 
 def mean_over_prompts(vectors: Sequence[Array], strata: Sequence[str] | None = None) -> float:
-    """The mean of (prompts,) vectors, one a seed: over seeds, then prompts, then strata.
+    """Average (prompts,) vectors, one a seed: over seeds, then prompts, then strata.
 
     A prompt without a score under some seed is left out.
     """
@@ -215,7 +215,7 @@ def mean_over_prompts(vectors: Sequence[Array], strata: Sequence[str] | None = N
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested table as dotted key -> value, values of JSON's types; None, which TOML cannot hold, is left out."""
+    """Flatten a nested table to dotted key -> value, values of JSON's types; None, which TOML lacks, is left out."""
     flattened: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
@@ -226,7 +226,7 @@ def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def literal(value: Any) -> str:
-    """A value as TOML writes it."""
+    """Format a value as TOML."""
     if isinstance(value, float) and not math.isfinite(value):
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if isinstance(value, Mapping):
@@ -238,7 +238,7 @@ def literal(value: Any) -> str:
 
 
 def _text(baseline: Baseline, path: Path) -> str:
-    """The TOML, in the order of the model."""
+    """Format the baseline as TOML, in the order of the model."""
     lines = [
         "# Reported numbers. `gpobench regress RUNS --against` this file compares new runs with them; `--update` writes it.",
         f"# The score of every prompt is in {scores_path(path).name}. Margins are chosen and may be edited; all else is measured.",
@@ -261,14 +261,14 @@ def _text(baseline: Baseline, path: Path) -> str:
 
 
 def _pairs(table: Mapping[str, Any]) -> Iterator[str]:
-    """Lines of TOML. A key with a dot is quoted whole, so that it opens no nested table."""
+    """Format pairs as lines of TOML. A key with a dot is quoted whole, so that it opens no nested table."""
     for key, value in table.items():
         bare = key.replace("_", "").replace("-", "")
         yield f"{key if bare.isascii() and bare.isalnum() else literal(key)} = {literal(value)}"
 
 
 def _scores_text(baseline: Baseline, scores: BaselineScores) -> str:
-    """CSV with one line a row, key and seed and one column a prompt, so that a diff shows only the numbers that changed."""
+    """Format scores as CSV, one line a row, key and seed, one column a prompt, so that a diff shows only the changed numbers."""
     out = io.StringIO()
     sheet = csv.writer(out, lineterminator="\n")
     prompts = len(next(iter(scores.by.values()))[0])

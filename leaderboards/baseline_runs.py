@@ -1,4 +1,4 @@
-"""Runs that a baseline is made of: their command lines and directories, and running those that are not done."""
+"""Runs of a baseline: derives their command lines and directories, and makes those that are not done."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class BaselineRun:
 
     @property
     def name(self) -> str:
-        """Row, task and seed in words."""
+        """Return row, task and seed as text."""
         return f"{self.claim.label} on {self.baseline.task}, seed {self.seed}"
 
     @property
     def budget(self) -> str:
-        """The budget as `--budget` takes it."""
+        """Return the budget as `--budget` takes it."""
         return ",".join(f"{k}={v!r}" for k, v in self.baseline.budget.items())
 
     def command(self, out: Path) -> list[str]:
-        """The words after `gpobench` that make this run in a run directory under `out`."""
+        """Return the arguments of `gpobench` that make this run in a run directory under `out`."""
         claim, b = self.claim, self.baseline
         sets = [word for text in claim.sets for word in ("--set", text)]
         reward = ["--reward", claim.reward] if claim.reward else []
@@ -40,7 +40,7 @@ class BaselineRun:
         ]  # fmt: skip
 
     def run_dir(self, out: Path) -> Path:
-        """The run directory under `out`, named by the settings as they resolve now."""
+        """Return the run directory under `out`, named by the settings as they resolve now."""
         from ..bench.experiments.config import RunRequest, resolve
 
         claim, b = self.claim, self.baseline
@@ -58,7 +58,7 @@ class BaselineRun:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How the runs of a baseline are made."""
+    """Options for making the runs of a baseline."""
 
     out: Path  # the folder of run directories; logs go to `logs` in it
     jobs: int = 1  # runs at once
@@ -66,7 +66,7 @@ class RunOptions:
 
 
 def runs_of(baselines: Sequence[Baseline]) -> list[BaselineRun]:
-    """Every run of these baselines."""
+    """Return every run of these baselines."""
     return [BaselineRun(b, claim, seed) for b in baselines for claim in b.row for seed in claim.seeds]
 
 
@@ -109,7 +109,7 @@ def run_baselines(
 
 
 def _done(runs: Sequence[BaselineRun], run_dirs: Sequence[Path], out: Path, say: Callable[[str], None]) -> list[int]:
-    """The indices of the runs that are done. Raises UserError where one was made with other weights of its model."""
+    """Return the indices of the runs that are done. Raises UserError where one was made with other weights of its model."""
     from ..bench.assets.weight_store import weights_hash
     from ..bench.model_spec import find_model_spec
 

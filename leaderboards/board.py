@@ -1,4 +1,4 @@
-"""Leaderboard types: a board of rows and columns, the cells of a row, and the rules printed below every table."""
+"""Defines the leaderboard types: a board of rows and columns, the cells of a row, and the rules printed below every table."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class BoardRow:
 
     @property
     def single_seed(self) -> bool:
-        """Whether the row has one training seed, so that its interval does not contain the spread between seeds."""
+        """Return whether the row has one training seed, so that its interval does not contain the spread between seeds."""
         return self.kind != "base" and len(self.seeds) == 1
 
 
@@ -92,10 +92,10 @@ class Board:
 
     @property
     def base_row(self) -> BoardRow:
-        """The row of the base model."""
+        """Return the row of the base model."""
         return next(row for row in self.rows if row.kind == "base")
 
     @property
     def clock(self) -> str:
-        """The first currency of the budget, over which curves are drawn."""
+        """Return the first currency of the budget, over which curves are drawn."""
         return next(iter(self.budget), "nfe")

@@ -1,4 +1,4 @@
-"""Breakdowns of a report: scores over parts of the prompt set, and the prompts with the lowest scores and the largest losses."""
+"""Breakdowns of a report: computes scores over parts of the prompt set, and finds the lowest scores and the largest losses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUMBERS = {word: n for n, word in enumerate("one two three four five six seven e
 
 @dataclass(frozen=True)
 class Breakdown:
-    """The scores by the table's key over each part of the test set."""
+    """Scores by the table's key over each part of the test set."""
 
     name: str
     parts: Sequence[str]
@@ -31,7 +31,7 @@ class Breakdown:
 
 @dataclass(frozen=True)
 class PromptCase:
-    """The scores of one prompt: means over seeds and images."""
+    """Scores of one prompt: means over seeds and images."""
 
     prompt: int
     before: float
@@ -40,12 +40,12 @@ class PromptCase:
 
     @property
     def gain(self) -> float:
-        """After minus before."""
+        """Return after minus before."""
         return self.after - self.before
 
 
 def breakdowns(key: str, rows: Mapping[str, Sequence[LoadedRun]], texts: Sequence[str]) -> list[Breakdown]:
-    """By stratum, by the length of the quoted text and by the number named, as far as prompts differ in them.
+    """Break scores down by stratum, length of the quoted text and number named, as far as prompts differ in them.
 
     key: the scorer/metric. rows: label -> the runs of that row. texts: of the prompts.
     """
@@ -61,7 +61,7 @@ def breakdowns(key: str, rows: Mapping[str, Sequence[LoadedRun]], texts: Sequenc
 
 
 def hardest(runs: Sequence[LoadedRun], key: str, count: int = 8) -> tuple[list[PromptCase], list[PromptCase]]:
-    """The prompts with the lowest score after, and those that lost most; of equal ones, the larger loss first."""
+    """Find the prompts with the lowest score after, and those that lost most; of equal ones, the larger loss first."""
     scored = [run for run in runs if run.has(key)]
     if not scored:
         return [], []
@@ -78,14 +78,14 @@ def hardest(runs: Sequence[LoadedRun], key: str, count: int = 8) -> tuple[list[P
 
 
 def _number_named(text: str) -> str | None:
-    """The first number word outside quotation marks."""
+    """Return the first number word outside quotation marks."""
     outside = re.sub(r'"[^"]*"', " ", text.casefold())
     number = next((NUMBERS[word] for word in re.findall(r"[a-z]+", outside) if word in NUMBERS), None)
     return None if number is None else str(number)
 
 
 def _ranges(lengths: Sequence[int | None]) -> list[str | None]:
-    """Each length as it is, or, where there are many, as one of a few ranges that hold about as many prompts each."""
+    """Return each length itself, or, where there are many, one of a few ranges with about equally many prompts."""
     present = sorted(n for n in lengths if n is not None)
     if len(set(present)) <= MAX_RANGES:
         return [None if n is None else str(n) for n in lengths]
@@ -97,7 +97,7 @@ def _ranges(lengths: Sequence[int | None]) -> list[str | None]:
 
 
 def _breakdown(name: str, labels: Sequence[str | None], key: str, rows: Mapping[str, Sequence[LoadedRun]]) -> Breakdown:
-    """labels: the part of each prompt, None for a prompt of no part."""
+    """Compute one breakdown. labels: the part of each prompt, None for a prompt of no part."""
     count = {part: labels.count(part) for part in dict.fromkeys(labels) if part is not None}
     parts = sorted((part for part, n in count.items() if n >= MIN_PROMPTS), key=_natural)
     cells: dict[str, list[tuple[Estimate, Estimate | None]]] = {}
@@ -120,6 +120,6 @@ def _breakdown(name: str, labels: Sequence[str | None], key: str, rows: Mapping[
 
 
 def _natural(text: str) -> tuple[int, str]:
-    """Sort key by the number that a text begins with, then by the text."""
+    """Return a sort key: the number that a text begins with, then the text."""
     number = re.match(r"\d+", text)
     return (int(number[0]) if number else 0, text)

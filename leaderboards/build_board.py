@@ -28,7 +28,7 @@ def build_board(
     seed: int = 0,
     notes: Sequence[str] = (),
 ) -> Board:
-    """The leaderboard of these runs; their order does not matter.
+    """Build the leaderboard of these runs; their order does not matter.
 
     Args:
         runs: finished runs of one task, model, budget and evaluation protocol.
@@ -77,7 +77,7 @@ def build_board(
 
 
 def _ranked(rows: Sequence[BoardRow], scores: BoardScores, baseline: str, resamples: int, seed: int) -> list[BoardRow]:
-    """The rows with cells, tests and ranks; ranked ones first, by falling mean, then the others by label."""
+    """Return the rows with cells, tests and ranks; ranked ones first, by falling mean, then the others by label."""
     order = row_order(rows, scores)
     estimates = estimate_all(scores, baseline, order, resamples, seed)
     differences = {pair: estimates[pair[1], scores.key, f"below {pair[0]}"] for pair in combinations(order, 2)}

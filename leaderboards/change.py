@@ -1,4 +1,4 @@
-"""Change of a number against a baseline: its estimate, and the verdict same, better, worse or cannot tell, with bounded error rates.
+"""Change against a baseline: estimates it and gives the verdict same, better, worse or cannot tell, with bounded error rates.
 
 For every number of a baseline: d = mean over prompts of (new - reported), each averaged over its training seeds, the prompts
 paired, on the same noise. Its variance has two parts, se^2 = se_prompts^2 + s^2 (1/S_new + 1/S_reported), s^2 the variance between the
@@ -46,13 +46,13 @@ class Change:
     repeated: bool = False  # to the last digit
 
     def half(self, level: float) -> float:
-        """Half the width of the interval of this level."""
+        """Return half the width of the interval of this level."""
         from scipy.stats import t
 
         return float(t.ppf((1 + level) / 2, self.df)) * self.se if self.se > 0 else self.se
 
     def p(self, edge: float = 0.0) -> float:
-        """Two-sided p against a true change of at most `edge`."""
+        """Return the two-sided p against a true change of at most `edge`."""
         from scipy.stats import t
 
         beyond = abs(self.mean) - edge
@@ -79,7 +79,7 @@ def change(
 
 
 def verdicts(changes: Sequence[Change], margins: Sequence[float]) -> list[tuple[Verdict, float]]:
-    """The verdict on each change and its p, Holm-corrected over all of them; margins in units of each score."""
+    """Return the verdict on each change and its p, Holm-corrected over all of them; margins in units of each score."""
     p = [c.p(0.0 if c.seeds else margin) for c, margin in zip(changes, margins, strict=True)]
     holm = significance.holm(p)
     return [
@@ -88,7 +88,7 @@ def verdicts(changes: Sequence[Change], margins: Sequence[float]) -> list[tuple[
 
 
 def expected_half_width(seeds: Sequence[Array], strata: Sequence[str] | None = None) -> float | None:
-    """Half the 90 % interval to expect of the change when as many other seeds are trained; None from one seed.
+    """Return half the expected 90 % interval of the change when as many other seeds are trained; None from one seed.
 
     A repetition that is not equal to the last digit hardly ever gets the verdict same under a smaller margin.
     """
@@ -106,7 +106,7 @@ def expected_half_width(seeds: Sequence[Array], strata: Sequence[str] | None = N
 
 
 def is_repetition(new: Sequence[Array], seeds: Sequence[int], old: Sequence[Array], old_seeds: Sequence[int]) -> bool:
-    """Whether every new seed is one of the old ones, with the same score for every prompt."""
+    """Return whether every new seed is one of the old ones, with the same score for every prompt."""
     reported = dict(zip(old_seeds or (0,), old, strict=True))
     return all(
         seed in reported and np.array_equal(vector, reported[seed], equal_nan=True)
@@ -123,7 +123,7 @@ def _verdict(c: Change, margin: float, p: float) -> Verdict:
 
 
 def _welch_satterthwaite(parts: Sequence[tuple[float, int]]) -> tuple[float, float]:
-    """The standard error of a sum of independent parts, each (variance, degrees of freedom), and its degrees of freedom."""
+    """Return standard error and degrees of freedom of a sum of independent parts, each (variance, degrees of freedom)."""
     variance = sum(v for v, _ in parts)
     return math.sqrt(variance), variance**2 / sum(v**2 / k for v, k in parts) if variance > 0 else math.inf
 
@@ -131,7 +131,7 @@ def _welch_satterthwaite(parts: Sequence[tuple[float, int]]) -> tuple[float, flo
 def _seed_variance(
     new: Sequence[Array], old: Sequence[Array], strata: Sequence[str] | None
 ) -> tuple[float, int] | None:
-    """The variance between seeds, pooled over both sides, and its degrees of freedom; None where no side has two."""
+    """Return the variance between seeds, pooled over both sides, and its degrees of freedom; None where no side has two."""
     whole = np.isfinite(np.stack([*new, *old])).all(0)
     total, df = 0.0, 0
     for side in (new, old):

@@ -1,4 +1,4 @@
-"""Columns of a board: which scorer/metric the runs have, in which order, and which of them ranks."""
+"""Columns of a board: finds and orders the scorer/metrics of the runs, and chooses the one that ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .runs import LoadedRun
 
 
 def find_columns(runs: Sequence[LoadedRun]) -> list[Column]:
-    """The scorer/metric that some run has for both the base and the result, by role, then by scorer."""
+    """Find the scorer/metrics that some run has for both the base and the result, by role, then by scorer."""
     keys = dict.fromkeys(key for run in runs for key in run.after if key in run.before)
     roles: dict[str, Role] = {name: use.role for run in runs for name, use in run.record.scorers.items()}
     columns: list[Column] = []
@@ -27,7 +27,7 @@ def find_columns(runs: Sequence[LoadedRun]) -> list[Column]:
 
 
 def ranking_key(columns: Sequence[Column], key: str | None) -> str:
-    """The scorer/metric that ranks: the one asked for, else the one of `ranking.primary_key`.
+    """Return the scorer/metric that ranks: the requested one, else that of `ranking.primary_key`.
 
     Raises UserError where it is no column of scores, or where there is none.
     """
@@ -41,5 +41,5 @@ def ranking_key(columns: Sequence[Column], key: str | None) -> str:
 
 
 def training_scorer(columns: Sequence[Column]) -> str:
-    """The name of the scorer that the methods were trained on; "none" where no column is of it."""
+    """Return the name of the scorer that the methods were trained on; "none" where no column is of it."""
     return next((c.key.partition("/")[0] for c in columns if c.role == "training"), "none")

@@ -39,7 +39,7 @@ def check_comparable(runs: Sequence[LoadedRun]) -> None:
 
 
 def check_same_base(runs: Sequence[LoadedRun]) -> list[str]:
-    """A note where the base's scores differ slightly between runs. Raises UserError where they are of another base."""
+    """Return a note where the base's scores differ slightly between runs. Raises UserError where they are of another base."""
     gaps: dict[str, float] = {}
     first_runs: dict[str, LoadedRun] = {}
     for run in runs:
@@ -61,17 +61,17 @@ def check_same_base(runs: Sequence[LoadedRun]) -> list[str]:
 
 
 def budget_bounds(r: Record) -> dict[str, float]:
-    """The bounds of a run's budget, without the budget's name."""
+    """Return the bounds of a run's budget, without the budget's name."""
     return {k: v for k, v in r.config.get("budget", {}).items() if k != "name"}
 
 
 def scorer_ids(r: Record) -> dict[str, str]:
-    """Name -> id of every scorer and embedder of a run."""
+    """Map name to id for every scorer and embedder of a run."""
     return {name: s.id for name, s in r.scorers.items()} | {f"embedder {n}": i for n, i in r.embedders.items()}
 
 
 def _shared_inputs(run: LoadedRun) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The inputs that all runs of one table share: (name, part -> value)."""
+    """Return the inputs that all runs of one table share: (name, part -> value)."""
     r = run.record
     yield "task", {"": r.task}
     yield "task version", {"": r.task_version}

@@ -1,4 +1,4 @@
-"""Contrasts of a board: the means and differences of all rows and columns, estimated from one set of resampled prompts."""
+"""Contrasts of a board: estimates means and differences of all rows and columns from one set of resampled prompts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Groups = Mapping[str, Sequence[LoadedRun]]  # label -> the runs of that row
 
 
 class ContrastSet:
-    """Contrasts that are estimated together; equal ones are computed once."""
+    """Collects contrasts that are estimated together; equal ones are computed once."""
 
     def __init__(self) -> None:
         self._contrasts: list[Contrast] = []
@@ -40,14 +40,14 @@ class ContrastSet:
         self._contrasts.append(contrast)
 
     def estimate(self, resamples: int, seed: int, strata: Sequence[str] | None) -> dict[Question, Estimate]:
-        """Question -> its estimate."""
+        """Return the estimate of each question."""
         estimates = intervals.crossed(self._contrasts, resamples=resamples, seed=seed, strata=strata)
         return {question: estimates[i] for question, i in self._indices.items()}
 
 
 @dataclass(frozen=True)
 class BoardScores:
-    """The scores that a board is made of: the runs of each row, and for each column the run whose base is shown."""
+    """Scores of a board: the runs of each row, and for each column the run whose base is shown."""
 
     columns: Sequence[Column]
     groups: Groups
@@ -56,16 +56,16 @@ class BoardScores:
 
     @property
     def strata(self) -> list[str] | None:
-        """(prompts,): the stratum of each prompt, where there are several."""
+        """Return the stratum of each prompt, (prompts,), where there are several."""
         return strata_or_none(self.bases[self.key].strata)
 
     def results(self) -> dict[str, list[Array]]:
-        """Label -> (prompts, images) of each seed by the key, of the base its own."""
+        """Map label to the (prompts, images) scores of each seed by the key; the base has its own."""
         results = {BASE: [self.bases[self.key].before[self.key]]}
         return results | {label: [r.after[self.key] for r in self._scored(label)] for label in self.groups}
 
     def between(self, ours: str, theirs: str) -> Contrast:
-        """The contrast of two rows by the key. Each run evaluated the base itself, so a row is compared with its own base."""
+        """Return the contrast of two rows by the key. Each run evaluated the base itself, so a row is compared with its own base."""
         if theirs == BASE:
             return Contrast([r.gain(self.key) for r in self._scored(ours)], test=True)
         if ours == BASE:
@@ -101,7 +101,7 @@ def estimate_all(
 
 
 def row_order(rows: Sequence[BoardRow], scores: BoardScores) -> list[str]:
-    """The labels that are ranked, by falling mean over the images that all of them have a score of, as pairs are compared."""
+    """Return the ranked labels by falling mean over the images that all of them have a score of, as pairs are compared."""
     results = scores.results()
     labels = [r.label for r in rows if not r.invalid and results[r.label]]
     whole = np.isfinite(np.stack([x for label in labels for x in results[label]])).all(0) if labels else np.array(True)
@@ -111,7 +111,7 @@ def row_order(rows: Sequence[BoardRow], scores: BoardScores) -> list[str]:
 
 
 def cells_of(label: str, scores: BoardScores, estimates: Mapping[Question, Estimate]) -> dict[str, Cell]:
-    """Scorer/metric -> the cell of one row."""
+    """Map scorer/metric to the cell of one row."""
     cells: dict[str, Cell] = {}
     for key in (c.key for c in scores.columns if (label, c.key, "after") in estimates):
         before, delta = (estimates.get((label, key, what)) for what in ("before", "delta"))
@@ -121,14 +121,14 @@ def cells_of(label: str, scores: BoardScores, estimates: Mapping[Question, Estim
 
 
 def corrected_p(order: Sequence[str], key: str, estimates: Mapping[Question, Estimate]) -> dict[str, float]:
-    """Label -> p against the baseline, Holm-corrected over the ranked rows."""
+    """Map label to p against the baseline, Holm-corrected over the ranked rows."""
     versus = {label: estimates[label, key, "versus"] for label in order if (label, key, "versus") in estimates}
     p = {label: e.p for label, e in versus.items() if e.p is not None}
     return dict(zip(p, significance.holm(list(p.values())), strict=True))
 
 
 def _add_cells(contrasts: ContrastSet, scores: BoardScores) -> None:
-    """Before, after and difference of every row in every column."""
+    """Add before, after and difference of every row in every column."""
     for c in scores.columns:
         contrasts.add((BASE, c.key, "after"), Contrast([scores.bases[c.key].before[c.key]]))
         for label, group in scores.groups.items():
@@ -140,7 +140,7 @@ def _add_cells(contrasts: ContrastSet, scores: BoardScores) -> None:
 
 
 def _image_counts(group: Sequence[LoadedRun], key: str, base: bool) -> tuple[int, int]:
-    """Images of one seed, and how many of all seeds could not be scored."""
+    """Count the images of one seed, and those of all seeds that could not be scored."""
     matrices = [
         by_key[key] for r in group for by_key in ((r.before,) if base else (r.before, r.after)) if key in by_key
     ]

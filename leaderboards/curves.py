@@ -1,4 +1,4 @@
-"""Curves of a report: validation scores over what was spent, the mean gain over the budget, and the spend until a target."""
+"""Curves of a report: computes validation scores over spend, the mean gain over the budget, and the spend until a target."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .runs import Array, LoadedRun, strata_or_none
 
 @dataclass(frozen=True)
 class Curve:
-    """Validation scores of one row over what had been spent, the mean over its seeds."""
+    """Validation scores of one row over its spend, as the mean over its seeds."""
 
     label: str
     spent: Mapping[str, Sequence[float]]  # currency -> (eval points,)
@@ -40,7 +40,7 @@ class _ValidationScores:
 
 
 def curve(label: str, runs: Sequence[LoadedRun], clock: str) -> Curve | None:
-    """The curve of one row; None where a run has none. clock: the currency at whose spends seeds are averaged.
+    """Compute the curve of one row; None where a run has none. clock: the currency at whose spends seeds are averaged.
 
     One seed is shown at its own eval points. Several are interpolated linearly at as many evenly spaced spends of the clock as
     the seed with fewest eval points has, up to where the first of them ends; other currencies are the mean of what the seeds had
@@ -77,7 +77,7 @@ def curve(label: str, runs: Sequence[LoadedRun], clock: str) -> Curve | None:
 def pace(
     curves: Sequence[Curve], rows: Mapping[str, Sequence[LoadedRun]], key: str, clock: str, bound: float
 ) -> Pace | None:
-    """The area under each curve and what is spent until it stays above the target.
+    """Compute the area under each curve and the spend until it stays above the target.
 
     Args:
         curves: of the rows.
@@ -107,7 +107,7 @@ def pace(
 
 
 def _validation_scores(run: LoadedRun) -> _ValidationScores | None:
-    """The scores at the eval points of a run; None where it has none."""
+    """Return the scores at the evaluation points of a run; None where it has none."""
     path, count = run.folder / "curve.parquet", len(run.record.curve)
     if not path.is_file() or not count:
         return None

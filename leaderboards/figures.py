@@ -1,4 +1,4 @@
-"""Figures of a report as files: curves and the trade-off between two measures, each as SVG and PNG."""
+"""Draws the figures of a report as files: curves and the trade-off between two measures, each as SVG and PNG."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Formatting of numbers, intervals, ranks, marks and titles, as every output of the leaderboards prints them."""
+"""Formats numbers, intervals, ranks, marks and titles for every output of the leaderboards."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MARKS = {"s": "one training seed", "h": "hack flag", "!": "invalid, not ranked",
 
 
 def number(x: float, digits: int = 3, sign: bool = False) -> str:
-    """.450, or +.450: without the zero before the point."""
+    """Format a number as .450 or +.450: without the zero before the point."""
     if not math.isfinite(x):
         return "-"
     return re.sub(r"^([+-]?)0\.(?=\d)", r"\1.", f"{x:{'+' if sign else ''}.{digits}f}")
 
 
 def cell(e: Estimate | None, sign: bool = False) -> str:
-    """.450 [.41, .49]: two digits of the ends, more where the interval is narrower than that, and one more of the mean."""
+    """Format .450 [.41, .49]: two digits of the ends, more where the interval is narrower than that, and one more of the mean."""
     if e is None:
         return ""
     if not math.isfinite(e.mean):
@@ -35,29 +35,29 @@ def cell(e: Estimate | None, sign: bool = False) -> str:
 
 
 def p_value(p: float) -> str:
-    """<.001, .012; empty where nothing was tested."""
+    """Format p as <.001 or .012; empty where nothing was tested."""
     return "" if not math.isfinite(p) else "<.001" if p < 0.001 else number(p)
 
 
 def spend(currency: str, x: float) -> str:
-    """40,000; 6.72e+12 flops."""
+    """Format a spend as 40,000 or 6.72e+12 flops."""
     return f"{x:.2e}" if currency == "flops" else f"{x:,.0f}"
 
 
 def plain(text: str) -> str:
-    """One line without control characters, which a name from outside may hold."""
+    """Return one line without the control characters that a foreign name may contain."""
     return "".join("?" if unicodedata.category(c).startswith("C") else c for c in " ".join(text.split()))
 
 
 def rank(row: BoardRow, rows: Sequence[BoardRow]) -> str:
-    """2, or 2= where several rows share the rank."""
+    """Format a rank as 2, or 2= where several rows share it."""
     if row.rank is None:
         return "-"
     return f"{row.rank}{'=' if sum(r.rank == row.rank for r in rows) > 1 else ''}"
 
 
 def flags(row: BoardRow) -> dict[str, str]:
-    """Letter of MARKS -> the mark in words, for the marks that a row has."""
+    """Map letters of MARKS to the marks in words, for the marks that a row has."""
     words = {
         "s": "one seed" if row.single_seed else "",
         "h": f"HACK ({row.hacked} of {len(row.seeds)} seeds)" if row.hacked else "",
@@ -78,7 +78,7 @@ def title(board: Board) -> str:
 
 
 def paper_lines(board: Board) -> list[str]:
-    """The numbers of papers, as lines; never part of the table."""
+    """Format the numbers of papers as lines; they are never part of the table."""
     head = "Reported elsewhere, not measured here and in no test:"
     return [head] + [
         f"  {r.method}, {r.metric}: {r.value:g} {r.unit}{f' ({r.setting})' if r.setting else ''}, "

@@ -1,4 +1,4 @@
-"""Measures of a report: every number of the rows that a trade-off plot can put on an axis."""
+"""Measures of a report: collects every number of the rows that can be an axis of a trade-off plot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Measure:
 
 
 def measures(board: Board) -> list[Measure]:
-    """The columns, the distance to the base and what was spent, each by row; the base spends nothing."""
+    """Return the columns, the distance to the base and the spend, each by row; the base spends nothing."""
     of_rows = [
         Measure(
             f"{c.key} ({c.role})",
@@ -39,7 +39,7 @@ def measures(board: Board) -> list[Measure]:
 
 
 def default_axes(board: Board, measures: Sequence[Measure]) -> tuple[int, int]:
-    """The indices of the measures shown first: across the drift, or the training scorer without drift, and up the key."""
+    """Return the indices of the initial axes: x the drift, or the training scorer where there is none, y the key."""
     names = [m.name for m in measures]
     up = next(k for k, name in enumerate(names) if name.startswith(f"{board.key} ("))
     columns = [c for role in ("drift", "training", "auxiliary") for c in board.columns if c.role == role]

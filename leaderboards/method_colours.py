@@ -1,4 +1,4 @@
-"""Colours of methods: every figure and page draws one method in one colour, whichever other methods are shown."""
+"""Assigns colours to methods: every figure and page draws a method in one colour, whichever other methods are shown."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MARKERS = ("o", "^", "v", "D")
 
 @dataclass(frozen=True)
 class RowStyle:
-    """The colour of a row's method on a light and on a dark background, and the row's place among those of its method."""
+    """Colour of a row's method on a light and on a dark background, and the row's place among those of its method."""
 
     light: str
     dark: str
@@ -39,17 +39,17 @@ class RowStyle:
 
     @property
     def dash(self) -> str:
-        """The line style of matplotlib."""
+        """Return the line style of matplotlib."""
         return DASHES[self.variant % len(DASHES)]
 
     @property
     def marker(self) -> str:
-        """The marker of matplotlib."""
+        """Return the marker of matplotlib."""
         return "s" if self.base else MARKERS[self.variant % len(MARKERS)]
 
 
 def method_colour(method: str) -> tuple[str, str]:
-    """The hex colours of a method on a light and on a dark background; a variant has the colour of its method.
+    """Return the hex colours of a method on a light and on a dark background; a variant has the colour of its method.
 
     A method without an entry in COLOURS gets a hue from a hash of its name.
     """
@@ -62,7 +62,7 @@ def method_colour(method: str) -> tuple[str, str]:
 
 
 def row_styles(methods: Mapping[str, str]) -> dict[str, RowStyle]:
-    """Label -> its style; rows of one method share a colour and differ in dash and marker.
+    """Map label to style; rows of one method share a colour and differ in dash and marker.
 
     methods: label -> method, in the order of the rows.
     """

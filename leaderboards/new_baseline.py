@@ -1,4 +1,4 @@
-"""New baselines: takes the numbers of finished runs, their margins and the settings that make them again."""
+"""Makes new baselines from the numbers of finished runs, their margins and the settings that reproduce them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GUARDED_ROLES = ("training", "held-out")  # the scorers whose numbers are guarde
 
 @dataclass(frozen=True)
 class BaselineRequest:
-    """The options of a new baseline.
+    """Options of a new baseline.
 
     keys: scorer/metric to guard; by default those of `old`, else the metrics of the training and the held-out scorers.
     margins: NUMBER, or KEY=NUMBER for one metric; a margin that is not given is taken from `old`.
@@ -38,7 +38,7 @@ class BaselineRequest:
 
 
 def make_baseline(runs: Sequence[LoadedRun], request: BaselineRequest) -> tuple[Baseline, BaselineScores]:
-    """The numbers of these runs as a baseline.
+    """Make a baseline from the numbers of these runs.
 
     Raises UserError where the code is not that of a commit, where runs do not belong together or could not be scored, and
     where no margin was given.
@@ -68,7 +68,7 @@ def make_baseline(runs: Sequence[LoadedRun], request: BaselineRequest) -> tuple[
 
 
 def _clean_commit(runs: Sequence[LoadedRun]) -> str:
-    """The commit of this tree. Raises UserError where the tree, or the one that made a run, had changes outside a commit."""
+    """Return the commit of this tree. Raises UserError where the tree, or the one that made a run, had changes outside a commit."""
     commit = record.revision()
     if not commit or commit.endswith("-dirty"):
         raise UserError("a baseline is written from a commit: this tree has uncommitted changes, or no history")
@@ -136,7 +136,7 @@ def _baseline(
 
 
 def _margins(request: BaselineRequest, keys: Sequence[str], labels: Sequence[str]) -> dict[tuple[str, str], float]:
-    """Margin per (row, key), first match wins: --margin KEY=x, --margin x, the old row's margin, the margin of all old rows."""
+    """Choose the margin per (row, key), first match wins: --margin KEY=x, --margin x, the old row's, that of all old rows."""
     old = request.old.row if request.old else ()
     old_margins = {(claim.label, n.key): n.margin for claim in old for n in claim.number}
     by_key, default = _parse_margins(request.margins, keys)
@@ -157,7 +157,7 @@ def _margins(request: BaselineRequest, keys: Sequence[str], labels: Sequence[str
 
 
 def _parse_margins(texts: Sequence[str], keys: Sequence[str]) -> tuple[dict[str, float], float | None]:
-    """The margins of single keys, and the one of all keys. texts: NUMBER or KEY=NUMBER."""
+    """Parse the margins of single keys, and the one of all keys. texts: NUMBER or KEY=NUMBER."""
     default: float | None = None
     by_key: dict[str, float] = {}
     for text in texts:
@@ -197,7 +197,7 @@ def _claim(row: BoardRow, numbers: tuple[BaselineNumber, ...], table: Board) -> 
 
 
 def _changed_settings(method: str, table: Board, settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """The values of `gpobench run --set` that turn the method's current preset into these settings."""
+    """Return the values of `gpobench run --set` that turn the method's current preset into these settings."""
     from ..bench.experiments.config import RunRequest, resolve
 
     bounds = ",".join(f"{k}={v!r}" for k, v in table.budget.items())

@@ -1,4 +1,4 @@
-"""Notes below a board: mandatory rows that are missing, uneven seeds, unchanged or invalid rows, scorers with gaps."""
+"""Writes the notes below a board: mandatory rows that are missing, uneven seeds, unchanged or invalid rows, scorers with gaps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .runs import LoadedRun
 
 
 def notes_on(rows: Sequence[BoardRow], columns: Sequence[Column], key: str, runs: Sequence[LoadedRun]) -> list[str]:
-    """What a reader must know about these rows that no cell shows."""
+    """Return the caveats on these rows that no cell shows."""
     methods = {r.method.partition(":")[0] for r in rows}
     notes: list[str] = []
     missing = sorted(name for name in MANDATORY_BASELINES if name not in methods)

@@ -1,4 +1,4 @@
-"""HTML page of a report: one self-contained file with the table, curves, trade-offs, images, prompts and settings."""
+"""Renders the HTML page of a report: one self-contained file with table, curves, trade-offs, images, prompts and settings."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STRIP_WIDTH = 150  # pixels of the drawing of an interval in the table
 
 
 def page(board: Board, report: ReportData) -> str:
-    """One HTML file. Names and prompts are escaped: markup in them is shown and not interpreted."""
+    """Render one HTML file. Names and prompts are escaped: markup in them is shown and not interpreted."""
     from jinja2 import Environment, StrictUndefined
 
     folder = resources.files(__package__ or "")
@@ -48,7 +48,7 @@ def page(board: Board, report: ReportData) -> str:
 
 
 def _board_values(board: Board) -> dict[str, Any]:
-    """The template's variables about the table."""
+    """Return the template's variables about the table."""
     return {
         "title": f"{plain(board.task)} on {plain(board.model)}",
         "board": board,
@@ -66,7 +66,7 @@ def _board_values(board: Board) -> dict[str, Any]:
 
 
 def _run_values(report: ReportData) -> dict[str, Any]:
-    """The template's variables about the runs."""
+    """Return the template's variables about the runs."""
     rows = report.rows
     reasons = {
         label: list(dict.fromkeys(why for run in group for why in run.record.failures)) for label, group in rows.items()
@@ -87,13 +87,13 @@ def _run_values(report: ReportData) -> dict[str, Any]:
 
 
 def _parts(e: Estimate | None, sign: bool = False) -> tuple[str, str]:
-    """The mean and its interval as two texts."""
+    """Format the mean and its interval as two texts."""
     mean, bracket, rest = cell(e, sign).partition(" [")
     return mean, f"[{rest}" if bracket else ""
 
 
 def _until(e: Estimate, currency: str) -> str:
-    """12,000 [9,000, 15,000], or words where the target is not reached within the budget."""
+    """Format 12,000 [9,000, 15,000], or words where the target is not reached within the budget."""
     if math.isinf(e.mean):
         return "not within the budget"
     ends = [spend(currency, x) if math.isfinite(x) else "beyond" if x > 0 else "-" for x in (e.low, e.high)]
@@ -101,7 +101,7 @@ def _until(e: Estimate, currency: str) -> str:
 
 
 def _reported(board: Board) -> dict[str, dict[tuple[str, str], list[str]]]:
-    """Method -> metric and unit -> the numbers that papers report of it."""
+    """Map method, then metric and unit, to the numbers that papers report."""
     reported: dict[str, dict[tuple[str, str], list[str]]] = {}
     for paper in board.reported:
         reported.setdefault(paper.method, {}).setdefault((paper.metric, paper.unit), []).append(f"{paper.value:g}")
@@ -109,7 +109,7 @@ def _reported(board: Board) -> dict[str, dict[tuple[str, str], list[str]]]:
 
 
 def _duration(seconds: float) -> str:
-    """6 s, 4 min, 2.5 h."""
+    """Format seconds as 6 s, 4 min or 2.5 h."""
     return (
         f"{seconds:.0f} s"
         if seconds < 100
@@ -120,7 +120,7 @@ def _duration(seconds: float) -> str:
 
 
 def _strips(board: Board) -> dict[str, Any]:
-    """Label -> the start, mean and end of the interval of the key, and the mean of the base, all in pixels."""
+    """Map label to start, mean and end of the key's interval, and the mean of the base, all in pixels."""
     estimates = {r.label: r.cells[board.key].after for r in board.rows if board.key in r.cells}
     ends = [x for e in estimates.values() for x in (e.low, e.mean, e.high) if math.isfinite(x)]
     if not ends:
@@ -140,7 +140,7 @@ def _strips(board: Board) -> dict[str, Any]:
 
 
 def _configs(board: Board) -> list[tuple[str, list[tuple[str | None, bool]], bool]]:
-    """(setting, values, whether rows differ in it); settings that all rows have come first.
+    """List (setting, values, whether rows differ in it); settings that all rows have come first.
 
     values: for every row but the base (value, whether it is not the first row's), None where the row has no such setting.
     """
@@ -154,7 +154,7 @@ def _configs(board: Board) -> list[tuple[str, list[tuple[str | None, bool]], boo
 
 
 def _revision(provenance: Mapping[str, Any]) -> str:
-    """The first 12 digits of the commit, with `-dirty` where files differed from it."""
+    """Return the first 12 digits of the commit, with `-dirty` where files differed from it."""
     commit, dash, rest = str(provenance.get("revision", "")).partition("-")
     return commit[:12] + dash + rest if commit else "unknown"
 
@@ -164,14 +164,14 @@ def _text(value: Any) -> str:
 
 
 def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings by their dotted names."""
+    """Flatten nested settings to their dotted names."""
     import pandas as pd
 
     return dict(pd.json_normalize(dict(table)).iloc[0]) if table else {}
 
 
 def _roles(rows: Mapping[str, Sequence[LoadedRun]]) -> dict[str, dict[str, float]]:
-    """Label -> role -> evaluations of the network for it, the mean over seeds."""
+    """Map label, then role, to network evaluations, the mean over seeds."""
     names = dict.fromkeys(role for group in rows.values() for run in group for role in run.record.nfe_by_role)
     return {
         label: {role: float(np.mean([run.record.nfe_by_role.get(role, 0) for run in group])) for role in names}
@@ -181,7 +181,7 @@ def _roles(rows: Mapping[str, Sequence[LoadedRun]]) -> dict[str, dict[str, float
 
 
 def _scorers(rows: Mapping[str, Sequence[LoadedRun]]) -> list[dict[str, Any]]:
-    """One line a scorer or embedder: its id, its role, and its calls, seconds and errors in training, summed over all runs."""
+    """List for each scorer or embedder its id, its role, and its calls, seconds and errors in training, summed over all runs."""
     lines: dict[str, dict[str, Any]] = {}
     for run in (run for group in rows.values() for run in group):
         for name, use in run.record.scorers.items():
@@ -196,7 +196,7 @@ def _scorers(rows: Mapping[str, Sequence[LoadedRun]]) -> list[dict[str, Any]]:
 
 
 def _versions(rows: Mapping[str, Sequence[LoadedRun]]) -> dict[str, str]:
-    """Package -> its version; several where runs differ."""
+    """Map package to its version; several where runs differ."""
     by_package: dict[str, dict[str, None]] = {}
     for run in (run for group in rows.values() for run in group):
         for name, version in run.record.provenance.get("versions", {}).items():
@@ -208,7 +208,7 @@ def _versions(rows: Mapping[str, Sequence[LoadedRun]]) -> dict[str, str]:
 
 
 def _script_data(board: Board, report: ReportData) -> dict[str, Any]:
-    """Curves, trade-offs, images and colours as strict JSON: null, never NaN."""
+    """Encode curves, trade-offs, images and colours as strict JSON: null, never NaN."""
     styles = row_styles({r.label: r.method for r in board.rows})
     return {
         "key": board.key,

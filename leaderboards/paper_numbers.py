@@ -1,4 +1,4 @@
-"""Paper numbers: reads the table of numbers that papers report, which boards show beside measured ones and never rank or test."""
+"""Reads the table of numbers that papers report, which boards show beside measured ones and never rank or test."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class PaperNumber(BaseModel):
 
 
 def load_paper_numbers(path: Path | None = None) -> list[PaperNumber]:
-    """All rows of the table. Raises UserError naming the first line that is invalid."""
+    """Read all rows of the table. Raises UserError naming the first line that is invalid."""
     if path is None:
         text = resources.files(__package__ or "").joinpath("reported.csv").read_text("utf-8")
     else:
@@ -58,7 +58,7 @@ def load_paper_numbers(path: Path | None = None) -> list[PaperNumber]:
 
 
 def matching(task: str, model: str, rows: Sequence[PaperNumber] | None = None) -> list[PaperNumber]:
-    """The numbers that papers report of a task and a model, given by their registered names."""
+    """Return the numbers that papers report of a task and a model, given by their registered names."""
     return [
         r
         for r in (load_paper_numbers() if rows is None else rows)

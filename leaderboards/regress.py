@@ -27,7 +27,7 @@ from .runs import Array, LoadedRun
 
 @dataclass(frozen=True)
 class Finding:
-    """One number of a baseline, its new value and the verdict."""
+    """Result for one number of a baseline: its new value and the verdict."""
 
     row: str
     key: str
@@ -53,11 +53,11 @@ class RegressionReport:
     notes: tuple[str, ...]
 
     def count(self, verdict: Verdict) -> int:
-        """How many numbers got this verdict."""
+        """Count the numbers with this verdict."""
         return sum(f.verdict == verdict for f in self.findings)
 
     def code(self, allow_unsure: bool = False) -> int:
-        """The exit code: 1 when a number is worse, 3 when a number is missing, or cannot be told and that is not allowed, else 0.
+        """Return the exit code: 1 when a number is worse, 3 when a number is missing, or cannot be told and that is not allowed, else 0.
 
         A missing number was not checked at all, so it is never allowed.
         """
@@ -75,12 +75,12 @@ class LoadedBaseline:
     scores: BaselineScores
 
     def with_rows(self, labels: Sequence[str]) -> LoadedBaseline:
-        """The same with these rows only."""
+        """Return the same baseline with these rows only."""
         rows = tuple(claim for claim in self.baseline.row if claim.label in labels)
         return LoadedBaseline(self.path, self.baseline.model_copy(update={"row": rows}), self.scores)
 
     def runs_of(self, runs: Sequence[LoadedRun]) -> list[LoadedRun]:
-        """The runs of its task, model and methods. A baseline of the base alone takes any run: each has evaluated the base."""
+        """Return the runs of its task, model and methods. A baseline of the base alone takes any run: each has evaluated the base."""
         b = self.baseline
         methods = {claim.method for claim in b.row if claim.label != BASE}
         same = [r for r in runs if (r.record.task, r.record.model) == (b.task, b.model)]
@@ -109,7 +109,7 @@ class _Comparison:
 
 
 def check(against: LoadedBaseline, runs: Sequence[LoadedRun]) -> RegressionReport:
-    """The verdict on every number of the baseline that these runs have; runs of other methods, tasks and models are left out.
+    """Give a verdict on every number of the baseline that these runs have; runs of other methods, tasks and models are left out.
 
     Raises UserError where no run belongs to the baseline, where the runs had other inputs, where more than 0.5 % of a run's
     images have no score, and where a row has runs with several settings and none of them is the reported one.
@@ -120,7 +120,7 @@ def check(against: LoadedBaseline, runs: Sequence[LoadedRun]) -> RegressionRepor
 def check_all(
     baselines: Sequence[LoadedBaseline], runs: Sequence[LoadedRun], notes: Sequence[str] = ()
 ) -> list[RegressionReport]:
-    """The same for several baselines, whose p are corrected together. notes: put into the first report.
+    """Check several baselines, whose p are corrected together. notes: put into the first report.
 
     A baseline of which there are no runs is reported as missing. Raises UserError where that is so of all.
     """
@@ -140,7 +140,7 @@ def check_all(
 
 
 def select(baselines: Sequence[LoadedBaseline], rows: Sequence[str], task: str | None = None) -> list[LoadedBaseline]:
-    """The baselines of one task, None for all, and of them some rows, [] for all. Raises UserError on what none of them has."""
+    """Select the baselines of one task, None for all, and of them some rows, [] for all. Raises UserError on what none of them has."""
     first = baselines[0].path
     tasks = dict.fromkeys(each.baseline.task for each in baselines)
     if task is not None and task not in tasks:
@@ -156,7 +156,7 @@ def select(baselines: Sequence[LoadedBaseline], rows: Sequence[str], task: str |
 
 
 def vectors(group: Sequence[LoadedRun], key: str, base: bool, digits: int) -> list[Array]:
-    """(prompts,) for each run, rounded as a baseline stores it; [] where one of them lacks the key.
+    """Return (prompts,) scores of each run, rounded as a baseline stores them; [] where one of the runs lacks the key.
 
     base: one vector, the mean of the different ones that the runs measured, as rounding differs between machines.
     """
@@ -171,7 +171,7 @@ def vectors(group: Sequence[LoadedRun], key: str, base: bool, digits: int) -> li
 
 
 def processors(runs: Sequence[LoadedRun]) -> str:
-    """The kinds of processor that made these runs; "" where a record does not name one."""
+    """Return the kinds of processor that made these runs; "" where a record does not name one."""
     kinds = {str(r.record.provenance.get("processor", "")) for r in runs}
     return "" if "" in kinds else " and ".join(sorted(kinds))
 
@@ -238,7 +238,7 @@ def _change_of(match: _Match, against: LoadedBaseline) -> Change:
 
 
 def _last_digits(b: Baseline, processor: str, repeated: bool) -> list[str]:
-    """A note on whether these runs were to repeat the baseline to the last digit. repeated: all of them do."""
+    """Return a note on whether these runs should repeat the baseline to the last digit. repeated: all of them do."""
     elsewhere = "numbers repeat within the margin, not to the last digit."
     if b.processor and processor and b.processor != processor:
         return [f"Made on {b.processor}; this is {processor}: {elsewhere}"]
@@ -278,7 +278,7 @@ def _check_same_inputs(against: LoadedBaseline, table: Board, runs: Sequence[Loa
 def _runs_of_claim(
     claim: Claim, b: Baseline, table: Board, runs: Sequence[LoadedRun]
 ) -> tuple[list[LoadedRun], tuple[int, ...], list[str]]:
-    """The runs of a claim, their seeds, and notes on them.
+    """Return the runs of a claim, their seeds, and notes on them.
 
     Runs with other settings count for a claim when it is the only one of its method: then it is the method that changed. Where
     a method has several claims, they are distinguished by their settings.

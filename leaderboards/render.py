@@ -1,4 +1,4 @@
-"""Renders a board in the format asked for."""
+"""Renders a board in the requested format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .render_terminal import terminal
 
 
 def render(board: Board, format: str = "terminal", *, width: int = 80) -> str:
-    """The board as text, ending in a new line. width: of the terminal. Raises UserError on an unknown format."""
+    """Render the board as text, ending in a new line. width: of the terminal. Raises UserError on an unknown format."""
     formats: dict[str, Callable[[Board], str]] = {
         "terminal": lambda b: terminal(b, width),
         "md": markdown,

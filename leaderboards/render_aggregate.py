@@ -18,7 +18,7 @@ FORMATS = ("terminal", "md", "csv", "json")
 
 
 def render(table: AggregateTable, format: str = "terminal", *, width: int = 80) -> str:
-    """The table as text. width: of the terminal. Raises UserError on a format without a renderer."""
+    """Render the table as text. width: of the terminal. Raises UserError on a format without a renderer."""
     if format not in FORMATS:
         raise registry.unknown("format of --across", format, FORMATS)
     if format == "json":
@@ -34,7 +34,7 @@ def _title(table: AggregateTable) -> str:
 
 
 def _columns(table: AggregateTable) -> list[tuple[str, list[str]]]:
-    """(head, the cell of each row)."""
+    """Return the columns as (head, the cell of each row)."""
     return [
         ("method", [plain(row.label) for row in table.rows]),
         ("IQM", [cell(row.middle, sign=True) for row in table.rows]),
@@ -60,7 +60,7 @@ def _markdown(table: AggregateTable) -> str:
 
 
 def _terminal(table: AggregateTable, width: int) -> str:
-    """The first three columns, and as many others as fit."""
+    """Render the first three columns, and as many others as fit."""
     columns, notes = _columns(table), _notes(table)
     widths = [max(map(cell_len, (head, *texts))) for head, texts in columns]
     shown, left = list[int](), width + 2

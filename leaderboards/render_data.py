@@ -15,7 +15,7 @@ from .formatting import plain
 
 
 def as_csv(board: Board) -> str:
-    """One line a row, numbers with six digits, every estimate in three columns; reported numbers come last, in columns of theirs."""
+    """Render CSV: one line a row, numbers with six digits, every estimate in three columns; reported numbers last, in own columns."""
     three = lambda name: [name, f"{name} low", f"{name} high"]
     ends = lambda e: ["" if e is None or not math.isfinite(x) else f"{x:.6g}" for x in _ends(e)]
     currencies = list(dict.fromkeys(c for r in board.rows for c in r.spent))
@@ -60,7 +60,7 @@ def _ends(e: Estimate | None) -> tuple[float, float, float]:
 
 
 def as_json(board: Board) -> str:
-    """Strict JSON (null, never NaN): what rows share once, then the rows, each number with its interval."""
+    """Render strict JSON (null, never NaN): shared values once, then the rows, each number with its interval."""
     first = {
         "schema_version": 1,
         "task": {"name": board.task, "version": board.task_version, "prompts": dict(board.prompts)},
@@ -109,7 +109,7 @@ def _json_row(board: Board, r: BoardRow) -> dict[str, Any]:
 
 
 def _estimate(e: Estimate) -> dict[str, Any]:
-    """The keys of a number; what has not been tested has no p."""
+    """Return the keys of a number; an untested one has no p."""
     tested = {"p": e.p, "mde": e.mde} if e.p is not None else {}
     estimator = "bootstrap over seeds and prompts" if e.seeds > 1 else "bootstrap over prompts"
     numbers = {"value": e.mean, "stderr": e.se, "ci_low": e.low, "ci_high": e.high, "n_prompts": e.n}

@@ -9,7 +9,7 @@ from .formatting import ARROW, cell, escape_markdown, flags, p_value, paper_line
 
 
 def _table(board: Board) -> list[list[str]]:
-    """Head and rows as plain text, not escaped for any format."""
+    """Return head and rows as plain text, not escaped for any format."""
     currencies = list(dict.fromkeys(c for r in board.rows for c in r.spent))
     embedders = list(dict.fromkeys(name for r in board.rows for name in r.cmmd))
     columns = sorted(board.columns, key=lambda c: c.key != board.key)

@@ -22,7 +22,7 @@ RULE = (
 
 
 def headline(report: RegressionReport) -> str:
-    """12 numbers: 10 same, 1 worse, 1 missing."""
+    """Summarise a report, as in 12 numbers: 10 same, 1 worse, 1 missing."""
     words = [(report.count(verdict), str(verdict)) for verdict in ("same", "better", "worse", "cannot tell")]
     words.append((len(report.missing), "missing"))
     total = len(report.findings) + len(report.missing)
@@ -38,7 +38,7 @@ def _cells(f: Finding) -> list[str]:
 
 
 def _notes(report: RegressionReport) -> list[str]:
-    """The lines below the table."""
+    """Return the lines below the table."""
     notes = [f"{f.row} {f.key}: {f.note}." for f in report.findings if f.note]
     missing = [f"{row} {key}" for row, key in report.missing]
     return [
@@ -48,7 +48,7 @@ def _notes(report: RegressionReport) -> list[str]:
 
 
 def terminal(report: RegressionReport) -> str:
-    """A block for every number and margin, worst first; of many numbers only those whose verdict is not "same"."""
+    """Render a block for every number and margin, worst first; of many numbers only those whose verdict is not "same"."""
     findings = ordered(report)
     shown = [f for f in findings if f.verdict != "same"] if len(findings) > MAX_LINES else findings
     blocks: dict[tuple[str, str], list[list[str]]] = {}
@@ -71,7 +71,7 @@ def terminal(report: RegressionReport) -> str:
 
 
 def markdown(report: RegressionReport) -> str:
-    """A table for a summary on a web page."""
+    """Render a Markdown table for a summary on a web page."""
     escape = lambda word: word.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
     rows = [
         [f"**{word}**" if k == 0 and word == "worse" else escape(word) for k, word in enumerate(_cells(f))]
@@ -83,7 +83,7 @@ def markdown(report: RegressionReport) -> str:
 
 
 def junit(reports: Sequence[RegressionReport], allow_unsure: bool = False) -> str:
-    """A test case for every number: worse fails, cannot tell is an error (or skipped, when allowed), a missing one is an error."""
+    """Render a test case for every number: worse fails, cannot tell is an error (skipped when allowed), a missing one is an error."""
     counts = [_counts(report, allow_unsure) for report in reports]
     total = {key: str(sum(of_report[key] for of_report in counts)) for key in counts[0]}
     root = Xml.Element("testsuites", {"name": "gpobench regress", **total})
@@ -121,7 +121,7 @@ def _counts(report: RegressionReport, allow_unsure: bool) -> dict[str, int]:
 
 
 def as_json(reports: Sequence[RegressionReport], code: int) -> str:
-    """One object: verdicts, counts and the exit code; of several baselines, each in `parts`."""
+    """Render one JSON object: verdicts, counts and the exit code; of several baselines, each in `parts`."""
     counts = {v: sum(report.count(v) for report in reports) for v in ("same", "better", "worse", "cannot tell")}
     whole: dict[str, Any] = {"exit_code": code, "counts": counts}
     whole |= _plain(reports[0]) if len(reports) == 1 else {"parts": [_plain(report) for report in reports]}
@@ -161,6 +161,6 @@ def _plain(report: RegressionReport) -> dict[str, Any]:
 
 
 def ordered(report: RegressionReport) -> list[Finding]:
-    """Worst first."""
+    """Sort findings, worst first."""
     place = ("worse", "cannot tell", "better", "same")
     return sorted(report.findings, key=lambda f: (place.index(f.verdict), f.row != "base", f.row, f.key))

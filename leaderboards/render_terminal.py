@@ -11,7 +11,7 @@ ColumnText = tuple[str, list[str]]  # head, the cell of each row
 
 
 def terminal(board: Board, width: int) -> str:
-    """The board as text of at most `width` character cells a line."""
+    """Render the board as text of at most `width` character cells a line."""
     required, optional = _required_columns(board), _optional_columns(board)
     required = _shortened(required, width)
     left = width - sum(_size(c) + 2 for c in required if any(c[1])) + 2
@@ -36,7 +36,7 @@ def terminal(board: Board, width: int) -> str:
 
 
 def _required_columns(board: Board) -> list[ColumnText]:
-    """Rank, row, key, difference, p and marks."""
+    """Return the columns rank, row, key, difference, p and marks."""
     rows = board.rows
     return [
         ("", [rank(r, rows) for r in rows]),
@@ -49,7 +49,7 @@ def _required_columns(board: Board) -> list[ColumnText]:
 
 
 def _optional_columns(board: Board) -> list[ColumnText]:
-    """Training scorer, first currency of the budget, number of seeds, and the other scorers."""
+    """Return the columns training scorer, first currency of the budget, number of seeds, and the other scorers."""
     rows, currency = board.rows, board.clock
     others = [c.key for c in board.columns if c.key != board.key]
     training = [c.key for c in board.columns if c.role == "training" and c.key != board.key][:1]
@@ -66,7 +66,7 @@ def _scores(board: Board, key: str) -> list[str]:
 
 
 def _shortened(columns: Sequence[ColumnText], width: int) -> list[ColumnText]:
-    """The required columns with heads, and labels where they are too long, cut to fit."""
+    """Cut the heads of the required columns, and labels that are too long, to fit."""
     from rich.cells import cell_len
 
     columns = [(_cut(head, max(20, *map(cell_len, texts))), texts) for head, texts in columns]
@@ -78,7 +78,7 @@ def _shortened(columns: Sequence[ColumnText], width: int) -> list[ColumnText]:
 
 
 def _size(column: ColumnText) -> int:
-    """The width of a column in character cells."""
+    """Return the width of a column in character cells."""
     from rich.cells import cell_len
 
     return max(cell_len(text) for text in (column[0], *column[1]))
@@ -93,14 +93,14 @@ def _aligned(columns: Sequence[ColumnText], rows: int) -> str:
 
 
 def _cut(text: str, limit: int) -> str:
-    """The text cut to at most `limit` character cells, of which some letters take two."""
+    """Cut the text to at most `limit` character cells; some letters take two."""
     from rich.cells import cell_len, set_cell_size
 
     return text if cell_len(text) <= limit else set_cell_size(text, limit - 1).rstrip() + "…"
 
 
 def _lines(text: str, width: int) -> list[str]:
-    """The text wrapped to lines of at most `width` character cells, all indented like the first."""
+    """Wrap the text to lines of at most `width` character cells, all indented like the first."""
     from rich.cells import cell_len, chop_cells
 
     indent = " " * (len(text) - len(text.lstrip()))

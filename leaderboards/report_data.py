@@ -1,4 +1,4 @@
-"""Data of a report: reads what the runs of a board stored beside their scores."""
+"""Reads the data of a report that the runs of a board stored beside their scores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .runs import LoadedRun
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything a page shows beside the table."""
+    """Data that a page shows beside the table."""
 
     rows: Mapping[str, Sequence[LoadedRun]]  # label -> its runs
     texts: Sequence[str]  # the test prompts

@@ -20,17 +20,17 @@ from .runs import Array, LoadedRun
 
 
 def settings_of(r: Record) -> dict[str, Any]:
-    """The part of a run's configuration that makes a row: neither the seed nor what all runs of a table share."""
+    """Return the part of a run's configuration that defines a row: neither the seed nor what all runs of a table share."""
     return {k: v for k, v in r.config.items() if k in ("settings", "adapter", "precision", "reward", "sources")}
 
 
 def settings_text(r: Record) -> str:
-    """Method and settings as text: equal for two runs of one row."""
+    """Return method and settings as text: equal for two runs of one row."""
     return json.dumps([r.method, settings_of(r)], sort_keys=True)
 
 
 def group_runs(runs: Sequence[LoadedRun]) -> dict[str, list[LoadedRun]]:
-    """Label -> the seeds of one method with one set of settings; a label names settings where a method has several rows."""
+    """Map label to the runs of one method with one set of settings; a label names settings where a method has several rows."""
     by_method: dict[str, dict[str, list[LoadedRun]]] = {}
     for run in runs:
         by_method.setdefault(run.record.method, {}).setdefault(settings_text(run.record), []).append(run)
@@ -48,19 +48,19 @@ def group_runs(runs: Sequence[LoadedRun]) -> dict[str, list[LoadedRun]]:
 
 
 def runs_by_row(rows: Sequence[BoardRow], runs: Sequence[LoadedRun]) -> dict[str, list[LoadedRun]]:
-    """Label -> the runs of that row, in the order of the table; the base has none."""
+    """Map label to the runs of that row, in the order of the table; the base has none."""
     by_folder = {str(r.folder): r for r in runs}
     return {row.label: [by_folder[folder] for folder in row.folders] for row in rows}
 
 
 def base_row(bases: Mapping[str, LoadedRun]) -> BoardRow:
-    """The row of the base model. bases: scorer/metric -> the run whose scores of the base are shown."""
+    """Build the row of the base model. bases: scorer/metric -> the run whose scores of the base are shown."""
     invalid = _missing_share([{key: run.before[key]} for key, run in bases.items()]) > record.INVALID
     return BoardRow(BASE, BASE, "base", (), (), {}, {}, invalid=invalid)
 
 
 def method_row(label: str, group: Sequence[LoadedRun]) -> BoardRow:
-    """The row of one group of runs, without cells and rank."""
+    """Build the row of one group of runs, without cells and rank."""
     records = [r.record for r in group]
     currencies = dict.fromkeys(c for r in records for c in r.spent)
     method = records[0].method
@@ -83,7 +83,7 @@ def method_row(label: str, group: Sequence[LoadedRun]) -> BoardRow:
 
 
 def find_row(rows: Sequence[BoardRow], name: str) -> BoardRow:
-    """The row of this label, or the only row of this method. Raises UserError where there is none or several."""
+    """Find the row of this label, or the only row of this method. Raises UserError where there is none or several."""
     matching = [r for r in rows if r.label == name] or [r for r in rows if r.method == name]
     if not matching:
         raise registry.unknown("baseline", name, [r.label for r in rows])
@@ -93,12 +93,12 @@ def find_row(rows: Sequence[BoardRow], name: str) -> BoardRow:
 
 
 def _missing_share(evaluations: Sequence[Mapping[str, Array]]) -> float:
-    """The largest share of images without a score, over scorers and metrics."""
+    """Return the largest share of images without a score, over scorers and metrics."""
     return max((float(np.isnan(scores).mean()) for by_key in evaluations for scores in by_key.values()), default=1.0)
 
 
 def _cmmd(records: Sequence[Record]) -> dict[str, Estimate]:
-    """Embedder -> the mean over seeds of CMMD, which has no value by prompt.
+    """Map embedder to the mean over seeds of CMMD, which has no value by prompt.
 
     A seed's own interval estimates the prompts' variance, which seeds share; the variance between seeds is added. The interval
     is normal, with Student's quantile at Welch-Satterthwaite degrees of freedom.

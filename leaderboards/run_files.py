@@ -1,4 +1,4 @@
-"""Files of a run that a report reads beside the scores: tables, prompt texts, and the scorers' notes on images."""
+"""Reads the files of a run beside its scores: tables, prompt texts, and the scorers' notes on images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESAMPLES = 2_000  # for intervals of curves and parts, by which nothing is rank
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> Any:
-    """A parquet file as a data frame. Raises UserError where it cannot be read."""
+    """Read a parquet file as a data frame. Raises UserError where it cannot be read."""
     import pandas as pd
     import pyarrow as pa
 
@@ -24,7 +24,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> Any:
 
 
 def prompt_texts(run: LoadedRun) -> list[str]:
-    """The test prompts in order; "prompt K" where the run stored no texts."""
+    """Return the test prompts in order; "prompt K" where the run stored no texts."""
     import pyarrow.parquet as pq
 
     texts = [f"prompt {k}" for k in range(len(run.strata))]
@@ -37,7 +37,7 @@ def prompt_texts(run: LoadedRun) -> list[str]:
 
 
 def scorer_notes(run: LoadedRun, noises: set[tuple[int, int]]) -> dict[tuple[int, int], dict[str, tuple[str, str]]]:
-    """(prompt, image) -> scorer -> its note on the image before and after, or the reason why it could not score."""
+    """Map (prompt, image), then scorer, to its note on the image before and after, or the reason why it could not score."""
     import pyarrow.parquet as pq
 
     path = run.folder / "scores.parquet"

@@ -32,21 +32,21 @@ class LoadedRun:
     strata: tuple[str, ...]  # (prompts,)
 
     def has(self, key: str) -> bool:
-        """Whether both the base and the result have scores of this `scorer/metric`."""
+        """Return whether both the base and the result have scores of this `scorer/metric`."""
         return key in self.before and key in self.after
 
     def gain(self, key: str) -> Array:
-        """(prompts, images): after minus before of one `scorer/metric`, on the same noise."""
+        """Return after minus before of one `scorer/metric` on the same noise, (prompts, images)."""
         return self.after[key] - self.before[key]
 
 
 def strata_or_none(strata: Sequence[str]) -> list[str] | None:
-    """The stratum of each prompt; None where all prompts are of one stratum."""
+    """Return the stratum of each prompt; None where all prompts are of one stratum."""
     return list(strata) if len(set(strata)) > 1 else None
 
 
 def load_runs(paths: Sequence[Path], task: str | None = None) -> list[LoadedRun]:
-    """The finished runs in these paths. Each path is a run directory, a folder of run directories, or a `compare` JSON file.
+    """Load the finished runs in these paths. Each path is a run directory, a folder of run directories, or a `compare` JSON file.
 
     A run that several paths name counts once. task: load only the runs of this task.
     Raises UserError where there is no run, where a run named itself is not finished, and on files that cannot be read.
@@ -63,7 +63,7 @@ def load_runs(paths: Sequence[Path], task: str | None = None) -> list[LoadedRun]
 
 
 def excluded_runs(paths: Sequence[Path], task: str | None = None) -> list[str]:
-    """A note on the runs in these paths that no table can hold: failed runs, with the reason, and unfinished runs.
+    """Return a note on the runs in these paths that no table can contain: failed runs, with the reason, and unfinished runs.
 
     Without it a method would silently be ranked by only those of its seeds that finished.
     """
@@ -93,7 +93,7 @@ def _run_folders(path: Path) -> list[Path]:
 
 
 def _folders_of_comparison(path: Path) -> list[Path]:
-    """The runs that a comparison finished; they are beside its file, also after that folder was moved."""
+    """Return the runs that a comparison finished; they are beside its file, also after that folder was moved."""
     names = [run["run"] for run in _runs_of_comparison(path) if run["state"] == "done"]
     if not names:
         raise UserError(f"none of the runs of {path} is done")
@@ -101,7 +101,7 @@ def _folders_of_comparison(path: Path) -> list[Path]:
 
 
 def _runs_of_comparison(path: Path) -> list[dict[str, str]]:
-    """The runs that a comparison's file lists, each with its state."""
+    """Return the runs that a comparison's file lists, each with its state."""
     words = ("method", "task", "seed", "reason")
     try:
         return [
@@ -113,7 +113,7 @@ def _runs_of_comparison(path: Path) -> list[dict[str, str]]:
 
 
 def _task_of_unfinished(file: Path) -> str | None:
-    """The task of a run that has only its configuration, from the command in the first line of that file."""
+    """Return the task of a run that has only its configuration, from the command in the first line of that file."""
     try:
         words = shlex.split(file.read_text("utf-8").partition("\n")[0].lstrip("# "))
         return words[words.index("--task") + 1]
@@ -129,7 +129,7 @@ def _read_run(folder: Path) -> LoadedRun:
 
 
 def _read_scores(path: Path) -> tuple[dict[str, Array], dict[str, Array], tuple[str, ...]]:
-    """Scores before and after training, scorer/metric -> (prompts, images), and each prompt's stratum."""
+    """Read scores before and after training, scorer/metric -> (prompts, images), and each prompt's stratum."""
     prompt, ordinal, value, coded = _read_columns(path)
     shape = (int(prompt.max()) + 1, int(ordinal.max()) + 1)
     (phase, phases), (scorer, scorers), (metric, metrics) = (coded[name] for name in ("phase", "scorer", "metric"))
@@ -154,7 +154,7 @@ def _read_scores(path: Path) -> tuple[dict[str, Array], dict[str, Array], tuple[
 
 
 def _read_columns(path: Path) -> tuple[Any, Any, Any, dict[str, tuple[NDArray[np.int64], list[str]]]]:
-    """The columns prompt, ordinal and value of a scores file, and each column of words as (codes, words)."""
+    """Read the columns prompt, ordinal and value of a scores file, and each column of words as (codes, words)."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -177,6 +177,6 @@ def _read_columns(path: Path) -> tuple[Any, Any, Any, dict[str, tuple[NDArray[np
 
 
 def _codes(column: Any) -> tuple[NDArray[np.int64], list[str]]:
-    """A column of words as (codes, words): row i holds words[codes[i]]."""
+    """Return a column of words as (codes, words): row i holds words[codes[i]]."""
     whole = column.combine_chunks()
     return whole.indices.to_numpy(zero_copy_only=False).astype(np.int64), [str(w) for w in whole.dictionary.to_pylist()]

@@ -1,1 +1,1 @@
-"""Scorers, one file a family: images and prompts in, one score an image out."""
+"""Scorers, one file a family: each maps images and prompts to one score an image."""

@@ -1,9 +1,9 @@
-"""Scorer `aesthetic`: LAION's aesthetic predictor on CLIP's image embedding, 1 to 10; the prompt is not read.
+"""Scorer `aesthetic`: applies LAION's aesthetic predictor to CLIP's image embedding, 1 to 10; it does not read the prompt.
 
 christophschuhmann/improved-aesthetic-predictor: the 768 projected features of openai/clip-vit-large-patch14, brought to length 1, go
 through five linear layers. There is no activation between them, so the score is affine in the features (`collapsed`). It is the MLP
-`sac+logos+ava1-l14-linearMSE.pth`, not the single layer of LAION-AI/aesthetic-predictor, whose marks do not compare. A score that
-never sees the prompt rises while pictures stop showing what was asked for: it belongs beside a reward, not in its place.
+`sac+logos+ava1-l14-linearMSE.pth`, not the single layer of LAION-AI/aesthetic-predictor, whose scores are not comparable. A score
+that ignores the prompt can rise while images stop showing what the prompt asks for: use it beside a reward, not in its place.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ TOWER = "openai/clip-vit-large-patch14"
 REPOSITORY = "christophschuhmann/improved-aesthetic-predictor"  # of GitHub, not of the hub
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
 WIDTHS = (768, 1024, 128, 64, 16, 1)
-DROPPED = (0.2, 0.2, 0.1)  # behind the first three layers, in training only; they number the layers in the file
+DROPPED = (0.2, 0.2, 0.1)  # after the first three layers, in training only; layer numbers in the file count them
 
 
 def network() -> nn.Sequential:
-    """(B, 768) -> (B, 1), float32."""
+    """Build the predictor with random weights: (B, 768) -> (B, 1), float32."""
     from torch import nn
 
     layers: list[nn.Module] = []
@@ -42,7 +42,7 @@ def network() -> nn.Sequential:
 
 
 def collapsed(mlp: nn.Sequential) -> tuple[Values, float]:
-    """The (768,) weights and the bias, in float64, of the affine function that the network is at inference."""
+    """Return the (768,) weights and the bias, in float64, of the affine function that the network computes at inference."""
     from torch import nn
 
     weights, bias = np.eye(WIDTHS[0]), np.zeros(WIDTHS[0])
@@ -54,7 +54,7 @@ def collapsed(mlp: nn.Sequential) -> tuple[Values, float]:
 
 
 def load(path: Path) -> nn.Sequential:
-    """The network with the published weights, whose names begin with `layers.`; UserError where the file holds anything else."""
+    """Load the published weights, whose names begin with `layers.`; UserError where the file holds anything else."""
     import torch
 
     mlp = network()
@@ -68,7 +68,7 @@ def load(path: Path) -> nn.Sequential:
 
 
 class Aesthetic:
-    """Marks pictures; prompts are not read."""
+    """Scores images by their CLIP embedding; prompts are not read."""
 
     name = "aesthetic"
     metrics: Sequence[str] = ("score",)
@@ -79,7 +79,7 @@ class Aesthetic:
         self.id = f"aesthetic-1/{weights}/{sight.fit}/float32"
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        """(B, H, W, 3) and B prompts -> score, about 1 to 10; NaN with a reason where a picture could not be scored."""
+        """(B, H, W, 3) and B prompts -> score, about 1 to 10; NaN with a reason where an image could not be scored."""
         import torch
 
         check_images(images, prompts)
@@ -92,7 +92,7 @@ class Aesthetic:
         return Scores(value={"score": value}, reasons=reasons)
 
     def self_test(self) -> None:
-        """The network is the affine function it collapses to, and marks of two pictures lie between -5 and 15; else RuntimeError."""
+        """Raise RuntimeError unless the network equals its `collapsed` function and scores two images between -5 and 15."""
         grey = np.full((1, 224, 224, 3), 128, np.uint8)
         noise = np.random.default_rng(0).integers(0, 256, grey.shape, dtype=np.uint8)
         images = np.concatenate([grey, noise])
@@ -105,7 +105,7 @@ class Aesthetic:
 
 
 def make(variant: str | None = None) -> Aesthetic:
-    """The scorer; it has no variants. Missing says where to put the predictor's file, which no hub repository holds."""
+    """Make the scorer, which has no variants. Missing says where to put the predictor's file, which no hub repository holds."""
     if variant is not None:
         raise UserError(f"the scorer 'aesthetic' has no variant {variant!r}; write it as 'aesthetic'")
     try:

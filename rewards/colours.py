@@ -1,9 +1,9 @@
-"""Colour classifier of GenEval: an object is cut out on grey and gets the nearest of ten colour words.
+"""Colour classifier of GenEval: cuts an object out on grey and assigns the nearest of ten colour words.
 
 GenEval's colour classifier (arXiv 2310.11513; evaluation/evaluate_images.py of djghosh13/geneval at af4902f): OpenAI's CLIP ViT-L/14
 through open_clip, three templates a colour, the object's mask composited on #999 and cropped to its box. The network's activation is
-QuickGELU; open_clip of today switches it on only where the architecture's name says so, and without it every number drifts silently.
-For the embedded model's pictures, which have three shape colours, `PaletteColours` does the same without a network.
+QuickGELU; current open_clip enables it only where the architecture's name says so, and without it every number changes without an error.
+For the embedded model's images, which have three shape colours, `PaletteColours` does the same without a network.
 """
 
 import os
@@ -21,27 +21,27 @@ from .geneval_rules import COLOURS
 from .palette import PALETTE
 
 CLIP_MODEL = "ViT-L-14-quickgelu"
-# OpenAI's weights as open_clip's tag `openai` names them on the hub; through bench/assets/weight_store.py, so that a folder
-# of yours can hold them.
+# OpenAI's weights as open_clip's tag `openai` names them on the hub; through bench/assets/weight_store.py, so that a user's
+# own folder can hold them.
 REPOSITORY, FILE = "timm/vit_large_patch14_clip_224.openai", "open_clip_model.safetensors"
 BGCOLOR = "#999"  # outside the mask
 TEMPLATES = ("a photo of a {c} {cls}", "a photo of a {c}-colored {cls}", "a photo of a {c} object")
 
 
 class ColourClassifier(Protocol):
-    """Names the colours of objects in one picture."""
+    """Names the colours of the objects in one image."""
 
     id: str
 
     def __call__(self, image: np.ndarray, objects: Sequence[Detection]) -> list[str]:
-        """(H, W, 3) uint8 RGB and its objects -> a colour name each; an object's answer depends on it alone."""
+        """Map (H, W, 3) uint8 RGB and its objects to one colour name each; an object's colour does not depend on the others."""
         ...
 
 
 def cut_out(image: np.ndarray, thing: Detection) -> Any:
-    """A PIL picture of one object: grey outside its mask, cropped to its box; without a mask the background stays, as published.
+    """Return a PIL image of one object: grey outside its mask, cropped to its box; without a mask the background stays, as published.
 
-    The edges of the box are rounded as PIL rounds; one that rounds to nothing keeps a pixel. ValueError for a mask of another size.
+    The edges of the box are rounded as PIL rounds; a side that rounds to 0 becomes one pixel. ValueError for a mask of another size.
     """
     from PIL import Image
 
@@ -56,7 +56,7 @@ def cut_out(image: np.ndarray, thing: Detection) -> Any:
 
 
 class ClipColours:
-    """The published classifier. Objects pass `rows` at a time, the last batch padded: kernels depend on the number of rows."""
+    """The published classifier, run on batches of `rows` objects, the last one padded: kernels depend on the number of rows."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class ClipColours:
         device: str = "cpu",
         rows: int = 1,
     ) -> None:
-        """model, preprocess (of validation), tokenizer: what open_clip makes for one architecture."""
+        """Keep what open_clip makes for one architecture: model, preprocess (of validation) and tokenizer."""
         self.id = id
         self._model = model.to(device).eval().requires_grad_(False)
         self._preprocess, self._tokenizer = preprocess, tokenizer
@@ -76,7 +76,7 @@ class ClipColours:
         self._words: dict[str, Any] = {}  # class -> (10, D) unit vectors
 
     def words(self, name: str) -> Any:
-        """(10, D): a unit vector a colour, the mean of its three sentences' unit vectors brought back to length 1."""
+        """Return (10, D), a unit vector for each colour: the mean of its three sentences' unit vectors, normalised again."""
         import torch
 
         if name not in self._words:
@@ -88,7 +88,7 @@ class ClipColours:
         return self._words[name]
 
     def likeness(self, image: np.ndarray, objects: Sequence[Detection]) -> np.ndarray:
-        """(n, 10) float32: cosine of every object and every colour."""
+        """Return (n, 10) float32: the cosine of every object with every colour."""
         import torch
 
         pictures = [self._preprocess(cut_out(image, thing)) for thing in objects]
@@ -105,14 +105,14 @@ class ClipColours:
         return np.array(out, np.float32).reshape(len(objects), len(COLOURS))
 
     def __call__(self, image: np.ndarray, objects: Sequence[Detection]) -> list[str]:
-        """The colour each object looks most like."""
+        """Return the colour with the highest cosine for each object."""
         return [COLOURS[i] for i in self.likeness(image, objects).argmax(1)]
 
 
 def clip_id() -> str:
-    """What the published classifier is called in an id, told without loading it.
+    """Return the published classifier's part of a scorer id, without loading the classifier.
 
-    Weights from the hub are named by their tag, `openai`, of which there has been one release; a file of yours by its digest as well.
+    Weights from the hub are named by their tag, `openai`, of which there has been one release; a user's own file by its digest as well.
     """
     root = os.environ.get("GPOBENCH_WEIGHTS", "")
     own = Path(root, REPOSITORY, FILE)
@@ -120,7 +120,7 @@ def clip_id() -> str:
 
 
 def open_clip_colours(architecture: str = CLIP_MODEL, weights: Path | None = None) -> ClipColours:
-    """The published classifier, from `weights` or the hub's file; Missing where open_clip or the weights are not here."""
+    """Load the published classifier from `weights` or the hub's file; Missing where open_clip or the weights are absent."""
     try:
         import open_clip
     except ImportError:
@@ -140,19 +140,19 @@ def open_clip_colours(architecture: str = CLIP_MODEL, weights: Path | None = Non
 
 
 class PaletteColours:
-    """The palette colour that most pixels of an object lie nearest to: exact for the embedded model's three colours."""
+    """Assigns the palette colour nearest to most pixels of an object: exact for the embedded model's three colours."""
 
     id = "palette-colours-1"
 
     def __call__(self, image: np.ndarray, objects: Sequence[Detection]) -> list[str]:
-        """The colour of each object, by its mask, by its box where it has none."""
+        """Return the colour of each object, from the pixels of its mask, or of its box where it has none."""
         return [palette_colour(image, thing) for thing in objects]
 
 
 def palette_colour(image: np.ndarray, thing: Detection) -> str:
-    """The shape colour that most pixels inside the mask (else the box) are nearest to; the first in `SHAPE_COLOURS` where two tie.
+    """Return the shape colour nearest to most pixels inside the mask (else the box); the first in `SHAPE_COLOURS` of a tie.
 
-    Pixels nearest to a paper have no vote, so a box around a small shape is named after the shape; `paper` where there are no others.
+    Pixels nearest to a paper are not counted, so a box around a small shape gets the shape's colour; `paper` where there are no others.
     """
     if thing.mask is not None:
         pixels = image[thing.mask]

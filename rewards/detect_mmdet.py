@@ -1,9 +1,9 @@
-"""GenEval's own detector, Mask2Former of mmdet, in the oldest version of mmdet that can still be installed: 3.3, not the 2.27 of the paper.
+"""Runs GenEval's own detector, Mask2Former of mmdet, in the oldest version of mmdet that still installs: 3.3, not the paper's 2.27.
 
-The checkpoint is the conversion for mmdet 3 of the very training run that GenEval uses (`_20220504_001756`, box AP 49.3); the code
-around it is another version, so numbers may differ from the published ones in places nobody has measured, and the id says 3.3. mmdet
-imports the compiled operators of mmcv (`mmcv._ext`); no wheel of them exists for today's torch: build mmcv 2.1 from source, best in an
-environment of its own. Pictures pass one at a time, as arrays in the order blue, green, red that mmdet expects.
+The checkpoint is the conversion for mmdet 3 of the training run that GenEval uses (`_20220504_001756`, box AP 49.3); the code
+around it is another version, so numbers may differ from the published ones where nobody has measured, and the id says 3.3. mmdet
+imports the compiled operators of mmcv (`mmcv._ext`); no wheel of them exists for current torch: build mmcv 2.1 from source, best in an
+environment of its own. Images are processed one at a time, as arrays in the channel order blue, green, red that mmdet expects.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from ..bench.errors import Missing, UserError
 from ..bench.spec import Images
 from .detectors import RENAMED, Detection
 
-FLOOR = 0.05  # detections with a lower score are dropped here: no rule asks for less, and masks are large
+FLOOR = 0.05  # lower scores are dropped here: no rule has a lower threshold, and masks are large
 CONFIG = "mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco"
 CHECKPOINT = f"{CONFIG}_20220504_001756-c9d0c4f2.pth"
 # The address that the wheel's own model zoo has (metafile.yml); the end of the name is the beginning of the sha256
@@ -33,12 +33,12 @@ WEIGHTS = weight_store.PublishedWeights(
 
 
 class MMDet:
-    """Every object that a model of mmdet finds, with its mask where the model paints masks."""
+    """Detects objects with a model of mmdet, with their masks where the model predicts masks."""
 
     name = "mmdet"
 
     def __init__(self, config: Any, weights: Path) -> None:
-        """config: a file of mmdet's or an mmengine Config. Raises Missing without compiled mmcv, UserError where the weights do not fit."""
+        """Build the model; config: mmdet's file or an mmengine Config. Raises Missing without compiled mmcv, UserError on other weights."""
         _installed()
         with warnings.catch_warnings(
             record=True
@@ -63,7 +63,7 @@ class MMDet:
         self.id = f"mmdet-1[{FLOOR}]/{engines}/{weights.stem}@{weight_store.short_digest(weights)}"
 
     def __call__(self, images: Images) -> list[list[Detection]]:
-        """(B, H, W, 3) -> B lists, best first; raises what the engine raises."""
+        """Map (B, H, W, 3) to B lists, best first; raises what the engine raises."""
         return [self._look(image) for image in images]
 
     def _look(self, image: np.ndarray) -> list[Detection]:
@@ -75,7 +75,7 @@ class MMDet:
 
 
 def _installed() -> None:
-    """Missing, with what to install, where mmdet or the compiled part of mmcv is not there."""
+    """Raise Missing, naming what to install, where mmdet or the compiled part of mmcv is absent."""
     if util.find_spec("mmdet") is None:
         raise Missing(
             "the detector 'mmdet' needs mmdet; install with: pip install 'gpobench[mmdet]', and mmcv 2.1 built from source"
@@ -88,9 +88,9 @@ def _installed() -> None:
 
 
 def _weights(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds: tensors, names and the arrays of a training log; nothing that could run code is unpickled.
+    """Read a checkpoint's tensors, names and the arrays of its training log; nothing that could run code is unpickled.
 
-    A training log refers to its own methods by way of `getattr`; they are not needed, so the name is read as a function of nothing.
+    A training log refers to its own methods through `getattr`; they are not needed, so `_nothing` replaces that name.
     """
     import pickle
 
@@ -116,11 +116,11 @@ def _weights(path: Path) -> dict[str, Any]:
 
 
 def _nothing(*of: object) -> None:
-    """Stands for what a checkpoint may name and nobody needs."""
+    """Replace a name in a checkpoint that is not needed."""
 
 
 def config_file() -> Path:
-    """The settings of GenEval's model inside the mmdet package, where wheels keep them."""
+    """Return the settings file of GenEval's model inside the installed mmdet package."""
     spec = util.find_spec("mmdet")
     if spec is None or spec.origin is None:
         raise Missing(
@@ -130,6 +130,6 @@ def config_file() -> Path:
 
 
 def mask2former() -> MMDet:
-    """GenEval's detector; Missing where mmcv's operators are not here, or the checkpoint cannot be had."""
+    """Make GenEval's detector; Missing where mmcv's operators are absent or the checkpoint cannot be fetched."""
     _installed()
     return MMDet(config_file(), WEIGHTS.find())

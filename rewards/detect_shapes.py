@@ -1,12 +1,12 @@
-"""Detector of the held-out counter: a small network that finds circles, squares and triangles in 64x32 images, of any colour.
+"""Detector of the held-out shape scorer: a small network finds circles, squares and triangles of any colour in 64x32 images.
 
-It was trained by `shapes_recipe.py` on shapes of its own, in random colours on random papers, so it shares neither rule nor constant
+It was trained by `shapes_recipe.py` on other shapes, in random colours on random backgrounds, so it shares neither rule nor constant
 with the palette counter that methods are trained on. Objects are points (CenterNet, Zhou et al. 2019, arXiv 1904.07850): one
 map a class whose local maxima are centres, four more for where in its cell the centre is and how large the box around it. A score is
-calibrated: 0.9, the threshold of GenEval's counting rule, is where worn pictures are counted best.
+calibrated: 0.9, the threshold of GenEval's counting rule, is where degraded images are counted best.
 
-On 405 pictures of the embedded model it counted as the palette counter did in 86 %, and within one in 98 %. Looked at, most of the others
-are squares and circles with a soft corner, which the palette counter takes for another kind.
+On 405 images of the embedded model it counted as the palette counter did in 86 %, and within one in 98 %. On inspection, most of the others
+are squares and circles with a soft corner, which the palette counter classifies as another kind.
 """
 
 import json
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 STRIDE = 2  # px a cell of the maps
-FLOOR = 0.05  # peaks with a lower score are nobody's object
+FLOOR = 0.05  # peaks with a lower score are dropped
 WEIGHTS = Path(__file__).with_name("shapes.safetensors")
 CALIBRATION = "calibration"  # the tensor (2,) in the weights file: score = sigmoid(a * logit + b)
 
 
 def network() -> "nn.Sequential":
-    """(B, 3, 32, 64) standardised pictures -> (B, 7, 16, 32): logits of the three kinds, then dx, dy, log width, log height.
+    """Build the network: (B, 3, 32, 64) standardised images -> (B, 7, 16, 32), three kinds' logits, dx, dy, log width, log height.
 
-    Cells of 2 px see the edges, cells of 4 px the neighbourhood, and a shuffle brings four answers of the latter to their places.
+    Cells of 2 px resolve edges, cells of 4 px cover the neighbourhood; a pixel shuffle maps the latter back to cells of 2 px.
     """
     from torch import nn
 
@@ -61,7 +61,7 @@ def network() -> "nn.Sequential":
 
 
 def peaks(maps: "Tensor", calibration: "Tensor") -> list[list[Detection]]:
-    """(B, 7, 16, 32) and (2,) -> the local maxima of each kind's map, best first, with boxes in pixels; scores above FLOOR only."""
+    """Return the local maxima of each kind's map, best first, scores above FLOOR, boxes in pixels; from (B, 7, 16, 32) and (2,)."""
     import torch
     import torch.nn.functional as F
 
@@ -80,7 +80,7 @@ def peaks(maps: "Tensor", calibration: "Tensor") -> list[list[Detection]]:
 
 
 class ShapesDetector:
-    """Finds shapes with the trained network; boxes only."""
+    """Detects shapes with the trained network; boxes only."""
 
     name = "shapes"
     classes: Sequence[str] = SHAPES
@@ -105,7 +105,7 @@ class ShapesDetector:
         self.id = f"shapes-1/centres@{sha256(raw).hexdigest()[:8]}"
 
     def maps(self, images: Images) -> "Tensor":
-        """(B, 32, 64, 3) uint8 -> (B, 7, 16, 32); a row depends on its picture alone, whatever stands beside it."""
+        """Map (B, 32, 64, 3) uint8 to (B, 7, 16, 32); a row depends on its own image only."""
         import torch
 
         if images.shape[1:] != (HEIGHT, WIDTH, 3):
@@ -120,17 +120,17 @@ class ShapesDetector:
             return torch.cat(rows)
 
     def __call__(self, images: Images) -> list[list[Detection]]:
-        """(B, 32, 64, 3) -> B lists; ValueError for another shape."""
+        """Map (B, 32, 64, 3) to B lists of detections; ValueError for another shape."""
         return peaks(self.maps(images), self.calibration)
 
 
 @lru_cache(maxsize=1)
 def recipe_facts() -> dict[str, object]:
-    """How the shipped weights were made and how well they count, as the recipe wrote it down."""
+    """Read the recipe's record: how the shipped weights were made and how accurately they count."""
     facts: dict[str, object] = json.loads(WEIGHTS.with_suffix(".json").read_text("utf-8"))
     return facts
 
 
 def detector() -> ShapesDetector:
-    """The detector; Missing where its weights are not there."""
+    """Make the detector; Missing where its weights are absent."""
     return ShapesDetector()

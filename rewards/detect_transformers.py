@@ -1,9 +1,9 @@
-"""Detectors of the 80 classes of COCO from transformers: Mask2Former paints masks, RT-DETR and D-FINE draw boxes only.
+"""Runs detectors of the 80 COCO classes from transformers: Mask2Former predicts masks, RT-DETR and D-FINE boxes only.
 
 Mask2Former (arXiv 2112.01527) is read as mmdet 2.x, GenEval's engine, reads it (`mask2former_head` of open-mmlab/mmdetection, as
-documented for v2.27): nothing is assigned exclusively, a query may stand for several classes. Its weights come from another training
+documented for v2.27): nothing is assigned exclusively, a query may represent several classes. Its weights come from another training
 run than GenEval's checkpoint, so scores differ, GenEval's thresholds were not made for it, and its id says so. RT-DETR (arXiv
-2304.08069) and D-FINE (arXiv 2410.13842) are faster and have no masks. Pictures pass one at a time: a row depends on its picture alone.
+2304.08069) and D-FINE (arXiv 2410.13842) are faster and have no masks. Images pass one at a time: a row depends on its own image only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +22,10 @@ from .detectors import RENAMED, Detection
 if TYPE_CHECKING:
     from torch import Tensor
 
-FLOOR = 0.05  # detections with a lower score are dropped here: no rule asks for less, and masks are large
-TOP = 100  # pairs of a query and a class that are looked at, as mmdet's max_per_image
+FLOOR = 0.05  # lower scores are dropped here: no rule has a lower threshold, and masks are large
+TOP = 100  # pairs of a query and a class that are kept, as mmdet's max_per_image
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet, RGB in 0..255
-GREY = 128.0  # what the margin of a padded picture shows
+GREY = 128.0  # grey level of the padding
 
 # Some conversions of COCO detectors carry the names of PASCAL VOC.
 VOC = {
@@ -40,14 +40,14 @@ VOC = {
 
 @dataclass(frozen=True)
 class ResizeRule:
-    """A picture is enlarged or reduced, keeping its proportions, until it fits into `long` x `short`; then padded to whole `multiple`s."""
+    """Scales an image, keeping its proportions, to fit into `long` x `short`, and pads it to whole `multiple`s."""
 
     long: int = 1333  # px
     short: int = 800
     multiple: int = 32
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of the picture after resizing, before padding, rounded as mmcv rounds."""
+        """Return (height, width) of the image after resizing, before padding, rounded as mmcv rounds."""
         scale = min(self.long / max(height, width), self.short / min(height, width))
         return int(height * scale + 0.5), int(width * scale + 0.5)
 
@@ -56,9 +56,9 @@ class ResizeRule:
 
 
 class Mask2Former:
-    """Every object with its mask at the picture's size, from the folder of a Mask2FormerForUniversalSegmentation.
+    """Detects objects with masks at the image's size, from the folder of a Mask2FormerForUniversalSegmentation.
 
-    The pictures are prepared as mmdet prepares them and not as the checkpoint's own settings say, because the folder's image size may
+    Images are prepared as mmdet prepares them and not as the checkpoint's own settings say, because the folder's image size may
     be another: bilinear without antialiasing (OpenCV's way), rounded to whole grey levels, padded with grey on the right and below.
     """
 
@@ -86,7 +86,7 @@ class Mask2Former:
             queries: Tensor = said.masks_queries_logits[0].float()
 
             def paint(query: int) -> "Tensor":
-                """(H, W) mask logits: to the padded size, margin cut off, to the picture's size."""
+                """Resize (H, W) mask logits to the padded size, crop the padding, and resize to the image's size."""
                 padded = F.interpolate(queries[query][None, None], tuple(pixels.shape[-2:]), mode="bilinear")
                 inner = padded[..., : size[0], : size[1]]
                 return F.interpolate(inner, (height, width), mode="bilinear")[0, 0]
@@ -94,7 +94,7 @@ class Mask2Former:
             return instances(said.class_queries_logits[0].float(), paint, self.labels)
 
     def pixels(self, image: np.ndarray) -> "Tensor":
-        """(H, W, 3) uint8 RGB -> (1, 3, h, w) standardised, as the network sees it."""
+        """Map (H, W, 3) uint8 RGB to the network's standardised input (1, 3, h, w)."""
         import torch
         import torch.nn.functional as F
 
@@ -107,7 +107,7 @@ class Mask2Former:
 
 
 def instances(logits: "Tensor", paint: Callable[[int], "Tensor"], names: Sequence[str]) -> list[Detection]:
-    """mmdet's reading of Mask2Former: (Q, C + 1) class logits, null last, and each query's (H, W) mask logits -> detections, best first.
+    """Convert Mask2Former's output to detections as mmdet does, best first: (Q, C + 1) class logits, null last, (H, W) mask logits a query.
 
     Of all pairs of a query and a class the TOP most probable are kept; the mask is where its logit is positive; the score is the
     class probability times the mean probability of the mask's pixels; the box is the tightest around it. Empty masks are dropped.
@@ -119,7 +119,7 @@ def instances(logits: "Tensor", paint: Callable[[int], "Tensor"], names: Sequenc
     for probability, pair in zip(best.tolist(), pairs.tolist(), strict=True):
         query, label = divmod(int(pair), p.shape[1])
         if probability <= FLOOR:
-            break  # the mask's share is at most 1
+            break  # the mask's mean probability is at most 1
         if query not in painted:
             painted[query] = _extent(paint(query))
         if (one := painted[query]) and probability * one[0] > FLOOR:
@@ -128,7 +128,7 @@ def instances(logits: "Tensor", paint: Callable[[int], "Tensor"], names: Sequenc
 
 
 def _extent(mask: "Tensor") -> tuple[float, tuple[float, float, float, float], np.ndarray] | None:
-    """(H, W) mask logits -> mean probability inside, tight box, (H, W) bool; None where nothing is inside."""
+    """Return mean probability inside, tight box and (H, W) bool of (H, W) mask logits; None where the mask is empty."""
     import torch
 
     inside = mask > 0
@@ -140,10 +140,10 @@ def _extent(mask: "Tensor") -> tuple[float, tuple[float, float, float, float], n
 
 
 class Boxes:
-    """Every object with its box, from the folder of an RTDetrForObjectDetection or a DFineForObjectDetection: both speak alike.
+    """Detects objects with boxes, from the folder of an RTDetrForObjectDetection or a DFineForObjectDetection: their outputs agree.
 
-    The picture is squeezed to `side` x `side` by PIL's bilinear filter and scaled to 0..1, as both were trained. Every query may
-    stand for several classes; as many pairs of a query and a class are kept as there are queries.
+    The image is resized to `side` x `side` by PIL's bilinear filter and scaled to 0..1, as in both trainings. Every query may
+    represent several classes; as many pairs of a query and a class are kept as there are queries.
     """
 
     def __init__(self, name: str, folder: Path, source: str, side: int = 640) -> None:
@@ -176,7 +176,7 @@ class Boxes:
         return found
 
     def pixels(self, image: np.ndarray) -> "Tensor":
-        """(H, W, 3) uint8 RGB -> (1, 3, side, side) in 0..1."""
+        """Map (H, W, 3) uint8 RGB to (1, 3, side, side) in 0..1."""
         import torch
         from PIL import Image
 
@@ -187,7 +187,7 @@ class Boxes:
 
 
 ARCHITECTURES = {"rtdetr": "RTDetrForObjectDetection", "dfine": "DFineForObjectDetection"}
-# Of the hub's conversions. None could be loaded where this was written; each folder must hold config.json and model.safetensors.
+# Conversions on the hub. None has been loaded in development; each folder must hold config.json and model.safetensors.
 SOURCES = {
     "mask2former": "facebook/mask2former-swin-small-coco-instance",
     "rtdetr": "PekingU/rtdetr_r18vd_coco_o365",  # hub id not verified here
@@ -196,12 +196,12 @@ SOURCES = {
 
 
 def labels(id2label: Mapping[int, str]) -> list[str]:
-    """A checkpoint's class names in the prompts' words, by index."""
+    """Return a checkpoint's class names, by index, in the words that prompts use."""
     return [RENAMED.get(name, VOC.get(name, name)) for _, name in sorted(id2label.items())]
 
 
 def load(name: str, architecture: str, folder: Path) -> Any:
-    """The network in float32, ready to look. UserError where a weight of it is missing from the folder: transformers would only warn."""
+    """Load the network in float32. UserError where the folder lacks one of its weights: transformers would only warn."""
     try:
         import transformers
     except ImportError as error:
@@ -230,7 +230,7 @@ def load(name: str, architecture: str, folder: Path) -> Any:
 
 
 def revision(folder: Path) -> str:
-    """The weights' and the settings' digests: both change what is seen."""
+    """Return the digests of weights and settings: both change the detections."""
     return (
         f"{weight_store.short_digest(folder / 'model.safetensors')}+{weight_store.short_digest(folder / 'config.json')}"
     )
@@ -245,15 +245,15 @@ def _folder(name: str) -> Path:
 
 
 def mask2former() -> Mask2Former:
-    """GenEval's substitute that installs everywhere; Missing where its weights are not here."""
+    """Make the substitute for GenEval's detector that installs everywhere; Missing where its weights are absent."""
     return Mask2Former("mask2former", _folder("mask2former"), SOURCES["mask2former"])
 
 
 def rtdetr() -> Boxes:
-    """RT-DETR with a ResNet-18, about 20 million parameters; Missing where its weights are not here."""
+    """Make RT-DETR with a ResNet-18, about 20 million parameters; Missing where its weights are absent."""
     return Boxes("rtdetr", _folder("rtdetr"), SOURCES["rtdetr"])
 
 
 def dfine() -> Boxes:
-    """D-FINE, size S, about 10 million parameters; Missing where its weights are not here."""
+    """Make D-FINE, size S, about 10 million parameters; Missing where its weights are absent."""
     return Boxes("dfine", _folder("dfine"), SOURCES["dfine"])

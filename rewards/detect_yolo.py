@@ -1,9 +1,9 @@
-"""YOLO detector of ultralytics for the 80 classes of COCO, for users who accept the AGPL-3.0 that covers it.
+"""Runs the YOLO detector of ultralytics for the 80 classes of COCO, for users who accept its licence, AGPL-3.0.
 
 Code and weights of ultralytics are under the AGPL-3.0: nothing of it is part of this package, it is imported only when this detector
 is asked for, and that says so once in every process. A `.pt` file is a pickle and opening it runs what is in it; so no run downloads
 it. The user gives the file, as `GPOBENCH_WEIGHTS/ultralytics/yolo11n.pt` or any path in GPOBENCH_YOLO, or asks for it by name with
-`gpobench fetch --scorer geneval:yolo`. No masks. Pictures pass one at a time: a row depends on its picture alone.
+`gpobench fetch --scorer geneval:yolo`. No masks. Images are processed one at a time: a row depends on its own image only.
 """
 
 import os
@@ -30,9 +30,9 @@ CONFIDENCE, OVERLAP, MOST = (
     0.05,
     0.7,
     300,
-)  # a low floor, for the rule sets the threshold; NMS and limit are the engine's own
+)  # a low floor, because the rule sets the threshold; NMS and limit are the engine's own
 LICENCE = "ultralytics is under the AGPL-3.0, code and weights: a service or a product that builds on it must be, too"
-# Read by ultralytics when it is imported: it shall not look for a network, install packages or write into the home folder.
+# Read by ultralytics at import: it must not use the network, install packages or write into the home folder.
 QUIET = {
     "YOLO_OFFLINE": "1",
     "YOLO_AUTOINSTALL": "false",
@@ -42,12 +42,12 @@ QUIET = {
 
 
 class Yolo:
-    """Every object that a YOLO detection model finds, at the picture size its checkpoint was trained at."""
+    """Detects objects with a YOLO model, at the image size its checkpoint was trained at."""
 
     name = "yolo"
 
     def __init__(self, weights: Path) -> None:
-        """Raises Missing without ultralytics, UserError for a file that is no detection model of it."""
+        """Load the model. Raises Missing without ultralytics, UserError for a file that is no detection model of it."""
         from PIL import Image
 
         for key, value in QUIET.items():
@@ -76,12 +76,12 @@ class Yolo:
         self.id = f"yolo-1[{settings}]/ultralytics-{metadata.version('ultralytics')}/{weights.stem}@{weight_store.short_digest(weights)}"
 
     def __call__(self, images: Images) -> list[list[Detection]]:
-        """(B, H, W, 3) -> B lists, best first; raises what the engine raises."""
+        """Map (B, H, W, 3) to B lists, best first; raises what the engine raises."""
         return [self._look(image) for image in images]
 
     def _look(self, image: np.ndarray) -> list[Detection]:
         (found,) = self._engine.predict(
-            self._picture(np.ascontiguousarray(image)),  # arrays would be taken for blue, green, red
+            self._picture(np.ascontiguousarray(image)),  # arrays would be read as blue, green, red
             imgsz=self.side,
             conf=CONFIDENCE,
             iou=OVERLAP,
@@ -95,7 +95,7 @@ class Yolo:
 
 
 def yolo() -> Yolo:
-    """The detector with the weights of GPOBENCH_YOLO (a path, or a name in the folder ultralytics), else yolo11n; Missing without any."""
+    """Make the detector with the weights of GPOBENCH_YOLO (a path, or a name in the folder ultralytics), else yolo11n; else Missing."""
     if said := os.environ.get("GPOBENCH_YOLO"):
         return Yolo(_said(Path(said)))
     try:
@@ -106,7 +106,7 @@ def yolo() -> Yolo:
 
 
 def _said(path: Path) -> Path:
-    """The file a person chose, entered under its own name; Missing where there is none."""
+    """Return the file that the user chose, logged under its own name; Missing where there is none."""
     if path.is_file():
         return downloads.log_download(downloads.DownloadRequest("file", PLACE, (path.name,), "", path))
     found = weight_store.given_by_hand(PLACE, path.name)

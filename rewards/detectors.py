@@ -1,4 +1,4 @@
-"""Detector interface: an image becomes labelled boxes with scores and masks, whichever network found them."""
+"""Detector interface: maps an image to labelled boxes with scores and masks, whichever network finds them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
@@ -11,7 +11,7 @@ from ..bench.spec import Images
 
 
 class Detection(NamedTuple):
-    """One object."""
+    """One detected object."""
 
     label: str  # in the prompts' words: `computer mouse`, not COCO's `mouse`
     score: float
@@ -27,11 +27,11 @@ class Detector(Protocol):
     classes: Sequence[str]  # what it can find
 
     def __call__(self, images: Images) -> list[list[Detection]]:
-        """(B, H, W, 3) -> B lists, every class, before any threshold of a rule."""
+        """Map (B, H, W, 3) to B lists, every class, before any threshold of a rule."""
         ...
 
 
-# Each is `module:function` of a function without arguments. Imported when asked for: most need an optional package.
+# Each is `module:function` of a function without arguments. Imported on use: most need an optional package.
 DETECTORS: Mapping[str, str] = {
     "mask2former": ".detect_transformers:mask2former",
     "rtdetr": ".detect_transformers:rtdetr",
@@ -44,7 +44,7 @@ DETECTORS: Mapping[str, str] = {
 
 
 def open_detector(name: str) -> Detector:
-    """The detector of that name; Missing where its package or its weights are not here, UserError for an unknown name."""
+    """Open the detector of that name; Missing where its package or its weights are absent, UserError for an unknown name."""
     if name not in DETECTORS:
         raise registry.unknown("detector", name, DETECTORS)
     module, _, function = DETECTORS[name].partition(":")

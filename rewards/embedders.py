@@ -1,8 +1,8 @@
-"""Embedders: images become vectors whose distances tell how much the images differ; CLIP, DINOv2 and LPIPS on the whole image.
+"""Embedders: map images to vectors whose distances measure how much the images differ; CLIP, DINOv2 and LPIPS.
 
-A picture is squeezed to a square of the network's size, not cropped, so that what lies at the ends of a wide one counts too (CMMD's own
-code does the same; for square pictures there is no difference). Pictures pass through the network in parts of a fixed size, the last
-one filled up: a vector depends on its picture alone.
+An image is resized to a square of the network's size, not cropped, so that the ends of a wide image count too (CMMD's own
+code does the same; for square images there is no difference). Images pass through the network in batches of a fixed size, the last
+one padded: a vector depends on its own image only.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ALEXNET = weight_store.PublishedWeights(
 
 
 class Pictures:
-    """A network that looks at squares, as an embedder."""
+    """Embeds images with a network that takes square images."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class Pictures:
         normal: tuple[Sequence[float], Sequence[float]],
         revision: str,
     ) -> None:
-        """network: (B, 3, side, side) with `normal` (mean, deviation) taken out -> (B, D); revision: of its weights, for the id."""
+        """Keep the network, (B, 3, side, side) standardised by `normal` (mean, deviation) -> (B, D), and its weights' revision."""
         self.name = name
         self.distance: Distance = distance
         self._network, self._normal = network, normal
@@ -57,7 +57,7 @@ class Pictures:
         self._rows = 1 if self._device == "cpu" else 16  # a batch gains nothing on a CPU
 
     def __call__(self, images: Images) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """(B, H, W, 3) uint8 -> (B, D); ValueError for another shape or no images, and what the network raises."""
+        """Map (B, H, W, 3) uint8 to (B, D); ValueError for another shape or no images, and what the network raises."""
         import torch
 
         if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8 or not len(images):
@@ -78,7 +78,7 @@ class Pictures:
 
 
 def clip(variant: str | None = None) -> Embedder:
-    """CLIP's projected image vector: `l14-336` (the default), `l14`, or `tiny`, which knows the glyph domain only and needs no download."""
+    """Make the embedder of CLIP's projected image vector: `l14-336` (default), `l14`, or `tiny`, for the glyph domain, without download."""
     if variant == "tiny":
         return two_towers.tiny_embedder()
     chosen = _variant("clip", variant, [*CLIPS, "tiny"])
@@ -86,7 +86,7 @@ def clip(variant: str | None = None) -> Embedder:
     from transformers import CLIPModel
 
     network, revision = _load(CLIPModel, CLIPS[chosen])
-    del network.text_model  # half a gigabyte that looks at no picture
+    del network.text_model  # half a gigabyte that images do not need
     return Pictures(
         f"clip-{chosen}",
         "cosine",
@@ -98,7 +98,7 @@ def clip(variant: str | None = None) -> Embedder:
 
 
 def dino(variant: str | None = None) -> Embedder:
-    """DINOv2's class token after the last normalisation; 224 pixels, its published evaluation size."""
+    """Make the embedder of DINOv2's class token after the last normalisation; 224 pixels, its published evaluation size."""
     _variant("dino", variant, ["v2-base"])
     _needs("transformers", "dino")
     from transformers import Dinov2Model
@@ -108,11 +108,11 @@ def dino(variant: str | None = None) -> Embedder:
 
 
 def lpips(variant: str | None = None) -> Embedder:
-    """LPIPS 0.1 (arXiv 1801.03924) with AlexNet as vectors: |a - b|^2 IS the LPIPS of two pictures, at 224 pixels.
+    """Make the embedder of LPIPS 0.1 (arXiv 1801.03924) with AlexNet: |a - b|^2 equals the LPIPS of two images, at 224 pixels.
 
     LPIPS sums, over five layers, the mean over places of the weighted squared difference of features of length 1. So the features,
     times the root of the weights, over the root of the number of places, one behind the other, are a vector: 484,992 numbers or
-    1.9 MB a picture. Take the distances prompt by prompt and let go of the vectors.
+    1.9 MB an image. Compute the distances prompt by prompt and free the vectors.
     """
     _variant("lpips", variant, ["alex"])
     _needs("lpips", "lpips")
@@ -148,7 +148,7 @@ def lpips(variant: str | None = None) -> Embedder:
 
 
 def _alexnet_features() -> Any:
-    """AlexNet (arXiv 1404.5997) up to its fifth convolution, the children numbered as in torchvision's `features`."""
+    """Build AlexNet (arXiv 1404.5997) up to its fifth convolution, the children numbered as in torchvision's `features`."""
     from torch.nn import Conv2d, MaxPool2d, ReLU, Sequential
 
     return Sequential(
@@ -173,7 +173,7 @@ def _needs(package: str, embedder: str) -> None:
 
 
 def _load(kind: Any, repository: str) -> tuple[Any, str]:
-    """(the network of transformers' class `kind`, digest of its weights). UserError where the file lacks one of its weights."""
+    """Return (network of transformers' class `kind`, digest of its weights). UserError where the file lacks one of its weights."""
     weight_store.file(repository, "config.json")
     try:
         weights = weight_store.file(repository, "model.safetensors")
@@ -195,7 +195,7 @@ def _load(kind: Any, repository: str) -> tuple[Any, str]:
 
 
 def _alexnet() -> Path:
-    """AlexNet's weights: yours, gpobench's store, torch's cache, or the download of torchvision. Missing where it is forbidden."""
+    """Find AlexNet's weights: the user's, gpobench's store, torch's cache, or torchvision's download. Missing where that is forbidden."""
     import torch
 
     return ALEXNET.find(Path(torch.hub.get_dir(), "checkpoints", ALEXNET.url.rpartition("/")[2]))

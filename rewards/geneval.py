@@ -1,11 +1,11 @@
-"""Scorer `geneval`: a detector lists the objects of an image, GenEval's rule checks them against the prompt.
+"""Scorer `geneval`: detects the objects of an image and checks them against the prompt by GenEval's rule.
 
 `geneval:DETECTOR` is one rule over any detector of `detectors.py`, and its id names all three parts: rule, detector, colour classifier.
 The published benchmark is the rule with `mmdet`; every other detector gives another measurement. Metrics: `partial` is the training
 reward of Flow-GRPO, `correct` the published verdict, `strict` the verdict on exact numbers.
 
-`geneval:DETECTOR-legacy` pays for wrong relations as Flow-GRPO's reward server does (see `geneval_rules.partial`). What changes numbers
-on that server's way to its detector is not rebuilt: JPEG compression, and red and blue exchanged.
+`geneval:DETECTOR-legacy` credits wrong relations as Flow-GRPO's reward server does (see `geneval_rules.partial`). What else changes
+numbers on that server is not reproduced: JPEG compression, and red and blue exchanged.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ METRICS = ("partial", "correct", "strict")
 
 
 class GenEvalScorer:
-    """Judges pictures by a detector and a rule; the colour classifier is made when the first prompt asks for a colour."""
+    """Scores images by a detector and a rule; the colour classifier is made when the first prompt asks for a colour."""
 
     metrics: Sequence[str] = METRICS
 
@@ -42,7 +42,7 @@ class GenEvalScorer:
         legacy_position_bug: bool = False,
         rule: rules.Rule = rules.OFFICIAL,
     ) -> None:
-        """colours: makes the classifier, which may be large or not here."""
+        """Keep the parts; `colours` makes the classifier, which may be large or not installed."""
         self.detector, self.rule, self.legacy = detector, rule, legacy_position_bug
         self._make_colours, self._colours = colours, None
         self.name = f"geneval-{detector.name}" + (LEGACY if legacy_position_bug else "")
@@ -50,9 +50,9 @@ class GenEvalScorer:
         self.id = f"geneval-1[{kind}-{rule}]/{detector.id}/{colours_id}"
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        """(B, H, W, 3) and B prompts -> the three metrics; NaN with a reason where the detector or the classifier failed.
+        """Map (B, H, W, 3) and B prompts to the three metrics; NaN with a reason where the detector or the classifier failed.
 
-        UserError where a prompt lacks GenEval's facts, or asks for what the detector does not know.
+        UserError where a prompt lacks GenEval's facts, or asks for a class that the detector does not have.
         """
         check_images(images, prompts)
         asked = [self._asked(prompt) for prompt in prompts]
@@ -66,7 +66,7 @@ class GenEvalScorer:
                 if isinstance(seen, Exception):
                     raise seen
                 verdict, notes[row] = self._judge(images[row], asked[row], seen)
-            except Exception as error:  # a detector or a network may fail in any way; that costs one picture, not a run
+            except Exception as error:  # a detector or a network may fail in any way; that costs one image, not a run
                 lines = str(error).strip().splitlines() or ["no message"]
                 reasons[row] = f"{type(error).__name__}: {lines[-1]}"
             else:
@@ -86,7 +86,7 @@ class GenEvalScorer:
         return asked
 
     def _detect(self, images: Images) -> list[list[Detection] | Exception]:
-        """What is in each picture; the batch goes picture by picture where it fails as a whole, to find the one at fault."""
+        """Detect the objects of each image; a batch that fails is repeated image by image, to find the one at fault."""
         if not len(images):
             return []
         try:
@@ -108,17 +108,17 @@ class GenEvalScorer:
         return {"partial": float(np.mean(credits)), "correct": float(correct), "strict": float(strict)}, note
 
     def _seen_colours(self, image: np.ndarray, objects: Sequence[Detection]) -> rules.Colour:
-        """The colours of one picture's objects, looked at all at once."""
+        """Classify the colours of one image's objects in one call."""
         if not objects or self._colours is None:
             return lambda thing: ""
         named = dict(zip(map(id, objects), self._colours(image, objects), strict=True))
         return lambda thing: named[id(thing)]
 
     def self_test(self) -> None:
-        """Judges pictures whose answers are known; RuntimeError with what it saw where one is wrong.
+        """Score images whose answers are known; RuntimeError with the detections where one is wrong.
 
-        For the detectors of shapes: printed shapes, right and wrong in number and colour. A detector of photographed objects has no known
-        answer to a drawn picture, so only this is tested there: a blank page holds nothing it is sure of, an answer has the form of the
+        For the detectors of shapes: drawn shapes, right and wrong in number and colour. A detector of photographed objects has no known
+        answer to a drawn image, so only this is tested there: a blank image has no confident detection, an answer has the form of the
         contract, and it knows all classes that GenEval can ask for (80).
         """
         if self.detector.name in GLYPHS:
@@ -159,14 +159,14 @@ class GenEvalScorer:
 
 
 def _whole(found: list[list[Detection]], n: int) -> list[list[Detection]]:
-    """ValueError where a detector's answer is not one list a picture."""
+    """Raise ValueError where a detector's answer is not one list an image."""
     if len(found) != n:
         raise ValueError(f"the detector answered {len(found)} lists for {n} pictures")
     return found
 
 
 def make(variant: str | None = None) -> GenEvalScorer:
-    """The scorer over a detector (`mask2former` by default), with `-legacy` for the server's credit; Missing where a part is not here."""
+    """Make the scorer over a detector (default `mask2former`), with `-legacy` for the server's credit; Missing where a part is absent."""
     name = variant or DEFAULT
     legacy = name.endswith(LEGACY)
     name = name.removesuffix(LEGACY)

@@ -1,9 +1,9 @@
-"""GenEval's rule over a detector's boxes: class, count, colour and position of the objects that a prompt asks for.
+"""GenEval's rule: checks class, count, colour and position of detected objects against what a prompt asks for.
 
 Two rules over the same detections, both pure functions. `official` is GenEval's (arXiv 2310.11513; evaluation/evaluate_images.py of
 djghosh13/geneval at af4902f). `partial` and `strict` are the training reward of Flow-GRPO (reward_server/gen_eval.py of
-yifan123/reward-server at 92ac29f), which gives credit for near misses. Where they differ: the official rule looks at the first `count`
-detections and punishes more than asked for only in an `exclude` clause, the training reward wants the exact number everywhere.
+yifan123/reward-server at 92ac29f), which gives credit for near misses. Where they differ: the official rule uses the first `count`
+detections and penalises more than asked for only in an `exclude` clause; the training reward requires the exact number everywhere.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2; y points down
 Found = Mapping[str, Sequence[Detection]]  # class -> its detections that count, best first
-Colour = Callable[[Detection], str]  # what colour an object has, which is not a matter of rules
+Colour = Callable[[Detection], str]  # classifies the colour of an object, which no rule decides
 
 
 # What is asked for
@@ -31,7 +31,7 @@ Colour = Callable[[Detection], str]  # what colour an object has, which is not a
 
 @dataclass(frozen=True)
 class Clause:
-    """So many of a class, and what else must hold for them."""
+    """One clause of a prompt: a class, its count, and the colour or position that must hold."""
 
     name: str
     count: int
@@ -50,7 +50,7 @@ class GenEvalTarget:
 
 
 def asked(prompt: Prompt) -> GenEvalTarget:
-    """The facts of a prompt in GenEval's format; UserError naming the prompt and what is missing or wrong."""
+    """Parse the facts of a prompt in GenEval's format; UserError naming the prompt and what is missing or wrong."""
     meta, where = prompt.meta, f"the prompt {prompt.text!r}"
     if missing := [fact for fact in ("tag", "include") if not meta.get(fact)]:
         raise UserError(f"{where} has no {' and no '.join(missing)}: GenEval's rule needs its facts tag and include")
@@ -64,7 +64,7 @@ def asked(prompt: Prompt) -> GenEvalTarget:
 
 
 def _clause(facts: Any, place: int, where: str) -> Clause:
-    """place: the clause's index; a position speaks of an earlier clause."""
+    """Parse one clause; `place` is its index, because a position refers to an earlier clause."""
     try:
         clause = cast(Mapping[str, Any], facts)
         relation, target = clause.get("position") or ("", 0)
@@ -109,9 +109,9 @@ OFFICIAL = Rule()
 
 
 def counted(detections: Sequence[Detection], tag: str, rule: Rule = OFFICIAL) -> Found:
-    """The detections that count for a tag, by class, best first: above the threshold, at most 16, then without overlaps."""
+    """Select the detections that count for a tag, by class, best first: above the threshold, at most 16, then without overlaps."""
     floor = rule.counting_threshold if tag == "counting" else rule.threshold
-    # Equal scores are told apart by their boxes, so that the order in which a detector lists its finds says nothing.
+    # Equal scores are ordered by their boxes, so that the order of a detector's list has no effect.
     ranked = sorted((d for d in detections if d.score > floor), key=lambda d: (-d.score, d.box))
     found: dict[str, list[Detection]] = {}
     for detection in ranked:
@@ -130,7 +130,7 @@ def _apart(ranked: Sequence[Detection], max_overlap: float) -> list[Detection]:
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union of boxes that count their last pixel: a width is x2 - x1 + 1."""
+    """Compute intersection over union of boxes that include their last pixel: a width is x2 - x1 + 1."""
     both = _area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
     either = _area(a) + _area(b) - both
     return both / either if either else 0.0
@@ -141,7 +141,7 @@ def _area(box: Box) -> float:
 
 
 def relative_position(a: Box, b: Box, threshold: float = OFFICIAL.position_threshold) -> frozenset[str]:
-    """On which sides of b does a lie: none, one, or two of RELATIONS.
+    """Return the sides of b on which a lies: none, one, or two of RELATIONS.
 
     The offset of the centres is shortened on each axis by `threshold` of the summed sizes and divided by its whole length; a side holds
     beyond 0.5. Two equal squares of side s in a row count from an offset of 0.4 s on: (0.4 s - 0.2 s) / 0.4 s is 0.5, not yet beyond it.
@@ -159,7 +159,7 @@ def relative_position(a: Box, b: Box, threshold: float = OFFICIAL.position_thres
 
 
 def to_colour(asked: GenEvalTarget, found: Found) -> list[Detection]:
-    """The objects whose colour some rule will ask for: the first `count` of every clause that names a colour and has enough."""
+    """Return the objects whose colour a rule needs: the first `count` of every clause that names a colour and has enough."""
     these = [(clause, found.get(clause.name, ())) for clause in asked.include if clause.color]
     return [d for clause, objects in these if len(objects) >= clause.count for d in objects[: clause.count]]
 
@@ -168,7 +168,7 @@ def to_colour(asked: GenEvalTarget, found: Found) -> list[Detection]:
 
 
 def official(asked: GenEvalTarget, found: Found, colour: Colour, rule: Rule = OFFICIAL) -> tuple[bool, str]:
-    """Is the image correct, and if not, every reason why, one a line."""
+    """Return whether the image is correct, and if not, every reason, one a line."""
     reasons: list[str] = []
     matched: list[Sequence[Detection] | None] = []
     for clause in asked.include:
@@ -190,7 +190,7 @@ def _fault(
     colour: Colour,
     rule: Rule,
 ) -> str:
-    """Why a clause does not hold for these objects; empty where it does."""
+    """Return why a clause does not hold for these objects; empty where it does."""
     if len(objects) < clause.count:
         return f"expected at least {clause.count} {clause.name}, found {len(objects)}"
     if clause.color:
@@ -207,7 +207,7 @@ def _fault(
 
 
 def _astray(clause: Clause, objects: Sequence[Detection], targets: Sequence[Detection], rule: Rule) -> str:
-    """The first pair that does not stand in the relation asked for; empty where all do."""
+    """Describe the first pair that is not in the required relation; empty where all are."""
     for this in objects:
         for target in targets:
             sides = relative_position(this.box, target.box, rule.position_threshold)
@@ -220,9 +220,9 @@ def _astray(clause: Clause, objects: Sequence[Detection], targets: Sequence[Dete
 def partial(
     asked: GenEvalTarget, found: Found, colour: Colour, rule: Rule = OFFICIAL, *, legacy_position_bug: bool = False
 ) -> list[float]:
-    """The credits of the clauses; their mean, in (-inf, 1], is the training reward, and 1 means `strict`.
+    """Return the credits of the clauses; their mean, in (-inf, 1], is the training reward, and 1 means `strict`.
 
-    A clause that wants k and finds f earns 1 - |k - f| / k, which far too many push below 0. Where f is not k, its colour or position earns
+    A clause that wants k and finds f earns 1 - |k - f| / k, which is negative for f > 2 k. Where f is not k, its colour or position earns
     0. Else its colour earns 1 - |k - m| / k for m objects of the right colour, its position 1 or 0.
 
     legacy_position_bug: the published server appends a 1 after the 0 of a wrong relation, so that both objects on the wrong sides earn
@@ -251,13 +251,13 @@ def partial(
 
 
 def strict(asked: GenEvalTarget, found: Found, colour: Colour, rule: Rule = OFFICIAL) -> bool:
-    """Exactly as many as asked for in every clause, and every colour and position right; stricter than `official`."""
+    """Return whether every clause has its exact count, and every colour and position is right; stricter than `official`."""
     exact = all(len(found.get(clause.name, ())) == clause.count for clause in asked.include)
     return exact and all(credit == 1 for credit in partial(asked, found, colour, rule))
 
 
 def said(asked: GenEvalTarget, found: Found, colour: Colour) -> str:
-    """What was counted, for the record: `3 circle (2 red)`; colours are told where they were looked at."""
+    """Describe the counts for the record: `3 circle (2 red)`; colours appear where they were classified."""
     parts: list[str] = []
     for clause in asked.include:
         objects = found.get(clause.name, ())

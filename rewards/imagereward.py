@@ -1,9 +1,9 @@
-"""Scorer `imagereward`: ImageReward v1.0, a learned human preference; BLIP encodes image and prompt, a small network gives one number.
+"""Scorer `imagereward`: applies ImageReward v1.0, a learned human preference; BLIP encodes image and prompt, an MLP maps to a number.
 
 Source: arXiv 2304.05977 and THUDM/ImageReward at 0f5fa3e (Apache-2.0), whose package needs old versions of half a dozen others; so the
-network is BLIP of transformers here, filled from the published ImageReward.pt. Three settings that transformers' own defaults have
-otherwise: 12 heads in the text half and not 8, an epsilon of 1e-6 in the image half and not 1e-5, and [CLS] stays in front of the
-text. A prompt ends after 35 tokens: of a longer one the tail is not judged. Pictures are scored one by one, each with its own prompt.
+network is BLIP of transformers here, filled from the published ImageReward.pt. Three settings differ from the defaults of
+transformers: 12 heads in the text half and not 8, an epsilon of 1e-6 in the image half and not 1e-5, and [CLS] stays in front of the
+text. A prompt ends after 35 tokens: the rest of a longer one is not scored. Images are scored one by one, each with its own prompt.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REPOSITORY, VOCABULARY = "THUDM/ImageReward", "google-bert/bert-base-uncased"
-MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of the raw reward over the authors' pictures
+MEAN, DEVIATION = 0.16717362830052426, 1.0333394966054072  # of the raw reward over the authors' images
 TOKENS = 35
 WIDTHS = (1024, 128, 64, 16, 1)  # of the layers behind BLIP; no activation between them
 # In the file, not in the reward: BLIP's projections for retrieval, and the positions 0, 1, 2 ... themselves
-# What med_config.json must say of the text half
+# Required values of the text encoder's settings in med_config.json
 MED = (
     "vocab_size",
     "hidden_size",
@@ -58,7 +58,7 @@ class Eye:
 
 
 def renamed(key: str) -> str:
-    """A name of ImageReward.pt -> the same weight's in `network`; the text half and the MLP keep theirs."""
+    """Map a weight's name in ImageReward.pt to its name in `network`; the text half and the MLP keep theirs."""
     key = re.sub(r"^blip\.text_encoder\.", "text.", key)
     key = re.sub(r"^mlp\.layers\.", "mlp.", key)
     if not key.startswith("blip.visual_encoder."):
@@ -80,7 +80,7 @@ def renamed(key: str) -> str:
 
 
 def network(eye: Eye, text: Mapping[str, Any]) -> Any:
-    """BLIP's two halves and the MLP, empty; text: what med_config.json says, at least `MED`."""
+    """Build BLIP's two halves and the MLP without weights; `text` holds med_config.json, at least the keys of `MED`."""
     from torch import nn
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
@@ -113,7 +113,7 @@ def network(eye: Eye, text: Mapping[str, Any]) -> Any:
 
 
 def square(image: np.ndarray, size: int) -> Tensor:
-    """(H, W, 3) uint8 -> (3, size, size): short side to `size` (PIL, bicubic), the middle square, CLIP's mean and deviation.
+    """Map (H, W, 3) uint8 to (3, size, size): short side to `size` (PIL, bicubic), centre crop, CLIP's mean and deviation.
 
     torchvision's rounding, as the published code's: the long side is cut off, the crop's corner rounded to even.
     """
@@ -130,13 +130,13 @@ def square(image: np.ndarray, size: int) -> Tensor:
 
 
 class ImageReward:
-    """Scores every picture with its prompt; typical numbers lie between -2 and 2."""
+    """Scores every image with its prompt; typical scores lie between -2 and 2."""
 
     name = "imagereward"
     metrics: Sequence[str] = ("imagereward",)
 
     def __init__(self, eye: Eye | None = None) -> None:
-        """eye: the shape of the image half, for a file other than the published one."""
+        """Build and fill the network; `eye` is the shape of the image half, for a file other than the published one."""
         if find_spec("transformers") is None:
             raise Missing("the scorer 'imagereward' needs transformers; install with: pip install 'gpobench[clip]'")
         weights, shape = (
@@ -156,7 +156,7 @@ class ImageReward:
         )
 
     def score(self, image: np.ndarray, prompt: str) -> float:
-        """(H, W, 3) uint8 and a text -> the standardised reward. Raises what torch raises."""
+        """Return the standardised reward of (H, W, 3) uint8 and a text. Raises what torch raises."""
         import torch
 
         words = self._tokens(prompt, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
@@ -174,7 +174,7 @@ class ImageReward:
         return (reward.item() - MEAN) / DEVIATION
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        """(B, H, W, 3) and B prompts -> imagereward, row by row; NaN with a reason where a picture could not be scored."""
+        """Map (B, H, W, 3) and B prompts to imagereward, row by row; NaN with a reason where an image could not be scored."""
         check_images(images, prompts)
         value, reasons = np.full(len(images), np.nan), dict[int, str]()
         for row, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
@@ -187,7 +187,7 @@ class ImageReward:
         return Scores(value={"imagereward": value}, reasons=reasons)
 
     def self_test(self) -> None:
-        """A red circle and a blue square are liked better with their own prompts than with each other's; RuntimeError with the rewards."""
+        """Raise RuntimeError unless a red circle and a blue square score higher with their own prompts than with each other's."""
         from PIL import Image, ImageDraw
 
         red, blue = (Image.new("RGB", (256, 256), (250, 250, 250)) for _ in range(2))
@@ -200,7 +200,7 @@ class ImageReward:
 
 
 def _tokenizer(vocabulary: Path) -> Any:
-    """BERT's, lower case, with BLIP's two tokens behind the vocabulary, in case a prompt spells them."""
+    """Load BERT's lower-case tokenizer, with BLIP's two tokens after the vocabulary, in case a prompt contains them."""
     from transformers import BertTokenizer
 
     words = {word: index for index, word in enumerate(vocabulary.read_text("utf-8").split("\n")) if word}
@@ -222,7 +222,7 @@ def _facts(file: Path) -> Mapping[str, Any]:
 
 
 def _fill(empty: Any, file: Path) -> None:
-    """Loads ImageReward.pt; UserError where a weight is missing, left over, or of another shape."""
+    """Load ImageReward.pt; UserError where a weight is missing, unexpected, or of another shape."""
     import torch
 
     try:
@@ -238,7 +238,7 @@ def _fill(empty: Any, file: Path) -> None:
 
 
 def make(variant: str | None = None) -> ImageReward:
-    """The scorer; it has no variants. Missing where its package or its weights are not here."""
+    """Make the scorer, which has no variants. Missing where its package or its weights are absent."""
     if variant is not None:
         raise UserError(f"the scorer 'imagereward' has no variant {variant!r}; write it as 'imagereward'")
     return ImageReward()

@@ -1,6 +1,6 @@
-"""Scorer `paddleocr`: PaddleOCR 3 finds and reads the lines of an image; the engine family of the published OCR reward.
+"""Scorer `paddleocr`: finds and reads the lines of an image with PaddleOCR 3, the engine family of the published OCR reward.
 
-Three variants. `paddleocr` takes the models that PaddleOCR 3 takes by itself; `paddleocr:2.9` is the nearest 3.x configuration to the
+Three variants. `paddleocr` uses the default models of PaddleOCR 3; `paddleocr:2.9` is the nearest 3.x configuration to the
 published reward, which pins 2.9.1; `paddleocr:rapid` runs the small models of RapidOCR's wheel through PaddleOCR's own code and
 needs no download. PaddleOCR is Apache-2.0. Its models come from its own repositories on the hub, `PaddlePaddle/...`, and run on ONNX
 Runtime or, where their files are Paddle's, on paddlepaddle; always on the CPU, because paddlepaddle and torch may clash over CUDA's
@@ -31,15 +31,15 @@ INSTALL = "the scorer 'paddleocr' needs {}; install with: pip install 'gpobench[
 
 @dataclass(frozen=True)
 class Configuration:
-    """Which models read, and how a picture is put before them; every setting is said, none is left to a version's default."""
+    """Models and preprocessing of a variant; every setting is explicit, none is left to a version's default."""
 
     name: str
     detector: str
     recogniser: str
     side: int  # px
-    # min: a picture whose shorter side is below `side` is enlarged for the detector; max: one whose longer side is above is shrunk
+    # min: an image whose shorter side is below `side` is enlarged for the detector; max: one whose longer side is above is reduced
     limit: Literal["min", "max"]
-    # PaddleOCR takes an array for BGR. The published reward hands it RGB, which swaps red and blue in all it sees.
+    # PaddleOCR takes an array for BGR. The published reward hands it RGB, which swaps red and blue in every image.
     channels: Literal["bgr", "rgb"] = "bgr"
     confidence: float = 0.5  # lines below it are dropped, as 2.9.1 does (drop_score); 3.x would keep all
     onnx: bool = True  # PaddleOCR offers these models as ONNX files too
@@ -48,8 +48,8 @@ class Configuration:
         return f"{self.limit}-{self.side}-{self.confidence:g}-{self.channels}"
 
 
-# The defaults of 3.7.0 make a 64x32 picture 128x64 for the detector, which is enough for a word across it (60 of 60 read by the
-# small models; no gain from 96, 128, 160 or 320). Under 2.9.1's own limit it stays 64x32, and a letter is lost now and then.
+# The defaults of 3.7.0 make a 64x32 image 128x64 for the detector, which is enough for a word across it (60 of 60 read by the
+# small models; no gain from 96, 128, 160 or 320). Under 2.9.1's own limit it stays 64x32, and letters are sometimes missed.
 CONFIGURATIONS = {
     "": Configuration("paddleocr", "PP-OCRv6_medium_det", "PP-OCRv6_medium_rec", 64, "min"),
     # Flow-GRPO's flow_grpo/ocr.py with 2.9.1, lang="en": en_PP-OCRv3_det and en_PP-OCRv4_rec. 3.x has no English v3 detector,
@@ -59,21 +59,21 @@ CONFIGURATIONS = {
     ),
     "rapid": Configuration("paddleocr-rapid", "PP-OCRv6_small_det", "PP-OCRv6_small_rec", 64, "min"),
 }
-# DB's own thresholds, the same in 2.9.1 and in 3.7.0: of a pixel, of a box, and how far a box is widened.
+# DB's own thresholds, the same in 2.9.1 and in 3.7.0: of a pixel, of a box, and the ratio by which a box is widened.
 DETECTION = {"text_det_thresh": 0.3, "text_det_box_thresh": 0.6, "text_det_unclip_ratio": 1.5}
-FILES = ("inference.*",)  # of a model's package, what runs it
+FILES = ("inference.*",)  # the files of a model's package that are needed to run it
 WHEEL = {"PP-OCRv6_small_det": "PP-OCRv6_det_small.onnx", "PP-OCRv6_small_rec": "PP-OCRv6_rec_small.onnx"}
 
 
 class PaddleOCR:
-    """Reads every picture with PaddleOCR and judges the text by the published rule; safe to call from several threads."""
+    """Reads every image with PaddleOCR and scores the text by the published rule; safe to call from several threads."""
 
     metrics: Sequence[str] = rules.METRICS
 
     def __init__(self, configuration: Configuration) -> None:
         os.environ.setdefault(
             "PADDLE_PDX_DISABLE_MODEL_SOURCE_CHECK", "True"
-        )  # read at import: asks four hosts otherwise
+        )  # read at import: else it contacts four hosts
         if util.find_spec("paddleocr") is None:
             raise Missing(INSTALL.format("its engine"))
         self.name, self.configuration = configuration.name, configuration
@@ -106,7 +106,7 @@ class PaddleOCR:
                     {"intra_op_num_threads": 1, "inter_op_num_threads": 1} if engine == "onnxruntime" else None
                 ),
             )
-        except Exception as error:  # a failed download, a broken model file: the engine raises whatever it meets
+        except Exception as error:  # a failed download, a broken model file: the engine lets any exception through
             raise UserError(
                 f"PaddleOCR cannot open {configuration.detector} and {configuration.recogniser}: {_line(error)}"
             ) from error
@@ -116,27 +116,27 @@ class PaddleOCR:
         self.id = f"paddleocr-{metadata.version('paddleocr')}-{engine}/{weights}/{rules.RULE}/{configuration}"
 
     def read(self, image: np.ndarray) -> str:
-        """(H, W, 3) uint8 RGB -> the text in it, lines joined in reading order without a gap, "" where there is none."""
+        """Return the text in (H, W, 3) uint8 RGB, lines joined in reading order without a gap, "" where there is none."""
         array = image[..., ::-1] if self.configuration.channels == "bgr" else image
         with self._lock:
             pages = self._engine.predict(np.ascontiguousarray(array))
         return "".join(text for page in pages for text in page["rec_texts"])
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        """(B, H, W, 3) and B prompts -> soft and exact; NaN with a reason where the engine failed on a picture."""
+        """Map (B, H, W, 3) and B prompts to soft and exact; NaN with a reason where the engine failed on an image."""
         check_images(images, prompts)
         texts: list[str | None] = []
         reasons: dict[int, str] = {}
         for row, image in enumerate(images):
             try:
                 texts.append(self.read(image))
-            except Exception as error:  # whatever a third party's engine raises must cost one picture, not a run
+            except Exception as error:  # whatever a third party's engine raises must cost one image, not a run
                 texts.append(None)
                 reasons[row] = _line(error)
         return rules.score_texts(prompts, texts, reasons)
 
     def self_test(self) -> None:
-        """Reads a built-in page, and small words where the detector sees enough of them; RuntimeError with what it read."""
+        """Read a built-in page, and small words where the detector can find them; RuntimeError with the text read where it is wrong."""
         if self.configuration.limit == "min":
             rules.check_known_answers(self)
         rules.check_known_answers(self, paged=True)
@@ -147,7 +147,7 @@ def _line(error: Exception) -> str:
 
 
 def _folder(model: str) -> Path | None:
-    """A model's files where they are here: a folder of the user's or the store's, RapidOCR's wheel, or PaddleOCR's own cache."""
+    """Find a model's local files: in a folder of the user's or the store's, RapidOCR's wheel, or PaddleOCR's own cache."""
     found = weight_store.given_by_hand(f"PaddlePaddle/{model}")
     if found is not None:
         return found
@@ -162,7 +162,7 @@ def _folder(model: str) -> Path | None:
 
 
 def _brought(model: str, engine: Literal["onnxruntime", "paddle"]) -> Path | None:
-    """A model's package for this engine as the hub has it; None where the hub has not, and PaddleOCR shall ask the other hosts it knows.
+    """Fetch a model's package for this engine from the hub; None where the hub lacks it, so that PaddleOCR tries its other hosts.
 
     Raises Missing where HF_HUB_OFFLINE forbids that.
     """
@@ -178,7 +178,7 @@ def _brought(model: str, engine: Literal["onnxruntime", "paddle"]) -> Path | Non
 
 
 def _engine(configuration: Configuration, folders: Sequence[Path | None]) -> Literal["onnxruntime", "paddle"]:
-    """ONNX Runtime where the models are ONNX files or can be had as such, else paddlepaddle; Missing where that is not installed."""
+    """Choose ONNX Runtime where the models are or can be fetched as ONNX files, else paddlepaddle; Missing where that is not installed."""
     bare = [folder for folder in folders if folder and not (folder / "inference.onnx").is_file()]
     if not bare and (configuration.onnx or None not in folders):
         if util.find_spec("onnxruntime") is None:
@@ -197,7 +197,7 @@ def _engine(configuration: Configuration, folders: Sequence[Path | None]) -> Lit
 
 
 def _revision(model: str, folder: Path) -> str:
-    """PP-OCRv6_small_det -> PP-OCRv6-small-det@1a2b3c4d: the digest of its weights and of its settings, both of which change numbers."""
+    """Return PP-OCRv6-small-det@1a2b3c4d for PP-OCRv6_small_det: the digest covers weights and settings, which both change numbers."""
     names = ("inference.onnx", "inference.json", "inference.pdmodel", "inference.pdiparams", "inference.yml")
     found = sha256()
     for path in (folder / name for name in names):
@@ -210,7 +210,7 @@ def _revision(model: str, folder: Path) -> str:
 
 
 def from_wheel(model: str) -> Path:
-    """The folder of a model of RapidOCR's wheel, made once in the cache; Missing where the wheel does not carry it."""
+    """Return the folder of a model of RapidOCR's wheel, made once in the cache; Missing where the wheel does not contain it."""
     spec = util.find_spec("rapidocr")
     if spec is None or spec.origin is None:
         raise Missing(
@@ -229,7 +229,7 @@ def from_wheel(model: str) -> Path:
 
 
 def write_model(folder: Path, model: str, source: Path) -> None:
-    """A PP-OCR model in one ONNX file -> PaddleOCR's form: inference.onnx, and inference.yml that says what goes in and comes out.
+    """Convert a PP-OCR model in one ONNX file to PaddleOCR's format: inference.onnx, and inference.yml with its inputs and outputs.
 
     The numbers are PP-OCR's (ImageNet's mean and deviation for the detector, lines of 48 x 320 for the recogniser); a recogniser's
     alphabet stands in its file, as metadata.
@@ -252,11 +252,11 @@ def write_model(folder: Path, model: str, source: Path) -> None:
     text = yaml.safe_dump(facts, allow_unicode=True)
     write_atomically(
         folder / "inference.yml", lambda path: path.write_text(text, "utf-8")
-    )  # last: it says the folder is whole
+    )  # written last: it marks the folder as complete
 
 
 def make(variant: str | None = None) -> PaddleOCR:
-    """The scorer `paddleocr`, `paddleocr:2.9` or `paddleocr:rapid`; Missing where the engine or a model is not here."""
+    """Make the scorer `paddleocr`, `paddleocr:2.9` or `paddleocr:rapid`; Missing where the engine or a model is absent."""
     if variant is not None and (not variant or variant not in CONFIGURATIONS):
         valid = ", ".join(name for name in CONFIGURATIONS if name)
         raise UserError(f"the scorer 'paddleocr' has no variant {variant!r}; valid: {valid}, or none")

@@ -1,4 +1,4 @@
-"""Palette counter: each pixel goes to the nearest known colour, specks are removed, and patches of one colour are counted."""
+"""Palette counter: assigns each pixel to the nearest known colour, removes specks, and counts the patches of one colour."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, cast
@@ -16,7 +16,7 @@ BESIDE = np.array([np.zeros((3, 3)), [[0, 1, 0], [1, 1, 1], [0, 1, 0]], np.zeros
 
 
 class Blob(NamedTuple):
-    """One patch of a colour."""
+    """One connected patch of a colour."""
 
     area: int  # pixels
     fill: float  # of its bounding box; at 9 px a square has 1, a disc .94, a triangle .62 to .67
@@ -24,7 +24,7 @@ class Blob(NamedTuple):
 
 
 class Patch(NamedTuple):
-    """A blob and where it lies."""
+    """A blob and its position."""
 
     plane: int  # of the stack it was found in
     blob: Blob
@@ -33,12 +33,12 @@ class Patch(NamedTuple):
 
 
 def _gaps(images: np.ndarray) -> np.ndarray:
-    """(..., H, W, 3) uint8 -> (..., H, W, colours): squared distance to each, less |x|^2, which is the same for all; exact integers."""
+    """Return (..., H, W, colours): squared distance to each colour minus |x|^2, which is the same for all; exact integers."""
     return (PALETTE**2).sum(-1) - 2 * (images.astype(np.float32) @ PALETTE.T)
 
 
 def masks(images: np.ndarray, colour: str) -> np.ndarray:
-    """(..., H, W, 3) uint8 to (..., H, W) bool: pixels at least as near to this shape colour as to any other and to any paper."""
+    """Return (..., H, W) bool: pixels at least as near to this shape colour as to any other and to any paper."""
     if colour not in SHAPE_COLOURS:
         raise ValueError(f"no shape colour called {colour!r}; there are {', '.join(SHAPE_COLOURS)}")
     gaps = _gaps(images)
@@ -46,7 +46,7 @@ def masks(images: np.ndarray, colour: str) -> np.ndarray:
 
 
 def patches(stack: np.ndarray) -> list[Patch]:
-    """The patches in planes (N, H, W) bool, plane by plane, after an opening by 2x2 pixels that parts shapes that touch."""
+    """Find the patches in planes (N, H, W) bool, plane by plane, after an opening by 2x2 pixels that separates touching shapes."""
     from scipy import ndimage
 
     # A pixel stays where it lies in some 2x2 square of pixels that are all set.
@@ -68,25 +68,25 @@ def patches(stack: np.ndarray) -> list[Patch]:
 
 
 def blobs(image: np.ndarray, colour: str) -> list[Blob]:
-    """The patches of a colour in a picture (H, W, 3) uint8."""
+    """Find the patches of a colour in an image (H, W, 3) uint8."""
     return [patch.blob for patch in patches(masks(image, colour)[None])]
 
 
 def count(image: np.ndarray, colour: str) -> int:
-    """How many patches of a colour a picture (H, W, 3) uint8 shows."""
+    """Count the patches of a colour in an image (H, W, 3) uint8."""
     return len(blobs(image, colour))
 
 
 def count_kind(image: np.ndarray, kind: str, colour: str) -> int:
-    """How many patches of a colour have the shape asked for; `kind` is one of `glyphs.SHAPES`."""
+    """Count the patches of a colour that have the shape `kind`, one of `glyphs.SHAPES`."""
     return sum(blob.kind == kind for blob in blobs(image, colour))
 
 
 class Palette:
-    """The same patches as a detector's answer: every colour's blobs, each a circle, a square or a triangle.
+    """Returns the same patches as a detector: every colour's blobs, each a circle, a square or a triangle.
 
-    The score says how sure the colour is: 0.91 + 0.09 m, where m in [0, 1] is the mean over the blob's pixels of 1 - (distance to its
-    colour) / (distance to the next). It lies above GenEval's counting threshold of 0.9 whatever the picture, so that a rule over these
+    The score is the certainty of the colour: 0.91 + 0.09 m, where m in [0, 1] is the mean over the blob's pixels of 1 - (distance to its
+    colour) / (distance to the next). It always exceeds GenEval's counting threshold of 0.9, so that a rule over these
     detections counts what `count_kind` counts, and ranks the cleanest first.
     """
 
@@ -95,7 +95,7 @@ class Palette:
     classes: Sequence[str] = SHAPES
 
     def __call__(self, images: Images) -> list[list[Detection]]:
-        """(B, H, W, 3) uint8 -> B lists; a picture's answer depends on it alone."""
+        """Map (B, H, W, 3) uint8 to B lists; a row depends on its own image only."""
         found: list[list[Detection]] = [[] for _ in images]
         if not images.size:
             return found
@@ -113,12 +113,12 @@ class Palette:
 
 
 def confidence(pixels: np.ndarray, colour: int) -> float:
-    """In [0, 1], of pixels (n, 3) uint8 that lie nearest to a colour: 1 where they have its colour, 0 where another is as near."""
+    """Return m in [0, 1] for pixels (n, 3) uint8 nearest to a colour: 1 where they have its colour, 0 where another is as near."""
     gaps = np.linalg.norm(pixels.astype(np.float32)[:, None] - PALETTE, axis=-1)
     rest = np.delete(gaps, colour, axis=1).min(1)
     return float(np.clip(1 - gaps[:, colour] / rest, 0, 1).mean())
 
 
 def detector() -> Palette:
-    """The detector of the glyph domain: no weights, no packages."""
+    """Make the detector of the glyph domain: no weights, no packages."""
     return Palette()

@@ -1,9 +1,9 @@
-"""Scorer `rapidocr`: RapidOCR reads the image and the published OCR rule scores the text; the reward that methods train on.
+"""Scorer `rapidocr`: reads the image with RapidOCR and scores the text by the published OCR rule; the training reward.
 
-Two framings. `line` gives the whole picture to the recogniser, which is what a small picture of one word needs; `page` finds the lines
-first, for real pictures. The engine is RapidOCR 3 (Apache-2.0) with the PP-OCR models that its wheel carries: no download, no
-network. Pictures pass one at a time: on a CPU a batch is no faster (measured at 1, 8, 32 and 64), and in a batch one picture's last
-bits depend on its neighbours. The engine uses one thread and lets go of the interpreter, so it can work beside sampling.
+Two framings. `line` gives the whole image to the recogniser, as a small image of one word needs; `page` finds the lines
+first, for natural images. The engine is RapidOCR 3 (Apache-2.0) with the PP-OCR models in its wheel: no download, no
+network. Images are processed one at a time: on a CPU a batch is no faster (measured at 1, 8, 32 and 64), and in a batch an image's last
+bits depend on its neighbours. The engine uses one thread and releases the interpreter lock, so it can run during sampling.
 """
 
 import threading
@@ -26,7 +26,7 @@ LINE_HEIGHT = 48  # px, what the recogniser was trained on
 
 @dataclass(frozen=True)
 class TextLine:
-    """A picture is one line: squeezed to `width` x 48 and recognised as a whole."""
+    """Framing of an image of one line: resizes it to `width` x 48 and recognises it as a whole."""
 
     width: int = (
         80  # px; reads clean and worn 64x32 renders as well as 96 (their proportions) does, and takes less time
@@ -38,7 +38,7 @@ class TextLine:
 
 @dataclass(frozen=True)
 class Page:
-    """A picture of anything: lines are found, and those read with confidence are joined in reading order."""
+    """Framing of any image: finds lines, and joins those read with confidence in reading order."""
 
     side: int = 320  # px; a picture whose shorter side is smaller is enlarged for the detector
     confidence: float = 0.5  # lines below it are dropped, as the published reward's engine does (drop_score)
@@ -51,7 +51,7 @@ FRAMINGS: dict[str, TextLine | Page] = {"line": TextLine(), "page": Page()}
 
 
 def _model(name: str) -> Path:
-    """A model file inside the wheel, found without importing it."""
+    """Find a model file inside the wheel, without importing it."""
     spec = util.find_spec("rapidocr")
     if spec is None or spec.origin is None:
         raise Missing(
@@ -66,7 +66,7 @@ def _model(name: str) -> Path:
 
 
 class RapidOCR:
-    """Reads every picture with RapidOCR and judges the text by the published rule; safe to call from several threads."""
+    """Reads every image with RapidOCR and scores the text by the published rule; safe to call from several threads."""
 
     name = "rapidocr"
     metrics: Sequence[str] = rules.METRICS
@@ -107,7 +107,7 @@ class RapidOCR:
         self.id = f"rapidocr-{metadata.version('rapidocr')}/{weights}/{rules.RULE}/{framing}"
 
     def read(self, image: np.ndarray) -> str:
-        """(H, W, 3) uint8 RGB -> the text in it, lines joined without a gap. Raises what the engine raises."""
+        """Return the text in (H, W, 3) uint8 RGB, lines joined without a gap. Raises what the engine raises."""
         bgr = np.ascontiguousarray(image[..., ::-1])  # the channel order the models were trained on
         if isinstance(self.framing, TextLine):
             import cv2
@@ -119,25 +119,25 @@ class RapidOCR:
         return "".join(text for text, score in lines if score > 0)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        """(B, H, W, 3) and B prompts -> soft and exact; NaN with a reason where the engine failed on a picture."""
+        """Map (B, H, W, 3) and B prompts to soft and exact; NaN with a reason where the engine failed on an image."""
         check_images(images, prompts)
         texts: list[str | None] = []
         reasons: dict[int, str] = {}
         for row, image in enumerate(images):
             try:
                 texts.append(self.read(image))
-            except Exception as error:  # whatever a third party's engine raises must cost one picture, not a run
+            except Exception as error:  # whatever a third party's engine raises must cost one image, not a run
                 texts.append(None)
                 reasons[row] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[-1]}"
         return rules.score_texts(prompts, texts, reasons)
 
     def self_test(self) -> None:
-        """Reads built-in renders; raises RuntimeError with what it read where one is wrong."""
+        """Read built-in renders; raises RuntimeError with the text read where one is wrong."""
         rules.check_known_answers(self, paged=isinstance(self.framing, Page))
 
 
 def make(variant: str | None = None) -> RapidOCR:
-    """The scorer in the framing `line` (the default) or `page`; Missing where the engine is not installed."""
+    """Make the scorer in the framing `line` (the default) or `page`; Missing where the engine is not installed."""
     if variant is not None and variant not in FRAMINGS:
         raise UserError(f"the scorer 'rapidocr' has no variant {variant!r}; valid: {', '.join(FRAMINGS)}")
     return RapidOCR(FRAMINGS[variant or "line"])

@@ -1,8 +1,8 @@
-"""Scorer `reader`, held out: a small network that spells the capitals in a 64x32 image, without a dictionary.
+"""Scorer `reader`, held out: recognises the capitals in a 64x32 image with a small network, without a dictionary.
 
-It was trained by `reader_recipe.py` on random letters in faces the embedded model never saw, so that a method trained on another
-engine cannot please it by finding that engine's blind spots. A convolutional stack looks at windows of a few letters, connectionist
-temporal classification (Graves et al., 2006) turns 16 columns into a string: blanks and repeats are dropped, nothing is corrected.
+It was trained by `reader_recipe.py` on random letters in typefaces the embedded model never saw, so that a method trained on another
+engine cannot raise its score by exploiting that engine's errors. A convolutional stack covers windows of a few letters; connectionist
+temporal classification (Graves et al., 2006) decodes 16 columns into a string: blanks and repeats are dropped, nothing is corrected.
 """
 
 import json
@@ -30,7 +30,7 @@ WEIGHTS = Path(__file__).with_name("reader.safetensors")
 
 
 def network() -> "nn.Sequential":
-    """(B, 3, 32, 64) standardised pictures -> (B, 27, 16) logits."""
+    """Build the network: (B, 3, 32, 64) standardised images -> (B, 27, 16) logits."""
     from torch import nn
 
     def conv(c_in: int, c_out: int, kernel: int, stride: int = 1) -> list[nn.Module]:
@@ -59,21 +59,21 @@ def network() -> "nn.Sequential":
 
 
 def standardise(images: "Tensor") -> "Tensor":
-    """(B, 32, 64, 3) uint8 or float 0..255 -> (B, 3, 32, 64) with mean 0 and deviation 1 in each picture: ink strength says nothing."""
+    """Map (B, 32, 64, 3) in 0..255 to (B, 3, 32, 64) of mean 0 and deviation 1 in each image, so that contrast has no effect."""
     x = images.movedim(-1, 1).float()
     mean = x.mean((1, 2, 3), keepdim=True)
     return (x - mean) / (x.std((1, 2, 3), keepdim=True) + 4.0)  # 4 of 255 grey levels: a blank page stays blank
 
 
 def spell(classes: np.ndarray) -> list[str]:
-    """(B, 16) most likely classes -> B strings: repeats merged, then blanks dropped."""
+    """Decode (B, 16) most likely classes to B strings: repeats merged, then blanks dropped."""
     fresh = np.ones(classes.shape, bool)
     fresh[:, 1:] = classes[:, 1:] != classes[:, :-1]
     return ["".join(ALPHABET[c - 1] for c in row[keep & (row > 0)]) for row, keep in zip(classes, fresh, strict=True)]
 
 
 class Reader:
-    """Reads every picture with the trained network and judges the text by the published rule."""
+    """Reads every image with the trained network and scores the text by the published rule."""
 
     name = "reader"
     metrics: Sequence[str] = rules.METRICS
@@ -96,7 +96,7 @@ class Reader:
         self.id = f"reader-1/ctc@{sha256(raw).hexdigest()[:8]}/{rules.RULE}"
 
     def logits(self, images: Images) -> "Tensor":
-        """(B, 32, 64, 3) uint8 -> (B, 27, 16); a row depends on its picture alone, whatever stands beside it."""
+        """Map (B, 32, 64, 3) uint8 to (B, 27, 16); a row depends on its own image only."""
         import torch
 
         rows = []
@@ -109,34 +109,34 @@ class Reader:
             return torch.cat(rows) if rows else torch.zeros(0, len(ALPHABET) + 1, COLUMNS)
 
     def read(self, images: Images) -> list[str]:
-        """(B, 32, 64, 3) uint8 -> B strings of capitals."""
+        """Read (B, 32, 64, 3) uint8 as B strings of capitals."""
         return spell(self.logits(images).argmax(1).numpy())
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        """(B, 32, 64, 3) and B prompts -> soft and exact; ValueError for another shape, NaN with a reason where reading failed."""
+        """Map (B, 32, 64, 3) and B prompts to soft and exact; ValueError for another shape, NaN with a reason where reading failed."""
         check_images(images, prompts)
         if images.shape[1:] != (HEIGHT, WIDTH, 3):
             raise ValueError(f"the reader reads pictures of (32, 64, 3), got {images.shape[1:]}")
         try:
             return rules.score_texts(prompts, self.read(images), {})
-        except RuntimeError as error:  # torch's word for all that goes wrong while it runs
+        except RuntimeError as error:  # torch raises it for every error at run time
             reason = f"{type(error).__name__}: {error}"
             return rules.score_texts(prompts, [None] * len(images), {row: reason for row in range(len(images))})
 
     def self_test(self) -> None:
-        """Reads built-in renders; raises RuntimeError with what it read where one is wrong."""
+        """Read built-in renders; raises RuntimeError with the text read where one is wrong."""
         rules.check_known_answers(self)
 
 
 @lru_cache(maxsize=1)
 def recipe_facts() -> dict[str, object]:
-    """How the shipped weights were made and how well they read, as the recipe wrote it down."""
+    """Read the recipe's record: how the shipped weights were made and how accurately they read."""
     facts: dict[str, object] = json.loads(WEIGHTS.with_suffix(".json").read_text("utf-8"))
     return facts
 
 
 def make(variant: str | None = None) -> Reader:
-    """The scorer; it has no variants."""
+    """Make the scorer, which has no variants."""
     if variant is not None:
         raise UserError(f"the scorer 'reader' has no variant {variant!r}; write it as 'reader'")
     return Reader()

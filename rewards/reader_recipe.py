@@ -1,8 +1,8 @@
-"""Recipe of the held-out reader: random letters printed in 18 faces, bent, broken, blurred and coloured, and minutes of training.
+"""Recipe of the held-out reader: trains it in minutes on random letters in 18 typefaces, warped, broken, blurred and coloured.
 
-Two things keep it independent. It never sees DejaVu Sans Mono, the family the embedded model is taught to print; and every string that
-the split rule of `bench/assets/glyphs.py` puts into validation or test is thrown away before it is printed, so its score on test words is a
-score on words it has never met. Step k draws its batch from (seed, k) alone, so an interrupted run continues as if it had not stopped.
+Two rules keep it independent. It never sees DejaVu Sans Mono, the typeface of the embedded model's training images; and every string that
+the split rule of `bench/assets/glyphs.py` puts into validation or test is discarded before it is drawn, so its score on test words is a
+score on words it was not trained on. Step k draws its batch from (seed, k) alone, so an interrupted run continues as if it had not stopped.
 """
 
 import json
@@ -38,7 +38,7 @@ from ..bench.models.recipe_fit import (
 from ..bench.stats.intervals import proportion
 from .reader import ALPHABET, COLUMNS, HEIGHT, WIDTH, network, spell, standardise
 
-ZOOM = 2  # coverage is bent at twice the size and averaged down, so that bending does not blur
+ZOOM = 2  # coverage is warped at twice the size and averaged down, so that warping does not blur
 SIZES = tuple(range(14, 24))  # px of the em on the 64x32 canvas
 FACES = (
     *(f"DejaVuSans{style}" for style in ("", "-Bold", "-Oblique", "-BoldOblique")),
@@ -51,7 +51,7 @@ BOLD = tuple(face for face in FACES if "Bol" in face or face in ("cmb10", ""))  
 LENGTHS = "1" + "22" + "3" * 8 + "4" * 9 + "5" * 9  # of the strings, as often as they are drawn
 
 
-# Coverage: where there is ink, 0..1
+# Coverage: the share of ink in each pixel, 0..1
 
 
 @lru_cache(maxsize=1)
@@ -69,7 +69,7 @@ def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=60_000)  # 4 kB each at most
 def _letter(face: str, size: int, zoom: int, letter: str, most: int) -> np.ndarray:
-    """(h, w) coverage of one capital, cropped to its advance and squeezed to at most `most` px; the rows are those of its tallest."""
+    """Draw one capital as (h, w) coverage, cropped to its advance, at most `most` px wide; h is that of the tallest capital."""
     font = _font(face, size * zoom)
     _, top, _, bottom = font.getbbox("HQ", anchor="ls")
     left, _, right, _ = font.getbbox(letter, anchor="ls")
@@ -82,7 +82,7 @@ def _letter(face: str, size: int, zoom: int, letter: str, most: int) -> np.ndarr
 
 
 def random_letters(rng: np.random.Generator) -> str:
-    """1 to 5 capitals, any after any; never a string of the validation or the test split."""
+    """Draw 1 to 5 independent capitals; never a string of the validation or the test split."""
     while True:
         length = int(LENGTHS[int(rng.integers(len(LENGTHS)))])
         text = "".join(ALPHABET[i] for i in rng.integers(26, size=length))
@@ -91,15 +91,15 @@ def random_letters(rng: np.random.Generator) -> str:
 
 
 def print_letters(text: str, rng: np.random.Generator) -> np.ndarray:
-    """(2 * 32, 2 * 64) coverage: on the 12 px grid or spaced by the letters' widths, near the middle of the canvas."""
+    """Draw letters as (2 * 32, 2 * 64) coverage, on the 12 px grid or spaced by their widths, near the middle of the canvas."""
     if not text:
         return np.zeros((ZOOM * HEIGHT, ZOOM * WIDTH), np.float32)
     faces = BOLD if rng.random() < 0.5 else FACES
     face, size = faces[int(rng.integers(len(faces)))], SIZES[int(rng.integers(len(SIZES)))]
-    native = rng.random() < 0.4  # printed at the size of the canvas, with its hinting, and doubled
+    native = rng.random() < 0.4  # drawn at the size of the canvas, with its hinting, and doubled
     zoom = 1 if native else ZOOM
     grid = rng.random() < 0.55
-    # A monospaced face has a narrow M and W: two thirds of the words on the grid have them too, made from faces that do not.
+    # A monospaced face has a narrow M and W: two thirds of the words on the grid have them too, made by narrowing other faces.
     most = int(rng.integers(10, 14)) if grid and rng.random() < 0.67 else 99
     letters = [_letter(face, size, zoom, letter, most * zoom) for letter in text]
     if grid:
@@ -127,17 +127,17 @@ def print_letters(text: str, rng: np.random.Generator) -> np.ndarray:
     return np.repeat(np.repeat(sheet, 2, 0), 2, 1) if native else sheet
 
 
-# Damage, on a whole batch
+# Degradation of a whole batch
 
 
 @lru_cache(maxsize=8)
 def _ramp(few: int, many: int) -> Tensor:
-    """(many, few): the matrix that draws a smooth line of `many` points through `few`."""
+    """Return the (many, few) matrix that interpolates `few` points smoothly at `many`."""
     return F.interpolate(torch.eye(few)[None], many, mode="linear", align_corners=True)[0].T.contiguous()
 
 
 def _waves(shape: tuple[int, int, int, int], size: tuple[int, int], g: torch.Generator) -> Tensor:
-    """(B, C, *size) slow normal noise, by lines between (h, w) knots."""
+    """Draw low-frequency normal noise (B, C, *size), interpolated between (h, w) knots."""
     return _ramp(shape[2], size[0]) @ torch.randn(shape, generator=g) @ _ramp(shape[3], size[1]).T
 
 
@@ -147,7 +147,7 @@ def _chance(rows: int, p: float, g: torch.Generator) -> Tensor:
 
 
 def bend(coverage: Tensor, g: torch.Generator, strength: float = 1.0) -> Tensor:
-    """(B, 1, 64, 128) -> (B, 1, 32, 64): strokes thickened or thinned, turned, scaled, sheared, moved by up to 3 px, warped."""
+    """Warp (B, 1, 64, 128) to (B, 1, 32, 64): strokes thickened or thinned, turned, scaled, sheared, moved by up to 3 px, warped."""
     rows = len(coverage)
     coverage = coverage.clone()
     kind = torch.rand(rows, generator=g)
@@ -174,7 +174,7 @@ def bend(coverage: Tensor, g: torch.Generator, strength: float = 1.0) -> Tensor:
 
 
 def _patches(rows: int, largest: float, g: torch.Generator) -> Tensor:
-    """(B, 1, 32, 64) in {0, 1}: one ellipse a picture, its half-axes up to `largest` px."""
+    """Draw one ellipse an image, (B, 1, 32, 64) in {0, 1}, its half-axes up to `largest` px."""
     y = torch.arange(HEIGHT).view(1, 1, -1, 1) - torch.rand(rows, 1, 1, 1, generator=g) * HEIGHT
     x = torch.arange(WIDTH).view(1, 1, 1, -1) - torch.rand(rows, 1, 1, 1, generator=g) * WIDTH
     a, b = (0.8 + torch.rand(rows, 1, 1, 1, generator=g) * (largest - 0.8) for _ in range(2))
@@ -182,14 +182,14 @@ def _patches(rows: int, largest: float, g: torch.Generator) -> Tensor:
 
 
 def _soften(x: Tensor) -> Tensor:
-    """(B, C, h, w), each pixel 0.46 of itself and 0.27 of its neighbours along both axes: a blur of about 0.7 px."""
+    """Blur (B, C, h, w) by about 0.7 px: each pixel 0.46 of itself and 0.27 of its neighbours along both axes."""
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")
     x = 0.27 * (x[..., :-2] + x[..., 2:]) + 0.46 * x[..., 1:-1]
     return 0.27 * (x[..., :-2, :] + x[..., 2:, :]) + 0.46 * x[..., 1:-1, :]
 
 
 def damage(coverage: Tensor, g: torch.Generator, strength: float = 1.0) -> Tensor:
-    """(B, 1, 32, 64) coverage: strokes broken, smeared, ghosted by faint marks, eaten by patches."""
+    """Degrade (B, 1, 32, 64) coverage: break and smear strokes, add faint marks, erase patches."""
     rows = len(coverage)
     for largest, p in ((1.8, 0.45), (1.8, 0.35), (1.8, 0.25), (2.8, 0.20)):
         coverage = coverage * (1 - _patches(rows, largest, g) * _chance(rows, p * strength, g))
@@ -210,7 +210,7 @@ def damage(coverage: Tensor, g: torch.Generator, strength: float = 1.0) -> Tenso
 
 
 def colour(coverage: Tensor, g: torch.Generator, strength: float = 1.0) -> Tensor:
-    """(B, 1, 32, 64) coverage -> (B, 3, 32, 64) in 0..255: any ink on any paper that differs enough, tinted, blurred, noisy."""
+    """Colour (B, 1, 32, 64) coverage as (B, 3, 32, 64) in 0..255: random ink on a paper that differs enough, tinted, blurred, noisy."""
     rows = len(coverage)
     paper = 255 - torch.rand(rows, 3, 1, 1, generator=g) * 70 * torch.rand(rows, 1, 1, 1, generator=g)
     ink = (
@@ -240,12 +240,12 @@ def colour(coverage: Tensor, g: torch.Generator, strength: float = 1.0) -> Tenso
 
 
 def draw_batch(rows: int, seed: tuple[int, ...], strength: float = 1.0) -> tuple[Tensor, list[str]]:
-    """(B, 32, 64, 3) in 0..255 and B strings; 4 % are blank paper or shapes, whose string is empty. Pure in (seed, rows)."""
+    """Draw (B, 32, 64, 3) in 0..255 and B strings; 4 % are blank paper or shapes, with the empty string. Pure in (seed, rows)."""
     rng = np.random.default_rng(seed)
     g = torch.Generator().manual_seed(int(rng.integers(2**62)))
     texts = ["" if rng.random() < 0.02 else random_letters(rng) for _ in range(rows)]
     coverage = torch.from_numpy(np.stack([print_letters(text, rng) for text in texts]))[:, None]
-    clean = _chance(rows, 0.15, g)  # some stay as printed
+    clean = _chance(rows, 0.15, g)  # these stay as drawn
     bent = bend(coverage, g, strength)
     worn = damage(bent, g, strength)
     pictures = colour(worn * (1 - clean) + bent * clean, g, strength).movedim(1, -1)
@@ -261,7 +261,7 @@ def draw_batch(rows: int, seed: tuple[int, ...], strength: float = 1.0) -> tuple
 
 
 def clean_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
-    """(N, 32, 64, 3) uint8 and N words: every test word of the task `ocr`, printed as the embedded model's pictures are."""
+    """Draw every test word of the task `ocr` in the style of the embedded model's training images: (N, 32, 64, 3) uint8 and N words."""
     rng = np.random.default_rng(seed)
     words = word_splits()["test"]
     papers, inks = list(glyphs.PAPERS.values()), list(glyphs.INKS.values())
@@ -276,7 +276,7 @@ def clean_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
 
 
 def degraded_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
-    """The same words and face, with the wear, the colours, the blur and the grain of the training pictures, unbent."""
+    """Draw the same words and typeface with the degradation, colours, blur and noise of the training images, but no warp."""
     g = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
     _, words = clean_words()
@@ -291,7 +291,7 @@ def degraded_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
 
 
 def rate(read: Callable[[np.ndarray], list[str]], pictures: np.ndarray, words: list[str]) -> dict[str, Any]:
-    """How many strings are read exactly."""
+    """Count the strings that are read exactly."""
     found = proportion(sum(a == b for a, b in zip(read(pictures), words, strict=True)), len(words))
     return {"exact": round(found.mean, 4), "n": len(words), "ci95": [round(found.low, 4), round(found.high, 4)]}
 
@@ -301,7 +301,7 @@ def rate(read: Callable[[np.ndarray], list[str]], pictures: np.ndarray, words: l
 
 @dataclass(frozen=True)
 class ReaderRecipe:
-    """Trains the reader from nothing: AdamW on random strings, the rate falling along a cosine, weights averaged."""
+    """Trains the reader from random weights: AdamW on random strings, a cosine learning rate, weights averaged."""
 
     steps: int = 1800
     batch: int = 96
@@ -315,7 +315,7 @@ class ReaderRecipe:
     measured: int = 2000  # strings read at the end
 
     def __call__(self, out: Path, *, seed: int, log: Log) -> dict[str, Any]:
-        """Write reader.safetensors and reader.json into `out`, going on from a run that was stopped there.
+        """Write reader.safetensors and reader.json into `out`, resuming a run that was stopped there.
 
         Returns what reader.json holds.
         """
@@ -325,7 +325,7 @@ class ReaderRecipe:
             learner = ReaderLearner(self, seed)
             averaged, seconds = fit(learner, self._settings(out, seed), log=log)
             weights = in_half(averaged)
-            (out / "reader.safetensors").write_bytes(save(weights))  # save_file would let nobody else read it
+            (out / "reader.safetensors").write_bytes(save(weights))  # save_file makes it private to its owner
             learner.averaged.load_state_dict(in_single(weights))
             facts = self._facts(learner.averaged, seed, seconds)
             (out / "reader.json").write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
@@ -391,7 +391,7 @@ class ReaderLearner(Learner):
         return F.ctc_loss(logp, letters, columns, lengths, zero_infinity=True)
 
     def evaluate(self, weights: Weights, step: int) -> dict[str, float]:
-        """The share of hard strings, never trained on, that the averaged weights read exactly."""
+        """Return the share of hard strings, never trained on, that the averaged weights read exactly."""
         self.averaged.load_state_dict(weights)
         pictures, texts = draw_batch(self.recipe.probe, (self.seed + 1, step - 1))
         read = rate(lambda batch: _read(self.averaged, batch), pictures.numpy(), texts)

@@ -1,9 +1,9 @@
-"""OCR scoring rule of the published benchmark: the quoted target of a prompt, compared with the text that was read.
+"""OCR scoring rule of the published benchmark: compares the quoted target of a prompt with the text that was read.
 
 Source: Flow-GRPO (arXiv 2505.05470), `flow_grpo/ocr.py` of yifan123/flow_grpo at ac4c86e. Both texts lose their ASCII spaces and
-their case; nothing else is cleaned, so tabs, accents and punctuation count. Its loopholes are kept, because a reward that is mended
-is another reward: text beside the target costs nothing, and a target said twice is said. The metric `exact` sees that; which of
-the two it was, `ned`, `extra_text_ratio` and `repeat_count` tell of a text that was read. They are functions to look closer with, no
+their case; nothing else is cleaned, so tabs, accents and punctuation count. Its loopholes are kept, because a corrected reward
+is another reward: text beside the target costs nothing, and a repeated target counts as one. The metric `exact` detects both; which of
+the two it was, `ned`, `extra_text_ratio` and `repeat_count` show for a text that was read. They are for closer analysis and no
 columns of a table.
 """
 
@@ -19,12 +19,12 @@ RULE = "flow-grpo-ocr-v1"  # goes into the id of every scorer that uses these fu
 
 
 def normalised(text: str) -> str:
-    """The text without ASCII spaces (only those), in lower case."""
+    """Return the text without ASCII spaces (only those), in lower case."""
     return text.replace(" ", "").lower()
 
 
 def target_of(prompt: str) -> str:
-    """The first segment between straight double quotes, as it stands; UserError where there is none or it is blank."""
+    """Return the first segment between straight double quotes, unchanged; UserError where there is none or it is blank."""
     parts = prompt.split('"')
     if len(parts) < 3:
         raise UserError(f"an OCR prompt holds its target in straight double quotes, this one does not: {prompt!r}")
@@ -41,7 +41,7 @@ def _target(text: str) -> str:
 
 
 def ocr_reward(target: str, recognised: str) -> float:
-    """In [0, 1]: 1 where the target occurs in what was read, else 1 - min(d, n) / n with d the Levenshtein distance, n = |target|."""
+    """Score in [0, 1]: 1 where the text read contains the target, else 1 - min(d, n) / n, d the Levenshtein distance, n = |target|."""
     wanted, read = _target(target), normalised(recognised)
     if wanted in read:
         return 1.0
@@ -50,24 +50,24 @@ def ocr_reward(target: str, recognised: str) -> float:
 
 
 def exact(target: str, recognised: str) -> float:
-    """1 where the whole text that was read is the target, else 0."""
+    """Return 1 where the whole text that was read is the target, else 0."""
     return float(_target(target) == normalised(recognised))
 
 
 def ned(target: str, recognised: str) -> float:
-    """In [0, 1]: 1 - d / (max(|target|, |read|) + 1e-5), which also punishes additions (AnyText, tyxsspa/AnyText at 3d4a260)."""
+    """Return 1 - d / (max(|target|, |read|) + 1e-5), which also penalises additions (AnyText, tyxsspa/AnyText at 3d4a260)."""
     wanted, read = _target(target), normalised(recognised)
     return 1.0 - Levenshtein.distance(read, wanted) / (max(len(wanted), len(read)) + 1e-5)
 
 
 def extra_text_ratio(target: str, recognised: str) -> float:
-    """max(0, |read| - n) / n: how much more was written than asked for, in lengths of the target."""
+    """Return max(0, |read| - n) / n: the surplus length of the text, in lengths of the target."""
     n = len(_target(target))
     return max(0, len(normalised(recognised)) - n) / n
 
 
 def repeat_count(target: str, recognised: str) -> int:
-    """How often the target occurs in what was read, without overlap."""
+    """Count the occurrences of the target in the text read, without overlap."""
     return normalised(recognised).count(_target(target))
 
 
@@ -77,7 +77,7 @@ METRICS = ("soft", "exact")  # soft is what methods are trained on
 
 
 def score_texts(prompts: Sequence[Prompt], texts: Sequence[str | None], reasons: Mapping[int, str]) -> Scores:
-    """B prompts and B texts read -> soft (`ocr_reward`) and exact; None is NaN, and `reasons` must say why.
+    """Score B texts read for B prompts: soft (`ocr_reward`) and exact; None becomes NaN, and `reasons` must say why.
 
     The target is the prompt's fact `target` where it has one, else its quoted segment.
     """
@@ -92,13 +92,13 @@ def score_texts(prompts: Sequence[Prompt], texts: Sequence[str | None], reasons:
     return Scores(value={"soft": soft, "exact": full}, reasons=dict(reasons), notes=[text or "" for text in texts])
 
 
-# Words that every engine here reads: they show that an engine works where it is installed, not how well it reads.
+# Words that every supported engine reads: they test that an installed engine works, not how well it reads.
 KNOWN = ("ACT", "BOX", "JUDGE", "SILK", "FROWN", "VEST", "TWO", "CHALK")
 KNOWN_PAGE = ("Grand", "Opening", "2024")
 
 
 def check_known_answers(scorer: Scorer, *, paged: bool = False) -> None:
-    """Lets a scorer read built-in renders, clean words or a page of three lines; RuntimeError with what it read where one is wrong."""
+    """Test a scorer on built-in renders, clean words or a page of three lines; RuntimeError with the text read where one is wrong."""
     from ..bench.assets.glyphs import draw_word
 
     words = ("".join(KNOWN_PAGE),) if paged else KNOWN
@@ -113,7 +113,7 @@ def check_known_answers(scorer: Scorer, *, paged: bool = False) -> None:
 
 
 def _page(lines: Sequence[str]) -> Images:
-    """(256, 384, 3): lines of print one below the other."""
+    """Draw lines of text one below the other, (256, 384, 3)."""
     from PIL import Image, ImageDraw, ImageFont
 
     from ..bench.assets.glyphs import default_font

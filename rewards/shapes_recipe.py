@@ -1,8 +1,8 @@
-"""Recipe of the held-out shape detector: shapes of any colour, worn, cut, faint and crowded, and minutes of training.
+"""Recipe of the held-out shape detector: trains it in minutes on shapes of any colour, degraded, cut, faint and crowded.
 
-Two things keep it independent of the counter that methods are trained on. Its colours are drawn anew for every picture, so no palette
-can help it; and its shapes are drawn by other code and of other sizes and proportions than those of the embedded model, which it meets
-only when it is measured. Step k draws its batch from (seed, k) alone, so
+Two rules keep it independent of the scorer that methods are trained on. Its colours are drawn anew for every image, so no palette
+can help it; and its shapes are drawn by other code and of other sizes and proportions than those of the embedded model, which are used
+only to measure it. Step k draws its batch from (seed, k) alone, so
 that an interrupted run continues as if it had not stopped.
 """
 
@@ -28,15 +28,15 @@ from .detectors import Detection
 from .reader import HEIGHT, WIDTH, standardise
 from .reader_recipe import colour, damage, print_letters, random_letters
 
-WINDOW = 18  # px; a shape of the largest radius, bent, lies within
-MOST = 9  # shapes and pieces in a picture
-WEAR = 0.7  # of the reader's damage: a shape has less to lose than a letter
+WINDOW = 18  # px; contains a shape of the largest radius, warped
+MOST = 9  # shapes and pieces in an image
+WEAR = 0.7  # of the reader's degradation: a shape has less detail than a letter
 THRESHOLD = 0.9  # GenEval's for counting: more than this is an object
-SPREAD = 0.8  # cells; standard deviation of the hill around a centre
+SPREAD = 0.8  # cells; standard deviation of the Gaussian around a centre
 
 
 class Truth(NamedTuple):
-    """What stands where: all (B, MOST), centres and sizes in pixels."""
+    """Ground truth of the shapes: all (B, MOST), centres and sizes in pixels."""
 
     real: Tensor  # bool: a shape; a faint ghost, a piece of one or an empty place is none
     kind: Tensor  # int64, index into glyphs.SHAPES
@@ -50,7 +50,7 @@ class Truth(NamedTuple):
 
 
 def _places(rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Up to MOST of (x, y, radius): in cells of a grid, or anywhere; neighbours may touch, hardly overlap."""
+    """Draw up to MOST of (x, y, radius), in cells of a grid or anywhere; neighbours may touch but hardly overlap."""
     most = int(rng.integers(0, 9))
     radius = float(rng.uniform(3.5, 6.0))
     if rng.random() < 0.55:
@@ -83,8 +83,8 @@ def _places(rng: np.random.Generator) -> list[tuple[float, float, float]]:
 
 
 def draw_shapes(rows: int, rng: np.random.Generator, g: torch.Generator, strength: float) -> tuple[Tensor, Truth]:
-    """(B, 1, 32, 64) coverage of shapes drawn by their distance to the edge, and the truth about them."""
-    layout = np.full((rows, MOST, 3), 4, np.float32)  # what is not there has a size all the same: no division by zero
+    """Draw shapes by their distance to the edge: (B, 1, 32, 64) coverage, and their ground truth."""
+    layout = np.full((rows, MOST, 3), 4, np.float32)  # absent shapes have a size too: no division by zero
     there = np.zeros((rows, MOST), bool)
     kinds = np.repeat(rng.integers(0, 3, (rows, 1)), MOST, 1)
     mixed = rng.random(rows) < 0.25
@@ -107,7 +107,7 @@ def draw_shapes(rows: int, rng: np.random.Generator, g: torch.Generator, strengt
     turn = uniform(-0.14, 0.14) * likely(0.4 * strength)
     wave = torch.randn(rows, 2, 4, 7, generator=g) * 0.45 * strength * (torch.rand(rows, 1, 1, 1, generator=g) < 0.5)
     wave = F.interpolate(wave, (HEIGHT, WIDTH), mode="bilinear", align_corners=True)  # px
-    # Each shape is drawn on a window of its own, then they are laid on a canvas with a margin, the darker one winning.
+    # Each shape is drawn on a window of its own; the canvas, which has a margin, takes the maximum coverage.
     wide, high = WIDTH + 2 * WINDOW, HEIGHT + 2 * WINDOW
     left, top = (x - WINDOW / 2).round().long() + WINDOW, (y - WINDOW / 2).round().long() + WINDOW
     columns = (left[..., None] + torch.arange(WINDOW)).view(rows, MOST, 1, WINDOW)
@@ -127,7 +127,7 @@ def draw_shapes(rows: int, rng: np.random.Generator, g: torch.Generator, strengt
     which = kind[..., None, None]
     edge = torch.where(which == 0, circle, torch.where(which == 1, square, triangle))
 
-    # A shape may lose a side to a straight cut: most of it left is still a shape, less than half is a piece.
+    # A straight cut may remove a side: with most of it left it is still a shape, with less than half a piece.
     cut, piece = likely(0.10 * strength), likely(0.12)
     angle = uniform(0, 2 * math.pi)[..., None, None]
     kept = torch.where(piece, uniform(-0.9, -0.15), torch.where(cut, uniform(0.5, 1.0), torch.tensor(9.0)))
@@ -142,7 +142,7 @@ def draw_shapes(rows: int, rng: np.random.Generator, g: torch.Generator, strengt
 
 
 def _strokes(rows: int, g: torch.Generator) -> Tensor:
-    """(B, 1, 32, 64) coverage of three bars a picture and a ring: what is no shape."""
+    """Draw distractors: (B, 1, 32, 64) coverage of three bars and a ring an image."""
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(rows, 3, 1, 1, generator=g)
@@ -162,7 +162,7 @@ def _strokes(rows: int, g: torch.Generator) -> Tensor:
 
 
 def draw_batch(rows: int, seed: tuple[int, ...], strength: float = 1.0) -> tuple[Tensor, Truth]:
-    """(B, 32, 64, 3) in 0..255 and the truth; one in seven shows letters, bars or rings and no shape. Pure in (seed, rows)."""
+    """Draw (B, 32, 64, 3) in 0..255 and the truth; one in seven shows letters, bars or rings and no shape. Pure in (seed, rows)."""
     rng = np.random.default_rng(seed)
     g = torch.Generator().manual_seed(int(rng.integers(2**62)))
     coverage, truth = draw_shapes(rows, rng, g, strength)
@@ -182,7 +182,7 @@ def draw_batch(rows: int, seed: tuple[int, ...], strength: float = 1.0) -> tuple
 
 
 def targets(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
-    """Hills (B, 3, 16, 32) that are 1 at centres, boxes (B, MOST, 4) as the network says them, and each centre's cell (B, MOST)."""
+    """Return Gaussian maps (B, 3, 16, 32), 1 at centres, boxes (B, MOST, 4) as the network codes them, and centres' cells (B, MOST)."""
     high, wide = HEIGHT // STRIDE, WIDTH // STRIDE
     u, v = truth.x / STRIDE, truth.y / STRIDE  # in cells
     column, line = u.floor().clamp(0, wide - 1), v.floor().clamp(0, high - 1)
@@ -196,7 +196,7 @@ def targets(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def loss_of(maps: Tensor, truth: Truth) -> Tensor:
-    """CenterNet's: the penalty-reduced focal loss of the hills (alpha 2, beta 4), and the boxes' absolute error, a tenth of it."""
+    """Compute CenterNet's loss: the penalty-reduced focal loss of the maps (alpha 2, beta 4) + a tenth of the boxes' absolute error."""
     hills, boxes, cells = targets(truth)
     kinds = len(glyphs.SHAPES)
     logits = maps[:, :kinds]
@@ -212,7 +212,7 @@ def loss_of(maps: Tensor, truth: Truth) -> Tensor:
 
 
 def clean_drawings(each: int = 10, seed: int = 0) -> tuple[np.ndarray, list[tuple[str, int]]]:
-    """(N, 32, 64, 3) uint8 and N (kind, count): the embedded model's pictures, every kind, colour and count `each` times."""
+    """Draw (N, 32, 64, 3) uint8 and N (kind, count) as for the embedded model: every kind, colour and count `each` times."""
     rng = np.random.default_rng(seed)
     asked = [
         (k, n, c)
@@ -227,7 +227,7 @@ def clean_drawings(each: int = 10, seed: int = 0) -> tuple[np.ndarray, list[tupl
 
 
 def worn_drawings(each: int = 10, seed: int = 0) -> tuple[np.ndarray, list[tuple[str, int]]]:
-    """The same drawings in the colours of the training pictures, with their wear, blur and grain."""
+    """Draw the same in the colours of the training images, with their degradation, blur and noise."""
     rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     asked = [(k, n) for k in glyphs.SHAPES for _ in glyphs.SHAPE_COLOURS for n in glyphs.COUNTS for _ in range(each)]
     black = np.stack([glyphs.draw_shapes(k, n, (0, 0, 0), (255, 255, 255), rng) for k, n in asked])
@@ -236,18 +236,18 @@ def worn_drawings(each: int = 10, seed: int = 0) -> tuple[np.ndarray, list[tuple
 
 
 def words(many: int = 450, seed: int = 0) -> np.ndarray:
-    """(N, 32, 64, 3) uint8 without any shape: the embedded model's other pictures."""
+    """Draw (N, 32, 64, 3) uint8 without any shape: the words of the embedded model's domain."""
     rng = np.random.default_rng(seed)
     return np.stack([glyphs.word_sample(rng, [], ())[1] for _ in range(many)])
 
 
 def counts(found: list[list[Detection]], threshold: float = THRESHOLD) -> np.ndarray:
-    """(B, 3): how many of each kind score more than the threshold."""
+    """Count the shapes of each kind that score above the threshold, (B, 3)."""
     return np.array([[sum(d.label == k and d.score > threshold for d in row) for k in glyphs.SHAPES] for row in found])
 
 
 def exact(detector: Detector, pictures: np.ndarray, asked: list[tuple[str, int]]) -> dict[str, Any]:
-    """How often the kind that was drawn is counted right; `other`: how often another kind is seen, too."""
+    """Return how often the drawn kind is counted right, and `other`: how often another kind is detected as well."""
     seen = counts(detector(pictures))
     own = np.array([glyphs.SHAPES.index(k) for k, _ in asked])
     rows = np.arange(len(asked))
@@ -258,7 +258,7 @@ def exact(detector: Detector, pictures: np.ndarray, asked: list[tuple[str, int]]
 
 
 def calibrate(maps: Tensor, truth: Truth) -> tuple[float, float, float]:
-    """(a, b, accuracy): score = sigmoid(a * logit + b) is 0.9 where most pictures are counted right, all kinds at once.
+    """Fit (a, b, accuracy): score = sigmoid(a * logit + b) is 0.9 where most images are counted right, all kinds at once.
 
     The slope is the one, under that condition, that makes the scores of peaks the best probabilities of being a shape (Platt).
     """
@@ -271,7 +271,7 @@ def calibrate(maps: Tensor, truth: Truth) -> tuple[float, float, float]:
     right = torch.stack([((peak & (logits > t)).sum((2, 3)) == wanted).all(1).float().mean() for t in levels])
     smooth = F.avg_pool1d(right[None], 9, 1, 4, count_include_pad=False)[
         0
-    ]  # the middle of the plateau, not a lucky peak
+    ]  # the middle of the plateau, not a chance maximum
     best = int(smooth.argmax())
     level = float(levels[best])
 
@@ -291,7 +291,7 @@ def calibrate(maps: Tensor, truth: Truth) -> tuple[float, float, float]:
 
 @dataclass(frozen=True)
 class ShapesRecipe:
-    """Trains the detector from nothing: AdamW, the rate falling along a cosine, weights averaged, scores calibrated at the end."""
+    """Trains the detector from random weights: AdamW, a cosine learning rate, weights averaged, scores calibrated at the end."""
 
     steps: int = 1500
     batch: int = 96
@@ -305,7 +305,7 @@ class ShapesRecipe:
     each: int = 10  # drawings of every kind, colour and count that are measured
 
     def __call__(self, out: Path, *, seed: int, log: Log) -> dict[str, Any]:
-        """Write shapes.safetensors and shapes.json into `out`, going on from a run that was stopped there.
+        """Write shapes.safetensors and shapes.json into `out`, resuming a run that was stopped there.
 
         Returns what shapes.json holds.
         """
@@ -367,7 +367,7 @@ class ShapesRecipe:
 
 
 class ShapesLearner(Learner):
-    """The network, trained by CenterNet's loss on the pictures of each batch."""
+    """The network, trained by CenterNet's loss on the images of each batch."""
 
     def __init__(self, recipe: ShapesRecipe, seed: int) -> None:
         self.recipe, self.seed = recipe, seed
@@ -375,7 +375,7 @@ class ShapesLearner(Learner):
         self.module = network().train()
         with torch.no_grad():
             last: Any = self.module[-1]
-            last.bias[: len(glyphs.SHAPES)] = -3.0  # nothing is anywhere, to begin with
+            last.bias[: len(glyphs.SHAPES)] = -3.0  # initial scores near zero everywhere
         self.optimisers = [
             torch.optim.AdamW(
                 self.module.parameters(), lr=recipe.lr, betas=(0.9, 0.99), weight_decay=recipe.weight_decay

@@ -1,8 +1,8 @@
-"""Scorer `tesseract`: Tesseract, an engine of another lineage, reads the image where it is installed; no method trains on it.
+"""Scorer `tesseract`: reads the image with Tesseract, an independently developed engine; no method trains on it.
 
 The program `tesseract` (Apache-2.0; Debian: tesseract-ocr) is started once for a batch, on a list of PNG files. Two framings, named
-after Tesseract's own page segmentation modes: `line` (7, one line, the picture enlarged four times, as a 64x32 picture needs) and `page`
-(11, sparse text, at the picture's own size). It has no reject option: on blank paper it may see a letter or two.
+after Tesseract's own page segmentation modes: `line` (7, one line, the picture enlarged four times, as a 64x32 image needs) and `page`
+(11, sparse text, at the image's own size). It has no reject option: on a blank image it may report a letter or two.
 """
 
 import os
@@ -27,7 +27,7 @@ INSTALL = "the scorer 'tesseract' needs {}; install them with: apt-get install t
 
 @dataclass(frozen=True)
 class PageFraming:
-    """How a picture is put before the engine."""
+    """How an image is presented to the engine."""
 
     name: str
     mode: int  # --psm
@@ -38,15 +38,15 @@ FRAMINGS = {"line": PageFraming("line", 7, 4), "page": PageFraming("page", 11, 1
 
 
 def _run(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[bytes]:
-    # One thread: its own threads are slower than none on small pictures, and they are not ours to spend.
+    # One thread: its own threads are slower than none on small images, and would take cores from the run.
     env = os.environ | {"OMP_THREAD_LIMIT": "1", "LC_ALL": "C"}
     return subprocess.run(["tesseract", *arguments], capture_output=True, env=env, timeout=timeout, check=False)
 
 
 @cache
 def _installed(program: str, prefix: str) -> tuple[str, str]:
-    """(version, digest of the English data) of the program at that path; Missing where either is not there."""
-    del program, prefix  # they are the key: another program or data folder is another answer
+    """Return (version, digest of the English data) of the program at that path; Missing where either is absent."""
+    del program, prefix  # only cache keys: another program or data folder gives another result
     version = _run("--version")
     words = (version.stdout + version.stderr).decode("utf-8", "replace").split()
     listed = _run("--list-langs").stdout.decode("utf-8", "replace").splitlines()
@@ -58,7 +58,7 @@ def _installed(program: str, prefix: str) -> tuple[str, str]:
 
 
 def version() -> tuple[str, str]:
-    """(version of the program, first digits of the sha256 of its English data); Missing where one of them is not installed."""
+    """Return (version of the program, first digits of its English data's sha256); Missing where either is not installed."""
     program = shutil.which("tesseract")
     if program is None:
         raise Missing(INSTALL.format("the program 'tesseract' and its English data"))
@@ -66,7 +66,7 @@ def version() -> tuple[str, str]:
 
 
 def available() -> bool:
-    """Whether the scorer can be made here."""
+    """Return whether the program and its data are installed."""
     try:
         version()
     except Missing:
@@ -75,7 +75,7 @@ def available() -> bool:
 
 
 class Tesseract:
-    """Reads a batch with one run of Tesseract and judges the text by the published rule."""
+    """Reads a batch with one run of Tesseract and scores the text by the published rule."""
 
     name = "tesseract"
     metrics: Sequence[str] = rules.METRICS
@@ -86,7 +86,7 @@ class Tesseract:
         self.id = f"tesseract-{release}/eng@{data}/{rules.RULE}/{framing.name}-psm{framing.mode}-x{framing.enlarge}"
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        """(B, H, W, 3) and B prompts -> soft and exact; NaN with a reason where the engine failed on a picture."""
+        """Map (B, H, W, 3) and B prompts to soft and exact; NaN with a reason where the engine failed on an image."""
         check_images(images, prompts)
         reasons: dict[int, str] = {}
         texts: list[str | None] = [None] * len(images)
@@ -97,7 +97,7 @@ class Tesseract:
                 try:
                     self._write(image, path)
                     files[row] = path
-                except Exception as error:  # a picture that is no picture, e.g. of no size
+                except Exception as error:  # an image that is none, e.g. of no size
                     reasons[row] = f"{type(error).__name__}: {error}"
             for row, read in self._read(files, Path(folder)).items():
                 if isinstance(read, Exception):
@@ -112,7 +112,7 @@ class Tesseract:
         picture.resize(size, Image.Resampling.BICUBIC).save(path, compress_level=1)
 
     def _read(self, files: dict[int, Path], folder: Path) -> "dict[int, str | Exception]":
-        """Row -> text, or what went wrong. A picture that stops the run of a batch is found by reading each alone."""
+        """Map each row to its text or its error. An image that stops the run of a batch is found by reading each alone."""
         if not files:
             return {}
         listing = folder / "files.txt"
@@ -140,12 +140,12 @@ class Tesseract:
         return alone
 
     def self_test(self) -> None:
-        """Reads built-in renders; raises RuntimeError with what it read where one is wrong."""
+        """Read built-in renders; raises RuntimeError with the text read where one is wrong."""
         rules.check_known_answers(self, paged=self.framing.name == "page")
 
 
 def make(variant: str | None = None) -> Tesseract:
-    """The scorer in the framing `line` (the default) or `page`; Missing where Tesseract is not installed."""
+    """Make the scorer in the framing `line` (the default) or `page`; Missing where Tesseract is not installed."""
     if variant is not None and variant not in FRAMINGS:
         raise UserError(f"the scorer 'tesseract' has no variant {variant!r}; valid: {', '.join(FRAMINGS)}")
     return Tesseract(FRAMINGS[variant or "line"])

@@ -1,12 +1,12 @@
-"""Recipe of the two tiny preference scorers: images and prompts of the glyph domain, with near misses and worn copies of each.
+"""Recipe of the two tiny preference scorers: trains them on images and prompts of the glyph domain, with near misses and degraded copies.
 
 The published preference scores are two-tower networks: an image tower, a text tower, a cosine. These two are the same thing at a
-size that trains in minutes: `pick` looks through a vision transformer, `hps` through CLIP's residual network, both open_clip's own
-classes, and neither sees what the other saw. For every prompt there are six pictures: the right one clean, the same worn, the same
+size that trains in minutes: `pick` has a vision transformer, `hps` CLIP's residual network, both open_clip's own
+classes, and their training images differ. For every prompt there are six images: the right one clean, the same worn, the same
 ruined, a near miss (one letter, one shape more or fewer, another ink, kind or colour), another near miss worn, and a mixture of right
-and near miss. A prompt must find its picture among those of all prompts (contrastive loss), and within the six the order of quality
+and near miss. A prompt must find its image among those of all prompts (contrastive loss), and within the six the order of quality
 must be kept (Bradley and Terry's loss, which PickScore was trained with). Every string that the split rule of `bench/assets/glyphs.py` puts
-into validation or test is thrown away before it is printed. Step k draws its batch from (seed, tower, k) alone, so that an interrupted
+into validation or test is discarded before it is drawn. Step k draws its batch from (seed, tower, k) alone, so that an interrupted
 run continues as if it had not stopped.
 """
 
@@ -37,7 +37,7 @@ from .reader_recipe import damage
 from .two_towers import Stretch, standardise, tiny, tiny_tokenizer
 
 CONTEXT = 16  # tokens of a prompt with its begin and end
-STRIP = 4  # px, the width of what the transformer sees as one patch
+STRIP = 4  # px, the width of one patch of the transformer
 SPECIALS = ("<pad>", "<unk>", "<begin>", "<end>")
 TEXT: dict[str, Any] = {
     "context_length": CONTEXT,
@@ -50,8 +50,8 @@ TEXT: dict[str, Any] = {
     "pool_type": "eos",
     "eos_id": SPECIALS.index("<end>"),
 }
-# open_clip's model configurations. The transformer sees the picture as 16 strips, three to a letter, and takes the mean of what it
-# makes of them; the residual network only exists for squares, so its pictures are stretched to twice their height.
+# open_clip's model configurations. The transformer's patches are 16 strips, three to a letter; it averages their
+# outputs. The residual network only exists for squares, so its images are stretched to twice their height.
 TOWERS: dict[str, dict[str, Any]] = {
     "pick": {
         "embed_dim": 128,
@@ -74,12 +74,12 @@ TOWERS: dict[str, dict[str, Any]] = {
 }
 
 
-# What a picture shows and what a prompt asks for
+# Contents of images and prompts
 
 
 @dataclass(frozen=True)
 class Thing:
-    """A word in an ink, or a count of shapes of a colour."""
+    """Content of an image: a word in an ink, or a count of shapes of a colour."""
 
     word: str = ""
     kind: str = ""
@@ -87,7 +87,7 @@ class Thing:
     colour: str = ""  # the ink of a word, the colour of shapes
 
     def prompt(self, *, surface: str = "sign", named: bool = True) -> str:
-        """What asks for it; the ink of a word may stay unnamed."""
+        """Return the prompt for this content; the ink of a word may stay unnamed."""
         if self.word:
             return glyphs.word_prompt(self.word, surface=surface, ink=self.colour if named else None)
         return glyphs.shapes_prompt(self.kind, self.count, self.colour)
@@ -98,14 +98,14 @@ def _one(rng: np.random.Generator, items: Sequence[Any]) -> Any:
 
 
 def _train_word(draw: Callable[[], str]) -> str:
-    """The first draw whose spelling the split rule leaves to training."""
+    """Draw words until one belongs to the train split by the split rule."""
     while glyphs.split_of(word := draw()) != "train":
         pass
     return word
 
 
 def draw_thing(rng: np.random.Generator, words: float) -> Thing:
-    """A word of random letters or of vowels and consonants in turn (share `words`), or one to five shapes."""
+    """Draw a word of random letters or of vowels and consonants in turn (share `words`), or one to five shapes."""
     if rng.random() < words:
         return Thing(word=_train_word(lambda: glyphs.random_word(rng, (), ())), colour=_one(rng, tuple(glyphs.INKS)))
     return Thing(
@@ -114,7 +114,7 @@ def draw_thing(rng: np.random.Generator, words: float) -> Thing:
 
 
 def _misspelt(word: str, rng: np.random.Generator) -> str:
-    """One letter exchanged (two times in three), or two swapped, dropped, doubled, added: 1 to 5 letters."""
+    """Misspell a word: replace a letter (two times in three), or swap two, drop, double or add one; 1 to 5 letters remain."""
     kind, at = rng.random(), int(rng.integers(len(word)))
     letter = _one(rng, glyphs.ALPHABET)
     if kind < 0.67:
@@ -132,7 +132,7 @@ def _misspelt(word: str, rng: np.random.Generator) -> str:
 
 
 def near_miss(thing: Thing, rng: np.random.Generator, *, colour_counts: bool) -> Thing:
-    """Almost the same thing; where the ink is not asked for (`colour_counts` is false) another ink is no miss."""
+    """Change one property of the content; another ink is no miss where the prompt names none (`colour_counts` is false)."""
     palette = tuple(glyphs.INKS) if thing.word else tuple(glyphs.SHAPE_COLOURS)
     others = [c for c in palette if c != thing.colour]
     kind = rng.random()
@@ -154,7 +154,7 @@ def near_miss(thing: Thing, rng: np.random.Generator, *, colour_counts: bool) ->
 
 
 def coverage(thing: Thing, seed: int) -> np.ndarray:
-    """(32, 64) in 0..1: where there is ink. Shapes of one seed stand in the same places, as many as there are."""
+    """Draw the ink's coverage (32, 64) in 0..1. Shapes of one seed have the same positions, whatever their number."""
     rng = np.random.default_rng(seed)
     black, white = (0, 0, 0), (255, 255, 255)
     if thing.word:
@@ -169,7 +169,7 @@ def ink_of(thing: Thing) -> tuple[int, int, int]:
     return (glyphs.INKS if thing.word else glyphs.SHAPE_COLOURS)[thing.colour]
 
 
-# Wear
+# Degradation
 
 
 def _uniform(rows: int, g: torch.Generator) -> Tensor:
@@ -178,7 +178,7 @@ def _uniform(rows: int, g: torch.Generator) -> Tensor:
 
 
 def _warp(x: Tensor, strength: Tensor, g: torch.Generator) -> Tensor:
-    """(B, C, 32, 64), every row moved by a smooth field of `strength` px."""
+    """Warp (B, C, 32, 64), every row by a smooth field of `strength` px."""
     rows = len(x)
     field = F.interpolate(torch.randn(rows, 2, 4, 8, generator=g), size=(32, 64), mode="bicubic", align_corners=False)
     plain = F.affine_grid(torch.eye(2, 3).expand(rows, 2, 3), [rows, 1, 32, 64], align_corners=False)
@@ -198,7 +198,7 @@ def _blurred(x: Tensor) -> Tensor:
 
 
 def worn(ink: Tensor, g: torch.Generator) -> Tensor:
-    """(B, 1, 32, 64) coverage, lightly worn: strokes nicked, bent by up to a pixel, a little soft. It can still be read."""
+    """Degrade (B, 1, 32, 64) coverage lightly: strokes nicked, warped by up to a pixel, slightly blurred. It stays legible."""
     ink = damage(ink, g, 0.45)
     ink = _warp(ink, 0.7 * _uniform(len(ink), g), g)
     share = 0.6 * _uniform(len(ink), g)
@@ -206,7 +206,7 @@ def worn(ink: Tensor, g: torch.Generator) -> Tensor:
 
 
 def ruined(ink: Tensor, other: Tensor, g: torch.Generator) -> Tensor:
-    """(B, 1, 32, 64) coverage, spoilt in one or two of five ways: a part erased, smeared, bent, faded, overprinted by `other`."""
+    """Degrade (B, 1, 32, 64) coverage in one or two of five ways: a part erased, smeared, warped, faded, overprinted by `other`."""
     rows = len(ink)
     ink = damage(ink, g, 1.0)
     ways = torch.rand(rows, 5, generator=g)
@@ -224,13 +224,13 @@ def ruined(ink: Tensor, other: Tensor, g: torch.Generator) -> Tensor:
 
 
 def pressed(ink: Tensor, paper: Tensor, pigment: Tensor) -> Tensor:
-    """(B, 1, 32, 64) coverage, (B, 3) colours -> (B, 3, 32, 64) in 0..255."""
+    """Colour (B, 1, 32, 64) coverage with (B, 3) colours, giving (B, 3, 32, 64) in 0..255."""
     page, pigment = paper.view(-1, 3, 1, 1), pigment.view(-1, 3, 1, 1)
     return page + ink * (pigment - page)
 
 
 def roughened(picture: Tensor, rough: Tensor, g: torch.Generator) -> Tensor:
-    """(B, 3, 32, 64) in 0..255 with as much tint, grain and blur as `rough` (B,) in 0..1 says."""
+    """Add tint, noise and blur to (B, 3, 32, 64) in 0..255; `rough` (B,) in 0..1 sets their strength."""
     rows = len(picture)
     rough = rough.view(rows, 1, 1, 1)
     tint = F.interpolate(torch.randn(rows, 3, 3, 5, generator=g), size=(32, 64), mode="bicubic", align_corners=False)
@@ -242,9 +242,9 @@ def roughened(picture: Tensor, rough: Tensor, g: torch.Generator) -> Tensor:
 
 # A batch
 
-RIGHT, WORN, RUINED, MISS, MISS_WORN, MIXED = range(6)  # the six pictures of a prompt
-READ = (RIGHT, WORN, MISS)  # those that are read aloud
-# Better before worse. A near miss is worse than the right thing worn: what is asked for comes before how it looks.
+RIGHT, WORN, RUINED, MISS, MISS_WORN, MIXED = range(6)  # the six images of a prompt
+READ = (RIGHT, WORN, MISS)  # those whose content the reading heads predict
+# Better before worse. A near miss is worse than the right content worn: content counts before appearance.
 ORDER = (
     (RIGHT, WORN),
     (WORN, RUINED),
@@ -259,7 +259,7 @@ ORDER = (
 
 @dataclass(frozen=True)
 class Batch:
-    """P prompts, as many prompts that ask for their near misses, and six pictures each."""
+    """P prompts, as many prompts that ask for their near misses, and six images each."""
 
     pictures: Tensor  # (6, P, 3, 32, 64) in 0..255
     prompts: list[str]  # 2 P
@@ -268,7 +268,7 @@ class Batch:
     slots: Tensor  # (5 P, S) int: what 2 P prompts and the pictures READ show, slot by slot; -1 is not said
 
 
-# What can be read off a vector.
+# Targets of the reading heads, predicted from a vector.
 SLOTS = [27] * glyphs.LONGEST + [4, 4, 7]  # letters, colour (black red blue green), kind, count; the last class is none
 COLOURS = ("black", "red", "blue", "green")
 
@@ -280,7 +280,7 @@ def _slots(thing: Thing, named: bool) -> list[int]:
 
 
 def strips(slots: Tensor) -> Tensor:
-    """(B, S) slots of pictures -> (B, 16): the letter each strip of a picture belongs to, 26 for none; a pixel of jitter is not minded."""
+    """Map (B, S) slots of images to (B, 16): the letter that each strip belongs to, 26 for none; a pixel of jitter is ignored."""
     letters = slots[:, : glyphs.LONGEST]
     length = (letters < 26).sum(1, keepdim=True)
     middle = torch.arange(glyphs.WIDTH // STRIP) * STRIP + STRIP // 2
@@ -290,7 +290,7 @@ def strips(slots: Tensor) -> Tensor:
 
 
 def draw_texts(rows: int, seed: tuple[int, ...], words: float) -> tuple[list[str], Tensor]:
-    """Prompts without pictures and their (B, S) slots: spelling is learnt from many."""
+    """Draw prompts without images and their (B, S) slots: learning to spell needs many."""
     rng = np.random.default_rng(seed)
     things = [draw_thing(rng, words) for _ in range(rows)]
     named = [not thing.word or bool(rng.random() < 0.65) for thing in things]
@@ -299,14 +299,14 @@ def draw_texts(rows: int, seed: tuple[int, ...], words: float) -> tuple[list[str
 
 
 def draw_batch(rows: int, seed: tuple[int, ...], words: float = 0.6) -> Batch:
-    """A batch of `rows` prompts; pure in its arguments."""
+    """Draw a batch of `rows` prompts; pure in its arguments."""
     rng = np.random.default_rng(seed)
     g = torch.Generator().manual_seed(int(rng.integers(2**62)))
     things = [draw_thing(rng, words) for _ in range(rows)]
     named = [not thing.word or bool(rng.random() < 0.65) for thing in things]
     misses = [near_miss(t, rng, colour_counts=n) for t, n in zip(things, named, strict=True)]
     others = [near_miss(t, rng, colour_counts=n) for t, n in zip(things, named, strict=True)]
-    places = rng.integers(2**31, size=rows)  # of the right picture
+    places = rng.integers(2**31, size=rows)  # of the right image
     moved = np.where(rng.random(rows) < 0.5, places, rng.integers(2**31, size=rows))
     right, miss, other, again = (
         torch.from_numpy(np.stack([coverage(t, int(s)) for t, s in zip(what, where, strict=True)]))[:, None]
@@ -357,14 +357,14 @@ def draw_batch(rows: int, seed: tuple[int, ...], words: float = 0.6) -> Batch:
 
 
 def contrast(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """(B, N) logits, (B,) columns, (B, N) bool -> the mean over rows of -log softmax of the positive among itself and the negatives."""
+    """Average -log softmax of the positive among itself and the negatives over rows: (B, N) logits, (B,) columns, (B, N) bool."""
     own = logits.gather(1, positive[:, None])
     rest = logits.masked_fill(~negative, float("-inf"))
     return (torch.logsumexp(torch.cat([own, rest], 1), 1) - own[:, 0]).mean()
 
 
 def losses(texts: Tensor, images: Tensor, scale: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Unit vectors of (2 P) prompts and (6, P) pictures -> the contrastive and the preference loss."""
+    """Compute the contrastive and the preference loss of unit vectors of (2 P) prompts and (6, P) images."""
     p = images.shape[1]
     rows = torch.arange(p)
     logits = scale * texts @ images.flatten(0, 1).T  # (2 P, 6 P)
@@ -390,7 +390,7 @@ def losses(texts: Tensor, images: Tensor, scale: Tensor, batch: Batch) -> dict[s
 
 
 def measure(score: Callable[[np.ndarray, list[str]], np.ndarray], seed: int, words: Sequence[str]) -> dict[str, Any]:
-    """Shares of comparisons decided rightly, on held-out `words` and as many shapes prompts.
+    """Measure the shares of correct comparisons, on held-out `words` and as many shapes prompts.
 
     score: (B, 32, 64, 3) uint8, B prompts -> (B,).
     """
@@ -451,7 +451,7 @@ def measure(score: Callable[[np.ndarray, list[str]], np.ndarray], seed: int, wor
 
 
 def write_tokenizer(folder: Path) -> None:
-    """tokenizer.json and tokenizer_config.json: known prompt words, the capitals one by one, the quote."""
+    """Write tokenizer.json and tokenizer_config.json: known prompt words, the capitals one by one, the quote."""
     build_tokenizer().save_pretrained(str(folder))
     path = folder / "tokenizer_config.json"  # transformers 5 writes a class name of its own
     path.write_text(path.read_text("utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast"), "utf-8")
@@ -459,7 +459,7 @@ def write_tokenizer(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class TinyClipRecipe:
-    """Trains both critics from nothing, one after the other: Muon on matrices, AdamW on the rest, weights averaged at the end."""
+    """Trains both scorers from random weights in turn: Muon on matrices, AdamW on the rest, weights averaged at the end."""
 
     towers: tuple[str, ...] = tuple(TOWERS)
     steps: int = 600
@@ -481,7 +481,7 @@ class TinyClipRecipe:
     measured: int = 400  # held-out words compared at the end, and as many shapes prompts
 
     def __call__(self, out: Path, *, seed: int, log: Log) -> dict[str, Any]:
-        """Write TOWER.json, TOWER.safetensors, the tokenizer and facts.json into `out`; a run stopped there is continued."""
+        """Write TOWER.json, TOWER.safetensors, the tokenizer and facts.json into `out`; resumes a run that was stopped there."""
 
         out.mkdir(parents=True, exist_ok=True)
         write_tokenizer(out)
@@ -547,16 +547,16 @@ class TinyClipRecipe:
 
 
 class TowersLearner(Learner):
-    """A tower pair, and the reading heads that teach it to spell."""
+    """A pair of towers, and the reading heads that train it to encode spelling."""
 
     def __init__(self, recipe: TinyClipRecipe, tower: str, out: Path, seed: int) -> None:
         self.recipe, self.seed, self.salt = recipe, seed, list(TOWERS).index(tower)
-        # Letters are read off the strips of `pick`, too: without that a transformer takes far longer to see them.
+        # Letters are also predicted from the strips of `pick`: without that a transformer takes far longer to learn them.
         self.dense = dense = tower == "pick"
         torch.manual_seed(1000 * seed + self.salt)
         self.clip = network(tower).train()
         self.module: nn.Module = self.clip
-        network(tower)  # its random draws come before those of the heads
+        network(tower)  # takes its random draws before the heads do
         self.clip.visual.output_tokens = dense
         self.reading = nn.ModuleList([nn.Linear(TOWERS[tower]["embed_dim"], sum(SLOTS))])
         if dense:
@@ -569,7 +569,7 @@ class TowersLearner(Learner):
         self.smoothed: dict[str, float] = {}  # the terms of the loss, averaged over about ten steps
 
     def _optimisers(self) -> list[torch.optim.Optimizer]:
-        """Muon for matrices, AdamW for all else."""
+        """Make Muon for matrices and AdamW for all else."""
         named = dict(self.module.named_parameters())
         matrices = {
             n: p
@@ -596,11 +596,11 @@ class TowersLearner(Learner):
         return loss
 
     def _terms(self, step: int) -> dict[str, Tensor]:
-        """The terms of a step's loss: contrast, order, reading, and strips where they are read."""
+        """Compute the terms of a step's loss: contrast, order, reading, and strips where they are predicted."""
         batch = draw_batch(self.recipe.prompts, (self.seed, self.salt, step), self.recipe.words)
         more, slots = draw_texts(self.recipe.texts, (self.seed, self.salt, step, 1), self.recipe.words)
         x = standardise(self.stretch.batch(batch.pictures.flatten(0, 1) / 255))
-        # a quarter less time for convolutions on a CPU that knows bfloat16; the small transformer gains nothing
+        # a quarter less time for convolutions on a CPU with bfloat16; the small transformer gains nothing
         with torch.autocast("cpu", torch.bfloat16, enabled=not self.dense):
             seen, patches = self.clip.visual(x) if self.dense else (self.clip.visual(x), None)
         images = F.normalize(seen.float(), dim=-1).unflatten(0, (6, -1))
@@ -623,12 +623,12 @@ class TowersLearner(Learner):
         self.clip.logit_scale.clamp_(max=math.log(100))
 
     def evaluate(self, weights: Weights, step: int) -> dict[str, float]:
-        """The smoothed terms of the loss, and the temperature."""
+        """Return the smoothed terms of the loss, and the temperature."""
         return {**self.smoothed, "scale": float(self.clip.logit_scale.detach().exp())}
 
 
 def network(tower: str) -> Any:
-    """open_clip's CLIP with random weights."""
+    """Build open_clip's CLIP with random weights."""
     try:
         from open_clip import CLIP
     except ImportError as error:

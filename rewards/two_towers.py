@@ -1,13 +1,13 @@
-"""Two-tower scorers (pickscore, hpsv2, clipscore): the cosine of an image embedding and a text embedding, scaled.
+"""Two-tower scorers (pickscore, hpsv2, clipscore): compute the scaled cosine of an image embedding and a text embedding.
 
-PickScore (arXiv 2305.01569), HPSv2 and v2.1 (arXiv 2306.09341) and three CLIPScores are the same thing with other weights and other
-settings, and most disagreements about their numbers are disagreements about settings. So the settings are frozen here and stand in
-the id: how a picture is brought to the tower's size, what the cosine is multiplied with, the type of the weights, their digest.
+PickScore (arXiv 2305.01569), HPSv2 and v2.1 (arXiv 2306.09341) and three CLIPScores are the same network with other weights and other
+settings, and most disagreements about their numbers are disagreements about settings. So the settings are fixed here and part of
+the id: how an image is resized to the tower's size, the factor of the cosine, the type of the weights, their digest.
 The variants `tiny` of `pickscore` and `hpsv2` run two small models of the 64x32 glyph domain, made by `tiny_clip_recipe.py`, through
-the same class; they say nothing about other pictures.
+the same class; their scores of other images have no meaning.
 
-On a CPU every forward pass holds one picture or one prompt, so that a score depends on nothing but its own, to the last bit; on a GPU
-it holds eight pictures, always, and a picture's place among them moves a cosine by about 1e-7. Vectors of prompts are kept.
+On a CPU every forward pass holds one image or one prompt, so that a score depends only on its own, to the last bit; on a GPU
+it always holds eight images, and an image's place among them changes a cosine by about 1e-7. Vectors of prompts are cached.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of channels in 0..1
-KEPT = 20_000  # vectors of prompts that a scorer keeps
+KEPT = 20_000  # vectors of prompts that a scorer caches
 TINY = Path(__file__).with_name("tiny_clip")
 
 
-# How a picture is brought to the tower's size: (H, W, 3) uint8 -> (3, h, w) in 0..1, not yet standardised
+# Resizing to the tower's size: (H, W, 3) uint8 -> (3, h, w) in 0..1, not yet standardised
 
 
 class Fit(Protocol):
@@ -51,9 +51,9 @@ def _tensor(image: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class Crop:
-    """The short side becomes `size`, the middle square is kept: what lies at the ends of a wide picture is not seen.
+    """Resizes the short side to `size` and keeps the centre square: the ends of a wide image are cut off.
 
-    `pil-bicubic` is CLIP's own preprocessing; `bilinear` resizes a tensor with torchvision's defaults of today (antialiased),
+    `pil-bicubic` is CLIP's own preprocessing; `bilinear` resizes a tensor with torchvision's current defaults (antialiased),
     which is what Flow-GRPO's and DiffusionNFT's CLIPScore do.
     """
 
@@ -83,10 +83,10 @@ class Crop:
 
 @dataclass(frozen=True)
 class Letterbox:
-    """HPSv2's: the LONG side becomes `size`, black bars fill the square. The tensor is resized with bicubic interpolation.
+    """Resizes as HPSv2 does: the LONG side to `size`, bicubic on the tensor, and pads to a square with black bars.
 
-    torchvision 0.17 turned `antialias` on for tensors; HPSv2 leaves it to the default, so its numbers depend on the torchvision
-    beside it. Here it is on, and said.
+    torchvision 0.17 turned `antialias` on for tensors; HPSv2 leaves it to the default, so its numbers depend on torchvision's
+    version. Here it is set explicitly.
     """
 
     size: int = 224
@@ -109,7 +109,7 @@ class Letterbox:
 
 @dataclass(frozen=True)
 class Stretch:
-    """Height and width are brought to the tower's one by one; a picture of that size stays as it is."""
+    """Resizes height and width separately to the tower's; an image of that size is unchanged."""
 
     height: int
     width: int
@@ -118,7 +118,7 @@ class Stretch:
         return self.batch(_tensor(image)[None])[0]
 
     def batch(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 3, height, width)."""
+        """Resize (B, 3, H, W) to (B, 3, height, width)."""
         import torch.nn.functional as F
 
         size = (self.height, self.width)
@@ -131,7 +131,7 @@ class Stretch:
 
 
 def standardise(x: Tensor) -> Tensor:
-    """(B, 3, h, w) in 0..1 -> CLIP's mean 0 and deviation 1."""
+    """Standardise (B, 3, h, w) in 0..1 by CLIP's mean and deviation."""
     import torch
 
     mean, std = (torch.tensor(v, device=x.device).view(1, 3, 1, 1) for v in (MEAN, STD))
@@ -142,22 +142,22 @@ def standardise(x: Tensor) -> Tensor:
 
 
 class Towers(Protocol):
-    """An image tower and a text tower that end in one space."""
+    """An image tower and a text tower that map to one embedding space."""
 
     scale: float  # the learnt temperature, exp(logit_scale)
     size: tuple[int, int]  # (h, w) of the pictures the image tower sees
 
     def image(self, x: Tensor) -> Tensor:
-        """(B, 3, h, w) standardised -> (B, D)."""
+        """Encode (B, 3, h, w) standardised images as (B, D)."""
         ...
 
     def text(self, texts: Sequence[str]) -> Tensor:
-        """B texts -> (B, D)."""
+        """Encode B texts as (B, D)."""
         ...
 
 
 def as_tensor(features: Any) -> Tensor:
-    """The vectors of get_image_features and get_text_features: transformers 5 wraps them in an output object."""
+    """Unwrap the vectors of get_image_features and get_text_features: transformers 5 returns an output object."""
     import torch
 
     found = features if isinstance(features, torch.Tensor) else features.pooler_output
@@ -203,12 +203,12 @@ class HubTowers:
         tokens = self._tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=self._context, return_tensors="pt"
         )
-        # pickscore's authors pass the mask too; after the end token nothing is looked at
+        # pickscore's authors pass the mask too; nothing after the end token is attended to
         return as_tensor(self._network.get_text_features(**tokens.to(self._device)))
 
 
 class OpenTowers:
-    """open_clip's `CLIP` with one of its tokenizers."""
+    """A `CLIP` of open_clip with one of its tokenizers."""
 
     def __init__(self, network: Any, tokenizer: Any, device: str) -> None:
         self._network = network.to(device).eval().requires_grad_(False)
@@ -226,7 +226,7 @@ class OpenTowers:
 
 
 def _fill(network: Any, weights: dict[str, Tensor], where: Path) -> None:
-    """Loads a state dict that must fit exactly; half precision becomes single."""
+    """Load a state dict that must fit exactly; half precision becomes single."""
     try:
         network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     except RuntimeError as error:
@@ -242,14 +242,14 @@ Vectors = np.ndarray[Any, np.dtype[np.float32]]
 
 @dataclass(frozen=True)
 class Sight:
-    """Pictures become unit vectors, whatever stands beside them."""
+    """Maps images to unit vectors, each independent of the other images in the batch."""
 
     towers: Towers
     fit: Fit
     chunk: int  # pictures a forward pass, the last pass filled up with black: kernels differ with the number of rows
 
     def __call__(self, images: Images) -> tuple[Vectors, dict[int, str]]:
-        """(B, H, W, 3) -> (B, D) unit vectors, and for every row that is NaN the reason."""
+        """Map (B, H, W, 3) to (B, D) unit vectors, and return the reason for every row that is NaN."""
         import torch
         import torch.nn.functional as F
 
@@ -267,7 +267,7 @@ class Sight:
                 x[: len(part)] = torch.stack([rows[row] for row in part])
                 with torch.inference_mode():
                     out = F.normalize(self.towers.image(standardise(x)).float(), dim=-1).cpu().numpy()
-            except RuntimeError as error:  # torch's word for all that goes wrong while it runs
+            except RuntimeError as error:  # torch raises it for every error at run time
                 reasons |= {row: f"{type(error).__name__}: {error}" for row in part}
                 continue
             for row, vector in zip(part, out, strict=False):
@@ -282,31 +282,31 @@ class Sight:
 
 
 def batched(rows: Iterable[int], size: int) -> Iterator[list[int]]:
-    """Lists of at most `size` rows, in order (itertools has it from Python 3.12 on)."""
+    """Yield lists of at most `size` rows, in order (itertools has it from Python 3.12 on)."""
     left = iter(rows)
     while part := list(islice(left, size)):
         yield part
 
 
 def chunk() -> int:
-    """Pictures a forward pass: one where no GPU gains from more."""
+    """Return the number of images a forward pass: one on a CPU, which gains nothing from more."""
     return 1 if weight_store.device() == "cpu" else 8
 
 
 class TwoTowers:
-    """Scores pictures by the cosine with their prompts."""
+    """Scores images by the cosine with their prompts."""
 
     metrics: Sequence[str] = ("score",)
 
     def __init__(self, name: str, sight: Sight, formula: Formula, weights: str, prefix: str = "") -> None:
-        """weights: their name and digest, for the id; prefix: stands before every prompt."""
+        """Keep the parts. weights: their name and digest, for the id; prefix: put before every prompt."""
         self.name, self.sight, self.formula, self.prefix = name, sight, formula, prefix
         before = f"{prefix.strip().replace(' ', '-')}-/" if prefix else ""
         self.id = f"{name}-1/{weights}/{sight.fit}/{before}{formula}/float32"
         self._texts: dict[str, Tensor] = {}
 
     def text(self, prompt: str) -> Tensor:
-        """(D,) unit vector of a prompt, by itself."""
+        """Return the (D,) unit vector of a prompt, encoded by itself."""
         import torch
         import torch.nn.functional as F
 
@@ -319,7 +319,7 @@ class TwoTowers:
         return self._texts[prompt]
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        """(B, H, W, 3) and B prompts -> score; NaN with a reason where a picture or its prompt could not be scored."""
+        """Map (B, H, W, 3) and B prompts to score; NaN with a reason where an image or its prompt could not be scored."""
         check_images(images, prompts)
         vectors, reasons = self.sight(images)
         value = np.full(len(images), np.nan)
@@ -345,7 +345,7 @@ class TwoTowers:
         return cosine if self.formula == "cos" else 2.5 * max(cosine, 0.0)
 
     def self_test(self) -> None:
-        """Three red circles, a blue square and a word: each prompt scores its own picture highest, or RuntimeError says what was seen."""
+        """Raise RuntimeError unless the prompts of three red circles, a blue square and a word each score their own image highest."""
         from ..bench.assets import glyphs
 
         rng = np.random.default_rng(0)
@@ -359,7 +359,7 @@ class TwoTowers:
         )
         texts = [glyphs.shapes_prompt("circle", 3, "red"), glyphs.shapes_prompt("square", 1, "blue")]
         texts.append(glyphs.word_prompt("BOX"))
-        table = np.stack([self(images, [Prompt(text)] * 3).value["score"] for text in texts])  # (prompt, picture)
+        table = np.stack([self(images, [Prompt(text)] * 3).value["score"] for text in texts])  # (prompt, image)
         if not (np.isfinite(table).all() and (table.argmax(1) == np.arange(3)).all()):
             raise RuntimeError(f"{self.id} prefers the wrong picture: {np.round(table, 3).tolist()}")
 
@@ -368,7 +368,7 @@ class TwoTowers:
 
 
 def hub_towers(repository: str, tokenizer: str = "") -> tuple[HubTowers, str]:
-    """A CLIP model of a hub repository in transformers' format, with its own tokenizer or another repository's; and NAME@DIGEST."""
+    """Load a CLIP model of a hub repository in transformers' format, with its or another repository's tokenizer; and NAME@DIGEST."""
     texts = ("*.json", "*.txt")
     model = weight_store.folder(repository, patterns=(*texts, "model*.safetensors"))
     if not list(
@@ -382,7 +382,7 @@ def hub_towers(repository: str, tokenizer: str = "") -> tuple[HubTowers, str]:
 
 
 def open_towers(architecture: str, checkpoint: Path) -> OpenTowers:
-    """An open_clip architecture, filled from a checkpoint that keeps its weights under `state_dict`."""
+    """Build an open_clip architecture and load a checkpoint that keeps its weights under `state_dict`."""
     import open_clip
     import torch
 
@@ -397,7 +397,7 @@ def open_towers(architecture: str, checkpoint: Path) -> OpenTowers:
 
 
 def tiny_tokenizer(folder: Path, shape: Mapping[str, Any]) -> Any:
-    """The tokenizer of the glyph domain, which spells capitals one by one, as open_clip wraps it."""
+    """Load the tokenizer of the glyph domain, one token for each capital, as open_clip wraps it."""
     from open_clip.tokenizer import HFTokenizer
 
     return HFTokenizer(str(folder), context_length=int(shape["text_cfg"]["context_length"]))
@@ -415,7 +415,7 @@ def _tiny(tower: str, folder: Path) -> tuple[Sight, str]:
     _fill(network, load_file(path), path)
     towers = OpenTowers(
         network, tiny_tokenizer(folder, shape), "cpu"
-    )  # a GPU takes longer to be asked than this to run
+    )  # starting a GPU kernel takes longer than running this
     return Sight(towers, Stretch(*towers.size), chunk=1), f"tiny-clip-{tower}@{weight_store.short_digest(path)}"
 
 
@@ -423,7 +423,7 @@ def _tiny(tower: str, folder: Path) -> tuple[Sight, str]:
 
 
 def pickscore(variant: str | None = None) -> TwoTowers:
-    """exp(logit_scale) * cos, about 18 to 25, as it is: divide by 26 or 100 to meet other people's tables. Variant: tiny."""
+    """Make PickScore: exp(logit_scale) * cos, about 18 to 25, unscaled; other tables divide by 26 or 100. Variant: tiny."""
     _known("pickscore", variant, ("tiny",))
     if variant == "tiny":
         return tiny("pick")
@@ -437,7 +437,7 @@ HPS_FILES = {"v2": ("hpsv2.0", "HPS_v2_compressed.pt"), "v2.1": ("hpsv2.1", "HPS
 
 
 def hpsv2(variant: str | None = None) -> TwoTowers:
-    """100 * cos, about 14 to 34. Variants: v2.1 (the default), v2, tiny."""
+    """Make HPSv2: 100 * cos, about 14 to 34. Variants: v2.1 (the default), v2, tiny."""
     _known("hpsv2", variant, (*HPS_FILES, "tiny"))
     if variant == "tiny":
         return tiny("hps")
@@ -451,7 +451,7 @@ def hpsv2(variant: str | None = None) -> TwoTowers:
 
 @dataclass(frozen=True)
 class ClipScore:
-    """One of the CLIPScores in use; their scales do not compare."""
+    """Settings of one of the CLIPScores in use; their scales are not comparable."""
 
     name: str
     repository: str
@@ -480,7 +480,7 @@ CLIP_SCORES = {
 
 
 def clipscore(variant: str | None = None) -> TwoTowers:
-    """Variants: b32 (2.5 max(cos, 0) with the prefix of the paper), l14 (the default) and h14 (plain cosines)."""
+    """Make CLIPScore. Variants: b32 (2.5 max(cos, 0) with the prefix of the paper), l14 (the default) and h14 (plain cosines)."""
     _known("clipscore", variant, tuple(CLIP_SCORES))
     _needs("transformers", "clipscore")
     chosen = CLIP_SCORES[variant or "l14"]
@@ -501,7 +501,7 @@ TINY_FORMULAS: dict[str, tuple[str, Formula]] = {
 
 
 def tiny(tower: str, folder: Path = TINY) -> TwoTowers:
-    """One of the two critics of the glyph domain, `pick` or `hps`; the folder may be another that the recipe wrote."""
+    """Make one of the two scorers of the glyph domain, `pick` or `hps`, from the shipped folder or another that the recipe wrote."""
     name, formula = TINY_FORMULAS[tower]
     _needs("open_clip", name.replace("-", ":"))
     sight, weights = _tiny(tower, folder)
@@ -514,7 +514,7 @@ def _known(scorer: str, variant: str | None, variants: Sequence[str]) -> None:
 
 
 class TinyEmbedder:
-    """Pictures of the glyph domain as unit vectors of the image tower of `pick`."""
+    """Embeds images of the glyph domain as unit vectors of the image tower of `pick`."""
 
     name = "clip-tiny"
     distance: Literal["cosine", "squared"] = "cosine"
@@ -525,7 +525,7 @@ class TinyEmbedder:
         self.id = f"clip-tiny-1/{weights}/{self._sight.fit}/float32"
 
     def __call__(self, images: Images) -> Vectors:
-        """(B, H, W, 3) -> (B, D); RuntimeError where a picture gives none."""
+        """Map (B, H, W, 3) to (B, D); RuntimeError where an image gives no vector."""
         vectors, reasons = self._sight(images)
         if reasons:
             raise RuntimeError("; ".join(f"image {row}: {why}" for row, why in sorted(reasons.items())))
@@ -533,5 +533,5 @@ class TinyEmbedder:
 
 
 def tiny_embedder() -> TinyEmbedder:
-    """The embedder behind `clip:tiny`."""
+    """Make the embedder `clip:tiny`."""
     return TinyEmbedder()

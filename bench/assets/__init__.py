@@ -1,1 +1,1 @@
-"""Files that runs read: weights, downloads, prompts, glyphs, words."""
+"""Provides the files that runs read: weights, downloads, prompts, glyphs, words."""

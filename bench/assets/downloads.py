@@ -1,4 +1,4 @@
-"""Downloads of published files: from a folder of the user's, from the cache, or fetched once and checked by a hash; and a log of them."""
+"""Finds published files in the user's folder or the cache, or downloads them once and checks their hash; keeps a log of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class DownloadRequest:
     path: Path
 
     def files(self) -> dict[str, Path]:
-        """Name within the source -> the file, for all requested files that the path holds."""
+        """Map the name within the source to the file, for all requested files that the path holds."""
         if self.kind != "folder":
             return {self.names[0]: self.path} if self.path.is_file() else {}
         files: dict[str, Path] = {}
@@ -41,7 +41,7 @@ class DownloadRequest:
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    """Whether a name matches one of the patterns. As on the hub, a star also stands for slashes."""
+    """Return whether a name matches one of the patterns. As on the hub, a star also matches slashes."""
     from fnmatch import fnmatchcase
 
     return not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -59,7 +59,7 @@ class DownloadLog(list[DownloadRequest]):
         self.limit = limit
 
     def files(self) -> dict[Path, int]:
-        """Every file -> its bytes, each once."""
+        """Map every file to its bytes, each once."""
         return {path: path.stat().st_size for request in self for path in request.files().values()}
 
 
@@ -99,7 +99,7 @@ class _HttpsOnlyRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def open_url(url: str, timeout: float) -> Any:
-    """The open answer of an address, headers and all; a context. Raises OSError (URLError) where there is none.
+    """Open the response of an address with its headers, as a context. Raises OSError (URLError) where there is none.
 
     timeout: seconds without a byte.
     """
@@ -107,7 +107,7 @@ def open_url(url: str, timeout: float) -> Any:
 
 
 def offline() -> bool:
-    """Whether HF_HUB_OFFLINE forbids all fetching; it is looked up each time."""
+    """Return whether HF_HUB_OFFLINE forbids all downloads; the variable is read on each call."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("", "0", "NO", "OFF", "FALSE")
 
 
@@ -121,7 +121,7 @@ class PinnedFile:
     records: int = 0  # lines or entries it must hold, checked by the reader
 
     def read(self) -> bytes:
-        """The bytes. UserError where the file cannot be had, or is another one."""
+        """Return the bytes. UserError where the file cannot be fetched, or has another hash."""
         data = os.environ.get("GPOBENCH_DATA", "")
         for path in ([Path(data, self.path)] if data else []) + [cache() / self.path]:
             if path.is_file():
@@ -166,5 +166,5 @@ class PinnedFile:
 
 
 def cache() -> Path:
-    """Where fetched files are kept: $XDG_CACHE_HOME/gpobench, ~/.cache/gpobench by default."""
+    """Return the folder of downloaded files: $XDG_CACHE_HOME/gpobench, ~/.cache/gpobench by default."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpobench"

@@ -1,4 +1,4 @@
-"""Draws the embedded model's images: 64x32 pictures of short words and counted shapes, each with the prompt that asks for it.
+"""Draws the embedded model's images: 64x32 pixels, short words and counted shapes, each with its prompt.
 
 Pure numpy and PIL. Everything random comes from a `numpy.random.Generator` that the caller passes; the words that must never be
 printed (the validation and test splits of a word list) are passed in too.
@@ -16,13 +16,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT = 64, 32
 
-CELL = 12  # px between letters, whatever the length of the word: a letter is drawn the same everywhere
+CELL = 12  # px between letters for every word length: a letter is drawn the same everywhere
 LETTER_SIZE = 19  # px of the em; a capital of the default font is then 14 px high
 SHORTEST, LONGEST = 3, 5
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 VOWELS, CONSONANTS = "AEIOU", "BCDFGHJKLMNPQRSTVWXYZ"
 
-COLUMNS, ROWS = 5, 2  # cells a shape may stand in
+COLUMNS, ROWS = 5, 2  # cells in which a shape may be drawn
 PITCH_X, PITCH_Y = 12, 16  # px between the centres of neighbouring cells
 RADIUS = 4.5  # px; with a jitter of 1 px two neighbours keep a gap of 1 px
 
@@ -34,7 +34,7 @@ COUNTS = (1, 2, 3, 4, 5)
 
 SURFACES = ("sign", "card", "label", "page")
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
-# Every word a prompt can hold outside the quotes; the tokenizer of the embedded model knows exactly these and the capitals.
+# Every word a prompt can contain outside the quotes; the embedded model's tokenizer has exactly these and the capitals.
 VOCABULARY = tuple(
     dict.fromkeys(
         [
@@ -56,7 +56,7 @@ VOCABULARY = tuple(
 
 
 def split_of(word: str) -> str:
-    """The split a word belongs to, by its spelling alone: 24 % test, 10 % validation, 66 % train."""
+    """Return the split a word belongs to, by its spelling alone: 24 % test, 10 % validation, 66 % train."""
     place = int(sha256(word.encode("ascii")).hexdigest(), 16) % 100
     return "test" if place < 24 else "validation" if place < 34 else "train"
 
@@ -65,20 +65,20 @@ def split_of(word: str) -> str:
 
 
 def word_prompt(word: str, *, surface: str = "sign", ink: str | None = None) -> str:
-    """`a sign that says "WORD"`, with ` in red` behind it where an ink is asked for."""
+    """Return `a sign that says "WORD"`, followed by ` in red` where an ink is named."""
     return f'a {surface} that says "{word}"' + (f" in {ink}" if ink else "")
 
 
 def shapes_prompt(kind: str, count: int, colour: str) -> str:
-    """`a photo of three red circles`; one circle stands in the singular."""
+    """Return `a photo of three red circles`; one circle in the singular."""
     return f"a photo of {NUMBERS[count]} {colour} {kind}{'' if count == 1 else 's'}"
 
 
-# Pictures
+# Images
 
 
 def default_font() -> Path:
-    """The bold monospaced face that matplotlib carries, found without importing matplotlib."""
+    """Find the bold monospaced typeface that matplotlib ships, without importing matplotlib."""
     spec = find_spec("matplotlib")
     if spec is None or spec.origin is None:
         raise FileNotFoundError(
@@ -89,7 +89,7 @@ def default_font() -> Path:
 
 @lru_cache(maxsize=4096)
 def _letter(letter: str, font: str, size: float) -> np.ndarray:
-    """(HEIGHT, 2 * CELL) coverage in 0..1 of one letter, its advance centred on column CELL, a capital centred in height."""
+    """Draw (HEIGHT, 2 * CELL) coverage in 0..1 of one letter, its advance centred on column CELL, a capital centred in height."""
     face = ImageFont.truetype(font, size)
     _, top, _, bottom = face.getbbox("H", anchor="ls")
     sheet = Image.new("L", (2 * CELL, HEIGHT), 0)
@@ -100,14 +100,14 @@ def _letter(letter: str, font: str, size: float) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _shape(kind: str) -> np.ndarray:
-    """(PITCH_Y, PITCH_X) coverage in 0..1 of one shape in the middle of its cell, drawn 8 times as large and averaged down."""
+    """Draw (PITCH_Y, PITCH_X) coverage in 0..1 of one shape in the middle of its cell, 8 times as large and averaged down."""
     zoom = 8
     sheet = Image.new("L", (PITCH_X * zoom, PITCH_Y * zoom), 0)
     pen, x, y, r = ImageDraw.Draw(sheet), PITCH_X * zoom / 2, PITCH_Y * zoom / 2, RADIUS * zoom
     if kind == "circle":
         pen.ellipse((x - r, y - r, x + r - 1, y + r - 1), fill=255)
     elif kind == "square":
-        side = r * 0.9  # the eye takes a square for larger than a circle of the same width
+        side = r * 0.9  # a square looks larger than a circle of the same width
         pen.rectangle((x - side, y - side, x + side - 1, y + side - 1), fill=255)
     elif kind == "triangle":
         pen.polygon([(x, y - r), (x + r, y + r), (x - r, y + r)], fill=255)
@@ -117,7 +117,7 @@ def _shape(kind: str) -> np.ndarray:
 
 
 def _press(coverage: np.ndarray, paper: tuple[int, int, int], ink: tuple[int, int, int]) -> np.ndarray:
-    """(HEIGHT, WIDTH, 3) uint8: ink where coverage (HEIGHT, WIDTH) is 1, paper where it is 0."""
+    """Colour (HEIGHT, WIDTH, 3) uint8: ink where coverage (HEIGHT, WIDTH) is 1, paper where it is 0."""
     page, pigment = np.array(paper, np.float32), np.array(ink, np.float32)
     return np.rint(page + coverage[..., None] * (pigment - page)).astype(np.uint8)
 
@@ -132,9 +132,9 @@ def draw_word(
     dx: int = 0,
     dy: int = 0,
 ) -> np.ndarray:
-    """(32, 64, 3) uint8: the word on a grid of 12 px cells, centred, moved by (dx, dy) px.
+    """Draw (32, 64, 3) uint8: the word on a grid of 12 px cells, centred, moved by (dx, dy) px.
 
-    `font` is any TrueType or OpenType file (or a name PIL can find), `size` its em in px; each letter stands in the middle of its
+    `font` is any TrueType or OpenType file (or a name PIL can find), `size` its em in px; each letter is drawn in the middle of its
     cell, so that a proportional face keeps the grid. Raises ValueError for a word of more than five letters.
     """
     if not 1 <= len(word) <= LONGEST:
@@ -161,7 +161,7 @@ def _default_face() -> str:
 def draw_shapes(
     kind: str, count: int, colour: tuple[int, int, int], paper: tuple[int, int, int], rng: np.random.Generator
 ) -> np.ndarray:
-    """(32, 64, 3) uint8: `count` shapes in distinct cells of a 5x2 grid, each moved by up to 1 px."""
+    """Draw (32, 64, 3) uint8: `count` shapes in distinct cells of a 5x2 grid, each moved by up to 1 px."""
     coverage = np.zeros((HEIGHT + 2, WIDTH + 2), np.float32)
     left = (WIDTH - COLUMNS * PITCH_X) // 2
     for cell in rng.permutation(COLUMNS * ROWS)[:count]:
@@ -173,7 +173,7 @@ def draw_shapes(
     return _press(coverage[1:-1, 1:-1], paper, colour)
 
 
-# Draws
+# Random samples
 
 Item = TypeVar("Item")
 
@@ -185,7 +185,7 @@ def _pick(rng: np.random.Generator, items: Sequence[Item]) -> Item:
 def random_word(
     rng: np.random.Generator, words: Sequence[str], excluded: Collection[str], *, listed: float = 0.35
 ) -> str:
-    """A word of 3 to 5 capitals: from `words`, or random letters, or vowels and consonants in turn; never one of `excluded`."""
+    """Draw a word of 3 to 5 capitals: from `words`, or random letters, or vowels and consonants in turn; never one of `excluded`."""
     while True:
         kind = rng.random()
         if words and kind < listed:
@@ -202,7 +202,7 @@ def random_word(
 
 
 def word_sample(rng: np.random.Generator, words: Sequence[str], excluded: Collection[str]) -> tuple[str, np.ndarray]:
-    """A prompt for a word and a picture of it; in 35 % of the prompts no ink is named and the picture has any."""
+    """Draw a prompt for a word and an image of it; in 35 % of the prompts no ink is named and the image has any."""
     word, ink = random_word(rng, words, excluded), _pick(rng, tuple(INKS))
     named = ink if rng.random() >= 0.35 else None
     dx, dy = rng.integers(-1, 2, 2)
@@ -211,7 +211,7 @@ def word_sample(rng: np.random.Generator, words: Sequence[str], excluded: Collec
 
 
 def shapes_sample(rng: np.random.Generator) -> tuple[str, np.ndarray]:
-    """A prompt for counted shapes and a picture of them."""
+    """Draw a prompt for counted shapes and an image of them."""
     kind, count, colour = _pick(rng, SHAPES), _pick(rng, COUNTS), _pick(rng, tuple(SHAPE_COLOURS))
     picture = draw_shapes(kind, count, SHAPE_COLOURS[colour], PAPERS[_pick(rng, tuple(PAPERS))], rng)
     return shapes_prompt(kind, count, colour), picture

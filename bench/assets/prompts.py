@@ -1,6 +1,6 @@
 """Reads a user's own prompts from plain lines, JSON lines or a table, and wraps a task so that it uses them.
 
-Errors name the file and the line, because a list of a thousand prompts is mended where it is broken and nowhere else.
+Errors name the file and the line, so that the user finds the faulty one in a list of a thousand prompts.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-TEXT = ("prompt", "text", "caption")  # what the column of the prompts may be called; the first that is there
-OWN = "+own"  # behind a task's version where it asks prompts of a person's own: its numbers mix with no others
+TEXT = ("prompt", "text", "caption")  # names of the prompt column; the first that exists is used
+OWN = "+own"  # suffix of a task's version with a user's own prompts: its numbers are not comparable with others
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt as it stands in a file, and what the file says beside it."""
+    """A prompt of a file, and the facts that the file holds about it."""
 
     text: str
     facts: Mapping[str, Any]
@@ -45,10 +45,10 @@ class PromptRow:
 
 
 def read_prompts(path: Path, *, unique: bool = True) -> list[PromptRow]:
-    """The prompts of a .txt (one a line), .jsonl, .csv, .tsv or .parquet file, in order; blank lines are skipped.
+    """Read the prompts of a .txt (one a line), .jsonl, .csv, .tsv or .parquet file, in order; blank lines are skipped.
 
     The column of the prompts is `prompt`, `text` or `caption`, all others are facts; an empty cell of a table is no fact.
-    unique: refuse prompts that differ in nothing but case, punctuation and spacing.
+    unique: refuse prompts that differ only in case, punctuation and spacing.
     Raises UserError naming the file, and the line where there is one.
     """
     rows = [row_of(path, line, record) for line, record in records(path)]
@@ -60,7 +60,7 @@ def read_prompts(path: Path, *, unique: bool = True) -> list[PromptRow]:
 
 
 def row_of(path: Path, line: int, record: Mapping[str, Any]) -> PromptRow:
-    """A record's prompt and facts; UserError where it has no prompt."""
+    """Return a record's prompt and facts; UserError where it has no prompt."""
     key = next((name for name in TEXT if name in record), None)
     if key is None:
         raise UserError(f"{path}, line {line}: there is no {' | '.join(TEXT)}, only {', '.join(record) or 'nothing'}")
@@ -75,7 +75,7 @@ def row_of(path: Path, line: int, record: Mapping[str, Any]) -> PromptRow:
 
 
 def records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, record) of a file, read by its suffix; of a .txt file the record is {"prompt": line}."""
+    """Yield (line, record) of a file, read by its suffix; of a .txt file the record is {"prompt": line}."""
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: a file of prompts ends in {', '.join(READERS)}, not in {path.suffix or 'nothing'!r}")
     try:
@@ -97,7 +97,7 @@ def _text(path: Path, raw: bytes) -> str:
 
 
 def _lines(path: Path, raw: bytes) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank. Not splitlines(): it also breaks at characters that may stand inside a prompt."""
+    """Yield lines that are not blank. Not splitlines(): it also breaks at characters that a prompt may contain."""
     for number, line in enumerate(_text(path, raw).replace("\r\n", "\n").split("\n"), 1):
         if line.strip():
             yield number, line.strip()
@@ -178,9 +178,9 @@ def _refuse_repeats(path: Path, rows: Sequence[PromptRow]) -> None:
 
 @dataclass(frozen=True)
 class OwnPrompts:
-    """A task that asks a person's prompts in some splits; in all else it does as the task does.
+    """Wraps a task and replaces the prompts of some splits by a user's own; all else is the task's.
 
-    It is Columned, Reads and Summarised, with nothing to show where the task is not.
+    It implements SupportsColumns, SupportsOwnPrompts and SupportsSummary, with empty results where the task does not.
     """
 
     task: Task
@@ -190,7 +190,7 @@ class OwnPrompts:
     version: str
 
     def prompts(self, split: Split, domain: str) -> Sequence[Prompt]:
-        """The file's prompts with the facts that the task reads out of them; the task's own where no file is given."""
+        """Return the file's prompts with the facts that the task derives from them; the task's own where no file is given."""
         if split not in self.rows:
             return self.task.prompts(split, domain)
         if domain != self.domain:
@@ -223,11 +223,11 @@ class OwnPrompts:
 
 
 def with_own_prompts(task: Task, files: Mapping[Split, Path], domain: str) -> Task:
-    """The task with the prompts of these files in these splits; its version says so.
+    """Wrap the task with the prompts of these files in these splits, marked in its version.
 
-    Raises UserError where a file cannot be read, or the task cannot make sense of a line.
+    Raises UserError where a file cannot be read, or the task cannot interpret a line.
     """
-    # Published training lists weigh their prompts by repeating them; a judge asks each once.
+    # Published training lists weight prompts by repeating them; an evaluation uses each once.
     rows: dict[Split, tuple[Path, Sequence[PromptRow]]] = {
         split: (path, read_prompts(path, unique=split != "train")) for split, path in files.items()
     }
@@ -237,7 +237,7 @@ def with_own_prompts(task: Task, files: Mapping[Split, Path], domain: str) -> Ta
 
 
 def understand(task: Task | None, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:
-    """A prompt as the task reads it; without a task, or one that does not read, with its facts as they are.
+    """Convert a prompt as the task reads it; where no task reads prompts, keep its facts unchanged.
 
     A fact `stratum` is then the prompt's stratum.
     """
@@ -247,7 +247,7 @@ def understand(task: Task | None, text: str, facts: Mapping[str, Any], domain: s
 
 
 def understood(task: Task | None, path: Path, rows: Sequence[PromptRow], domain: str) -> list[Prompt]:
-    """The same for the rows of a file; an error says where."""
+    """Convert the rows of a file in the same way; an error names the line."""
     prompts: list[Prompt] = []
     for row in rows:
         try:
@@ -258,7 +258,7 @@ def understood(task: Task | None, path: Path, rows: Sequence[PromptRow], domain:
 
 
 def parse_option(given: Sequence[str]) -> dict[Split, Path]:
-    """`FILE` (the train split), `test=FILE`, `validation=FILE` -> split -> file. UserError on a split named twice or unknown."""
+    """Parse `FILE` (the train split), `test=FILE`, `validation=FILE` to split -> file. UserError on a split named twice or unknown."""
     files: dict[Split, Path] = {}
     for option in given:
         name, equals, file = option.partition("=")

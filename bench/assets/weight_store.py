@@ -1,6 +1,6 @@
 """Finds weights by repository and revision: in the user's folder, in gpobench's own store, in the hub's cache, or on the hub.
 
-Weights that are on no hub are put there by hand or come from their publisher's address; they are searched for in the same
+Weights that are on no hub are installed by hand or come from their publisher's address; they are searched for in the same
 folders, in the same order.
 """
 
@@ -25,9 +25,9 @@ from ..model_spec import ModelSpec
 from . import downloads
 from .downloads import DownloadRequest, log_download, offline, open_url
 
-STORED = ".gpobench.json"  # beside the files of a repository in the store: what they are
+STORED = ".gpobench.json"  # describes the files of a repository in the store
 LOCK = "fetch.lock.json"
-# What diffusers loads of a repository: the parts' folders, not the single-file checkpoints beside them, and nothing pickled.
+# The files of a repository that diffusers loads: the parts' folders, not the single-file checkpoints beside them, and nothing pickled.
 PIPELINE = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model")
 
 
@@ -35,7 +35,7 @@ PIPELINE = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.m
 
 
 def file(repository: str, name: str, *, revision: str = "main") -> Path:
-    """A file of a hub repository, `owner/name`. GPOBENCH_WEIGHTS/owner/name/file wins; HF_HUB_OFFLINE is honoured.
+    """Find a file of a hub repository, `owner/name`. GPOBENCH_WEIGHTS/owner/name/file takes precedence; HF_HUB_OFFLINE is honoured.
 
     Raises Missing, which says what to do, where it cannot be had.
     """
@@ -49,7 +49,7 @@ def file(repository: str, name: str, *, revision: str = "main") -> Path:
 
 
 def folder(repository: str, *, revision: str = "main", patterns: tuple[str, ...] = ()) -> Path:
-    """The files of a hub repository (those that match `patterns`, all by default) as a local folder; Missing as for `file`."""
+    """Find the files of a hub repository (those matching `patterns`, all by default) as a local folder; Missing as for `file`."""
     path = _user_path(repository, "")
     stored = None if path else stored_repository(repository, revision)
     if stored is not None and stored.whole(patterns):
@@ -67,7 +67,7 @@ def folder(repository: str, *, revision: str = "main", patterns: tuple[str, ...]
 
 
 def given_by_hand(place: str, name: str = "") -> Path | None:
-    """A file that no hub serves: GPOBENCH_WEIGHTS/place/name, or as `fetch` left it; without a name the folder. None if it is absent."""
+    """Find a file that no hub serves: GPOBENCH_WEIGHTS/place/name, or as `fetch` stored it; without a name the folder. None if absent."""
     path = _find_local(place, name)
     return (
         log_download(DownloadRequest("file" if name else "folder", place, (name,) if name else (), "", path))
@@ -85,7 +85,7 @@ def _find_local(place: str, name: str) -> Path | None:
 
 
 def local(source: str, revision: str | None = None) -> Path | None:
-    """The folder of a pipeline that is whole on this disk: itself, yours, the store's, or what `fetch` brought into the hub's cache."""
+    """Find a complete local folder of a pipeline: itself, the user's, the store's, or what `fetch` put into the hub's cache."""
     if Path(source).is_dir():
         return Path(source)
     own = _user_path(source, "model_index.json")
@@ -107,7 +107,7 @@ def local(source: str, revision: str | None = None) -> Path | None:
 
 
 def cached(repository: str, name: str, revision: str | None = None) -> Path | None:
-    """A file in the hub's own cache; nothing is fetched."""
+    """Find a file in the hub's own cache; nothing is fetched."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -119,7 +119,7 @@ def cached(repository: str, name: str, revision: str | None = None) -> Path | No
 
 
 def download(repository: str, name: str, revision: str, bar: Any = None) -> Path:
-    """The file in the hub's cache, fetched if need be. bar: a tqdm class that is told of the bytes. Missing as for `file`."""
+    """Return the file in the hub's cache, fetched if need be. bar: a tqdm class updated with the bytes. Missing as for `file`."""
     from huggingface_hub import hf_hub_download
 
     try:
@@ -156,9 +156,9 @@ class PublishedWeights:
     pickled: bool = False  # opening it runs what is in it: no run fetches it by itself, only `gpobench fetch` does
 
     def find(self, *others: Path) -> Path:
-        """The file: yours, the store's, one of `others` (caches of other programs), or fetched into the store.
+        """Find the file: the user's, the store's, one of `others` (caches of other programs), or fetched into the store.
 
-        Raises Missing, which says what to do, where it cannot be had; WrongHash, with nothing kept, where other bytes came.
+        Raises Missing, which says what to do, where it cannot be fetched; WrongHash, with nothing kept, where its hash is wrong.
         """
         sound = (other for other in others if other.is_file() and short_digest(other).startswith(self.begins))
         path = _find_local(self.place, self.name) or next(sound, None)
@@ -218,7 +218,7 @@ _pickled_allowed: ContextVar[bool] = ContextVar("_bringing", default=False)
 
 @contextmanager
 def allow_pickled() -> Generator[None]:
-    """Inside, pickled weights may be fetched: the user asked for them, no run does so by itself."""
+    """Allow the download of pickled weights inside the context: only at the user's request, never by a run itself."""
     token = _pickled_allowed.set(True)
     try:
         yield
@@ -239,7 +239,7 @@ class StoredRepository:
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])  # name -> bytes, sha256
 
     def whole(self, patterns: tuple[str, ...]) -> bool:
-        """Whether all files that these patterns name are there."""
+        """Return whether all files that these patterns name exist."""
         return list(patterns) in self.patterns or [] in self.patterns
 
     def mapping(self) -> dict[str, Any]:
@@ -247,18 +247,18 @@ class StoredRepository:
 
 
 def store() -> Path:
-    """The folder of repositories that `gpobench fetch --from` installed, as owner/name, and of weights that are on no hub."""
+    """Return the folder of repositories that `gpobench fetch --from` installed, as owner/name, and of weights on no hub."""
     return downloads.cache() / "weights"
 
 
 def stored_repository(repository: str, revision: str) -> StoredRepository | None:
-    """The files of a repository at this revision in the store; UserError where their record cannot be read."""
+    """Return the files of a repository at this revision in the store; UserError where their record cannot be read."""
     stored = read_stored(store() / repository / STORED)
     return stored if stored is not None and revision in (stored.commit, *stored.revisions) else None
 
 
 def read_stored(path: Path) -> StoredRepository | None:
-    """The record in a file; None where there is no file."""
+    """Read the record in a file; None where there is no file."""
     if not path.is_file():
         return None
     try:
@@ -268,7 +268,7 @@ def read_stored(path: Path) -> StoredRepository | None:
 
 
 def read_lock() -> dict[str, dict[str, Any]]:
-    """`owner/name@commit` -> StoredRepository as a mapping, and `prompts` -> path -> bytes, sha256."""
+    """Read the lock: `owner/name@commit` -> StoredRepository as a mapping, and `prompts` -> path -> bytes, sha256."""
     path = store() / LOCK
     if not path.is_file():
         return {}
@@ -279,12 +279,12 @@ def read_lock() -> dict[str, dict[str, Any]]:
 
 
 def locked_repository(repository: str, commit: str) -> StoredRepository | None:
-    """The files of a commit as the lock holds them; None where it was never fetched."""
+    """Return the files of a commit as recorded in the lock; None where it was never fetched."""
     entry = read_lock().get(f"{repository}@{commit}")
     return StoredRepository(**entry) if entry else None
 
 
-# What the hub says
+# Queries to the hub
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ class HubFile:
 
 
 def listing(repository: str, revision: str, name: str = "") -> tuple[str, dict[str, HubFile]]:
-    """The commit behind a revision, and its files; Missing where the hub does not answer. name: what is wanted, for the message."""
+    """Return the commit of a revision and its files; Missing where the hub does not answer. name: of the request, for the message."""
     from huggingface_hub import HfApi
 
     try:
@@ -313,7 +313,7 @@ def listing(repository: str, revision: str, name: str = "") -> tuple[str, dict[s
 
 
 def hub_refusal(repository: str, name: str, revision: str, error: BaseException) -> Missing:
-    """The one line for whatever the hub's library raised."""
+    """Return a one-line message for an exception of the hub's library."""
     what = f"{repository}/{name}" if name else repository
     return Missing(
         f"the weights {what} are not here and the hub does not give them ({_why(repository, revision, error)}); put them "
@@ -353,12 +353,12 @@ def _why(repository: str, revision: str, error: BaseException) -> str:
 
 @cache
 def short_digest(path: Path) -> str:
-    """The first 8 digits of a file's sha256: the weights revision in a scorer's id."""
+    """Return the first 8 digits of a file's sha256: the weights revision in a scorer's id."""
     return digest(path)[:8]
 
 
 def device() -> str:
-    """Where a scorer with a network computes: the GPU if there is one, unless GPOBENCH_SCORER_DEVICE says otherwise."""
+    """Return the device of scorers' networks: the GPU if there is one, unless GPOBENCH_SCORER_DEVICE names another."""
     if chosen := os.environ.get("GPOBENCH_SCORER_DEVICE"):
         return chosen
     import torch
@@ -367,17 +367,17 @@ def device() -> str:
 
 
 def weights_hash(model_spec: ModelSpec) -> str:
-    """sha256 over the weight files of a local model, by name; the pinned revision of one from the hub."""
+    """Return the sha256 over the weight files of a local model, by name; the pinned revision of one from the hub."""
     return _hash(Path(model_spec.source), (".safetensors",)) or str(model_spec.revision)
 
 
 def settings_hash(model_spec: ModelSpec) -> str:
-    """The same over what stands beside the weights and decides how they are used: configs, recipe, tokenizers."""
+    """Return the same over the files that decide how the weights are used: configs, recipe, tokenizers."""
     return _hash(Path(model_spec.source), (".json", ".txt", ".model")) or str(model_spec.revision)
 
 
 def _hash(folder: Path, suffixes: tuple[str, ...]) -> str:
-    """sha256 over the files below that end so; "" where there is no folder. Linked folders are followed: models share parts."""
+    """Return the sha256 over the files below with these endings; "" where there is no folder. Follows links: models share parts."""
     if not folder.is_dir():
         return ""
     digests: dict[Path, str] = {}

@@ -1,4 +1,4 @@
-"""The words that the embedded model is asked to write, and the split that each belongs to by its spelling."""
+"""Reads the words of the embedded model's prompts, and assigns each to a split by its spelling."""
 
 from pathlib import Path
 
@@ -8,12 +8,12 @@ WORD_LIST = Path(__file__).with_name("ocr_words.txt")  # one word a line, 3 to 5
 
 
 def read_word_list() -> list[str]:
-    """Every word, in the order of the file."""
+    """Read every word, in the order of the file."""
     return WORD_LIST.read_text("ascii").split()
 
 
 def word_splits() -> dict[str, list[str]]:
-    """The words of the train, the validation and the test split; only those of the train split may ever be printed."""
+    """Return the words of the train, validation and test split; only those of the train split may be drawn in training images."""
     splits: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for word in read_word_list():
         splits[split_of(word)].append(word)

@@ -1,1 +1,1 @@
-"""The laws a method has to keep, and the command that checks them."""
+"""Defines the laws that every method must keep, and the check that applies them."""

@@ -1,4 +1,4 @@
-"""Check of a method: applies every law, on two or four miniature models and a toy scorer, in seconds."""
+"""Checks a method: applies every law, on two or four miniature models and a toy scorer, in seconds."""
 
 from __future__ import annotations
 

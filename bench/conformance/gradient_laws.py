@@ -1,4 +1,4 @@
-"""Laws about one batch: its loss, its gradient and what `collect` does with scores."""
+"""Laws about one batch: test its loss, its gradient and how `collect` uses scores."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def unscored_images_leave_no_trace(harness: Harness) -> None:
 def _shifted_velocity(
     velocity: Callable[..., Tensor], offset: float, x: Tensor, t: Tensor, prompt_ids: Tensor, **more: Any
 ) -> Tensor:
-    """The rig's velocity, with an offset for the first row of each prompt."""
+    """Return the rig's velocity, with an offset for the first row of each prompt."""
     v = velocity(x, t, prompt_ids, **more)
     rows = torch.zeros(len(v), *[1] * (v.ndim - 1))
     rows[first_rows(prompt_ids.tolist())] = offset

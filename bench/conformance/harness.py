@@ -1,4 +1,4 @@
-"""Harness of the laws: a miniature model, a toy scorer, rigs whose calls are counted, and short runs."""
+"""Harness of the laws: provides a miniature model, a toy scorer, rigs whose calls are counted, and short runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROMPTS = ["a red circle", "two blue squares", "a green triangle", "three red sq
 
 
 def redness(images: Images, prompts: Sequence[Prompt]) -> Any:
-    """Reward (B,) in [0, 1]: how much redder the left half of an image is than the right half.
+    """Return the reward (B,) in [0, 1]: how much redder the left half of an image is than the right half.
 
     A difference of halves, because the overall colour of a random decoder's images hardly changes.
     """
@@ -44,24 +44,24 @@ def redness(images: Images, prompts: Sequence[Prompt]) -> Any:
 
 
 def scaled_redness(images: Images, prompts: Sequence[Prompt]) -> Any:
-    """Reward (B,): redness times 1000, so that any two images differ widely."""
+    """Return the reward (B,): redness times 1000, so that any two images differ widely."""
     return 1000 * redness(images, prompts)
 
 
 def equal_rewards(images: Images, prompts: Sequence[Prompt]) -> Any:
-    """Reward (B,): 1 for every image."""
+    """Return the reward (B,): 1 for every image."""
     return np.ones(len(images))
 
 
 def unscored_first_image(images: Images, prompts: Sequence[Prompt]) -> Any:
-    """Reward (B,): redness, and NaN for the first image of each prompt."""
+    """Return the reward (B,): redness, and NaN for the first image of each prompt."""
     value = redness(images, prompts)
     value[first_rows([p.text for p in prompts])] = np.nan
     return value
 
 
 def unscored_everywhere(images: Images, prompts: Sequence[Prompt]) -> Any:
-    """Reward (B,): NaN for every image."""
+    """Return the reward (B,): NaN for every image."""
     return np.full(len(images), np.nan)
 
 
@@ -134,7 +134,7 @@ class Harness:
 
     @property
     def method(self) -> Any:
-        """A fresh instance, so that no law sees what another changed."""
+        """Make a fresh instance, so that no law depends on what another changed."""
         return self.make()
 
     def rig(self, rule: Any = redness, *, seed: int = 0, scale: float = 0.0, **bounds: float) -> Any:
@@ -173,12 +173,12 @@ class Harness:
 
     @cached_property
     def first(self) -> TrainedRun:
-        """A run with seed 0, trained once and shared by the laws."""
+        """Return a run with seed 0, trained once and shared by the laws."""
         return self.trained()
 
     @cached_property
     def other(self) -> TrainedRun:
-        """A run with seed 1, trained once and shared by the laws."""
+        """Return a run with seed 1, trained once and shared by the laws."""
         return self.trained(seed=1)
 
 
@@ -201,7 +201,7 @@ class TrainedRun:
 
 @contextmanager
 def open_harness(kind: Any, make: Callable[..., Any], model: Any) -> Generator[Harness]:
-    """Within the context: a harness whose rigs are closed at the end."""
+    """Open a harness, as a context; its rigs are closed at the end."""
     harness = Harness(kind, make, model)
     try:
         yield harness

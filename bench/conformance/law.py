@@ -1,4 +1,4 @@
-"""Law: one property that every method must have, its result, and the decorator that defines one."""
+"""Defines a law, one property that every method must have, its result, and the decorator that makes one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# What a law is checked on: the method's source, or a harness around a method that trains or that searches.
+# The subject of a law: the method's source, or a harness around a method that trains or that searches.
 Subject = Literal["source", "training", "search"]
 
 
@@ -24,7 +24,7 @@ class LawResult:
 
     @property
     def broken(self) -> bool:
-        """Whether the method is refused."""
+        """Return whether the method is refused."""
         return self.hard and not self.ok
 
 

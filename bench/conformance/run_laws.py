@@ -1,4 +1,4 @@
-"""Laws about whole runs: seed, resume, side effects, cost, budget, and that a method learns."""
+"""Laws about whole runs: test seed, resume, side effects, cost, budget, and that a method learns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws about methods that search at inference and train nothing."""
+"""Laws about searches: test methods that search at inference and train nothing."""
 
 from __future__ import annotations
 

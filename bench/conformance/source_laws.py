@@ -1,4 +1,4 @@
-"""Laws about a method's class and source; none of them needs a model."""
+"""Laws about source: test a method's class and source without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Source rules: what a method's code must not touch, checked on its syntax tree without running it."""
+"""Source rules: find what a method's code must not use, from its syntax tree, without running it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Published architectures of the named models: their networks' settings, from which sizes are counted without weights.
+"""Published architectures of the named models: lists their networks' settings, from which sizes are computed without weights.
 
-Each entry holds what the `config.json` of that part of the public repository sets beside the defaults of the library's class.
+Each entry holds the settings in the `config.json` of that part of the public repository that differ from the library's defaults.
 The sums of parameters are tested against the published numbers (tests/bench/models/test_memory.py).
 """
 

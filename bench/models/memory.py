@@ -1,8 +1,8 @@
-"""Memory estimate: bytes that weights, training and sampling will take on a GPU, before anything is loaded.
+"""Memory estimate: computes the bytes that weights, training and sampling take on a GPU, before anything is loaded.
 
 The networks are built on torch's `meta` device, where a tensor has a shape and no storage: parameters are counted exactly, the
-floating-point operations of a forward are counted by running it, and so is what its backward pass would have to keep. Two
-numbers are measured instead (on one H200, docs/models.md): what decoding a picture takes, and a constant rest.
+floating-point operations of a forward are counted by running it, and so are the tensors that its backward pass would keep. Two
+numbers are measured instead (on one H200, docs/models.md): the memory for decoding an image, and a constant remainder.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from .open import pipeline_class
 GB = 2**30
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 NETWORKS = ("transformer", "unet")
-# Elements that decoding one picture needs at its peak, by pixel and by the decoder's width at full size: on the H200 one more
-# picture of 512 px took 0.60 GB more in bf16 with a decoder 128 wide.
+# Elements that decoding one image needs at its peak, by pixel and by the decoder's width at full size: on the H200 one more
+# image of 512 px took 0.60 GB more in bf16 with a decoder 128 wide.
 DECODING = 9.6
-# The rest of the measured peak: workspaces of the kernels and the allocator's rounding.
+# The remainder of the measured peak: workspaces of the kernels and the allocator's rounding.
 FIXED = 0.35 * GB
 # Memory of the driver and the allocator's fragments, which a GPU must have beside torch's own.
 MARGIN = 1.0 * GB
@@ -69,15 +69,15 @@ class MemoryEstimate:
 
     @property
     def peak(self) -> float:
-        """Bytes at the peak of a run."""
+        """Return the bytes at the peak of a run."""
         return max(self.training, self.sampling, self.encoding)
 
     def fits(self, gigabytes: float) -> bool:
-        """True where a GPU with this many GB (2^30 bytes) is large enough; MARGIN is taken off."""
+        """Return True where a GPU with this many GB (2^30 bytes) is large enough; MARGIN is taken off."""
         return self.peak + MARGIN <= gigabytes * GB
 
     def lines(self) -> list[str]:
-        """The estimate as lines of text."""
+        """Format the estimate as lines of text."""
         parts = ", ".join(f"{name} {_count(n)}" for name, n in self.parameters.items())
         return [
             f"parameters ({self.source}): {parts}; LoRA {_count(self.trained)}",
@@ -167,7 +167,7 @@ def estimate(
 
 
 def hours(nfe: float, flops: float, device: str, utilisation: float = UTILISATION) -> float:
-    """Hours that nfe evaluations of the network take on a named GPU, at an assumed share of its data sheet's speed.
+    """Estimate the hours that nfe evaluations of the network take on a named GPU, at an assumed share of its data sheet's speed.
 
     Decoding and scoring of images are not included. Raises UserError on a device that is not in DEVICES.
     """
@@ -176,11 +176,11 @@ def hours(nfe: float, flops: float, device: str, utilisation: float = UTILISATIO
     return nfe * flops / (DEVICES[device] * 1e12 * utilisation) / 3600
 
 
-# What the model is made of
+# Networks of the model
 
 
 def blueprint(model_spec: ModelSpec) -> tuple[Parts, str]:
-    """The settings of each network of the pipeline, and where they come from, in words.
+    """Return the settings of each network of the pipeline, and a text that names their source.
 
     They are read from the config files of the folder or the hub's cache, else from a named model's published architecture.
     """
@@ -193,7 +193,7 @@ def blueprint(model_spec: ModelSpec) -> tuple[Parts, str]:
 
 
 def _configs(model_spec: ModelSpec) -> Parts:
-    """The settings in the config files; empty where a file is missing."""
+    """Read the settings in the config files; empty where a file is missing."""
     index = _json(model_spec, "model_index.json")
     parts: dict[str, tuple[str, str, Mapping[str, Any]]] = {}
     for name, entry in index.items():
@@ -224,7 +224,7 @@ def _json(model_spec: ModelSpec, file: str) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-Frozen = tuple[str, str, str]  # library, class, settings as JSON: what a cache can look up
+Frozen = tuple[str, str, str]  # library, class, settings as JSON: hashable, for the cache
 
 
 def _frozen(parts: Parts) -> list[tuple[str, Frozen]]:
@@ -254,12 +254,12 @@ def _build(part: Frozen, dtype: torch.dtype = torch.float32) -> Any:
 
 @lru_cache(maxsize=32)
 def _parameters(part: Frozen) -> tuple[int, int]:
-    """(parameters, numbers in buffers), exact: tensors that two layers share count once."""
+    """Count (parameters, numbers in buffers) exactly: tensors that two layers share count once."""
     network = _build(part)
     return sum(p.numel() for p in network.parameters()), sum(b.numel() for b in network.buffers())
 
 
-# What a forward does
+# Cost of a forward
 
 
 @dataclass(frozen=True)
@@ -275,7 +275,7 @@ class ForwardCost:
 
 
 def _latent_size_and_tokens(model_spec: ModelSpec, parts: Parts) -> tuple[int, int, int]:
-    """(height of a latent, its width, tokens of text)."""
+    """Return (height of a latent, its width, tokens of text)."""
     factor = 2 ** (len(dict(parts["vae"][2]).get("block_out_channels", (1,) * 4)) - 1)
     tokens = pipeline_class(model_spec).text_tokens(model_spec)
     return model_spec.height // factor, model_spec.width // factor, tokens
@@ -285,7 +285,7 @@ def _latent_size_and_tokens(model_spec: ModelSpec, parts: Parts) -> tuple[int, i
 def _forward(
     part: Frozen, pipeline: type[PipelineModel], height: int, width: int, tokens: int, adapter: Adapter, precision: str
 ) -> ForwardCost:
-    """Run the network once to count operations, and once with the LoRA for what its backward pass would keep."""
+    """Run the network once to count operations, and once with the LoRA to sum what its backward pass would keep."""
     from peft import LoraConfig
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -313,7 +313,7 @@ class SavedTensors:
     def __init__(self, network: Any):
         self.outside = self.inside = self.inputs = self.largest = 0.0
         self._known = {_identity(p) for p in network.parameters()}
-        self._held: list[Tensor] = []  # a storage that is gone could be taken for a new one
+        self._held: list[Tensor] = []  # a freed storage's address could be reused by a new one
         self._within: float | None = None  # of the block that runs
 
     def __enter__(self) -> None:
@@ -347,13 +347,13 @@ class SavedTensors:
 
 
 def _identity(tensor: Tensor) -> int:
-    """The identity of a tensor's storage: views of one storage share it."""
+    """Return the identity of a tensor's storage: views of one storage share it."""
     storage: Any = tensor.untyped_storage()
     return storage._cdata
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Attention that saves what the fused kernels save: q, k, v and the result, and no matrix of scores."""
+    """Computes attention and saves what the fused kernels save: q, k, v and the result, and no matrix of scores."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -402,7 +402,7 @@ def _as_on_a_gpu(dtype: torch.dtype) -> Generator[None]:
 
 
 def _count(n: float) -> str:
-    """1.2 B, 23.9 M, 4 k."""
+    """Format a count as 1.2 B, 23.9 M or 4 k."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if n >= unit:
             return f"{n / unit:.{0 if n / unit >= 100 else 1 if n / unit >= 10 else 2}f} {name}"

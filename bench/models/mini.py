@@ -1,4 +1,4 @@
-"""Miniature models: pipelines of a few thousand random parameters in diffusers format, 16x16 pixels, for tests and laws."""
+"""Writes miniature models: pipelines of a few thousand random parameters in diffusers format, 16x16 pixels, for tests and laws."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ AUTOENCODER: dict[str, Any] = {
 
 
 def write_sd3(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
-    """A StableDiffusion3Pipeline with velocity prediction. Unlike a model before its training, nothing in it starts at zero."""
+    """Write a StableDiffusion3Pipeline with velocity prediction. Unlike a model before its training, nothing in it starts at zero."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     size: dict[str, Any] = {"layers": layers, "heads": 2, "head_width": 16, "text_widths": (16, 16)}
@@ -41,11 +41,11 @@ def write_sd3(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
         for parameter in parts.transformer.parameters():
             if not bool(parameter.any()):
                 torch.nn.init.normal_(parameter, std=0.1)
-        for name, parameter in parts.autoencoder.decoder.named_parameters():  # nearly linear, and not pale
+        for name, parameter in parts.autoencoder.decoder.named_parameters():  # nearly linear, with strong contrast
             scale = 0.0 if ".conv2." in name else 6.0 if name == "conv_out.weight" else 1.0
             parameter.data.mul_(scale)
         third = build_silent_text(sum(recipe.text_widths))
-    tokenizer: Any = build_tokenizer()  # the pipelines ask for CLIP's own class and take any
+    tokenizer: Any = build_tokenizer()  # the pipelines are annotated with CLIP's class and accept any
     pipe = StableDiffusion3Pipeline(
         transformer=parts.transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -64,7 +64,7 @@ def write_sd3(folder: Path, *, seed: int = 0, layers: int = 2) -> Path:
 def write_sd15(
     folder: Path, *, seed: int = 0, prediction: Literal["epsilon", "v_prediction"] = "epsilon", scheduler: str = "DDIM"
 ) -> Path:
-    """A StableDiffusionPipeline on SD1.5's noise table: a U-Net with text attention on two scales, 8x8 latents.
+    """Write a StableDiffusionPipeline on SD1.5's noise table: a U-Net with text attention on two scales, 8x8 latents.
 
     scheduler: DDIM or PNDM, which SD1.5 itself ships. Nothing in the U-Net or the text encoder starts at zero.
     """
@@ -97,7 +97,7 @@ def write_sd15(
 def write_sdxl(
     folder: Path, *, seed: int = 0, prediction: Literal["epsilon", "v_prediction"] = "epsilon", scheduler: str = "Euler"
 ) -> Path:
-    """A StableDiffusionXLPipeline on SDXL's noise table: two text encoders, a pooled text and six numbers of size.
+    """Write a StableDiffusionXLPipeline on SDXL's noise table: two text encoders, a pooled text and six numbers of size.
 
     scheduler: DDIM or Euler, which SDXL itself ships. Nothing in the U-Net or the text encoders starts at zero.
     """
@@ -140,7 +140,7 @@ def write_sdxl(
 
 
 def write_flux(folder: Path, *, seed: int = 0, distilled: bool = True) -> Path:
-    """A FluxPipeline: one block of two streams, one of one, 8x8 latents seen as 4x4 tokens, a shift that grows with them.
+    """Write a FluxPipeline: one double-stream and one single-stream block, 8x8 latents as 4x4 tokens, a shift that grows with them.
 
     distilled: guidance is an input of the transformer, as in FLUX.1-dev; not in schnell. Nothing in it starts at zero.
     """
@@ -195,7 +195,7 @@ def write_flux(folder: Path, *, seed: int = 0, distilled: bool = True) -> Path:
 
 
 def _clip(tokenizer: Any, width: int, layers: int = 1) -> dict[str, Any]:
-    """The settings of a small CLIP text encoder."""
+    """Return the settings of a small CLIP text encoder."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
@@ -210,7 +210,7 @@ def _clip(tokenizer: Any, width: int, layers: int = 1) -> dict[str, Any]:
 
 
 def _scheduler(kind: str, prediction: str) -> Any:
-    """SD1.5's and SDXL's noise table in one of the schedulers they come with, with their files' settings."""
+    """Build a scheduler that SD1.5 or SDXL ships, with their noise table and their files' settings."""
     import diffusers
 
     table: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

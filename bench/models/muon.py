@@ -1,4 +1,4 @@
-"""Muon: an optimiser of matrices that makes the momentum orthogonal before each step (Jordan 2024; Liu et al. 2025, arXiv:2502.16982)."""
+"""Muon, an optimiser of matrices: orthogonalises the momentum before each step (Jordan 2024; Liu et al. 2025, arXiv:2502.16982)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal by Newton-Schulz, scaled to the size of an Adam step.
+    """Orthogonalises the momentum by Newton-Schulz and scales it to the size of an Adam step.
 
-    Of `world` processes, each makes its part of the matrices orthogonal, and `total` sums the parts into the buffer of each.
+    Each of `world` processes orthogonalises its part of the matrices, and `total` sums the parts into the buffer of each.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]  # no closure here
-        """One step on every matrix that has a gradient."""
+        """Make one step on every matrix that has a gradient."""
         for group in self.param_groups:
             members = [p for p in group["params"] if p.grad is not None]
             flat = torch.zeros(sum(p.numel() for p in members))
@@ -47,7 +47,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(x: Tensor) -> Tensor:
-    """(K, rows, columns): each matrix near the orthogonal one closest to it, five quintic Newton-Schulz steps."""
+    """Approximate the nearest orthogonal matrix of each of (K, rows, columns) by five quintic Newton-Schulz steps."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = x.shape[-2] > x.shape[-1]
     y = (x.mT if tall else x).bfloat16()

@@ -1,7 +1,7 @@
-"""Training loop of the embedded parts: rates, gradients, averaged weights, progress lines and checkpoints.
+"""Training loop of the embedded parts: applies rates and gradients, averages weights, prints progress and writes checkpoints.
 
 A recipe describes what is trained as a `Learner` and how as `FitSettings`; `fit` does the steps. Step k must draw its batch from
-the seed and k alone: then a run that was stopped goes on from its checkpoint as if it had not been.
+the seed and k alone: then a run resumed from its checkpoint equals one that was never stopped.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Interval:
-    """How often something happens: every so many steps, or as soon as so many seconds have passed."""
+    """Interval between events: a number of steps, or a number of seconds."""
 
     steps: int = 0
     seconds: float = math.inf
 
     def is_due(self, step: int, elapsed: float) -> bool:
-        """After `step` steps, `elapsed` seconds after the last time."""
+        """Return whether the event is due after `step` steps, `elapsed` seconds after the last one."""
         return (self.steps > 0 and step % self.steps == 0) or elapsed > self.seconds
 
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes that share each batch: every one takes some of its shards, and gradients are summed over them."""
+    """Processes that share each batch: each computes some of its shards, and gradients are summed over them."""
 
     rank: int = 0
     world: int = 1
     shards: int = 1  # equal parts of a batch
 
     def own_shards(self) -> range:
-        """The shards of this process."""
+        """Return the shards of this process."""
         return range(self.rank, self.shards, self.world)
 
     def total(self, numbers: Tensor) -> None:
@@ -68,7 +68,7 @@ class Workers:
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a learner is trained."""
+    """Settings of the training of a learner."""
 
     label: Mapping[str, str]  # what every progress line begins with, e.g. {"recipe": "reader"}
     made_by: Mapping[str, Any]  # the recipe and the seed: a checkpoint of others is refused
@@ -85,7 +85,7 @@ class FitSettings:
 
 
 class Learner(ABC):
-    """What is trained: a module, its optimisers, and the loss of a step."""
+    """A module in training, its optimisers, and the loss of a step."""
 
     module: nn.Module  # its weights are averaged and returned, its gradients clipped
     optimisers: Sequence[torch.optim.Optimizer]
@@ -93,18 +93,18 @@ class Learner(ABC):
 
     @abstractmethod
     def loss(self, step: int, shard: int) -> Tensor:
-        """The mean loss over a shard of the step's batch; pure in its arguments and the weights."""
+        """Compute the mean loss over a shard of the step's batch; pure in its arguments and the weights."""
 
     def constrain(self) -> None:  # noqa: B027  # most have no bounds
-        """Put the weights back into their bounds after a step."""
+        """Clip the weights to their bounds after a step."""
 
     def evaluate(self, weights: Weights, step: int) -> Mapping[str, float]:
-        """Numbers of a progress line after `step` steps. weights: those that `fit` would return now."""
+        """Return the numbers of a progress line after `step` steps. weights: those that `fit` would return now."""
         return {}
 
 
 def cosine_rate(warmup: int, steps: int, floor: float) -> Callable[[float, int], float]:
-    """rate * min(1, (k + 1) / warmup) * (1 + cos(pi k / steps)) / 2 + floor, with step k from 0."""
+    """Return rate * min(1, (k + 1) / warmup) * (1 + cos(pi k / steps)) / 2 + floor, with step k from 0."""
 
     def rate(base: float, step: int) -> float:
         return base * min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * (step / steps))) + floor
@@ -113,13 +113,13 @@ def cosine_rate(warmup: int, steps: int, floor: float) -> Callable[[float, int],
 
 
 def generator(*key: int) -> torch.Generator:
-    """A torch stream of its own for every key, as numpy's SeedSequence mixes it."""
+    """Make a separate torch random stream for every key, mixed by numpy's SeedSequence."""
     return torch.Generator().manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
 
 @contextmanager
 def threads(count: int) -> Generator[None]:
-    """Inside, torch computes with so many threads: sums of other counts differ in their last digits."""
+    """Set torch's number of threads inside the context: sums of other counts differ in their last digits."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -129,12 +129,12 @@ def threads(count: int) -> Generator[None]:
 
 
 def in_half(weights: Mapping[str, Tensor]) -> Weights:
-    """The weights in float16, whole numbers as they are, each contiguous: as they are shipped."""
+    """Convert weights to float16, as they are shipped: integers unchanged, each tensor contiguous."""
     return {key: (w.half() if w.is_floating_point() else w).contiguous() for key, w in weights.items()}
 
 
 def in_single(weights: Mapping[str, Tensor]) -> Weights:
-    """The weights in float32, whole numbers as they are."""
+    """Convert weights to float32, integers unchanged."""
     return {key: w.float() if w.is_floating_point() else w for key, w in weights.items()}
 
 
@@ -158,7 +158,7 @@ def fit(learner: Learner, settings: FitSettings, *, log: Log, workers: Workers |
 
 
 class _Fit:
-    """One training: the learner, its averaged weights, and when it was last saved, reported and evaluated."""
+    """State of one training: the learner, its averaged weights, and when it was last saved, reported and evaluated."""
 
     def __init__(self, learner: Learner, settings: FitSettings, workers: Workers, log: Log) -> None:
         self.learner, self.settings, self.workers, self.log = learner, settings, workers, log
@@ -169,9 +169,9 @@ class _Fit:
         self.reported_step = 0
 
     def run(self) -> tuple[Weights, float]:
-        """All steps that are left."""
+        """Run the remaining steps."""
         start = self._resume()
-        self.workers.barrier()  # nobody writes the checkpoint before everybody has read it
+        self.workers.barrier()  # no process writes the checkpoint before all have read it
         self.began = self.settings.clock()
         self.saved_at = self.reported_at = self.evaluated_at = time.monotonic()
         self.reported_step = start
@@ -208,7 +208,7 @@ class _Fit:
             self.learner.constrain()
 
     def _sum_gradients(self) -> None:
-        """All gradients in one buffer: one message a step."""
+        """Sum all gradients over the processes in one buffer: one message a step."""
         if self.workers.world == 1:
             return
         groups = (group for optimiser in self.learner.optimisers for group in optimiser.param_groups)
@@ -277,7 +277,7 @@ class _Fit:
         )
 
     def _resume(self) -> int:
-        """The step to go on from, with everything loaded; 0 where there is no checkpoint."""
+        """Load the checkpoint and return the step to resume from; 0 where there is none."""
         path, learner = self.settings.checkpoint, self.learner
         if not path.exists():
             return 0

@@ -1,6 +1,6 @@
-"""Measures the embedded model: reads the words and counts the shapes in its pictures.
+"""Measures the embedded model: reads the words and counts the shapes in its images.
 
-The hub knows no scorer, so these are the plain forms of the two that the tasks use: RapidOCR's recogniser on the whole picture, and
+No scorer is imported here, so these are plain forms of the two that the tasks use: RapidOCR's recogniser on the whole image, and
 patches of one palette colour.
 """
 
@@ -21,7 +21,7 @@ Paint = Callable[[Sequence[str], int], np.ndarray]  # (prompts, salt of the nois
 
 
 def shape_prompts() -> Iterator[tuple[str, str, int, str]]:
-    """(prompt, kind, count, colour) of every shapes prompt: 45."""
+    """List (prompt, kind, count, colour) of all 45 shapes prompts."""
     for kind in glyphs.SHAPES:
         for colour in glyphs.SHAPE_COLOURS:
             for count in glyphs.COUNTS:
@@ -41,7 +41,7 @@ def _recogniser() -> Any:
 
 
 def read_texts(images: np.ndarray) -> list[str]:
-    """The text of each picture (N, 32, 64, 3) uint8, by RapidOCR's recogniser on the whole picture at 96x48."""
+    """Read the text of each image (N, 32, 64, 3) uint8, by RapidOCR's recogniser on the whole image at 96x48."""
     from rapidocr.ch_ppocr_rec import TextRecInput
 
     texts = _recogniser()(TextRecInput(img=[np.ascontiguousarray(image[..., ::-1]) for image in images])).txts
@@ -49,7 +49,7 @@ def read_texts(images: np.ndarray) -> list[str]:
 
 
 def count_patches(image: np.ndarray, colour: str) -> int:
-    """Patches of one shape colour in a picture (32, 64, 3) uint8."""
+    """Count the patches of one shape colour in an image (32, 64, 3) uint8."""
     from scipy import ndimage
 
     other_colours = [value for name, value in glyphs.SHAPE_COLOURS.items() if name != colour]
@@ -61,7 +61,7 @@ def count_patches(image: np.ndarray, colour: str) -> int:
 
 
 def _interval(values: np.ndarray) -> dict[str, Any]:
-    """Mean with a 95 % bootstrap interval over prompts; values (prompts, pictures of each)."""
+    """Compute the mean with a 95 % bootstrap interval over prompts; values (prompts, images of each)."""
     rng = np.random.default_rng(0)
     per_prompt = values.mean(1)
     means = per_prompt[rng.integers(len(per_prompt), size=(4000, len(per_prompt)))].mean(1)
@@ -75,12 +75,12 @@ def _interval(values: np.ndarray) -> dict[str, Any]:
 
 
 def measure(folder: Path, *, readings: int, countings: int, max_sequence_length: int, seed: int) -> dict[str, Any]:
-    """Read words and count shapes in pictures of the exported pipeline: plain diffusers, 10 steps, no guidance.
+    """Read words and count shapes in images of the exported pipeline: plain diffusers, 10 steps, no guidance.
 
     Args:
         folder: a folder that StableDiffusion3Pipeline.from_pretrained loads.
-        readings: pictures of each word of the test and the validation split; 0 for none.
-        countings: pictures of each shapes prompt; 0 for none.
+        readings: images of each word of the test and the validation split; 0 for none.
+        countings: images of each shapes prompt; 0 for none.
         max_sequence_length: of the third text encoder, in tokens.
         seed: of the noise.
 

@@ -1,14 +1,14 @@
-"""Recipe of the embedded model: from random weights to a pipeline of a few MB that writes words and counts shapes.
+"""Recipe of the embedded model: trains a pipeline of a few MB from random weights that writes words and counts shapes.
 
-`TinyRecipe()(out, seed=0, log=print)` trains everything from scratch on the pictures of `glyphs` and writes a folder that
+`TinyRecipe()(out, seed=0, log=print)` trains everything from scratch on the images of `glyphs` and writes a folder that
 `StableDiffusion3Pipeline.from_pretrained` loads. Three stages, each resumable:
 
 1. `autoencoder`: the latent is a fixed linear map, the first 16 principal components of 4x4x3 pixel patches; an AutoencoderKL is
-   regressed onto it from both sides. The other stages need not wait for a good autoencoder, because the target never moves.
+   regressed onto it from both sides. The other stages need not wait for a good autoencoder, because the target is fixed.
 2. `flow`: the transformer and the two CLIP text encoders learn the velocity noise - latent, together.
-3. `decoder`: the decoder is trained on latents that the model itself draws, which are less clean than those of pictures.
+3. `decoder`: the decoder is trained on latents that the model itself samples, which are noisier than those of images.
 
-Two processes of one thread each share every batch; each is one shard, so that one process alone does the same sums one after
+Two processes of one thread each share every batch; each is one shard, so that one process alone computes the same sums one after
 another.
 """
 
@@ -43,7 +43,7 @@ from .recipe_fit import FitSettings, Interval, Learner, Log, Weights, Workers, f
 from .tiny_measure import count_patches, measure, read_texts, shape_prompts
 
 TOKENS = 16  # of a prompt, with its begin and end
-T5_TOKENS = 1  # the third text slot always says the same: one row of zeros
+T5_TOKENS = 1  # the third text encoder's output is constant: one row of zeros
 PATCH, CHANNELS = 4, 16  # the autoencoder's: 4x4x3 = 48 numbers become 16
 SHARDS = 2
 
@@ -91,7 +91,7 @@ class TinyRecipe:
     countings: int = 8  # pictures of each shapes prompt in the final measurement; 0 for none
 
     def __call__(self, out: Path, *, seed: int, log: Log) -> dict[str, Any]:
-        """Trains into `out` and returns what stands in `out/recipe.json`. Run again after a stop, it goes on from `out/.state`."""
+        """Trains into `out` and returns the content of `out/recipe.json`. Run again after a stop, it resumes from `out/.state`."""
         out = Path(out)
         state = out / ".state"
         state.mkdir(parents=True, exist_ok=True)
@@ -117,7 +117,7 @@ class TinyRecipe:
 
 
 def _cores() -> int:
-    """Those this process may use, where the system says."""
+    """Count the cores that this process may use, where the system reports them."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -127,7 +127,7 @@ def _cores() -> int:
 def sample(
     rng: np.random.Generator, words: Sequence[str], excluded: frozenset[str], shapes: float
 ) -> tuple[str, np.ndarray]:
-    """One prompt of the domain and its picture, (32, 64, 3) uint8."""
+    """Draw one prompt of the domain and its image, (32, 64, 3) uint8."""
     return glyphs.shapes_sample(rng) if rng.random() < shapes else glyphs.word_sample(rng, words, excluded)
 
 
@@ -135,7 +135,7 @@ def sample(
 
 
 class TinyModules(NamedTuple):
-    """What a StableDiffusion3Pipeline is made of, as far as it is trained."""
+    """The trained parts of a StableDiffusion3Pipeline."""
 
     transformer: SD3Transformer2DModel
     text_one: CLIPTextModelWithProjection
@@ -144,8 +144,8 @@ class TinyModules(NamedTuple):
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A vocabulary of known prompt words, the capitals one by one, and the quote; 16 tokens with begin and end."""
-    # The end must not be token 2: CLIP then looks for the largest id instead of the end token.
+    """Build a tokenizer of known prompt words, the capitals one by one, and the quote; 16 tokens with begin and end."""
+    # The end must not be token 2: CLIP then searches for the largest id instead of the end token.
     specials = ["<pad>", "<unk>", "<begin>", "<end>"]
     vocabulary = {token: i for i, token in enumerate([*specials, '"', *glyphs.ALPHABET, *glyphs.VOCABULARY])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -166,7 +166,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_silent_tokenizer() -> PreTrainedTokenizerFast:
-    """The third slot's: every prompt is one end token."""
+    """Build the third tokenizer: every prompt is one end token."""
     core = Tokenizer(models.WordLevel({"</s>": 0}, unk_token="</s>"))
     return PreTrainedTokenizerFast(
         tokenizer_object=core, pad_token="</s>", unk_token="</s>", eos_token="</s>", model_max_length=T5_TOKENS
@@ -174,7 +174,7 @@ def build_silent_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_silent_text(width: int) -> T5EncoderModel:
-    """A T5 encoder that answers zeros: StableDiffusion3Pipeline does not load without one."""
+    """Build a T5 encoder that returns zeros: StableDiffusion3Pipeline does not load without one."""
     model = T5EncoderModel(
         T5Config(vocab_size=1, d_model=width, d_kv=8, d_ff=8, num_layers=1, num_heads=1, pad_token_id=0, eos_token_id=0)
     )
@@ -183,25 +183,25 @@ def build_silent_text(width: int) -> T5EncoderModel:
 
 
 def build_parts(recipe: TinyRecipe, seed: int) -> TinyModules:
-    """The networks of the pipeline with random weights, in the order that the seed's draws are used."""
+    """Build the networks of the pipeline with random weights, in the order that the seed's draws are used."""
     torch.manual_seed(seed)
     transformer = _transformer(recipe)
     autoencoder = _autoencoder(recipe)
     parts = TinyModules(transformer, _text_encoder(recipe, 0), _text_encoder(recipe, 1), autoencoder)
     with torch.no_grad():
-        # CLIP's embeddings start at 0.02, less than the bias of the layer that takes them: tokens would look all alike for long
+        # CLIP's embeddings start at 0.02, less than the bias of the layer that takes them: tokens would be nearly equal for long
         for model in (parts.text_one, parts.text_two):
             for name, p in model.named_parameters():
                 if "embedding" in name:
                     p.mul_(0.5 / p.std())
         nn.init.zeros_(transformer.context_embedder.bias)
     for part in parts:
-        part.eval()  # no dropout anywhere; eval only keeps it so
+        part.eval()  # there is no dropout; eval only makes sure
     return parts
 
 
 def _text_encoder(recipe: TinyRecipe, number: int) -> CLIPTextModelWithProjection:
-    """One layer of CLIP over the embedded model's 16 tokens."""
+    """Build one layer of CLIP over the embedded model's 16 tokens."""
     tokenizer, width = build_tokenizer(), recipe.text_widths[number]
     return CLIPTextModelWithProjection(
         CLIPTextConfig(
@@ -220,7 +220,7 @@ def _text_encoder(recipe: TinyRecipe, number: int) -> CLIPTextModelWithProjectio
 
 
 def _transformer(recipe: TinyRecipe) -> SD3Transformer2DModel:
-    """The velocity network; every block begins as the identity and the velocity as zero."""
+    """Build the velocity network; every block begins as the identity and the velocity as zero."""
     width = recipe.heads * recipe.head_width
     transformer = SD3Transformer2DModel(
         sample_size=glyphs.WIDTH // PATCH,
@@ -236,9 +236,9 @@ def _transformer(recipe: TinyRecipe) -> SD3Transformer2DModel:
         pos_embed_max_size=glyphs.WIDTH // PATCH // 2,
         qk_norm="rms_norm",
     )
-    # diffusers starts these at random
+    # diffusers initialises these randomly
     zeroed = [transformer.proj_out, transformer.norm_out.linear]
-    for block in cast(Iterable[Any], transformer.transformer_blocks):  # a ModuleList does not know what it lists
+    for block in cast(Iterable[Any], transformer.transformer_blocks):  # a ModuleList has no element type
         zeroed += [block.norm1.linear, block.norm1_context.linear]
     for linear in zeroed:
         nn.init.zeros_(linear.weight)
@@ -247,7 +247,7 @@ def _transformer(recipe: TinyRecipe) -> SD3Transformer2DModel:
 
 
 def _autoencoder(recipe: TinyRecipe) -> AutoencoderKL:
-    """Encoder and decoder of the latent; the posterior's spread is a constant exp(-6) that is never trained."""
+    """Build encoder and decoder of the latent; the posterior's spread is a constant exp(-6) that is never trained."""
     depth = len(recipe.autoencoder_widths)
     autoencoder = AutoencoderKL(
         # diffusers writes tuple[str], a tuple of one, where it means tuple[str, ...]
@@ -271,7 +271,7 @@ def _autoencoder(recipe: TinyRecipe) -> AutoencoderKL:
 
 
 class Latent:
-    """The fixed linear latent: z = (patch - mean) @ basis * scale, (N, 32, 64, 3) uint8 to (N, 16, 8, 16) and back."""
+    """Fixed linear latent: maps (N, 32, 64, 3) uint8 to (N, 16, 8, 16) by z = (patch - mean) @ basis * scale, and back."""
 
     def __init__(self, recipe: TinyRecipe, seed: int, words: Sequence[str], excluded: frozenset[str]):
         rng = np.random.default_rng([seed, 0])
@@ -280,7 +280,7 @@ class Latent:
         self.mean = rows.mean(0)
         variance, basis = torch.linalg.eigh(torch.cov(rows.T))
         spread = variance.flip(0)[:CHANNELS].clamp_min(1e-8).sqrt()
-        # Half-way to white: the fine components would drown in noise at their own size, and lead the loss at size 1.
+        # Half-way to whitening: the fine components would be lost in noise at their own scale, and dominate the loss at scale 1.
         scale = spread**-0.5
         scale = scale / (spread * scale).square().mean().sqrt()
         self.kept = float(spread.square().sum() / variance.sum())
@@ -290,16 +290,16 @@ class Latent:
 
     @staticmethod
     def _patches(images: Tensor) -> Tensor:
-        """(N, 3, H, W) to (N, H/4, W/4, 48)."""
+        """Cut (N, 3, H, W) into patches (N, H/4, W/4, 48)."""
         n, c, h, w = images.shape
         return images.reshape(n, c, h // PATCH, PATCH, w // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
     def encode(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) in -1..1 to (N, 16, H/4, W/4)."""
+        """Encode (N, 3, H, W) in -1..1 as (N, 16, H/4, W/4)."""
         return ((self._patches(images) - self.mean) @ self.into).permute(0, 3, 1, 2).contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """(N, 16, h, w) to (N, 3, 4h, 4w), clipped to -1..1."""
+        """Decode (N, 16, h, w) to (N, 3, 4h, 4w), clipped to -1..1."""
         rows = latents.permute(0, 2, 3, 1) @ self.back + self.mean
         n, h, w, _ = rows.shape
         images = rows.reshape(n, h, w, 3, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5).reshape(n, 3, h * PATCH, w * PATCH)
@@ -307,17 +307,17 @@ class Latent:
 
 
 def pixels(pictures: np.ndarray) -> Tensor:
-    """(N, H, W, 3) uint8 to (N, 3, H, W) in -1..1."""
+    """Convert (N, H, W, 3) uint8 to (N, 3, H, W) in -1..1."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
 def pictures(images: Tensor) -> np.ndarray:
-    """(N, 3, H, W) in -1..1 to (N, H, W, 3) uint8."""
+    """Convert (N, 3, H, W) in -1..1 to (N, H, W, 3) uint8."""
     return images.clamp(-1, 1).add(1).mul(127.5).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
 
 
 def embed(parts: TinyModules, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, 16) token ids to the context (N, 16 + T5_TOKENS, 96) and the pooled text (N, 64), as the pipeline makes them."""
+    """Encode (N, 16) token ids as the pipeline does: context (N, 16 + T5_TOKENS, 96) and pooled text (N, 64)."""
     one = parts.text_one(tokens, output_hidden_states=True)
     two = parts.text_two(tokens, output_hidden_states=True)
     context = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
@@ -327,7 +327,7 @@ def embed(parts: TinyModules, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def draw(parts: TinyModules, tokens: Tensor, noise: Tensor, steps: int = 10) -> Tensor:
-    """(N, 16, 8, 16) latents: Euler's steps down the grid of the exported scheduler, without guidance."""
+    """Sample (N, 16, 8, 16) latents by Euler steps down the grid of the exported scheduler, without guidance."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(steps)
     sigmas = cast(Tensor, scheduler.sigmas).tolist()  # set_timesteps made it one
@@ -343,7 +343,7 @@ def draw(parts: TinyModules, tokens: Tensor, noise: Tensor, steps: int = 10) -> 
 
 
 class OpenAttention:
-    """Joint attention of text and picture in plain matrix products.
+    """Computes joint attention of text and image in plain matrix products.
 
     The fused kernel's backward pass took 30 % of a step on these CPUs at 49 tokens; this one takes a twentieth, compiled.
     """
@@ -351,7 +351,7 @@ class OpenAttention:
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: None = None
     ) -> tuple[Tensor, Tensor]:
-        """(N, picture tokens, width) and (N, text tokens, width) to the same."""
+        """Map (N, image tokens, width) and (N, text tokens, width) to the same shapes."""
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
@@ -368,13 +368,13 @@ class OpenAttention:
 
 # The three stages
 
-# Fields that change how fast a run is and what it prints, and not what it learns: a checkpoint may go on under others.
+# Fields that change a run's speed and output but not what it learns: a checkpoint may be resumed under other values.
 RUNNING = ("processes", "compiled", "tell_every", "save_every", "look_every", "looks", "readings", "countings")
 
 
 @dataclass(frozen=True)
 class _Run:
-    """What the stages share: the recipe, the seed, the processes, and where and how they compute and report."""
+    """State that the stages share: recipe, seed, processes, device, number type and output."""
 
     recipe: TinyRecipe
     seed: int
@@ -385,17 +385,17 @@ class _Run:
 
     @property
     def state(self) -> Path:
-        """The folder of what a stopped run goes on from."""
+        """Return the folder of the state from which a stopped run resumes."""
         return self.out / ".state"
 
     def autocast(self) -> Any:
-        """Inside, networks compute in the run's type."""
+        """Make networks compute in the run's number type inside the context."""
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def fit(
         self, stage: str, learner: Learner, steps: int, *, average: float = 0.0, evaluate: Interval | None = None
     ) -> tuple[Weights, float]:
-        """Train one stage; its weights and the wall seconds it took."""
+        """Train one stage; return its weights and the wall seconds it took."""
         recipe = self.recipe
         fields = {key: value for key, value in asdict(recipe).items() if key not in RUNNING}
         settings = FitSettings(
@@ -415,7 +415,7 @@ class _Run:
 
 
 class _Data:
-    """The batches of all stages, each pure in (seed, stage, step, shard), and the latent they are encoded to."""
+    """Draws the batches of all stages, each pure in (seed, stage, step, shard), and holds the latent that encodes them."""
 
     def __init__(self, recipe: TinyRecipe, seed: int) -> None:
         splits = word_splits()
@@ -426,7 +426,7 @@ class _Data:
         self.tokenizer = build_tokenizer()
 
     def batch(self, stage: int, step: int, shard: int) -> tuple[list[str], Tensor]:
-        """Prompts, some of them empty, and pictures (share, 3, 32, 64) in -1..1."""
+        """Draw prompts, some of them empty, and images (share, 3, 32, 64) in -1..1."""
         rng = np.random.default_rng([self.seed, stage, step, shard])
         now = step if stage == 2 else 0
         shapes = [part for start, part in self.recipe.shapes if start <= now][-1]
@@ -436,12 +436,12 @@ class _Data:
         return ["" if e else p for p, e in zip(prompts, empty, strict=True)], pixels(np.stack(drawings))
 
     def prompts(self, count: int, *key: int) -> list[str]:
-        """Prompts alone; pure in (seed, key)."""
+        """Draw prompts alone; pure in (seed, key)."""
         rng = np.random.default_rng([self.seed, *key])
         return [sample(rng, self.words, self.excluded, self.recipe.shapes[0][1])[0] for _ in range(count)]
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
-        """(N, 16) token ids."""
+        """Tokenise prompts to (N, 16) ids."""
         return self.tokenizer(
             list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
         ).input_ids
@@ -461,7 +461,7 @@ class _AutoencoderLearner(Learner):
         g = generator(self.data.seed, 1, step, shard)
         latent, share = self.data.latent, self.data.share
         z, half = latent.encode(images), share // 2
-        # One half: noisy latents, clean pictures. The other: blends that no picture has, as the linear map decodes them.
+        # One half: noisy latents, clean images. The other: blends that no image has, as the linear map decodes them.
         noisy = z[:half] + 0.2 * torch.rand(half, 1, 1, 1, generator=g) * torch.randn(z[:half].shape, generator=g)
         weight = torch.rand(share - half, 1, 1, 1, generator=g)
         blend = torch.lerp(z[half:], z[half:].roll(1, 0), weight * 0.6)
@@ -480,7 +480,7 @@ class _FlowLearner(Learner):
         networks = {"transformer": parts.transformer, "text_one": parts.text_one, "text_two": parts.text_two}
         self.module = nn.ModuleDict(networks)
         self.averaged = deepcopy(self.module)
-        self.sampler = TinyModules(  # a ModuleDict knows only that it holds modules
+        self.sampler = TinyModules(  # a ModuleDict has no types of its entries
             cast(SD3Transformer2DModel, self.averaged["transformer"]),
             cast(CLIPTextModelWithProjection, self.averaged["text_one"]),
             cast(CLIPTextModelWithProjection, self.averaged["text_two"]),
@@ -515,7 +515,7 @@ class _FlowLearner(Learner):
         return nn.functional.mse_loss(velocity.float(), noise - z)
 
     def evaluate(self, weights: Weights, step: int) -> dict[str, float]:
-        """Validation words read and shapes counted, decoded by the linear map and by the decoder."""
+        """Measure validation words read and shapes counted, decoded by the linear map and by the decoder."""
         self.averaged.load_state_dict(weights)
         words = (self.data.validation * 2)[: self.run.recipe.looks]
         shapes = list(shape_prompts()) * 2
@@ -535,7 +535,7 @@ class _FlowLearner(Learner):
 
 
 class _DecoderLearner(Learner):
-    """Stage 3: the decoder is trained on latents that the model draws, and on slightly noisy ones of pictures."""
+    """Stage 3: the decoder is trained on latents that the model samples, and on slightly noisy ones of images."""
 
     def __init__(self, run: _Run, data: _Data, autoencoder: AutoencoderKL, drawn: dict[int, Tensor]) -> None:
         self.run, self.data, self.autoencoder, self.drawn = run, data, autoencoder, drawn
@@ -561,7 +561,7 @@ def _reconstruction_loss(run: _Run, autoencoder: AutoencoderKL, images: Tensor, 
 
 
 def _drawn_latents(run: _Run, data: _Data, sampler: TinyModules, shard: int) -> Tensor:
-    """(drawn / SHARDS, 16, 8, 16) latents of the model's own, drawn once and kept."""
+    """Sample (drawn / SHARDS, 16, 8, 16) latents from the model, once, and store them."""
     path = run.state / f"drawn-{shard}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)["latents"]
@@ -574,7 +574,7 @@ def _drawn_latents(run: _Run, data: _Data, sampler: TinyModules, shard: int) -> 
 
 
 def _linear_rate(steps: int, recipe: TinyRecipe) -> Callable[[float, int], float]:
-    """Up over `warm` steps, flat, then down to `floor` in a straight line."""
+    """Return the rate: linear rise over `warm` steps, constant, then linear fall to `floor`."""
 
     def rate(base: float, step: int) -> float:
         fall = max(0.0, (step + 1 - steps * (1 - recipe.decay)) / (steps * recipe.decay))
@@ -584,12 +584,12 @@ def _linear_rate(steps: int, recipe: TinyRecipe) -> Callable[[float, int], float
 
 
 def _help(recipe: TinyRecipe, out: Path, seed: int, workers: Workers, meeting: str) -> None:
-    """A process beside the first one."""
+    """Run a further process beside the first one, without output."""
     _train(recipe, out, seed, workers, meeting, lambda _: None)
 
 
 def _train(recipe: TinyRecipe, out: Path, seed: int, workers: Workers, meeting: str, log: Log) -> dict[str, Any]:
-    """One process: joins the others at the file `meeting`, and trains all three stages."""
+    """Run one process: join the others at the file `meeting`, and train all three stages."""
     torch.set_num_threads(1)
     fast = bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
     run = _Run(recipe, seed, workers, torch.bfloat16 if fast else torch.float32, out, log)
@@ -611,7 +611,7 @@ def _train(recipe: TinyRecipe, out: Path, seed: int, workers: Workers, meeting: 
 
 
 def _train_stages(run: _Run) -> dict[str, Any]:
-    """All three stages; the first process publishes the model and returns its record, others return nothing."""
+    """Train all three stages; the first process publishes the model and returns its record, others return nothing."""
     recipe, seconds = run.recipe, {}
     data = _Data(recipe, run.seed)
     parts = build_parts(recipe, run.seed)
@@ -640,11 +640,11 @@ def _latent_shape() -> tuple[int, int, int]:
 
 
 def _compile(blocks: Iterable[nn.Module]) -> None:
-    """Each block by itself: a whole model takes minutes to compile. Without a C++ compiler nothing is compiled."""
+    """Compile each block by itself: a whole model takes minutes. Without a C++ compiler nothing is compiled."""
     if shutil.which("g++") or shutil.which("clang++"):
         import torch._inductor.config as inductor
 
-        inductor.compile_threads = 1  # the other core has its own process
+        inductor.compile_threads = 1  # the other core runs the other process
         for block in blocks:
             block.compile(dynamic=False)
 
@@ -664,7 +664,7 @@ def publish(run: _Run, parts: TinyModules, seconds: dict[str, float]) -> dict[st
         fresh, readings=recipe.readings, countings=recipe.countings, max_sequence_length=T5_TOKENS, seed=run.seed
     )
     text = json.dumps(_record(run, pipe, seconds, scores), indent=1)
-    record = json.loads(text)  # what is returned is what a reader of the file gets: lists, no tuples
+    record = json.loads(text)  # as read back from the file: lists, no tuples
     (fresh / "recipe.json").write_text(text + "\n", encoding="utf-8")
     (fresh / "README.md").write_text(model_card(record, fresh), encoding="utf-8")
     for entry in sorted(fresh.iterdir()):
@@ -684,7 +684,7 @@ def _pipeline(recipe: TinyRecipe, parts: TinyModules) -> StableDiffusion3Pipelin
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=deepcopy(parts.autoencoder),
         text_encoder=deepcopy(parts.text_one),
-        # the pipeline's annotations know CLIP's own tokenizer only
+        # the pipeline's annotations name CLIP's own tokenizer only
         tokenizer=tokenizer,  # pyright: ignore[reportArgumentType]
         text_encoder_2=deepcopy(parts.text_two),
         tokenizer_2=tokenizer,  # pyright: ignore[reportArgumentType]
@@ -696,7 +696,7 @@ def _pipeline(recipe: TinyRecipe, parts: TinyModules) -> StableDiffusion3Pipelin
 def _record(
     run: _Run, pipe: StableDiffusion3Pipeline, seconds: dict[str, float], scores: dict[str, Any]
 ) -> dict[str, Any]:
-    """The content of recipe.json: settings, what was trained, versions, sizes, scores, and hashes of the held-out words."""
+    """Return the content of recipe.json: settings, training, versions, sizes, scores, and hashes of the held-out words."""
     recipe, splits = run.recipe, word_splits()
     steps = {"autoencoder": recipe.autoencoder_steps, "flow": recipe.steps, "decoder": recipe.decoder_steps}
     return {
@@ -732,15 +732,15 @@ def _record(
 
 
 def _plain(autoencoder: AutoencoderKL) -> AutoencoderKL:
-    """A copy without the compiled calls, which cannot be copied."""
-    # from_config gives a pair only where the unused arguments are asked for
+    """Copy a module without the compiled calls, which cannot be copied."""
+    # from_config returns a pair only with return_unused_kwargs
     copy = cast(AutoencoderKL, AutoencoderKL.from_config(autoencoder.config))
     copy.load_state_dict(autoencoder.state_dict())
     return copy.eval()
 
 
 def _portable(folder: Path) -> None:
-    """Names the tokenizers' class as every transformers knows it, and lets a plain `from_pretrained` give float32 throughout.
+    """Write a tokenizer class name that every transformers knows, and settings with which `from_pretrained` loads float32 throughout.
 
     transformers 5 writes a class name of its own, and loads text encoders in the type they were saved in, where diffusers loads
     the rest in float32: the two would not fit together.
@@ -754,7 +754,7 @@ def _portable(folder: Path) -> None:
 
 
 def model_card(record: dict[str, Any], folder: Path) -> str:
-    """The model card: what it is, how to call it, how well it does."""
+    """Return the model card: description, usage and scores."""
     megabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
     parameters = sum(record["parameters"].values()) / 1e6
 

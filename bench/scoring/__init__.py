@@ -1,1 +1,1 @@
-"""Scorers: opening them by name, and the client and server of a scorer in another process."""
+"""Opens scorers by name, and contains the client and server of a scorer in another process."""

@@ -1,4 +1,4 @@
-"""Scorer references and locations: `name:variant`, `file.py:Name`, blends and `NAME=URL` are parsed here and nowhere else.
+"""Parses scorer references and locations: `name:variant`, `file.py:Name`, blends and `NAME=URL`; nothing else parses them.
 
 A reference says which scorer to apply: `pickscore`, `rapidocr:page`, `path/to/file.py:Name`, or a blend of those,
 `pickscore*0.5+rapidocr`. A location says where a scorer runs, if not in this process: `--scorer-at NAME=URL`, or a table
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ScorerReference:
-    """A scorer as a person names it, parsed: one scorer, or a blend of several; aliases are resolved."""
+    """A parsed scorer reference: one scorer, or a blend of several; aliases are resolved."""
 
     text: str  # of one scorer its canonical name, with its variant; of a blend as it was written
     base: str = ""  # of one scorer the name before the colon; of a file the whole text
@@ -44,14 +44,14 @@ class ScorerReference:
 
     @classmethod
     def single(cls, text: str) -> ScorerReference:
-        """One scorer; `*` and `+` have no meaning."""
+        """Parse the reference of one scorer; `*` and `+` have no meaning."""
         name = registry.canonical("scorer", text.strip())
         base, _ = registry.split_variant(name)
         return cls(name, base, Path(name.rpartition(":")[0]) if base == name and ".py:" in name else None)
 
     @classmethod
     def parse(cls, text: str) -> ScorerReference:
-        """The reference that a person wrote. Inside a blend a path may hold neither `+` nor `*`.
+        """Parse a reference as the user wrote it. Inside a blend a path may contain neither `+` nor `*`.
 
         Raises UserError on a text that cannot be read, a location, a scorer named twice, and a weight that is 0 or not finite.
         """
@@ -70,12 +70,12 @@ class ScorerReference:
 
     @property
     def weighted(self) -> tuple[tuple[ScorerReference, float], ...]:
-        """The scorers and their weights; one scorer is itself with weight 1."""
+        """Return the scorers and their weights; a single scorer has weight 1."""
         return self.terms or ((self, 1.0),)
 
     @property
     def scorers(self) -> tuple[ScorerReference, ...]:
-        """The single scorers it is made of."""
+        """Return the single scorers that it consists of."""
         return tuple(scorer for scorer, _ in self.weighted)
 
     def check_registered(self) -> None:
@@ -86,7 +86,7 @@ class ScorerReference:
                 raise registry.unknown("scorer", scorer.base, registered)
 
     def at(self, by_name: Mapping[str, T]) -> T | None:
-        """What `by_name` holds for this one scorer: under its whole name first, then under the name before the colon."""
+        """Look up this one scorer in `by_name`: under its whole name first, then under the name before the colon."""
         named = {registry.canonical("scorer", name): value for name, value in by_name.items()}
         return named.get(self.text) or named.get(self.base)
 
@@ -114,7 +114,7 @@ def _blend_terms(text: str) -> tuple[tuple[ScorerReference, float], ...]:
 
 
 def blend_name(weights: Iterable[tuple[str, float]]) -> str:
-    """A blend as text: sorted by name, weights as short as they can be, 1 left out."""
+    """Format a blend as text: sorted by name, weights as short as possible, weight 1 omitted."""
     terms = [(f"({name})" if set(name) & set("+*") else name, weight) for name, weight in weights]
     return "+".join(
         name if weight == 1 else f"{name}*{repr(weight).removesuffix('.0')}" for name, weight in sorted(terms)
@@ -151,7 +151,7 @@ class ScorerLocation:
 
     @classmethod
     def from_option(cls, option: str) -> tuple[str, ScorerLocation]:
-        """The scorer's canonical name and its location, from `NAME=URL`."""
+        """Parse `NAME=URL` into the scorer's canonical name and its location."""
         match = _LOCATION.fullmatch(option)
         if match is None:
             raise UserError(f"--scorer-at {option!r} is no location; use {OPTION}")
@@ -159,7 +159,7 @@ class ScorerLocation:
 
     @classmethod
     def from_table(cls, name: str, table: Mapping[str, Any]) -> tuple[str, ScorerLocation]:
-        """The scorer's canonical name and its location, from a table `[scorer.NAME]`."""
+        """Parse a table `[scorer.NAME]` into the scorer's canonical name and its location."""
         where = f"[scorer.{name}]"
         kinds = {"url": str, "python": str, "token": str, "timeout": (int, float)}
         for key, value in table.items():
@@ -177,7 +177,7 @@ class ScorerLocation:
 
 
 def scorer_locations(options: Iterable[str], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, ScorerLocation]:
-    """Scorer -> its location, from `NAME=URL` options and `[scorer.NAME]` tables; an option wins over a table.
+    """Map each scorer to its location, from `NAME=URL` options and `[scorer.NAME]` tables; an option overrides a table.
 
     A URL without a token gets the one in the environment variable GPOBENCH_SCORER_TOKEN, if there is one.
     Raises UserError on anything that is neither, and on a scorer with two locations.

@@ -47,7 +47,7 @@ from .references import TOKEN
 PROTOCOL = 1
 MAGIC = b"\x89PNG\r\n\x1a\n"
 READY = "ready: "  # what the server's line on stdout begins with, before its URL
-TRIES = 3  # of a request that is refused, takes too long, or meets an error of the server (5xx)
+TRIES = 3  # of a request that is refused, times out, or fails in the server (5xx)
 PAUSE = 0.25  # s before the second try; twice as long before the third
 START_TIMEOUT = 600.0  # s until a started scorer must be ready: its weights may have to be fetched first
 RESPONSE_BYTES = 2**20  # that a response may have
@@ -105,16 +105,16 @@ M = TypeVar("M", bound=_Message)
 
 
 class RequestFailed(Exception):
-    """A request brought no usable response; the text is the reason."""
+    """A request got no usable response; the text is the reason."""
 
 
 # Requests
 
 
 def encode_png(image: Images) -> bytes:
-    """(H, W, 3) uint8 -> PNG (ISO/IEC 15948): 8 bit RGB, no filter, stored and not deflated.
+    """Encode (H, W, 3) uint8 as PNG (ISO/IEC 15948): 8 bit RGB, no filter, stored and not deflated.
 
-    Compressing costs more than it saves: 35 ms of a core for a 512x512 picture, and 12 ms to undo it, for 28 % fewer bytes;
+    Compressing costs more than it saves: 35 ms of a core for a 512x512 image, and 12 ms to undo it, for 28 % fewer bytes;
     this takes 1 ms and 1 ms.
     """
     height, width, _ = image.shape
@@ -128,7 +128,7 @@ def encode_png(image: Images) -> bytes:
 
 
 def _checked_json(value: Any) -> Any:
-    """The value as JSON can hold it; ValueError where JSON would change it."""
+    """Return the value if JSON preserves it; ValueError where JSON would change it."""
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) for key in value):
             raise ValueError("a prompt's facts have text as keys")
@@ -137,7 +137,7 @@ def _checked_json(value: Any) -> Any:
 
 
 def _encode_row(image: Images, prompt: Prompt) -> tuple[bytes, bytes]:
-    """An image and its prompt as JSON; ValueError, TypeError or RecursionError where JSON cannot hold them."""
+    """Encode an image and its prompt as JSON; ValueError, TypeError or RecursionError where JSON cannot represent them."""
     payload = {"text": prompt.text, "meta": _checked_json(prompt.meta), "stratum": prompt.stratum}
     text = json.dumps(payload, ensure_ascii=False, allow_nan=False).encode()
     return b'"' + base64.b64encode(encode_png(image)) + b'"', text
@@ -152,7 +152,7 @@ def _encode_body(rows: Sequence[tuple[bytes, bytes]]) -> bytes:
 
 
 def _address(url: str) -> str:
-    """The URL without a slash at its end; UserError where it is not the URL of a server."""
+    """Return the URL without a slash at its end; UserError where it is not the URL of a server."""
     try:
         at = urlsplit(url)
         good = (
@@ -170,7 +170,7 @@ def _address(url: str) -> str:
 
 
 def _exchange(url: str, body: bytes | None, token: str, seconds: float, most: int) -> tuple[int, bytes]:
-    """One request (POST where there is a body, else GET) -> status and at most `most` bytes.
+    """Send one request (POST where there is a body, else GET); return the status and at most `most` bytes.
 
     The whole exchange, not each read, takes at most `seconds`: then TimeoutError. OSError and HTTPException as they come;
     RequestFailed when the response is too large.
@@ -216,7 +216,7 @@ def _exchange(url: str, body: bytes | None, token: str, seconds: float, most: in
 
 
 def first_error(error: ValidationError) -> str:
-    """The first error of a message, in one line."""
+    """Return the first error of a message, in one line."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     return ": ".join([".".join(str(step) for step in first["loc"])] * bool(first["loc"]) + [first["msg"]])
 
@@ -229,7 +229,7 @@ def _parsed(kind: type[M], data: bytes) -> M:
 
 
 def _refusal(status: int, data: bytes) -> str:
-    """The detail of a response other than 200, in one short line."""
+    """Return the detail of a response other than 200, in one short line."""
     if 300 <= status < 400:
         return f"answered with a redirect ({status}), which is not followed"
     try:
@@ -271,7 +271,7 @@ class ScorerProcess:
     def _launch(self) -> None:
         self._end()
         what = f"the scorer {self.reference!r} in {self.python}"
-        # -P: a file of the folder at hand must not stand in for a module
+        # -P: a file in the working directory must not replace a module
         command = [
             self.python,
             "-P",
@@ -364,10 +364,10 @@ class _Call:
 
 
 class RemoteScorer:
-    """A scorer behind HTTP; safe to call from several threads. Its id, name and metrics are the server's."""
+    """Calls a scorer over HTTP; safe to call from several threads. Its id, name and metrics are the server's."""
 
     def __init__(self, url: str, token: str, timeout: float, process: ScorerProcess | None = None) -> None:
-        """Read /info. Raises UserError in one line where the server does not answer."""
+        """Read /about. Raises UserError in one line where the server does not answer."""
         if token and not (token.isascii() and token.isprintable() and " " not in token):
             raise UserError("a scorer's token is printable ASCII without spaces")
         if not 0 < timeout < threading.TIMEOUT_MAX:
@@ -395,7 +395,7 @@ class RemoteScorer:
 
     @property
     def pid(self) -> int:
-        """Id of the process that was started for this scorer; 0 where there is none."""
+        """Return the id of the process that was started for this scorer; 0 where there is none."""
         return self._process.pid if self._process else 0
 
     def close(self) -> None:
@@ -404,7 +404,7 @@ class RemoteScorer:
             self._process.close()
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        """(B, H, W, 3) and B prompts -> every metric (B,); NaN with a reason where there is no number. ValueError for other shapes."""
+        """Map (B, H, W, 3) and B prompts to every metric (B,); NaN with a reason where there is no number. ValueError for other shapes."""
         check_images(images, prompts)
         value: dict[str, Values] = {metric: np.full(len(images), np.nan) for metric in self.metrics}
         notes: list[str] | None = None
@@ -430,7 +430,7 @@ class RemoteScorer:
         return Scores(value, call.reasons, notes)
 
     def _requests(self, images: Images, prompts: Sequence[Prompt], call: _Call) -> Iterator[tuple[list[int], bytes]]:
-        """Rows and the request for them, each within the server's limits; a row that fits in none gets its reason."""
+        """Yield rows and the request for them, each within the server's limits; a row that fits in none gets its reason."""
         frame = len(_encode_body([(b"", b"")]))
         height, width = images.shape[1:3]
         max_rows = min(self.limits.images, self.limits.pixels // max(height * width, 1))
@@ -456,7 +456,7 @@ class RemoteScorer:
             yield rows, _encode_body(pending)
 
     def _send(self, path: str, body: bytes | None, most: int, call: _Call) -> bytes:
-        """The response to one request, tried up to TRIES times; RequestFailed with the reason where there is none."""
+        """Return the response to one request, tried up to TRIES times; RequestFailed with the reason where there is none."""
         why = ""
         for turn in range(TRIES):
             time.sleep(PAUSE * 2 ** (turn - 1) if turn else 0)
@@ -482,7 +482,7 @@ class RemoteScorer:
         raise RequestFailed(call.broken)
 
     def _checked(self, response: ScoreResponse, n: int) -> ScoreResponse:
-        """The response, if it has n numbers for each metric and comes from the same scorer; else RequestFailed."""
+        """Return the response if it has n numbers for each metric and comes from the same scorer; else raise RequestFailed."""
         if response.id != self.id:
             raise RequestFailed(f"answers as {response.id}, was {self.id}")
         for metric in self.metrics:
@@ -498,14 +498,14 @@ class RemoteScorer:
 
 
 def connect(url: str, *, token: str = "", timeout: float = 60.0) -> RemoteScorer:
-    """The scorer served at a URL. timeout: seconds a request may take. UserError where no scorer is served there."""
+    """Connect to the scorer served at a URL. timeout: seconds a request may take. UserError where no scorer is served there."""
     return RemoteScorer(url, token, timeout)
 
 
 def start(python: str, reference: str, *, timeout: float = 60.0) -> RemoteScorer:
-    """The scorer in another Python, which must have gpobench[serve]: a process of its own, behind a random token, on the loopback.
+    """Start a scorer in another Python, which must have gpobench[serve]: its own process, with a random token, on the loopback.
 
-    A process that died is started again, once a call. UserError, with its last output, where it fails to start.
+    A process that ended is started again, once a call. UserError, with its last output, where it fails to start.
     """
     process = ScorerProcess(python, reference)
     try:

@@ -1,4 +1,4 @@
-"""Opens the scorer behind a reference, blends several into one, and checks every answer before it is used.
+"""Opens the scorer behind a reference, blends several into one, and checks every result before it is used.
 
 A scorer runs in this process, behind a URL, or in another Python; the caller need not know which. How references and locations
 are written: bench/scoring/references.py.
@@ -21,7 +21,7 @@ from .remote import RemoteScorer, connect, start
 
 
 def open_scorer(reference: str, locations: Mapping[str, ScorerLocation] | None = None) -> Scorer:
-    """The scorer behind a reference, made in this process or connected to at its location.
+    """Open the scorer behind a reference, in this process or at its location.
 
     A location is looked up by the whole reference first, then by the name before the colon; aliases are one name. Raises
     UserError where there is no such scorer, or the server at its location does not answer or serves another one; Missing where
@@ -29,7 +29,7 @@ def open_scorer(reference: str, locations: Mapping[str, ScorerLocation] | None =
     """
     locations = locations or {}
     whole = ScorerReference.single(reference)
-    if whole.text in {registry.canonical("scorer", name) for name in locations}:  # whatever it would mean as a blend
+    if whole.text in {registry.canonical("scorer", name) for name in locations}:  # whatever it would be as a blend
         return _open(whole, locations)
     return _open(ScorerReference.parse(reference), locations)
 
@@ -62,7 +62,7 @@ def _open_at(location: ScorerLocation, reference: ScorerReference) -> RemoteScor
 
 
 def close_scorers(scorers: Iterable[Scorer]) -> None:
-    """End what was started for them: the processes of scorers in another Python."""
+    """End the processes that were started for scorers in another Python."""
     for scorer in scorers:
         if isinstance(scorer, Blend):
             close_scorers([part for part, _ in scorer.parts])
@@ -70,14 +70,14 @@ def close_scorers(scorers: Iterable[Scorer]) -> None:
             scorer.close()
 
 
-# Asking
+# Scoring
 
 
 class Blend:
-    """A weighted sum of the first metrics of several scorers; one part that cannot score an image leaves it without a score."""
+    """Sums the weighted first metrics of several scorers; an image that one part cannot score has no score."""
 
     def __init__(self, weighted: Iterable[tuple[Scorer, float]]) -> None:
-        """UserError where two parts share a name, or a weight is 0 or not finite."""
+        """Keep the parts; UserError where two share a name, or a weight is 0 or not finite."""
         self.parts = sorted(weighted, key=lambda pair: pair[0].name)
         names = [part.name for part, _ in self.parts]
         twice = len(set(names)) < len(names)
@@ -96,7 +96,7 @@ class Blend:
         )
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
-        """(B, H, W, 3) and B prompts -> blend (B,), and every metric of every part as `name.metric`."""
+        """Map (B, H, W, 3) and B prompts to blend (B,), and to every metric of every part as `name.metric`."""
         total = np.zeros(len(images))
         value: dict[str, Values] = {}
         reasons: dict[int, list[str]] = {}
@@ -114,9 +114,9 @@ class Blend:
 
 
 def ask(scorer: Scorer, images: Images, prompts: Sequence[Prompt]) -> Scores:
-    """Ask a scorer; whatever it does wrong becomes NaN with a reason. Every metric of the answer is a fresh (B,) float64.
+    """Call a scorer; any failure becomes NaN with a reason. Every metric of the result is a new (B,) float64.
 
-    A prompt that a scorer refuses costs the others of its batch nothing: they are asked again, each by itself.
+    A prompt that a scorer refuses does not affect the others of its batch: each is then scored by itself.
     """
     try:
         return _checked(scorer, scorer(images, prompts), len(images))
@@ -134,7 +134,7 @@ def _all_missing(scorer: Scorer, n: int, error: BaseException) -> Scores:
 
 
 def _concatenated(scorer: Scorer, each: Sequence[Scores]) -> Scores:
-    """The answers to single images as one."""
+    """Concatenate the results of single images."""
     value = {metric: np.concatenate([np.zeros(0), *(one.value[metric] for one in each)]) for metric in scorer.metrics}
     reasons = {row: why for row, one in enumerate(each) for why in one.reasons.values()}
     notes = [one.notes[0] if one.notes else "" for one in each]
@@ -144,13 +144,13 @@ def _concatenated(scorer: Scorer, each: Sequence[Scores]) -> Scores:
 def _error_text(error: BaseException) -> str:
     try:
         text = str(error)
-    except Exception:  # even this is foreign code
+    except Exception:  # its text is foreign code too
         text = ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _checked(scorer: Scorer, scores: Any, n: int) -> Scores:
-    """What a scorer returned, every NaN with a reason; raises ValueError when it is no such thing."""
+    """Check what a scorer returned, giving every NaN a reason; ValueError where it is no valid result."""
     if not isinstance(scores, Scores):
         raise ValueError(f"returned {type(scores).__name__}, not Scores")
     value: dict[str, Values] = {}
@@ -173,12 +173,12 @@ def _checked(scorer: Scorer, scores: Any, n: int) -> Scores:
 
 
 def _text(said: Any) -> str:
-    """As a table can hold it: a string, without half characters."""
+    """Convert to a string that a table can store, without unpaired surrogates."""
     return str(said).encode("utf-8", "replace").decode()
 
 
 def _numbers(values: Any, metric: str) -> Values:
-    """A copy in float64. numpy would read "0.5" as a number and forget the imaginary part of another: neither is a score."""
+    """Copy to float64. numpy would convert "0.5" and drop an imaginary part: neither is a score, so both are refused."""
     column = np.asarray(values)
     if column.dtype == object and all(value is None or isinstance(value, Real) for value in column.flat):
         return column.astype(np.float64)  # None becomes NaN

@@ -52,8 +52,8 @@ def serve(
 ) -> None:
     """Serve a scorer until SIGINT or SIGTERM; says `ready: URL ID` when it answers. Port 0 takes a free one.
 
-    The three bounds are those of one request: pictures, bytes of its body, pixels of its pictures together.
-    Raises UserError on a bound that is none, a port that is taken, and an address others can reach without a token; Missing without
+    The three bounds are those of one request: images, bytes of its body, pixels of its images together.
+    Raises UserError on an invalid bound, a port that is taken, and an address others can reach without a token; Missing without
     fastapi and uvicorn.
     """
     if not token and not _is_loopback(host):
@@ -100,7 +100,7 @@ def serve(
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether only this machine can reach the address."""
+    """Return whether only this machine can reach the address."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -118,9 +118,9 @@ def _listening_socket(host: str, port: int) -> socket.socket:
 def application(
     scorer: Scorer, limits: Limits, *, token: str = "", reference: str = "", up: Callable[[], object] = lambda: None
 ) -> "FastAPI":
-    """The web application of one scorer; `up` is called when it starts.
+    """Build the web application of one scorer; `up` is called when it starts.
 
-    Engines are not made for several threads: the scorer is called for one request at a time.
+    Engines are not thread-safe in general: the scorer is called for one request at a time.
     """
     from fastapi import FastAPI, HTTPException, Request, Response
     from starlette.concurrency import run_in_threadpool
@@ -180,7 +180,7 @@ def _authorise(request: Any, token: str) -> None:
 
 
 async def _read_body(request: Any, limits: Limits) -> bytes:
-    """The body of a request; refused as soon as it exceeds the limit, whatever its Content-Length says."""
+    """Read the body of a request; refuse it as soon as it exceeds the limit, whatever its Content-Length says."""
     from fastapi import HTTPException
 
     body = bytearray()
@@ -188,12 +188,12 @@ async def _read_body(request: Any, limits: Limits) -> bytes:
         body += part
         if len(body) > limits.bytes:
             why = f"a request has at most {limits.bytes} bytes"
-            raise HTTPException(413, why, {"Connection": "close"})  # the rest would be read, if only to be dropped
+            raise HTTPException(413, why, {"Connection": "close"})  # else the rest would be read and dropped
     return bytes(body)
 
 
 def _parse_request(body: bytes) -> ScoreRequest | str:
-    """The request, or the reason why it is refused."""
+    """Parse the request, or return the reason why it is refused."""
     try:
         request = ScoreRequest.model_validate_json(body)
     except ValidationError as error:
@@ -241,7 +241,7 @@ def score_request(scorer: Scorer, request: ScoreRequest, pixels: int) -> ScoreRe
 
 
 def _checked_png(text: str, pixels: int) -> bytes:
-    """The bytes of a PNG in 8 bit RGB with at most `pixels` pixels; ValueError on anything else. Nothing is decoded."""
+    """Return the bytes of a PNG in 8 bit RGB with at most `pixels` pixels; ValueError on anything else. Nothing is decoded."""
     try:
         content = base64.b64decode(text, validate=True)
     except ValueError:
@@ -257,13 +257,13 @@ def _checked_png(text: str, pixels: int) -> bytes:
 
 
 def _png_size(content: bytes) -> tuple[int, int]:
-    """(height, width) from the header of a PNG."""
+    """Read (height, width) from the header of a PNG."""
     width, height = struct.unpack(">II", content[16:24])
     return height, width
 
 
 def _end_with_parent() -> None:
-    """End this process when its standard input ends: then the process that started it is gone."""
+    """End this process when its standard input ends: then the process that started it has ended."""
 
     def watch() -> None:
         with suppress(OSError, ValueError):
@@ -275,7 +275,7 @@ def _end_with_parent() -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m gpobench.bench.scoring.server reader --port 8100`; the token comes from the environment. Returns the exit code."""
+    """Run `python -m gpobench.bench.scoring.server reader --port 8100`; the token comes from the environment. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="gpobench.bench.scoring.server", description="Serve a scorer over HTTP.")
     parser.add_argument("reference", help="name, name:variant, path/to/file.py:Name, or a blend")
     parser.add_argument("--host", default="127.0.0.1")

@@ -1,6 +1,6 @@
-"""How far apart images are: within a prompt (diversity) and between a model and its base (drift), from vectors alone.
+"""Distances of images from their vectors: within a prompt (diversity) and between a model and its base (drift).
 
-Everything is float64 and knows nothing of networks; an embedder says which of the two distances its vectors are made for.
+Everything is float64 and independent of networks; an embedder declares which of the two distances its vectors are for.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROWS = 512  # of a kernel matrix held at once: 2,000 columns of them are 8 MB
 
 
 def distances(a: ArrayLike, b: ArrayLike, kind: Kind) -> Array:
-    """(n, D), (m, D) -> (n, m): every row of a against every row of b, in [0, 2] or [0, inf)."""
+    """Compute the distance of every row of a to every row of b, in [0, 2] or [0, inf): (n, D), (m, D) -> (n, m)."""
     x, y = _vectors(a, kind), _vectors(b, kind)
     if x.shape[1] != y.shape[1]:
         raise UserError(f"vectors of {x.shape[1]} and of {y.shape[1]} numbers cannot be compared")
@@ -29,7 +29,7 @@ def distances(a: ArrayLike, b: ArrayLike, kind: Kind) -> Array:
 
 
 def paired(a: ArrayLike, b: ArrayLike, kind: Kind) -> Array:
-    """(n, D), (n, D) -> (n,): row by row, exactly 0 for equal rows; the same prompt and noise, base against tuned."""
+    """Compute the distance row by row, exactly 0 for equal rows: base and tuned, same prompt and noise; (n, D), (n, D) -> (n,)."""
     x, y = _vectors(a, kind), _vectors(b, kind)
     if x.shape != y.shape:
         raise UserError(f"row by row needs equally many vectors of one length: {x.shape} and {y.shape}")
@@ -37,7 +37,7 @@ def paired(a: ArrayLike, b: ArrayLike, kind: Kind) -> Array:
 
 
 def siblings(vectors: ArrayLike, kind: Kind) -> Array:
-    """(n, D), the images of one prompt -> (n,): each one's mean distance to the n - 1 others, NaN where there is none.
+    """Compute each image's mean distance to the n - 1 others of its prompt, NaN where there is none: (n, D) -> (n,).
 
     Their mean is the mean pairwise distance, so an image's diversity is a score like any other.
     """
@@ -51,7 +51,7 @@ def siblings(vectors: ArrayLike, kind: Kind) -> Array:
 
 
 def vendi(vectors: ArrayLike) -> float:
-    """(n, D) -> the effective number of different images, in [1, n]: exp of the entropy of the eigenvalues of K / n.
+    """Compute the effective number of different images, in [1, n], of (n, D): exp of the entropy of the eigenvalues of K / n.
 
     K is the cosine similarity (Vendi score, arXiv 2210.02410, order 1). It grows with n: compare it at one n only. NaN for n = 0.
     """
@@ -66,7 +66,7 @@ def vendi(vectors: ArrayLike) -> float:
 
 
 def cmmd(a: ArrayLike, b: ArrayLike, sigma: float = 10.0, scale: float = 1000.0) -> float:
-    """(n, D), (m, D) -> squared maximum mean discrepancy of two sets of unit vectors under a Gaussian kernel, times `scale`.
+    """Compute `scale` times the squared maximum mean discrepancy of unit vectors (n, D), (m, D) under a Gaussian kernel.
 
     CMMD (arXiv 2401.09603) with the estimator of its own code (google-research, cmmd/distance.py): k = exp(-|x - y|^2 / (2 sigma^2))
     and the mean over all pairs, a row with itself included. That is the biased V-statistic: never below 0, exactly 0 for equal
@@ -91,7 +91,7 @@ def cmmd_ci(
     resamples: int = 1_000,
     seed: int = 0,
 ) -> Estimate:
-    """`cmmd` with its clustered bootstrap interval: prompts are drawn with replacement, each with all its images of both sets.
+    """Compute `cmmd` with its clustered bootstrap interval: prompts are drawn with replacement, with all their images of both sets.
 
     a, b (n, D): the images of the same prompts, row i of both made for the prompt clusters[i]. A resampled V-statistic lies too high
     once more by the bias that resampling shows, so the percentiles are moved down by it: the interval is for the expected CMMD at
@@ -121,7 +121,7 @@ def cmmd_ci(
 
 
 def _blocks(x: Array, of_x: NDArray[np.int64], y: Array, of_y: NDArray[np.int64], sigma: float) -> Array:
-    """(n, D), (n,) labels, (m, D), (m,) labels -> (labels, labels): sums of k - 1 over the pairs of two labels.
+    """Sum k - 1 over the pairs of two labels: (n, D), (n,) labels, (m, D), (m,) labels -> (labels, labels).
 
     k - 1 and not k: the ones cancel in a discrepancy, and beside them the rest would lose six digits at sigma 10.
     """
@@ -143,7 +143,7 @@ def _squared(x: Array, y: Array) -> Array:
 
 
 def _vectors(vectors: ArrayLike, kind: Kind) -> NDArray[Any]:
-    """(n, D) in float64; of length 1 for the cosine, where a vector of length 0 has no direction and becomes NaN."""
+    """Convert to (n, D) float64, normalised for the cosine, where a vector of length 0 has no direction and becomes NaN."""
     x = np.asarray(vectors, np.float64)
     if x.ndim != 2:
         raise UserError(f"vectors must be (images, numbers), not {x.shape}")
