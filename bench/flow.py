@@ -148,7 +148,17 @@ def to_velocity(path: Path, x: Tensor, t: Tensor, out: Tensor, prediction: Predi
         sample        v = (sigma' x - d out) / sigma       out = x0_hat;  nothing is known where sigma = 0
         v_prediction  v = ((alpha alpha' + sigma sigma') x + d out) / n     out = alpha eps - sigma x0 (arXiv 2202.00512)
 
-    Divisors are held at 1e-6 or more, so the ends stay finite. Raises ValueError for another word.
+    Divisors are held at 1e-6 or more, so the ends stay finite.
+
+    Args:
+        path: between data and noise.
+        x: latents (B, ...).
+        t: times (B,).
+        out: the network's output (B, ...).
+        prediction: what the network predicts.
+
+    Raises:
+        ValueError: on an unknown prediction.
     """
     if prediction == "velocity":
         return wide(out)
@@ -227,6 +237,15 @@ def land(path: Path, x: Tensor, v: Tensor, t: Tensor, p: Tensor, q: Tensor, std:
     """The step whose mean is p x0_hat + q eps_hat; p, q, std (B,).
 
     Written as one coefficient on x and one on v, both in float64, so that Euler is x + (s - t) v to the last bit.
+
+    Args:
+        path: between data and noise.
+        x: latents (B, ...) at t.
+        v: their velocity (B, ...).
+        t: times (B,).
+        p: coefficients (B,) of x0_hat.
+        q: coefficients (B,) of eps_hat.
+        std: standard deviations (B,) of the noise that the step adds.
     """
     a, sig, da, ds = path(precise(t))
     det = a * ds - da * sig
@@ -329,7 +348,16 @@ class Dpm2:
         return ode(path, x, v, t, s)
 
     def second(self, path: Path, x: Tensor, v: Tensor, t: Tensor, s: Tensor, before: tuple[Tensor, Tensor]) -> Step:
-        """The second order; before = (x0_hat (B, ...), time (B,)) of the step before."""
+        """The second order; before = (x0_hat (B, ...), time (B,)) of the step before.
+
+        Args:
+            path: between data and noise.
+            x: latents (B, ...) at t.
+            v: their velocity (B, ...).
+            t: the step's start (B,).
+            s: the step's end (B,).
+            before: x0_hat (B, ...) of the step before, and its time (B,).
+        """
         x0, past = before
         (a, sig, _, _), a1, s1, _ = _coefficients(path, t, s)
         a2, sig2, _, _ = path(precise(past))
@@ -383,7 +411,17 @@ def ddim_grid(
     """(T + 1,): the timesteps k of diffusers' DDIMScheduler as times (k + 1) / N of a `ddpm` path.
 
     offset is its steps_offset (leading only); the last time is 0, or 1 / N when set_alpha_to_one is False (SD1.5 and SDXL: offset 1,
-    alpha_to_one False). Raises ValueError when a timestep would leave the table.
+    alpha_to_one False).
+
+    Args:
+        steps: the number T of steps.
+        train: the number N of training timesteps.
+        spacing: the scheduler's timestep_spacing.
+        offset: the scheduler's steps_offset, for "leading" only.
+        alpha_to_one: the scheduler's set_alpha_to_one.
+
+    Raises:
+        ValueError: when a timestep would leave the table.
     """
     if not 1 <= steps <= train:
         raise ValueError(f"steps must lie in 1..{train}, not {steps}")

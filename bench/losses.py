@@ -159,6 +159,13 @@ def dpo(policy_w: Tensor, ref_w: Tensor, policy_l: Tensor, ref_l: Tensor, beta: 
     """(P,): Diffusion-DPO, -log sigmoid(-(beta / 2) (s_w - s_l)) from the errors (P,) of winner and loser.
 
     arXiv 2311.12908, Eq. 14, in the mean-and-half convention of its code. Raw: its gradient grows with beta.
+
+    Args:
+        policy_w: error (P,) of the winner under the policy.
+        ref_w: error (P,) of the winner under the reference.
+        policy_l: error (P,) of the loser under the policy.
+        ref_l: error (P,) of the loser under the reference.
+        beta: inverse temperature.
     """
     s_w, s_l = wide(policy_w) - wide(ref_w).detach(), wide(policy_l) - wide(ref_l).detach()
     return -logsigmoid(-beta / 2 * (s_w - s_l))
@@ -226,7 +233,17 @@ def dgpo(
 
     All (P, G), one (t, eps) a group. Its gradient is that of `gpo(loss_type="logsigmoid")`; the value is not. With old (P, G) and
     clip > 0, a member whose ratio exp(e_old - e_policy) has already moved its own way by more than clip is held constant.
-    Raises ValueError when beta is not above 0.
+
+    Args:
+        advantage: (P, G); 0 where an image was not scored.
+        policy: errors (P, G) under the policy.
+        ref: errors (P, G) under the reference.
+        beta: inverse temperature, above 0.
+        old: errors (P, G) under the copy that sampled; None clips nothing.
+        clip: how far a ratio may move before its image is held constant; 0 clips nothing.
+
+    Raises:
+        ValueError: when beta is not above 0.
     """
     if beta <= 0:
         raise ValueError(f"beta must be positive, not {beta}")

@@ -456,7 +456,19 @@ class Rig(Protocol):
         detach: bool = False,
         role: str = "",
     ) -> Step:
-        """The Gaussian transition of a kernel from x at t (B,) to s (B,). Costs one `velocity`; other arguments as there."""
+        """The Gaussian transition of a kernel from x at t (B,) to s (B,). Costs one `velocity`; other arguments as there.
+
+        Args:
+            kernel: the rule of the step.
+            x: latents (B, C, h, w) at t.
+            t: the step's start (B,).
+            s: the step's end (B,).
+            prompt_ids: (B,).
+            weights: the name of the weights to compute with.
+            guidance: as in `velocity`.
+            detach: hold the unconditional branch of guidance constant.
+            role: what the evaluation is charged as.
+        """
         ...
 
     def walk(
@@ -536,7 +548,16 @@ class Rig(Protocol):
         guidance: float | None = None,
         kernel: Kernel = ode,
     ) -> Groups:
-        """Draw prompts, sample a group of images for each and score them: P = prompts, G = group. Other arguments as in `sample`."""
+        """Draw prompts, sample a group of images for each and score them: P = prompts, G = group. Other arguments as in `sample`.
+
+        Args:
+            prompts: the number P of prompts.
+            group: the number G of images per prompt.
+            steps: of the sampler; 0 is the protocol's number.
+            weights: the name of the weights that sample.
+            guidance: scale; None is the protocol's.
+            kernel: the sampler's step.
+        """
         ...
 
     def transitions(

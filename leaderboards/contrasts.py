@@ -84,6 +84,13 @@ def estimate_all(
 
     scores: of the board. baseline: the label that others are compared with. order: the ranked labels by falling mean.
     resamples: of prompts and seeds; 1 for the means alone. seed: of the resampling.
+
+    Args:
+        scores: of the board.
+        baseline: the label of the row that others are compared with.
+        order: the ranked labels by falling mean.
+        resamples: of prompts and seeds; 1 for the means alone.
+        seed: of the resampling.
     """
     contrasts = ContrastSet()
     _add_cells(contrasts, scores)

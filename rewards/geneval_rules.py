@@ -227,6 +227,13 @@ def partial(
 
     legacy_position_bug: the published server appends a 1 after the 0 of a wrong relation, so that both objects on the wrong sides earn
     0.75 where a missing bug would give 2/3. False is this project's rule; True is for parity with that server.
+
+    Args:
+        asked: the clauses of the prompt.
+        found: the detector's boxes by class.
+        colour: names the colour of a box.
+        rule: thresholds.
+        legacy_position_bug: True for parity with the published server.
     """
     credits: list[float] = []
     matched: list[Sequence[Detection] | None] = []

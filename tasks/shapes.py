@@ -41,7 +41,15 @@ def combinations(split: Split) -> list[tuple[str, int, str]]:
 
 
 def compose(tag: str, kind: str, n: int, colour: str, *, text: str = "") -> Prompt:
-    """A prompt for shapes under one of GenEval's tags; the colour is part of the clause under the tag `colors`, elsewhere a fact only."""
+    """A prompt for shapes under one of GenEval's tags; the colour is part of the clause under the tag `colors`, elsewhere a fact only.
+
+    Args:
+        tag: GenEval's tag.
+        kind: the shape.
+        n: how many.
+        colour: of the shapes.
+        text: the prompt's own words; "" writes them.
+    """
     clause = {"class": kind, "count": n, **({"color": colour} if tag == "colors" else {})}
     facts = geneval_open.facts(tag, [clause])
     return Prompt(text or shapes_prompt(kind, n, colour), {**facts, "colour": colour}, stratum=tag)

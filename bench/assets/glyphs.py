@@ -135,7 +135,19 @@ def draw_word(
     """Draw (32, 64, 3) uint8: the word on a grid of 12 px cells, centred, moved by (dx, dy) px.
 
     `font` is any TrueType or OpenType file (or a name PIL can find), `size` its em in px; each letter is drawn in the middle of its
-    cell, so that a proportional face keeps the grid. Raises ValueError for a word of more than five letters.
+    cell, so that a proportional face keeps the grid.
+
+    Args:
+        word: at most five letters.
+        font: a TrueType or OpenType file, or a name that PIL finds; None is the default face.
+        size: the em, in pixels.
+        paper: RGB of the background, 0 to 255.
+        ink: RGB of the letters, 0 to 255.
+        dx: shift to the right, in pixels.
+        dy: shift down, in pixels.
+
+    Raises:
+        ValueError: for a word of more than five letters.
     """
     if not 1 <= len(word) <= LONGEST:
         raise ValueError(f"{word!r}: the canvas holds words of 1 to {LONGEST} letters")
@@ -161,7 +173,15 @@ def _default_face() -> str:
 def draw_shapes(
     kind: str, count: int, colour: tuple[int, int, int], paper: tuple[int, int, int], rng: np.random.Generator
 ) -> np.ndarray:
-    """Draw (32, 64, 3) uint8: `count` shapes in distinct cells of a 5x2 grid, each moved by up to 1 px."""
+    """Draw (32, 64, 3) uint8: `count` shapes in distinct cells of a 5x2 grid, each moved by up to 1 px.
+
+    Args:
+        kind: one of SHAPES.
+        count: how many, at most ten.
+        colour: RGB of the shapes, 0 to 255.
+        paper: RGB of the background, 0 to 255.
+        rng: draws the cells and the shifts.
+    """
     coverage = np.zeros((HEIGHT + 2, WIDTH + 2), np.float32)
     left = (WIDTH - COLUMNS * PITCH_X) // 2
     for cell in rng.permutation(COLUMNS * ROWS)[:count]:

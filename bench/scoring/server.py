@@ -55,6 +55,16 @@ def serve(
     The three bounds are those of one request: images, bytes of its body, pixels of its images together.
     Raises UserError on an invalid bound, a port that is taken, and an address others can reach without a token; Missing without
     fastapi and uvicorn.
+
+    Args:
+        reference: the scorer, as `registry.scorer` takes it.
+        host: the address to listen on.
+        port: 0 takes a free one.
+        token: what callers must show; "" asks for none.
+        max_images: images of one request.
+        max_bytes: bytes of one request's body.
+        max_pixels: pixels of one request's images together.
+        say: given the line that says where the scorer is served.
     """
     if not token and not _is_loopback(host):
         raise UserError(
@@ -121,6 +131,13 @@ def application(
     """Build the web application of one scorer; `up` is called when it starts.
 
     Engines are not thread-safe in general: the scorer is called for one request at a time.
+
+    Args:
+        scorer: the scorer to serve.
+        limits: bounds of one request.
+        token: what callers must show; "" asks for none.
+        reference: the scorer's name as it was given.
+        up: called when the application starts.
     """
     from fastapi import FastAPI, HTTPException, Request, Response
     from starlette.concurrency import run_in_threadpool

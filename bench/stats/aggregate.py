@@ -24,6 +24,13 @@ def iqm(
 
     Expanded percentile intervals. drawn (resamples, runs, tasks): the scores under resamples of the prompts, as of `resampled_means`;
     without them the interval knows of no other prompts.
+
+    Args:
+        scores: (runs, tasks).
+        level: the coverage of the interval.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
+        drawn: (resamples, runs, tasks): the scores under resamples of the prompts; None knows of no other prompts.
     """
     from scipy.stats import trim_mean
 
@@ -51,7 +58,18 @@ def probability_of_improvement(
 
     ours (runs, tasks), theirs (runs', tasks); runs are resampled within tasks, expanded percentile intervals. Where one side wins
     everywhere the interval has no width, which says little of few runs. drawn: both sides under the same resamples of the
-    prompts, as in `iqm`. Raises UserError when the tasks differ.
+    prompts, as in `iqm`.
+
+    Args:
+        ours: (runs, tasks).
+        theirs: (runs', tasks).
+        level: the coverage of the interval.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
+        drawn: both sides under the same resamples of the prompts, as in `iqm`.
+
+    Raises:
+        UserError: when the tasks differ.
     """
     x, y, rng = _runs(ours), _runs(theirs), np.random.default_rng(seed)
     if x.shape[1] != y.shape[1]:
@@ -81,6 +99,13 @@ def profile(
     """The performance profile of (runs, tasks): for each value, the share of runs that score above it (arXiv 2108.13264).
 
     Tasks weigh the same; runs are resampled within tasks. Expanded percentile intervals, point by point.
+
+    Args:
+        scores: (runs, tasks).
+        above: the values, in units of the scores.
+        level: the coverage of the interval.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
     """
     x, rng = _runs(scores), np.random.default_rng(seed)
     runs, tasks = x.shape

@@ -43,7 +43,18 @@ def time_to_target(
     that is never below needs what its first evaluation had spent. Several seeds are first read, along straight lines, at as many
     evenly spaced spends as the one with fewest evaluations has, up to where the first of them ends.
     The interval: the curve is resampled as in `two_level`, its deviations stretched evaluation by evaluation, and the rule applied to each.
-    Prompts without a score at some evaluation are dropped. Raises UserError when curves have other prompts or spends that fall.
+    Prompts without a score at some evaluation are dropped.
+
+    Args:
+        curves: one curve per seed: spends (evaluations,) and scores (n, evaluations).
+        target: in units of the score.
+        level: the coverage of the interval.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
+        strata: (n,) labels, e.g. GenEval's tags; the mean is then the mean of the strata's means, prompts are resampled within.
+
+    Raises:
+        UserError: when curves have other prompts, or spends that fall.
     """
     made = [_curve(c) for c in curves]
     if not made or len({scores.shape[0] for _, scores in made}) != 1:
@@ -90,6 +101,14 @@ def area(
 
     One curve a seed; each keeps its first value before its first evaluation and its last one up to the budget, and what lies beyond
     the budget is cut off. The area is linear in the scores, so its interval is `two_level`'s on the areas of the prompts.
+
+    Args:
+        curves: one curve per seed: spends (evaluations,) and scores (n, evaluations).
+        budget: in units of the spends.
+        level: the coverage of the interval.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
+        strata: (n,) labels, e.g. GenEval's tags; the mean is then the mean of the strata's means, prompts are resampled within.
     """
     if not budget > 0:
         raise UserError(f"a budget must be positive, not {budget}")

@@ -97,6 +97,16 @@ def cmmd_ci(
     once more by the bias that resampling shows, so the percentiles are moved down by it: the interval is for the expected CMMD at
     this number of images, the number that compares with another model's. The kernel is summed by prompt once; a resample is then a
     quadratic form in how often each prompt was drawn. NaN bounds for fewer than two prompts.
+
+    Args:
+        a: vectors (n, D) of one set of images.
+        b: vectors (n, D) of the other, of the same prompts.
+        clusters: (n,) the prompt of each row.
+        sigma: bandwidth of the kernel, in units of the vectors.
+        scale: factor of the result.
+        level: the coverage of the interval.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
     """
     x, y = _vectors(a, "cosine"), _vectors(b, "cosine")
     if not len(x) == len(y) == len(clusters):

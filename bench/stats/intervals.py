@@ -66,6 +66,13 @@ def mean_ci(
     """The mean over prompts with its clustered bootstrap interval; values (n,) or (n, images).
 
     strata (n,): labels, e.g. GenEval's tags; the mean is then the mean of the strata's means, prompts are resampled within.
+
+    Args:
+        values: (n,) or (n, images); NaN is no score.
+        level: the coverage of the interval.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
+        strata: (n,) labels, e.g. GenEval's tags; the mean is then the mean of the strata's means, prompts are resampled within.
     """
     return _estimate(weigh(per_prompt(values), strata), level, resamples, np.random.default_rng(seed))
 
@@ -94,7 +101,18 @@ def paired(
     """after - before per prompt and image (common noise): interval, sign-flip p, minimal detectable effect.
 
     before, after (n,) or (n, images) in one order; an image counts where both are finite. before may be one number (a
-    reported mean, taken as exact). Raises UserError when the shapes differ.
+    reported mean, taken as exact).
+
+    Args:
+        before: (n,), (n, images), or one number that is taken as exact.
+        after: (n,) or (n, images), in the same order.
+        level: the coverage of the interval.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
+        strata: (n,) labels, e.g. GenEval's tags; the mean is then the mean of the strata's means, prompts are resampled within.
+
+    Raises:
+        UserError: when the shapes differ.
     """
     b, a = np.asarray(before, np.float64), np.asarray(after, np.float64)
     if b.shape != a.shape and b.ndim:
@@ -123,7 +141,17 @@ def two_level(
     deviation = bootstrap of the prompt means + s / sqrt(S) t(S - 1), s the standard deviation of the seeds' means. Two or three
     values are too few to resample, and percentiles stretched at Welch-Satterthwaite degrees of freedom, which hold for two
     sides with seeds, covered 90 to 93 % here; this covers 95 to 97 % (1,000 simulated nulls, two to five seeds). Prompts missing
-    under any seed are dropped. strata as in `mean_ci`. One seed: `mean_ci`. Raises UserError when the vectors differ in length.
+    under any seed are dropped. strata as in `mean_ci`. One seed: `mean_ci`.
+
+    Args:
+        seeds: a vector (n,) per training seed, on the same prompts.
+        level: the coverage of the interval.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
+        strata: (n,) labels, e.g. GenEval's tags; the mean is then the mean of the strata's means, prompts are resampled within.
+
+    Raises:
+        UserError: when the vectors differ in length.
     """
     rows = [per_prompt(s) for s in seeds]
     if not rows or len({len(r) for r in rows}) != 1:
@@ -161,7 +189,16 @@ def crossed(
     Equal, to rounding, to what `mean_ci`, `paired` and `two_level` say of each by itself, and no contrast's result depends
     on its company. p: by sign flips where no side has two seeds, from the interval's draws where one has, else Student's at
     Welch-Satterthwaite degrees of freedom.
-    Raises UserError when the shapes differ.
+
+    Args:
+        contrasts: differences of rows, each with its seeds.
+        level: the coverage of the interval.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
+        strata: (n,) labels, e.g. GenEval's tags; the mean is then the mean of the strata's means, prompts are resampled within.
+
+    Raises:
+        UserError: when the shapes differ.
     """
     made = [_sides_by_prompt(c) for c in contrasts]
     if len({prompts.shape for prompts, _ in made}) > 1:

@@ -19,7 +19,15 @@ Verdict = Literal["same", "better", "worse", "cannot tell"]
 def mcnemar(
     before: ArrayLike, after: ArrayLike, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Estimate:
-    """Yes or no, one image a prompt (n,): the difference of the shares, p by McNemar's exact test on the changed prompts."""
+    """Yes or no, one image a prompt (n,): the difference of the shares, p by McNemar's exact test on the changed prompts.
+
+    Args:
+        before: (n,) of 0 and 1.
+        after: (n,) of 0 and 1, in the same order.
+        level: the coverage of the interval.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
+    """
     from scipy.stats import binomtest
 
     d = np.asarray(after, np.float64) - np.asarray(before, np.float64)
@@ -55,7 +63,19 @@ def equivalence(
         better/worse otherwise, when the interval of the difference excludes zero
         cannot tell  otherwise: too few prompts
 
-    before may be one number. Source: Schuirmann 1987. Raises UserError when margin <= 0 or the shapes differ.
+    before may be one number. Source: Schuirmann 1987.
+
+    Args:
+        before: (n,), (n, images), or one number that is taken as exact.
+        after: (n,) or (n, images), in the same order.
+        margin: in units of the score, above 0.
+        level: the coverage of the interval.
+        resamples: number of bootstrap resamples.
+        seed: of the resampling.
+        strata: (n,) labels, e.g. GenEval's tags; the mean is then the mean of the strata's means, prompts are resampled within.
+
+    Raises:
+        UserError: when margin <= 0 or the shapes differ.
     """
     from scipy.stats import t
 
