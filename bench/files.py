@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,13 @@ def digest(path: Path) -> str:
 def full(error: BaseException) -> bool:
     """Does the error say that the disk is full, or a quota?"""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def free_disk(path: Path) -> tuple[Path, int]:
+    """The nearest folder of a path that exists, and the free bytes of its disk."""
+    while not path.exists():
+        path = path.parent
+    return path, shutil.disk_usage(path).free
 
 
 def sync(path: Path) -> None:

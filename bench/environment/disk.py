@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import MIN_FREE_DISK
+from ..files import MIN_FREE_DISK, free_disk
 
 
 def require_free_disk(path: Path, needed: float, what: str) -> None:
     """Raise UserError where the disk of a path, which need not exist, has too little room for so many bytes of `what`."""
-    while not path.exists():
-        path = path.parent
-    free = shutil.disk_usage(path).free
+    path, free = free_disk(path)
     if needed and free < needed + MIN_FREE_DISK:
         raise UserError(f"{what} takes {format_size(needed)}, and the disk at {path} has {format_size(free)} free")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import MIN_FREE_DISK
+from ..files import MIN_FREE_DISK, free_disk
 from ..model_spec import ModelSpec
 from .check_result import BINDING_LICENCE_WORDS, Check, CheckVerdict, first_line, format_gb
 
@@ -132,9 +131,7 @@ def check_disk_and_hub(offline: bool) -> Iterator[Check]:
     from huggingface_hub import constants, get_token
 
     for name, path in (("disk for runs", Path.cwd()), ("disk for weights", Path(constants.HF_HUB_CACHE))):
-        while not path.exists():
-            path = path.parent
-        free = shutil.disk_usage(path).free
+        path, free = free_disk(path)
         verdict: CheckVerdict = "broken" if free < MIN_FREE_DISK else "warning" if free < SCARCE_DISK else "ok"
         yield Check(
             name, verdict, f"{format_gb(free)} free at {path}", "free some disk space" if verdict != "ok" else ""

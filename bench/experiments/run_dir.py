@@ -16,7 +16,7 @@ from typing import IO
 from safetensors import SafetensorError
 
 from ..errors import UserError
-from ..files import MIN_FREE_DISK, digest, full, write_atomically
+from ..files import MIN_FREE_DISK, digest, free_disk, full, write_atomically
 
 SMALL = 64 * 2**20  # bytes of a file below which `fingerprint` reads its content
 LOCK_ATTEMPTS, LOCK_PAUSE = 25, 0.02  # half a second in all; the pause in seconds
@@ -112,8 +112,7 @@ def is_locked(run_dir: Path) -> bool:
 def report_disk_errors(run_dir: Path) -> Generator[None]:
     """Raise UserError where the disk is full, before the block or in it, or cannot be written; files on it stay."""
     try:
-        existing = next(p for p in (run_dir, *run_dir.absolute().parents) if p.exists())
-        free = shutil.disk_usage(existing).free
+        existing, free = free_disk(run_dir if run_dir.exists() else run_dir.absolute())
         if free < MIN_FREE_DISK and not (run_dir / "record.json").is_file():
             raise UserError(f"only {free // 2**20} MB are free at {existing}; a run needs {MIN_FREE_DISK // 2**20} MB")
         yield
