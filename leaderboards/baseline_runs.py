@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..bench.errors import Interrupted, UserError
 from ..bench.evaluation import record
 from .baseline import Baseline, Claim
+
+if TYPE_CHECKING:
+    from ..bench.experiments.config import RunRequest
 
 
 @dataclass(frozen=True)
@@ -31,20 +35,19 @@ class BaselineRun:
 
     def command(self, out: Path) -> list[str]:
         """Return the arguments of `gpobench` that make this run in a run directory under `out`."""
-        claim, b = self.claim, self.baseline
-        sets = [word for text in claim.sets for word in ("--set", text)]
-        reward = ["--reward", claim.reward] if claim.reward else []
-        return [
-            "run", "--method", claim.method, "--task", b.task, "--model", b.model, "--seed", str(self.seed),
-            "--budget", self.budget, *reward, *sets, "--out", str(out),
-        ]  # fmt: skip
+        return [*self._request().words(), "--out", str(out)]
 
     def run_dir(self, out: Path) -> Path:
         """Return the run directory under `out`, named by the settings as they resolve now."""
-        from ..bench.experiments.config import RunRequest, resolve
+        from ..bench.experiments.config import resolve
+
+        return out / resolve(self._request()).slug()
+
+    def _request(self) -> RunRequest:
+        from ..bench.experiments.config import RunRequest
 
         claim, b = self.claim, self.baseline
-        request = RunRequest(
+        return RunRequest(
             claim.method,
             b.task,
             b.model,
@@ -53,7 +56,6 @@ class BaselineRun:
             reward=claim.reward or None,
             sets=claim.sets,
         )
-        return out / resolve(request).slug()
 
 
 @dataclass(frozen=True)
