@@ -239,7 +239,7 @@ def dgpo(
         policy: errors (P, G) under the policy.
         ref: errors (P, G) under the reference.
         beta: inverse temperature, above 0.
-        old: errors (P, G) under the copy that sampled; None clips nothing.
+        old: errors (P, G) under the lagged copy; None clips nothing.
         clip: how far a ratio may move before its image is held constant; 0 clips nothing.
 
     Raises:

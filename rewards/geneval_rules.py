@@ -225,15 +225,13 @@ def partial(
     A clause that wants k and finds f earns 1 - |k - f| / k, which is negative for f > 2 k. Where f is not k, its colour or position earns
     0. Else its colour earns 1 - |k - m| / k for m objects of the right colour, its position 1 or 0.
 
-    legacy_position_bug: the published server appends a 1 after the 0 of a wrong relation, so that both objects on the wrong sides earn
-    0.75 where a missing bug would give 2/3. False is this project's rule; True is for parity with that server.
-
     Args:
         asked: the clauses of the prompt.
         found: the detector's boxes by class.
         colour: names the colour of a box.
         rule: thresholds.
-        legacy_position_bug: True for parity with the published server.
+        legacy_position_bug: True for parity with the published server, which appends a 1 after the 0 of a wrong relation, so that
+            both objects on the wrong sides earn 0.75 where a missing bug would give 2/3. False is this project's rule.
     """
     credits: list[float] = []
     matched: list[Sequence[Detection] | None] = []

@@ -332,7 +332,6 @@ class ReaderRecipe:
             return facts
 
     def _settings(self, out: Path, seed: int) -> FitSettings:
-
         every = Interval(steps=self.save_every)
         return FitSettings(
             label={"recipe": "reader"},

@@ -334,7 +334,6 @@ class ShapesRecipe:
             return facts
 
     def _settings(self, out: Path, seed: int) -> FitSettings:
-
         every = Interval(steps=self.tell_every)
         return FitSettings(
             label={"recipe": "shapes"},

@@ -88,15 +88,7 @@ class Flux(PipelineModel):
 
     @staticmethod
     def network_inputs(config: Any, height: int, width: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of the transformer for one latent, on the meta device.
-
-        Args:
-            config: the network's configuration.
-            height: of the image, in pixels.
-            width: of the image, in pixels.
-            tokens: length of the text sequence.
-            dtype: of the floating-point inputs.
-        """
+        """Arguments of the transformer for one latent, on the meta device; see `PipelineModel.network_inputs`."""
         image_tokens = height // 2 * (width // 2)
         return {
             "hidden_states": meta(dtype, 1, image_tokens, config.in_channels),

@@ -64,15 +64,7 @@ class SD3(PipelineModel):
 
     @staticmethod
     def network_inputs(config: Any, height: int, width: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of the transformer for one latent, on the meta device.
-
-        Args:
-            config: the network's configuration.
-            height: of the image, in pixels.
-            width: of the image, in pixels.
-            tokens: length of the text sequence.
-            dtype: of the floating-point inputs.
-        """
+        """Arguments of the transformer for one latent, on the meta device; see `PipelineModel.network_inputs`."""
         return {
             "hidden_states": meta(dtype, 1, config.in_channels, height, width),
             "timestep": meta(torch.float32, 1),

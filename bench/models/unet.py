@@ -87,15 +87,7 @@ class UNetModel(PipelineModel):
 
     @staticmethod
     def network_inputs(config: Any, height: int, width: int, tokens: int, dtype: torch.dtype) -> dict[str, Any]:
-        """Arguments of the U-Net on the meta device, with sizes and pooled text where the config asks for them.
-
-        Args:
-            config: the network's configuration.
-            height: of the image, in pixels.
-            width: of the image, in pixels.
-            tokens: length of the text sequence.
-            dtype: of the floating-point inputs.
-        """
+        """Arguments of the U-Net on the meta device, with sizes and pooled text where the config asks for them."""
         inputs: dict[str, Any] = {
             "sample": meta(dtype, 1, config.in_channels, height, width),
             "timestep": meta(torch.float32, 1),

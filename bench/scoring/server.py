@@ -57,7 +57,7 @@ def serve(
     fastapi and uvicorn.
 
     Args:
-        reference: the scorer, as `registry.scorer` takes it.
+        reference: a scorer or a blend, as `open_scorer` takes it.
         host: the address to listen on.
         port: 0 takes a free one.
         token: what callers must show; "" asks for none.

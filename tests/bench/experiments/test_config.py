@@ -169,7 +169,6 @@ def test_a_file_beside_a_method_that_is_no_preset_is_refused(
 def test_the_config_that_a_run_wrote_gives_the_same_run(
     tiny_pipe: Path, redness: str, tmp_path: Path, mine: str
 ) -> None:
-
     for method, sets in (
         (
             "gpo",
