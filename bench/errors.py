@@ -1,5 +1,8 @@
 """Exceptions of gpobench: a wrong request, a missing part, and a run that the user stopped."""
 
+# Exit codes beside 0; 1 is each command's own.
+USER_ERROR, NO_RESULT, STOPPED = 2, 3, 130  # NO_RESULT: a run is complete, but ended by a fault or is invalid
+
 
 class UserError(Exception):
     """A request that cannot be met. Its text is one line that says what to change (exit code 2)."""

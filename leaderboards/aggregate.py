@@ -81,7 +81,10 @@ def aggregate(
         notes.append(f"Not on all tasks with the same seeds, and left out: {', '.join(sorted(excluded))}.")
     if not complete:
         raise UserError(f"no method has runs of the same seeds on {' and '.join(tasks)}")
-    notes += [f"{task}: {note}" for task in tasks for note in boards[task].notes if "hack" in note or "scored" in note]
+    caveats = ("hack", "scored", "by a fault")
+    notes += [
+        f"{task}: {note}" for task in tasks for note in boards[task].notes if any(word in note for word in caveats)
+    ]
     if baseline not in {BASE, *complete}:
         raise registry.unknown("baseline", baseline, [BASE, *complete])
     strata = {task: strata_or_none(part[0].strata) for task, part in parts.items()}

@@ -61,8 +61,14 @@ class BoardRow:
     spent: Mapping[str, float] = field(default_factory=dict[str, float])  # by currency, the mean over seeds
     hacked: int = 0  # seeds whose record has the hack flag
     invalid: bool = False
+    faults: tuple[str, ...] = ()  # what went wrong in the runs that ended by a fault
     trials: int = 0  # of tuning, whose spend is not in `spent`
     revisions: tuple[str, ...] = ()  # of the code
+
+    @property
+    def is_result(self) -> bool:
+        """Return whether the row may be ranked: no run of it is invalid or ended by a fault."""
+        return not self.invalid and not self.faults
 
     @property
     def single_seed(self) -> bool:

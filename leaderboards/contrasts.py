@@ -110,7 +110,7 @@ def estimate_all(
 def row_order(rows: Sequence[BoardRow], scores: BoardScores) -> list[str]:
     """Return the ranked labels by falling mean over the images that all of them have a score of, as pairs are compared."""
     results = scores.results()
-    labels = [r.label for r in rows if not r.invalid and results[r.label]]
+    labels = [r.label for r in rows if r.is_result and results[r.label]]
     whole = np.isfinite(np.stack([x for label in labels for x in results[label]])).all(0) if labels else np.array(True)
     shared = [Contrast([np.where(whole, x, np.nan) for x in results[label]]) for label in labels]
     means = intervals.crossed(shared, resamples=1, strata=scores.strata)  # one resample: only the means are used

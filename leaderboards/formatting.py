@@ -11,7 +11,13 @@ from ..bench.stats.intervals import Estimate
 from .board import Board, BoardRow
 
 ARROW = "→"
-MARKS = {"s": "one training seed", "h": "hack flag", "!": "invalid, not ranked", "t": "tuned"}
+MARKS = {
+    "s": "one training seed",
+    "h": "hack flag",
+    "!": "invalid, not ranked",
+    "f": "ended by a fault, not ranked",
+    "t": "tuned",
+}
 
 
 def number(x: float, digits: int = 3, sign: bool = False) -> str:
@@ -62,6 +68,7 @@ def flags(row: BoardRow) -> dict[str, str]:
         "s": "one seed" if row.single_seed else "",
         "h": f"HACK ({row.hacked} of {len(row.seeds)} seeds)" if row.hacked else "",
         "!": "INVALID" if row.invalid else "",
+        "f": "FAULT" if row.faults else "",
         "t": f"tuned in {row.trials} trials" if row.trials else "",
     }
     return {letter: text for letter, text in words.items() if text}

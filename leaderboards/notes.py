@@ -58,6 +58,8 @@ def _row_notes(rows: Sequence[BoardRow], runs: Sequence[LoadedRun]) -> list[str]
         if row.invalid:
             share = 100 * record.INVALID
             notes.append(f"{row.label}: more than {share:g} % of the images could not be scored, so it is not ranked.")
+        if row.faults:
+            notes.append(f"{row.label} ended by a fault, so it is not ranked: {'; '.join(row.faults)}.")
     return notes
 
 

@@ -177,7 +177,7 @@ def processors(runs: Sequence[LoadedRun]) -> str:
 
 
 def check_scored(runs: Sequence[LoadedRun]) -> None:
-    """Raise UserError where too many images have no score: the remaining ones may be a biased sample."""
+    """Raise UserError where a run ended by a fault, or too many images have no score: the others may be a biased sample."""
     for run in runs:
         for scores in (run.before, run.after):
             for key, matrix in scores.items():
@@ -186,10 +186,8 @@ def check_scored(runs: Sequence[LoadedRun]) -> None:
                     raise UserError(
                         f"{run.folder}: {100 * share:.2g} % of the images have no {key}, more than {100 * record.INVALID:g} %"
                     )
-        if run.record.flags.invalid:
-            raise UserError(
-                f"{run.folder} is marked invalid: more than {100 * record.INVALID:g} % of its images were not scored"
-            )
+        if reason := record.disqualification(run.record):
+            raise UserError(f"{run.folder} {reason}")
 
 
 def _nothing_in_common(against: LoadedBaseline, runs: Sequence[LoadedRun]) -> UserError:

@@ -24,7 +24,15 @@ def as_csv(board: Board) -> str:
     for c in board.columns:
         head += [*three(f"{c.key} before"), *three(f"{c.key} after"), *three(f"{c.key} difference")]
     head += [part for name in embedders for part in three(f"cmmd {name}")]
-    head += [*(f"spent {c}" for c in currencies), "seeds", "single seed", "hack seeds", "invalid", "tuning trials"]
+    head += [
+        *(f"spent {c}" for c in currencies),
+        "seeds",
+        "single seed",
+        "hack seeds",
+        "invalid",
+        "faults",
+        "tuning trials",
+    ]
     head += ["reported metric", "reported value", "reported unit", "reported setting", "reported source"]
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n")
@@ -40,7 +48,7 @@ def as_csv(board: Board) -> str:
         line += [x for name in embedders for x in ends(r.cmmd.get(name))]
         line += [f"{r.spent[c]:.6g}" if c in r.spent else "" for c in currencies]
         line += [" ".join(map(str, r.seeds)), str(r.single_seed).lower(), str(r.hacked), str(r.invalid).lower()]
-        line += [str(r.trials)]
+        line += ["; ".join(r.faults), str(r.trials)]
         write.writerow([plain(x) for x in line] + [""] * (len(head) - len(line)))
     for paper in board.reported:
         line = ["reported", "", paper.method, paper.method]
@@ -101,7 +109,8 @@ def _json_row(board: Board, r: BoardRow) -> dict[str, Any]:
         "cmmd": {name: _estimate(e) for name, e in r.cmmd.items()},
         "versus_baseline": {**_estimate(r.versus), "p_holm": r.holm} if r.versus else None,
         "budget": dict(r.spent),
-        "flags": {"hack": r.hacked > 0, "single_seed": r.single_seed, "invalid": r.invalid},
+        "flags": {"hack": r.hacked > 0, "single_seed": r.single_seed, "invalid": r.invalid, "fault": bool(r.faults)},
+        "faults": list(r.faults),
         "hack_seeds": r.hacked,
         "tuning_trials": r.trials,
         "provenance": {"kind": "reproduced", "source": list(r.folders), "revisions": list(r.revisions)},

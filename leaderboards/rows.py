@@ -77,6 +77,7 @@ def method_row(label: str, group: Sequence[LoadedRun]) -> BoardRow:
         hacked=sum(map(record.flagged, records)),
         invalid=any(r.flags.invalid for r in records)
         or _missing_share([scores for r in group for scores in (r.before, r.after)]) > record.INVALID,
+        faults=tuple(dict.fromkeys(r.fault for r in records if r.fault)),
         trials=max(int(r.tuning.get("trials", 0)) for r in records),
         revisions=tuple(dict.fromkeys(str(r.provenance.get("revision", "")) for r in records)),
     )

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import registry
-from ..errors import Interrupted, UserError
+from ..errors import STOPPED, USER_ERROR, Interrupted, UserError
 from ..signals import AtOnce
 
 # Nothing heavy is imported here or at the top of a command's file: `gpobench --help` and `gpobench list` answer without torch.
@@ -76,13 +76,13 @@ def main() -> None:
         app(standalone_mode=True)
     except UserError as error:
         _print_error(str(error))
-        raise SystemExit(2) from None
+        raise SystemExit(USER_ERROR) from None
     except (KeyboardInterrupt, AtOnce):
         _print_error("stopped; the same command goes on from the last checkpoint")
-        raise SystemExit(130) from None
+        raise SystemExit(STOPPED) from None
     except Interrupted as stop:
         _print_error(str(stop))
-        raise SystemExit(130) from None
+        raise SystemExit(STOPPED) from None
 
 
 def _print_error(text: str) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import NO_RESULT
 from ..signals import asked_to_stop
 from .console import clean_stdout, open_console, terminal_progress
 from .options import AsJson, ModelName, ScorerLocations, check_names, check_scorer
@@ -17,7 +18,9 @@ from .tables import cell, short_name
 
 EPILOG = (
     "Examples: `gpobench compare --methods gpo,dpo,grpo --task ocr --model tiny` · `gpobench compare ... --set gpo/beta=50 "
-    "--jobs 2` · on any scheduler: `gpobench compare ... --print | xargs -d '\\n' -P 4 -I{} sh -c '{}'`"
+    "--jobs 2` · on any scheduler: `gpobench compare ... --print | xargs -d '\\n' -P 4 -I{} sh -c '{}'`\n\n"
+    "Exit codes: 0 every run is a result · 1 a run failed twice · 2 one line says what to change · 3 every run is complete, but one "
+    "ended by a fault or is invalid · 130 stopped, the same command goes on"
 )
 
 
@@ -56,7 +59,7 @@ def compare(
 ) -> None:
     """Run several methods, tasks and seeds under one budget.
 
-    The same command goes on where it was cut off; finished runs are not made again. Exit code 1: a run failed twice.
+    The same command goes on where it was cut off; finished runs are not made again.
     """
     from ..experiments import compare as comparing
 
@@ -79,6 +82,8 @@ def compare(
         answer(json.dumps(result, indent=1) if as_json else lambda: print_comparison(result))
     if result["failed"]:
         raise typer.Exit(1)
+    if any(row.get("no_result") for row in result["runs"]):
+        raise typer.Exit(NO_RESULT)
 
 
 def print_comparison(result: Mapping[str, Any]) -> None:
@@ -96,6 +101,7 @@ def print_comparison(result: Mapping[str, Any]) -> None:
         for row in task_rows:
             cells = [cell(Difference(**row[k]), sign=True) if k in row else "" for k in ("delta", "training_delta")]
             flags = [flag for flag in ("hack", "invalid") if row.get("flags", {}).get(flag)]
+            flags += ["fault"] * bool(row.get("fault"))
             table.add_row(short_name(row["method"]), str(row["seed"]), ", ".join([row["state"], *flags]), *cells)
         console.print(f"\n[bold]{short_name(task)}[/], {result['model']}", highlight=False)
         console.print(table, markup=False)
@@ -105,10 +111,9 @@ def print_comparison(result: Mapping[str, Any]) -> None:
         highlight=False,
     )
     for row in rows:
-        if row["reason"]:
-            text = (
-                f"FAILED {short_name(row['method'])} on {short_name(row['task'])}, seed {row['seed']}: {row['reason']}"
-            )
+        word, reason = ("FAILED", row["reason"]) if row["reason"] else ("NO RESULT", row.get("no_result"))
+        if reason:
+            text = f"{word} {short_name(row['method'])} on {short_name(row['task'])}, seed {row['seed']}: {reason}"
             console.print(text, style="bold red", markup=False, highlight=False)
     spent = " · ".join(f"{key} {value:,.0f}" for key, value in result["spent"].items() if key != "flops")
     lines = [f"spent by all of them: {spent}", f"see {result['path']}"]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import NO_RESULT
 from ..signals import asked_to_stop
 from .console import clean_stdout, open_console, terminal_progress
 from .options import AsJson, MethodName, ModelName, ScorerLocations, Sets, TaskName, check_names, check_scorer
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "Examples: `gpobench run --method gpo --task ocr --model tiny --seed 1` · `gpobench run ... --set loss_type=pairwise "
-    "--budget nfe=50000` · `gpobench run ... --dry-run`"
+    "--budget nfe=50000` · `gpobench run ... --dry-run`\n\nExit codes: 0 the run is complete · 2 one line says what to change · "
+    "3 the run is complete but no result, because it ended by a fault or is invalid · 130 stopped, the same command goes on"
 )
 
 
@@ -81,12 +83,15 @@ def run(
         if dry_run:
             answer(_dry_run(config_of_run, device, out, as_json))
             return
+        from ..evaluation.record import disqualification
         from ..experiments.run import run as train_and_evaluate
 
         record = train_and_evaluate(
             config_of_run, runs=out, progress=progress, fresh=fresh, track=track, interrupted=stopped
         )
         answer(record.model_dump_json(indent=1) if as_json else lambda: print_run_result(record))
+    if disqualification(record):
+        raise typer.Exit(NO_RESULT)
 
 
 def _dry_run(config: Config, device: str, out: Path, as_json: bool) -> str | Callable[[], None]:
@@ -152,13 +157,15 @@ def print_run_result(r: Record) -> None:
         console.print(
             "HACK FLAG: the training scorer rose; the held-out ones did not, or a quality column fell", style="bold red"
         )
+    if r.fault:
+        console.print(f"FAULT, so this is no result: {r.fault}", style="bold red", markup=False, highlight=False)
     if r.flags.invalid:
         console.print("INVALID: more than 0.5 % of the images could not be scored", style="bold red")
     spent = " · ".join(
         f"{key} {value:,.0f}" if key != "flops" else f"{key} {value:.2e}" for key, value in r.spent.items()
     )
     roles = ", ".join(f"{role} {nfe:,}" for role, nfe in r.nfe_by_role.items())
-    errors = sum(s.errors for s in r.scorers.values())
+    errors = sum(s.errors + s.unscored for s in r.scorers.values())
     console.print(f"spent: {spent}\nnfe by role: {roles} · images not scored: {errors}", highlight=False)
     for failure in dict.fromkeys(r.failures[-3:]):
         console.print(f"  {failure}", highlight=False, markup=False)

@@ -139,5 +139,12 @@ def invalid(table: pd.DataFrame) -> bool:
     return bool((missing > INVALID).any())
 
 
+def unscored_images(table: pd.DataFrame, scorer: str) -> tuple[int, int]:
+    """How many images of an evaluation have no score by a scorer, in any of its metrics, and how many there are."""
+    rows: Any = table.loc[table.scorer == scorer]
+    missing: Any = rows.value.isna().groupby([rows.prompt, rows.ordinal]).any()
+    return int(missing.sum()), len(missing)
+
+
 def _number(estimate: Any) -> dict[str, Any]:
     return {"mean": estimate.mean, "ci": [estimate.low, estimate.high], "n": estimate.n}

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files import write_atomically
 
 INVALID = 0.005  # share of images that could not be scored above which a row is invalid
-SCHEMA = 3  # the version that is written, and the only one that is read
+SCHEMA = 4  # the version that is written, and the only one that is read
 SIGNIFICANT = 1.96  # standard errors of a two-sided test at 5 %
 # How the libraries under torch are told to use fewer instructions; torch's own limit shows in the instruction set it names.
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
@@ -79,18 +79,22 @@ class ScorerUse(_Part):
     calls: int = Field(description="in training; evaluation is off budget")
     seconds: float
     errors: int
+    unscored: int = Field(default=0, description="images of the evaluations before and after without a score")
 
 
 class Record(_Part):
     """The outcome of one (method, task, model, budget, seed)."""
 
-    schema_version: Literal[3] = SCHEMA
+    schema_version: Literal[4] = SCHEMA
     kind: Literal["run", "eval"] = "run"
     method: str
     task: str
     model: str
     seed: int
     stop: str = Field(description="why training or search ended")
+    fault: str = Field(
+        default="", description="what went wrong in a run that is no result and never ranked; '' if nothing"
+    )
     before: dict[Key, Number]
     after: dict[Key, Number]
     delta: dict[Key, Difference]
@@ -112,11 +116,29 @@ class Record(_Part):
     cmmd: dict[str, Number] = Field(
         default_factory=dict, description="embedder -> CMMD between the base's images and the tuned ones"
     )
+    checksums: dict[str, str] = Field(
+        default_factory=dict,
+        description="sha256 of the files of the run directory that readers believe, by relative path",
+    )
     wall: dict[str, float] = Field(description="seconds by phase, on the device named in provenance")
     provenance: dict[str, Any]
     tuning: dict[str, Any] = Field(
         default_factory=dict,
         description="how the settings were chosen: trials, spent by currency, the command; {} if by hand",
+    )
+
+
+def disqualification(record: Record) -> str:
+    """Why a run is no result, in words: it ended by a fault, or too many images have no score; "" where it is one.
+
+    Such a run is in no ranking and no baseline, and the command that made it ends with errors.NO_RESULT.
+    """
+    if record.fault:
+        return f"ended by a fault: {record.fault}"
+    return (
+        f"is invalid: more than {100 * INVALID:g} % of the images of a scorer have no score"
+        if record.flags.invalid
+        else ""
     )
 
 

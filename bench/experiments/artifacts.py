@@ -20,9 +20,12 @@ from ..evaluation import plots, record
 from ..evaluation.estimates import Evaluation
 from ..evaluation.ranking import BINARY_METRICS
 from ..evaluation.record import Record
-from ..files import write_atomically
+from ..files import digest, write_atomically
 from ..spec import Scorer
 from .config import Config
+
+# The files whose content tables, reports and exports believe: they are bound to the record by checksums.
+BELIEVED = ("scores.parquet", "curve.parquet", "samples/*", "adapter/*", "config.toml")
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,11 @@ class RunFiles:
         shown = (scorer.metrics[0], *BINARY_METRICS)
         keys = [key for key in curve[0]["scores"] if key.partition("/")[2] in shown]
         plots.curve(self.run_dir / "curve.png", curve, keys, currency)
+
+    def checksums(self) -> dict[str, str]:
+        """The sha256 of each file of a finished run that readers believe, by its path in the run directory."""
+        paths = sorted(path for pattern in BELIEVED for path in self.run_dir.glob(pattern))
+        return {path.relative_to(self.run_dir).as_posix(): digest(path) for path in paths}
 
     def write_record(self, finished: Record, readme: str) -> None:
         """Write README.md and then, as the run's last file, record.json."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from ..evaluation import record
-from ..evaluation.estimates import by_stratum, differences, estimates, invalid, task_summary
+from ..evaluation.estimates import by_stratum, differences, estimates, invalid, task_summary, unscored_images
 from ..evaluation.record import Flags, Record, ScorerUse
 from ..evaluation.scorer_set import ScorerSet
 from ..evaluation.splits import prompts_hash
+from ..training.train import COLLAPSED, PLANNED
 from .artifacts import RunResult
 from .budgeted_stage import BudgetedStage
 from .context import RunContext
 
+MOST = 0.5  # share of a scorer's images without a score above which the scorer counts as broken
 FAILURES = 20  # reasons of scoring failures that a record keeps, the last ones
 
 
@@ -25,6 +30,7 @@ def build_record(context: RunContext, stage: BudgetedStage, result: RunResult) -
         model=config.model,
         seed=config.seed,
         stop=result.stop,
+        fault=_fault(scorers, stage, result, delta),
         before=estimates(before),  # type: ignore[arg-type]
         after=estimates(after),  # type: ignore[arg-type]
         delta=delta,  # type: ignore[arg-type]
@@ -39,7 +45,7 @@ def build_record(context: RunContext, stage: BudgetedStage, result: RunResult) -
             or invalid(after.table)
             or meter.errors > record.INVALID * max(1, meter.reward_calls),
         ),
-        scorers=_scorer_uses(scorers, stage),
+        scorers=_scorer_uses(scorers, stage, result),
         curve=result.curve,  # type: ignore[arg-type]
         config=config.mapping(),
         task_version=context.task.version,
@@ -56,12 +62,34 @@ def build_record(context: RunContext, stage: BudgetedStage, result: RunResult) -
         provenance=record.provenance(
             device=str(context.accelerator.device), dtype=config.precision, weights=context.launch.weights_hash
         ),
+        checksums=context.files.checksums(),
         tuning=config.tuned,
     )
 
 
-def _scorer_uses(scorers: ScorerSet, stage: BudgetedStage) -> dict[str, ScorerUse]:
-    """How much training or search used each scorer."""
+def _fault(scorers: ScorerSet, stage: BudgetedStage, result: RunResult, delta: Mapping[str, Mapping[str, Any]]) -> str:
+    """What went wrong in the run, "" if nothing: training could not go on, or a scorer is broken.
+
+    Rewards that become equal after the training scorer has risen are no fault: there was nothing left to learn.
+    """
+    low = delta.get(scorers.training_key, {}).get("ci", [None])[0]
+    risen = low is not None and low > 0
+    if not result.stop.startswith(PLANNED) and not (result.stop.startswith(COLLAPSED) and risen):
+        return result.stop
+    meter, training = stage.meter, scorers.training.name
+    if meter.errors > MOST * max(1, meter.reward_calls):
+        return f"{meter.errors:,} of {meter.reward_calls:,} images of training have no score by {training}"
+    for scorer in (scorers.training, *scorers.held_out):
+        for phase, evaluation in (("base", result.before), ("result", result.after)):
+            missing, images = unscored_images(evaluation.table, scorer.name)
+            if missing > MOST * images:
+                return f"{missing:,} of {images:,} images of the {phase} have no score by {scorer.name}"
+    return ""
+
+
+def _scorer_uses(scorers: ScorerSet, stage: BudgetedStage, result: RunResult) -> dict[str, ScorerUse]:
+    """How much training or search used each scorer, and how many images of the evaluations it left without a score."""
+    tables = (result.before.table, result.after.table)
     unused = {"calls": 0, "seconds": 0.0, "errors": 0}
     uses = {scorer.name: stage.meter.scorers.get(scorer.name, unused) for scorer in scorers.all}
     return {
@@ -72,6 +100,7 @@ def _scorer_uses(scorers: ScorerSet, stage: BudgetedStage) -> dict[str, ScorerUs
             calls=int(uses[scorer.name]["calls"]),
             seconds=uses[scorer.name]["seconds"],
             errors=int(uses[scorer.name]["errors"]),
+            unscored=sum(unscored_images(table, scorer.name)[0] for table in tables),
         )
         for scorer in scorers.all
     }

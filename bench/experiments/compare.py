@@ -395,6 +395,8 @@ class _GridRunner:
             mean = run_record.delta[key].mean
             gain = "not scored" if mean is None or not math.isfinite(mean) else f"{mean:+.3f}"
             self._progress.message(f"run {run.number} done: {key} {gain}, ended by {run_record.stop}")
+            if reason := record.disqualification(run_record):
+                self._progress.message(f"run {run.number} is no result: {reason}")
         elif failure:
             self._progress.message(f"run {run.number} failed: {failure}")
         if run_record or final:
@@ -497,6 +499,8 @@ def _row(run: PlannedRun, spent: Mapping[str, float]) -> dict[str, Any]:
         shown, trained = _shown_keys(run.record)
         row |= {
             "stop": run.record.stop,
+            "fault": run.record.fault,
+            "no_result": record.disqualification(run.record),
             "flags": run.record.flags.model_dump(),
             "key": shown,
             "delta": json.loads(run.record.delta[shown].model_dump_json()),

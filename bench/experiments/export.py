@@ -135,6 +135,7 @@ def _warnings(r: Record, searched: bool) -> list[str]:
     revision = str(r.provenance.get("revision", ""))
     share = f"{100 * record.INVALID:g} %"
     warnings = {
+        f"This run ended by a fault, so it is no result and in no ranking: {r.fault}.": bool(r.fault),
         "The training scorer rose while the held-out ones did not, or a quality column fell: the gain may be the scorer's "
         "error rather than better images.": r.flags.hack,
         f"More than {share} of the images of a scorer could not be scored: these numbers are not valid.": r.flags.invalid,
@@ -272,7 +273,12 @@ def _body(card: _ModelCard) -> str:
     use = [line.replace('"adapter"', f'"{place}"') for line in usage(card.model_spec)]
     flags = [
         name
-        for name, up in (("hack", r.flags.hack), ("invalid", r.flags.invalid), ("one seed", r.flags.single_seed))
+        for name, up in (
+            ("fault", bool(r.fault)),
+            ("hack", r.flags.hack),
+            ("invalid", r.flags.invalid),
+            ("one seed", r.flags.single_seed),
+        )
         if up
     ]
     return "\n".join(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..budget import CURRENCIES
-from ..errors import UserError
+from ..errors import NO_RESULT, STOPPED, UserError
 
 COMMAND = "from gpobench.bench.commands.app import main; main()"
 TAIL = 2**16  # bytes at the end of metrics.jsonl, enough for a whole line
@@ -46,7 +46,8 @@ def run_jobs(
 ) -> bool:
     """Run commands in order, some in parallel; returns False when asked to stop, after each got one SIGINT.
 
-    Whatever is raised here or in a callback kills every command.
+    Whatever is raised here or in a callback kills every command. A run that is complete but no result has succeeded as a command:
+    its record says what it is worth.
 
     Args:
         jobs: the commands.
@@ -71,7 +72,7 @@ def run_jobs(
             for k, process in list(running.items()):
                 if (code := process.poll()) is not None:
                     del running[k]
-                    ends(k, "" if code in (0, 130) else _failure(code, jobs[k].log))
+                    ends(k, "" if code in (0, NO_RESULT, STOPPED) else _failure(code, jobs[k].log))
             meanwhile()
             time.sleep(0.1)
     finally:

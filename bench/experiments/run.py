@@ -118,8 +118,9 @@ def _complete(launch: Launch) -> Record:
         stage: BudgetedStage = (Searcher if searching else Trainer)(context, evaluator)
         stop = stage.run()
         result = _evaluate_result(context, evaluator, stage, before, stop)
+        _write_artifacts(context, stage, result)
         finished = build_record(context, stage, result)
-        _write_artifacts(context, stage, result, finished)
+        context.files.write_record(finished, run_readme(finished, context.model_spec, stage.has_adapter))
         return finished
 
 
@@ -139,15 +140,14 @@ def _evaluate_result(
     return RunResult(stop, before, after, curve, cmmd)
 
 
-def _write_artifacts(context: RunContext, stage: BudgetedStage, result: RunResult, finished: Record) -> None:
-    """Write the files of a finished run, record.json last."""
+def _write_artifacts(context: RunContext, stage: BudgetedStage, result: RunResult) -> None:
+    """Write the files of a finished run but its README and record.json, which names their checksums and comes last."""
     files, scorer = context.files, context.scorers.training
     if stage.has_adapter:
         context.model.save_adapter(files.adapter, stage.weights)
     files.write_scores(result.before, result.after)
     files.write_samples(result.before, result.after, scorer)
     files.write_curve_plot(result.curve, scorer, currency=next(iter(stage.meter.budget.bounds())))
-    files.write_record(finished, run_readme(finished, context.model_spec, stage.has_adapter))
 
 
 def _check_inputs(config: Config, run_dir: Path) -> str:

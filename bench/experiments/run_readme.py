@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..evaluation.record import Difference, Number, Record
+from ..evaluation.record import Difference, Number, Record, disqualification
 from ..model_spec import ModelSpec
 from ..models.open import usage
 
@@ -27,6 +27,7 @@ def run_readme(record: Record, model_spec: ModelSpec, has_adapter: bool) -> str:
     lines = [
         f"# {record.method} on {record.task}, {model}",
         "",
+        *([f"> **No result.** This run {reason}.", ""] if (reason := disqualification(record)) else []),
         f"{verb} by gpobench with seed {record.seed}; ended by {record.stop}. Spent: {spent}.{tuning}",
         "",
         "| scorer/metric | before | after | difference | p |",

@@ -26,9 +26,6 @@ from .in_process import run_in_process
 from .jobs import Job, make_folder, run_jobs, spent_so_far
 from .run_dir import is_locked
 
-# How the stop reason of a run begins that ended as planned.
-SOUND_STOPS = ("budget:", "search:")
-
 
 @dataclass
 class Trial:
@@ -267,10 +264,8 @@ def _log(trial: Trial, folder: Path) -> Path:
 def rejection(run_record: Record, key: str) -> str:
     """Return why a run cannot be chosen, whatever its gain; "" when it can."""
     mean = run_record.delta[key].mean if key in run_record.delta else None
-    if not run_record.stop.startswith(SOUND_STOPS):
-        return run_record.stop
-    if run_record.flags.invalid:
-        return "invalid: too many images could not be scored"
+    if reason := record.disqualification(run_record):
+        return reason
     if run_record.flags.hack:
         return "hack flag: no held-out scorer rose"
     return "not scored" if mean is None or not math.isfinite(mean) else ""

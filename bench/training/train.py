@@ -14,6 +14,8 @@ from ..spec import Method, batch_size, select_rows
 from .rig import MeteredRig
 
 PATIENCE = 25  # iterations in which no group's rewards differ, after which a run counts as collapsed
+PLANNED = ("budget:", "search:")  # how the stop reason of a run begins that ended as planned
+COLLAPSED = "collapsed:"  # how it begins where the rewards of every group were equal
 RATIO = (1e-2, 1e2)  # a mean policy ratio outside of this counts as exploded
 
 
@@ -70,7 +72,7 @@ def train(
             rig.note("batch/rows", rows)
             rig.iterations_without_signal = rig.iterations_without_signal + 1 if rows == 0 else 0
             if rig.iterations_without_signal >= PATIENCE:
-                raise Stop(f"collapsed: the rewards of every group were equal for {PATIENCE} iterations")
+                raise Stop(f"{COLLAPSED} the rewards of every group were equal for {PATIENCE} iterations")
             if rows:
                 _fit(method, rig, optimizer, gradients or Gradients(), batch, rows)
             rig.iteration += 1
@@ -141,5 +143,7 @@ def _update(method: Method, rig: MeteredRig, optimizer: torch.optim.Optimizer, s
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    if not bool(torch.stack([parameter.isfinite().all() for parameter in rig.model.parameters()]).all()):
+        raise Stop(f"the weights are not finite after {rig.meter.updates} updates")
     if o.ema:
         rig.model.update_copy("ema", o.ema)

@@ -320,8 +320,10 @@ def test_few_missing_scores_are_tolerated_many_refused(baseline: Path, make: Mak
     path = baseline.with_name("wide.toml")
     assert run(folder, "--against", path, "--update", "--margin", "0.03")[0] == 0
     assert check_runs(path, folder).code() == 0
-    with pytest.raises(UserError, match="is marked invalid"):
+    with pytest.raises(UserError, match="is invalid: more than 0.5 %"):
         check_runs(baseline, make("bad", "gpo", 0, 0.2, flags=Flags(hack=False, invalid=True)))
+    with pytest.raises(UserError, match="faulty ended by a fault: the loss is nan"):
+        check_runs(baseline, make("faulty", "gpo", 0, 0.2, fault="the loss is nan"))
 
 
 OTHER = {

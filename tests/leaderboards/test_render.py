@@ -182,7 +182,12 @@ def test_programs_read_it(made: Board) -> None:
     assert (
         metric["n_prompts"] == 40 and metric["n_images"] == 80 and metric["n_errors"] == 0 and metric["split"] == "test"
     )
-    assert gpo["train_seeds"] == [0, 1] and gpo["flags"] == {"hack": False, "single_seed": False, "invalid": False}
+    assert gpo["train_seeds"] == [0, 1] and gpo["flags"] == {
+        "hack": False,
+        "single_seed": False,
+        "invalid": False,
+        "fault": False,
+    }
     assert gpo["provenance"]["kind"] == "reproduced" and len(gpo["provenance"]["source"]) == 2
     assert (
         output["task"]["name"] == "ocr"

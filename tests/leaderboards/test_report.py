@@ -106,7 +106,9 @@ def test_it_says_what_is_missing(make: Make, make_full: Make) -> None:
 def test_flags_and_seeds_are_said(make: Make) -> None:
     flags = {"hack": True, "invalid": False}
     words = "".join(Seen(made(make("a", "gpo", flags=flags), make("b", "awm", 0, 0.2))).words)
-    assert "hack: 1 of 1 seeds" in words and "one seed" in words
+    assert "hack: 1 of 1 seeds" in words and "one seed" in words and "by a fault" not in words
+    words = "".join(Seen(made(make("c", "gpo", fault="the loss is nan"), make("d", "awm", 0, 0.2))).words)
+    assert "fault" in words and "gpo ended by a fault, so it is not ranked: the loss is nan." in words
 
 
 def test_settings_that_differ_from_the_first_row_are_marked(make: Make) -> None:

@@ -64,8 +64,8 @@ def test_what_could_not_be_scored_is_null_and_stays_valid(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"schema_version": 2}, "has schema version 2; this gpobench reads version 3: do the run again"),
-        ({"schema_version": 4}, "has schema version 4; this gpobench reads version 3: update gpobench"),
+        ({"schema_version": 3}, "has schema version 3; this gpobench reads version 4: do the run again"),
+        ({"schema_version": 5}, "has schema version 5; this gpobench reads version 4: update gpobench"),
         ({"surprise": 1}, "is not a record"),
         ({"seed": "zero"}, "is not a record"),
         ({"flags": {"hack": False}}, "is not a record"),

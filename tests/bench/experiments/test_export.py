@@ -110,6 +110,7 @@ def test_samples_are_exported(make: Make, tmp_path: Path) -> None:
     [
         ({"flags": Flags(hack=True, invalid=False)}, "the gain may be the scorer's error"),
         ({"flags": Flags(hack=False, invalid=True)}, "these numbers are not valid"),
+        ({"fault": "the loss is nan"}, "ended by a fault, so it is no result and in no ranking: the loss is nan"),
         ({"provenance": {"revision": "abc-dirty"}}, "changes that are in no commit"),
         ({"provenance": {}}, "changes that are in no commit"),
     ],

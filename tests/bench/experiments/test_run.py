@@ -27,11 +27,13 @@ from gpobench.bench.evaluation.scorer_set import open_scorer_set
 from gpobench.bench.evaluation.splits import prompts_hash
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.artifacts import truncate_metrics
+from gpobench.bench.experiments.budgeted_stage import BudgetedStage
 from gpobench.bench.experiments.config import Config, RunRequest, resolve
 from gpobench.bench.experiments.evaluate_model import ModelEvaluation, evaluate_model
 from gpobench.bench.models.sd3 import SD3
 from gpobench.bench.progress import NullProgress
 from gpobench.bench.spec import Prompt
+from gpobench.bench.training.train import COLLAPSED
 
 SETTINGS = """optim.epochs=1 optim.minibatches=2 optim.weight_decay=0 optim.ema=0 optim.warmup=0 optim.lr=3e-3
 prompts=4 group=6 beta=30 t_min=0""".split()
@@ -239,9 +241,29 @@ def test_a_broken_reward_ends_the_run_and_invents_no_number(plan: Any, tmp_path:
         assert json.loads(line, parse_constant=pytest.fail)["reward/mean"] is None
 
 
-def test_a_flat_reward_is_a_collapse(plan: Any, tmp_path: Path) -> None:
+def test_a_flat_reward_is_a_collapse_and_a_fault(plan: Any, tmp_path: Path) -> None:
     done = running.run(plan(task="Flat", budget="nfe=100000"), runs=tmp_path, progress=NullProgress())
-    assert done.stop.startswith("collapsed") and not done.flags.invalid
+    assert done.stop.startswith("collapsed") and done.fault == done.stop and not done.flags.invalid
+
+
+def test_a_run_that_diverges_ends_by_a_fault_and_says_so_everywhere(plan: Any, tmp_path: Path) -> None:
+    config = plan("optim.lr=1e30", "optim.clip=1e30", budget="nfe=100000")
+    done = running.run(config, runs=tmp_path, progress=NullProgress())
+    assert "nan" in done.fault or "not finite" in done.fault
+    assert done.fault == done.stop and record.disqualification(done) == f"ended by a fault: {done.fault}"
+    assert f"**No result.** This run ended by a fault: {done.fault}" in (Path(done.run_dir) / "README.md").read_text()
+
+
+def test_rewards_that_become_equal_after_a_rise_are_no_fault(
+    plan: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every image is right there is nothing left to learn; where none ever differed the scorer is broken."""
+    whole = BudgetedStage.run
+    monkeypatch.setattr(BudgetedStage, "run", lambda stage: (whole(stage), f"{COLLAPSED} the rewards are equal")[1])
+    done = running.run(plan(budget="nfe=9000"), runs=tmp_path, progress=NullProgress())
+    assert done.delta["redness/mean"].ci[0] > 0 and done.fault == ""  # type: ignore[operator]
+    done = running.run(plan("optim.lr=1e-12", budget="nfe=500"), runs=tmp_path, progress=NullProgress())
+    assert done.fault == done.stop != ""
 
 
 def test_a_shaky_reward_is_counted_and_invalid(plan: Any, tmp_path: Path) -> None:

@@ -86,11 +86,11 @@ def test_what_cannot_be_tuned_is_one_line(tmp_path: Path) -> None:
 # The choice
 
 
-def made(gain: float | None = 0.1, stop: str = "budget: nfe", **flags: bool) -> Record:
+def made(gain: float | None = 0.1, stop: str = "budget: nfe", fault: str = "", **flags: bool) -> Record:
     number = Number(mean=0.5, ci=(0.4, 0.6), n=10)
     delta = Difference(mean=gain, ci=(None, None), n=10, p=None, mde=None)
     return Record(
-        method="m", task="t", model="m", seed=0, stop=stop, before={KEY: number}, after={KEY: number},
+        method="m", task="t", model="m", seed=0, stop=stop, fault=fault, before={KEY: number}, after={KEY: number},
         delta={KEY: delta}, spent={"nfe": 10.0}, run_dir="", flags=Flags(**{"hack": False, "invalid": False, **flags}),
         scorers={"redness": ScorerUse(id="r", role="training", calls=1, seconds=0, errors=0)}, config={},
         task_version="1", prompts={}, wall={}, provenance={},
@@ -99,13 +99,15 @@ def made(gain: float | None = 0.1, stop: str = "budget: nfe", **flags: bool) -> 
 
 def test_the_best_is_the_highest_of_the_sound_ones() -> None:
     runs = [made(0.1), made(0.3), made(0.3), made(0.9, hack=True), made(0.9, invalid=True), made(None)]
-    runs += [made(0.9, stop="collapsed: flat"), made(0.9, stop="the loss is nan"), made(math.nan)]
+    flat, diverged = "collapsed: flat", "the loss is nan"
+    runs += [made(0.9, stop=flat, fault=flat), made(0.9, stop=diverged, fault=diverged), made(math.nan)]
     trials = [Trial(k, {}, record=done) for k, done in enumerate(runs)] + [Trial(9, {}, failure="no memory")]
     chosen = best(trials, KEY)
     assert chosen is not None and chosen.number == 1  # of two equal ones the earlier
     assert [bool(rejection(done, KEY)) for done in runs] == [False] * 3 + [True] * 6
     assert best(trials[3:], KEY) is None
     assert not rejection(made(0.1, stop="search: 3 candidates an image"), KEY)
+    assert not rejection(made(0.1, stop="collapsed: all are right"), KEY)  # nothing was left to learn
 
 
 # The command
