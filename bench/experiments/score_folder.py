@@ -21,7 +21,7 @@ from .. import registry
 from ..errors import Interrupted, UserError
 from ..evaluation.estimates import invalid
 from ..files import write_atomically
-from ..images import UnsupportedPixels, upright_pixels, upright_size
+from ..images import UnsupportedPixels, read_header, upright_pixels
 from ..progress import NullProgress, Progress
 from ..scoring.scorers import ask, close_scorers, open_scorer
 from ..spec import Images, Prompt, Scorer, Scores, SupportsSummary, Task
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("file", "prompt", "stratum", "scorer", "scorer_id", "metric", "value", "reason", "note")
 JPEG = "JPEG: scores differ from PNG"
+ALPHA = "may have transparent parts, which are scored on white"
+ANIMATED = "hold several pictures, of which the first is scored"
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,8 @@ class ImageFile:
     digest: str
     size: tuple[int, int]  # width and height in pixels, upright
     jpeg: bool
+    alpha: bool = False  # may have transparent parts
+    animated: bool = False  # holds several pictures
     error: str = ""
 
     def key(self, scorer: Scorer) -> str:
@@ -145,12 +149,13 @@ def _inspect(folder: Path, image: PromptedImage) -> ImageFile:
     try:
         raw = (folder / image.file).read_bytes()
     except OSError as error:
-        return ImageFile(image, "", (0, 0), False, f"the file cannot be read: {error.strerror}")
+        return ImageFile(image, "", (0, 0), False, error=f"the file cannot be read: {error.strerror}")
     digest, jpeg = sha256(raw).hexdigest(), raw.startswith(b"\xff\xd8\xff")
     try:
-        return ImageFile(image, digest, upright_size(raw), jpeg)
+        header = read_header(raw)
     except Exception as error:  # a decoder given foreign bytes may fail in any way
-        return ImageFile(image, digest, (0, 0), jpeg, _decoding_error(error))
+        return ImageFile(image, digest, (0, 0), jpeg, error=_decoding_error(error))
+    return ImageFile(image, digest, header.size, jpeg, header.alpha, header.animated)
 
 
 def _open(folder: Path, file: ImageFile) -> Images | str:
@@ -164,8 +169,6 @@ def _open(folder: Path, file: ImageFile) -> Images | str:
         raise UserError(f"{path} changed while it was scored; start again")
     try:
         return upright_pixels(raw)
-    except UnsupportedPixels as error:
-        return str(error)
     except Exception as error:
         return _decoding_error(error)
 
@@ -173,6 +176,8 @@ def _open(folder: Path, file: ImageFile) -> Images | str:
 def _decoding_error(error: Exception) -> str:
     from PIL import UnidentifiedImageError
 
+    if isinstance(error, UnsupportedPixels):
+        return str(error)
     cause: BaseException | None = error
     while cause is not None:  # ultralytics, once imported, lets Pillow try a format whose package is not installed
         if isinstance(cause, UnidentifiedImageError):  # its message holds an address in memory
@@ -364,6 +369,8 @@ def _summary(table: pd.DataFrame, found: ImageFolder, files: Sequence[ImageFile]
             "failed": int(rows.value.isna().sum()),
         }
     notes = [*found.notes, *([JPEG] if any(file.jpeg for file in files) else [])]
+    for count, what in ((sum(f.alpha for f in files), ALPHA), (sum(f.animated for f in files), ANIMATED)):
+        notes += [f"{count} images {what}"] if count else []
     if damaged := sum(bool(file.error) for file in files):
         notes.append(f"{damaged} files could not be opened as images")
     failed = table.loc[table.value.isna()]

@@ -2,8 +2,9 @@
 
 The columns are those of Pick-a-Pic v2 (huggingface.co/datasets/yuvalkirstain/pickapic_v2): `caption`, `jpg_0` and `jpg_1` (an
 encoded image: raw bytes, or struct{bytes, path}), `label_0` and `label_1` (1 and 0; 0.5 twice is a tie), and `has_label` where
-there is one. Read from local files only: one .parquet file, a folder of them (a hub snapshot has data/*.parquet), or a folder
-that `datasets.save_to_disk` wrote. A row that cannot be used is skipped, and counted under its reason.
+there is one (true or false, as a boolean, a number or text; a row that leaves it empty is not labelled). Read from local files only:
+one .parquet file, a folder of them (a hub snapshot has data/*.parquet), or a folder that `datasets.save_to_disk` wrote. A row that
+cannot be used is skipped, and counted under its reason.
 """
 
 from __future__ import annotations
@@ -25,13 +26,24 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..images import fitted_pixels
+from ..images import UnsupportedPixels, fitted_pixels
 from ..losses import margin_mask
 from ..spec import Images
 
 COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 SIDES = ("jpg_0", "jpg_1")
 STATEMENT = b"gpobench"  # key of the schema's metadata: JSON of how the set was made, and what that cost
+HAS_LABEL = {
+    "true": True,
+    "1": True,
+    "1.0": True,
+    "yes": True,
+    "false": False,
+    "0": False,
+    "0.0": False,
+    "no": False,
+    "": False,
+}
 CACHED = 256 * 2**20  # bytes of encoded images kept in memory between draws
 
 Choose = Literal["extremes", "random", "all"]
@@ -93,6 +105,8 @@ class PairSet:
         table = self._chunk(chunk)
         try:
             sides = [fitted_pixels(_content(table.column(name)[chunk_row]), height, width) for name in SIDES]
+        except UnsupportedPixels:
+            return "image of unsupported pixels"
         except Exception:  # Pillow may raise anything on bytes from elsewhere
             return "unreadable image"
         if np.array_equal(sides[0], sides[1]):
@@ -125,7 +139,7 @@ def open_pairs(reference: str) -> PairSet:
         columns = [*COLUMNS, *(["has_label"] if "has_label" in schema.names else [])]
         for part in range(_parts(reference, file)):
             for chunk_row, row in enumerate(_rows(reference, file, part, columns)):
-                winner = _winner(row, total)
+                winner = _winner(row, _is_labelled(file, row), total)
                 if isinstance(winner, str):
                     skipped[winner] += 1
                 else:
@@ -157,11 +171,21 @@ def captions(reference: str) -> list[str]:
     return [caption for caption in distinct if caption]
 
 
-def _winner(row: Mapping[str, Any], total: Any) -> int | str:
+def _is_labelled(file: Path, row: Mapping[str, Any]) -> bool:
+    """Whether a row is labelled, as its `has_label` says; UserError on a value that says neither."""
+    if "has_label" not in row:
+        return True
+    value = row["has_label"].as_py()
+    labelled = HAS_LABEL.get("" if value is None else str(value).strip().lower())
+    if labelled is None:
+        raise UserError(f"pairs: has_label of a row of {file} is {value!r}, which is neither true nor false")
+    return labelled
+
+
+def _winner(row: Mapping[str, Any], labelled: bool, total: Any) -> int | str:
     """The side of the winner, or why the row cannot be used; the row goes into the hash `total` either way."""
     images = [_content(row[side]) for side in SIDES]
     labels = [None if (label := row[name].as_py()) is None else float(label) for name in ("label_0", "label_1")]
-    labelled = "has_label" not in row or row["has_label"].as_py() is not False
     for part in (json.dumps([row["caption"], *labels, labelled]).encode(), *images):
         total.update(len(part).to_bytes(8, "little"))
         total.update(part)
@@ -220,6 +244,8 @@ def _schema(reference: str, file: Path) -> Any:
             f"pairs {reference}: no column {', '.join(missing)} in {file.name}; "
             f"found {', '.join(schema.names) or 'none'}; wanted {', '.join(COLUMNS)}"
         )
+    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise UserError(f"pairs {reference}: {file.name} has several columns called {', '.join(twice)}")
     for name in COLUMNS:
         kind = schema.field(name).type
         if name in SIDES:
@@ -240,7 +266,7 @@ def _schema(reference: str, file: Path) -> Any:
 def _statement(schema: Any) -> dict[str, Any]:
     try:
         statement = json.loads((schema.metadata or {}).get(STATEMENT, b"{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return statement if isinstance(statement, dict) else {}
 
@@ -287,5 +313,6 @@ def _reading(file: Path) -> Generator[None]:
     """Turn errors of arrow in the block into a UserError that names the file."""
     try:
         yield
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"pairs: {file} cannot be read: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text that is not UTF-8
+        message = str(error).strip() or type(error).__name__
+        raise UserError(f"pairs: {file} cannot be read: {message.splitlines()[0]}") from error

@@ -16,11 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from gpobench.bench.budget import Budget, Meter, Spent
 from gpobench.bench.errors import UserError
-from gpobench.bench.images import fitted_pixels
+from gpobench.bench.images import fitted_pixels, upright_pixels
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
@@ -166,6 +168,64 @@ def test_rows_that_cannot_serve_are_counted_by_reason(tmp_path: Path) -> None:
             open_pairs(write(tmp_path / "b.parquet", [{**rows()[0], "has_label": True, **change}], row_group_size=1))
 
 
+@pytest.mark.parametrize(
+    "yes, no", [(True, False), (1, 0), (1.0, 0.0), ("True", "False"), ("1", "0"), (" yes", "no"), ("true", None)]
+)
+def test_a_row_without_a_label_is_not_learnt_however_it_says_so(tmp_path: Path, yes: Any, no: Any) -> None:
+    mixed = [{**row, "has_label": no if k in (1, 4) else yes} for k, row in enumerate(rows())]
+    found = open_pairs(write(tmp_path / "a.parquet", mixed))
+    assert won(found) == [WON[k] for k in (0, 2, 3, 5)] and found.skipped == {"without label": 2}
+
+
+@pytest.mark.parametrize("value", [2, "perhaps", 0.5, [True]])
+def test_a_label_flag_that_says_neither_is_refused(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(UserError, match=r"has_label of a row of .*a\.parquet is .*, which is neither true nor false"):
+        open_pairs(write(tmp_path / "a.parquet", [{**row, "has_label": value} for row in rows(2)]))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(rows(2))
+    pq.write_table(table.append_column("caption", table.column("caption")), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet has several columns called caption"):
+        open_pairs(str(tmp_path / "a.parquet"))
+
+
+def test_captions_that_are_not_utf_8_are_one_line(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist(rows(2))
+    latin = pa.array([b"caf\xe9", b"plain"], pa.binary()).view(pa.string())
+    pq.write_table(table.set_column(table.schema.get_field_index("caption"), "caption", latin), tmp_path / "a.parquet")
+    for read in (open_pairs, captions):
+        with pytest.raises(UserError, match=r"a\.parquet cannot be read: .*utf-8"):
+            read(str(tmp_path / "a.parquet"))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(
+    label=st.none() | st.booleans() | st.integers(-1, 2) | st.floats() | st.text(max_size=4),
+    flag=st.none() | st.booleans() | st.integers(-1, 2) | st.floats() | st.text(max_size=4),
+    picture=st.none() | st.binary(max_size=40) | st.just(encoded(7)),
+    metadata=st.binary(max_size=20) | st.just(b"[" * 100_000) | JSON.map(lambda value: json.dumps(value).encode()),
+)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_any_row_is_used_skipped_or_refused(tmp_path: Path, label: Any, flag: Any, picture: Any, metadata: Any) -> None:
+    row = {**rows(1)[0], "label_1": label, "has_label": flag, "jpg_1": picture}
+    place = write(tmp_path / "a.parquet", [row], {pairs.STATEMENT: metadata})
+    try:
+        found = open_pairs(place)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert (
+            len(found) == 1 and (flag is None or bool(flag)) and isinstance(found.images(0, 16, 16), (str, np.ndarray))
+        )
+
+
 def test_a_struct_that_only_names_a_file_is_a_missing_image(tmp_path: Path) -> None:
     struct = [{**r, **{s: {"bytes": r[s], "path": "x.jpg"} for s in pairs.SIDES}} for r in rows(3)]
     struct[1]["jpg_1"] = {"bytes": None, "path": "elsewhere.jpg"}
@@ -181,6 +241,29 @@ def test_images_that_turn_out_bad_say_so(tmp_path: Path) -> None:
     bad[2]["jpg_0"], bad[2]["jpg_1"] = encoded(9), encoded(9, form="BMP")  # other bytes, the same pixels
     found = open_pairs(write(tmp_path / "a.parquet", bad))
     assert [found.images(row, 16, 16) for row in range(3)] == ["unreadable image"] * 2 + ["identical images"]
+
+
+def deep(form: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((16, 16), 40_000, np.uint16)).save(buffer, form)
+    return buffer.getvalue()
+
+
+def test_pictures_are_opened_as_score_opens_them(tmp_path: Path) -> None:
+    """Turned by their EXIF orientation, on white, and refused where they are not of 8 bits: never clipped, never on their side."""
+    turned, seen_through = io.BytesIO(), io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open(io.BytesIO(encoded(40, (16, 32)))).save(turned, "JPEG", exif=exif, quality=100)
+    Image.new("RGBA", (32, 16), (0, 0, 0, 0)).save(seen_through, "PNG")
+    mixed = rows(3)
+    mixed[0]["jpg_0"], mixed[0]["jpg_1"] = turned.getvalue(), seen_through.getvalue()
+    mixed[1]["jpg_0"], mixed[2]["jpg_1"] = deep("PNG"), deep("TIFF")
+    found = open_pairs(write(tmp_path / "a.parquet", mixed))
+    winner, loser = found.images(0, 16, 32)
+    np.testing.assert_array_equal(winner, upright_pixels(turned.getvalue()))
+    assert (loser == 255).all()
+    assert [found.images(row, 16, 16) for row in (1, 2)] == ["image of unsupported pixels"] * 2
 
 
 # Images
