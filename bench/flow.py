@@ -67,10 +67,21 @@ def like(t: Tensor, x: Tensor) -> Tensor:
 # Paths
 
 
-def rectified(t: Tensor) -> Coefs:
-    """The straight path of SD3 and FLUX: x_t = (1 - t) x0 + t eps, v = eps - x0 (arXiv 2209.03003)."""
-    one = torch.ones_like(t)
-    return 1 - t, t, -one, one
+@dataclass(frozen=True)
+class Rectified:
+    """The straight path of SD3 and FLUX: x_t = (1 - t) x0 + t eps, v = eps - x0 (arXiv 2209.03003).
+
+    The shift moves no point of the path: it says where the model's schedule puts its times, see `shift` and `training_times`.
+    """
+
+    shift: float = 1.0  # of the model's schedule: 3 for SD3.5, 1 for none
+
+    def __call__(self, t: Tensor) -> Coefs:
+        one = torch.ones_like(t)
+        return 1 - t, t, -one, one
+
+
+rectified = Rectified()  # without a shift
 
 
 def cosine(t: Tensor) -> Coefs:
@@ -382,6 +393,29 @@ def linear_grid(steps: int) -> Tensor:
 def shift(t: Tensor, by: float) -> Tensor:
     """t -> by t / (1 + (by - 1) t): more time at the noisy end for by > 1 (SD3, arXiv 2403.03206, Eq. 23)."""
     return by * t / (1 + (by - 1) * t)
+
+
+def path_shift(path: Path) -> float:
+    """The shift of a path's schedule; 1, none, for a path that has no such thing, as `ddpm` and `cosine`."""
+    return float(getattr(path, "shift", 1.0))
+
+
+def training_times(u: Tensor, path: Path, t_min: float = 0.0, by: float = 0.0) -> Tensor:
+    """(B,): times in [t_min, 1] at which a loss trains, from u (B,) in (0, 1): t = shift(l + (1 - l) u), shift(l) = t_min.
+
+    With u logit-normal and t_min = 0 this is the law of the scripts for SD3 (diffusers' train_dreambooth_lora_sd3.py, and
+    yifan123/flow_grpo scripts/train_sd3_dpo.py after it): they index the shifted schedule, t = shift(1 - u), and u and
+    1 - u have one law. At a shift of 3 its median is 3 / 4; without a shift it is 1 / 2.
+
+    Args:
+        u: draws (B,), `rig.normal(n).sigmoid()` for the logit-normal law.
+        path: of the model.
+        t_min: the lowest time.
+        by: the shift; 0 is the path's own, 1 is none.
+    """
+    by = by or path_shift(path)
+    low = t_min / (by + (1 - by) * t_min)
+    return shift(low + (1 - low) * u, by)
 
 
 def shifted_grid(steps: int, by: float = 3.0, train: int = 1000) -> Tensor:

@@ -29,8 +29,10 @@ def informative(reward: Tensor) -> Tensor:
     return high > low
 
 
-def standardise(reward: Tensor, std: Literal["group", "global", "none"] = "group", eps: float = 1e-4) -> Tensor:
-    """(P, G) -> (P, G): advantages A = (r - group mean) / (std + eps), population std (ddof 0).
+def standardise(
+    reward: Tensor, std: Literal["group", "global", "none"] = "group", eps: float = 1e-4, ddof: int = 0
+) -> Tensor:
+    """(P, G) -> (P, G): advantages A = (r - group mean) / (std + eps), population std (ddof 0) or sample std (ddof 1).
 
     std: "group" = of each group (GRPO, arXiv 2402.03300), "global" = of all finite rewards of the batch (Flow-GRPO's SD3.5
     configs, DGPO), "none" = 1 (Dr. GRPO, arXiv 2503.20783). NaN members are left out of the statistics and get 0; groups
@@ -41,9 +43,9 @@ def standardise(reward: Tensor, std: Literal["group", "global", "none"] = "group
     r, finite = precise(reward), reward.isfinite()
     centred = torch.where(finite, r - _finite_mean(r, finite), 0.0)
     if std == "group":
-        spread = (centred**2).sum(1, keepdim=True).div(finite.sum(1, keepdim=True).clamp(min=1)).sqrt() + eps
+        spread = (centred**2).sum(1, keepdim=True).div((finite.sum(1, keepdim=True) - ddof).clamp(min=1)).sqrt() + eps
     elif std == "global":
-        spread = (r[finite] - r[finite].mean()).square().mean().sqrt() + eps
+        spread = (r[finite] - r[finite].mean()).square().sum().div(max(1, int(finite.sum()) - ddof)).sqrt() + eps
     else:
         spread = torch.ones_like(r[:, :1])
     return torch.where(informative(reward)[:, None], centred / spread, 0.0).to(wide(reward).dtype)

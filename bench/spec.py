@@ -274,9 +274,20 @@ class Optim:
     ema: float = (
         0.0  # decay of the averaged weights, which are evaluated instead of the last ones; 0 evaluates the last
     )
+    ema_warmup: int = 10  # the decay after update k is at most (1 + k) / (ema_warmup + k); 1: the decay from the start
+    ema_interval: int = 1  # updates from one averaging to the next
 
     def __post_init__(self) -> None:
-        for name, low in {"epochs": 1, "minibatches": 1, "micro": 0, "warmup": 0, "weight_decay": 0}.items():
+        lowest = {
+            "epochs": 1,
+            "minibatches": 1,
+            "micro": 0,
+            "warmup": 0,
+            "weight_decay": 0,
+            "ema_warmup": 1,
+            "ema_interval": 1,
+        }
+        for name, low in lowest.items():
             if not getattr(self, name) >= low:
                 raise UserError(f"optim.{name} must be at least {low}, got {getattr(self, name)}")
         for name in ("lr", "clip"):
@@ -284,6 +295,14 @@ class Optim:
                 raise UserError(f"optim.{name} must be above 0, got {getattr(self, name)}")
         if not (0 <= self.ema < 1 and all(0 <= beta < 1 for beta in self.betas)):
             raise UserError(f"optim.ema and optim.betas must lie in [0, 1), got {self.ema} and {self.betas}")
+
+    def ema_decay(self, updates: int) -> float:
+        """Decay of the averaged weights after so many updates: min((1 + k) / (ema_warmup + k), ema).
+
+        That, with ema_warmup = 10, is flow_grpo/ema.py of Flow-GRPO, which DiffusionNFT, AWM and DGPO share. Without it a
+        short run is evaluated on weights that are mostly those before training.
+        """
+        return min((1 + updates) / (self.ema_warmup + updates), self.ema)
 
 
 @dataclass(frozen=True)

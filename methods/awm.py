@@ -6,7 +6,8 @@ The flow-matching error of a finished image replaces minus its log-likelihood, s
   ell  = -weighting(mean (v - (eps - x0))^2, t)
   rho  = exp(ell - ell_old), both at the same (t, eps)
   loss = mean max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range)) + kl mean (v - v_ref)^2 + ema_kl mean (v - v_old)^2
-On policy, the default, ell_old is ell held constant: rho = 1, and the loss is flow matching weighted by A.
+On policy, the default, ell_old is ell held constant: rho = 1, and the loss is flow matching weighted by A. Off policy the
+lagged copy "old" draws the images and gives ell_old.
 
 In its code and not in the paper: the weighting "ghuber", the third term (kl and ema_kl are the code's beta and ema_beta),
 A = clamp(A, -5, 5) / 5, and times taken from the sampler's own grid: one time from each of `timesteps` equal strata
@@ -64,7 +65,7 @@ class AWM:
     std: Literal["group", "global", "none"] = "global"  # standard deviation that divides the rewards
     kl: float = 0.001  # weight of mean (v - v_ref)^2; 0 saves its evaluations
     ema_kl: float = 1.0  # weight of mean (v - v_old)^2: a trust region around the slowly moving copy "old"
-    off_policy: bool = False  # ell_old is that of the copy "old"
+    off_policy: bool = False  # the lagged copy "old" draws the images, and ell_old is its
     solver: Literal["dpm2", "ode"] = "dpm2"
     steps: int = 0  # sampler steps of the rollout; 0: the protocol's
     guidance: float = 1.0  # guidance of the rollout, 1 as published; 0: the protocol's
@@ -120,7 +121,7 @@ class AWM:
             rig.model.update_copy("old", min(0.3, 0.001 * rig.iteration * self.optim.epochs * self.optim.minibatches))
         groups = rig.groups(
             self.prompts, self.group, steps=self.steps, guidance=self.guidance or None,
-            kernel=dpm2 if self.solver == "dpm2" else ode,
+            weights="old" if self.off_policy else "policy", kernel=dpm2 if self.solver == "dpm2" else ode,
         )  # fmt: skip
         limit = self.adv_clip_max
         advantage = standardise(groups.reward, self.std).clamp(-limit, limit) / limit

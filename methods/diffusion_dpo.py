@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..bench.errors import UserError
-from ..bench.flow import mix
+from ..bench.flow import mix, training_times
 from ..bench.losses import dpo, implicit_accuracy
 from ..bench.spec import LogUniform, Optim, Pairs, Range, Rig, Uniform
 from ..bench.training.pairs import compare
@@ -51,8 +51,9 @@ class DiffusionDPO:
     collector: Literal["policy", "reference"] = "policy"  # the weights that draw the images
     ref_update_step: int = 0  # iterations after which the policy becomes the reference; 0 keeps the base
     pairs: str = ""  # a data set of pairs (bench/training/pairs.py) to learn from; none are sampled then
-    # Distribution of t: Flow-GRPO's is logit-normal, DiffusionDPO's for epsilon models uniform.
+    # Distribution of t before its shift: Flow-GRPO's is logit-normal, DiffusionDPO's for epsilon models uniform.
     timestep_sampling: Literal["logit-normal", "uniform"] = "logit-normal"
+    timestep_shift: float = 0.0  # shift of the times of training; 0: the model's own, 1: none (flow.training_times)
     t_min: float = 0.0  # t is drawn from [t_min, 1]: few-step images are a little blurred, low noise would teach that
     steps: int = 0  # sampler steps of the rollout; 0: the protocol's
     guidance: float = 0.0  # guidance of the rollout; 0: the protocol's
@@ -65,6 +66,8 @@ class DiffusionDPO:
             raise UserError(f"diffusion-dpo: prompts must be at least 1 and beta above 0, got {got}")
         if self.margin < 0 or self.ref_update_step < 0 or self.steps < 0 or self.guidance < 0:
             raise UserError("diffusion-dpo: margin, ref_update_step, steps and guidance must not be negative")
+        if not self.timestep_shift >= 0:
+            raise UserError(f"diffusion-dpo: timestep_shift must not be negative, got {self.timestep_shift}")
         if not 0 <= self.t_min < 1:
             raise UserError(f"diffusion-dpo: t_min is a time in [0, 1), got {self.t_min}")
 
@@ -102,7 +105,7 @@ class DiffusionDPO:
         """-log sigmoid(-(beta / 2) (s_win - s_lose)) / beta, a mean over pairs; one (t, eps) per pair."""
         n = len(batch.prompt_ids)
         u = rig.normal(n).sigmoid() if self.timestep_sampling == "logit-normal" else rig.uniform(n)
-        t = (self.t_min + (1 - self.t_min) * u).repeat(2)
+        t = training_times(u, rig.path, self.t_min, self.timestep_shift).repeat(2)
         eps, prompt_ids = rig.noise(n).repeat(2, 1, 1, 1), batch.prompt_ids.repeat(2)
         x, target = mix(rig.path, torch.cat([batch.win, batch.lose]), eps, t)
         v, v_ref = (rig.velocity(x, t, prompt_ids, weights=weights) for weights in ("policy", self.reference))

@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ..bench.errors import UserError
-from ..bench.flow import mix
+from ..bench.flow import mix, training_times
 from ..bench.losses import gpo, implicit_accuracy, informative, margin_mask, masked_mean, standardise
 from ..bench.spec import LogUniform, Optim, Range, Rig, Uniform, select_rows
 
@@ -55,6 +55,7 @@ class GPO:
     margin_weight: bool = True  # loss_type "pairwise": weight a pair by A_i - A_j; False is plain all-pairs DPO
     margin: float = 0.0  # loss_type "pairwise": only pairs whose rewards differ by more than this
     kl: float = 0.0  # weight of mean (v - v_ref)^2, over images that could be scored
+    timestep_shift: float = 0.0  # shift of the times of training; 0: the model's own, 1: none (flow.training_times)
     t_min: float = 0.0  # t is drawn from [t_min, 1]: few-step images are a little blurred, low noise would teach that
     steps: int = 0  # sampler steps of the rollout; 0: the protocol's
     guidance: float = 0.0  # guidance of the rollout; 0: the protocol's
@@ -66,6 +67,8 @@ class GPO:
             raise UserError(f"gpo: prompts must be at least 1 and beta above 0, got {self.prompts} and {self.beta}")
         if self.steps < 0 or self.guidance < 0 or self.kl < 0 or self.margin < 0:
             raise UserError("gpo: steps, guidance, kl and margin must not be negative")
+        if not self.timestep_shift >= 0:
+            raise UserError(f"gpo: timestep_shift must not be negative, got {self.timestep_shift}")
         if not 0 <= self.t_min < 1:
             raise UserError(f"gpo: t_min is a time in [0, 1), got {self.t_min}")
 
@@ -85,7 +88,8 @@ class GPO:
 
     def loss(self, rig: Rig, batch: AdvantageGroups) -> Tensor:
         """-log sigmoid(-(beta / G) sum_i A_i s_i) / beta, a mean over groups; s_i from one (t, eps) per group."""
-        t = self.t_min + (1 - self.t_min) * rig.normal(len(batch.prompt_ids)).sigmoid()
+        u = rig.normal(len(batch.prompt_ids)).sigmoid()
+        t = training_times(u, rig.path, self.t_min, self.timestep_shift)
         t = t.repeat_interleave(self.group)
         eps = rig.noise(len(batch.prompt_ids)).repeat_interleave(self.group, 0)
         prompt_ids = batch.prompt_ids.repeat_interleave(self.group)

@@ -37,7 +37,7 @@ class GRPOGuard:
         "noise_level": Uniform(0.4, 1.0),
         "std": Choice(("group", "global")),
     }
-    optim: Optim = field(default_factory=lambda: Optim(lr=1e-4, minibatches=2, ema=0.9))
+    optim: Optim = field(default_factory=lambda: Optim(lr=1e-4, minibatches=2, ema=0.9, ema_interval=8))
     prompts: int = 48  # prompts per iteration, one group each
     group: int = 24  # images per prompt
     std: Literal["group", "global", "none"] = "group"  # standard deviation that divides the rewards

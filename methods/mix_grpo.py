@@ -4,16 +4,18 @@ Li et al., arXiv 2507.21802; code Tencent-Hunyuan/MixGRPO, fastvideo/utils/sampl
 
   loss = mean max(-A rho, -A clip(rho, 1 - clip_range, 1 + clip_range)),   rho = exp(log p - log p_old), over the window's steps
 The other steps are ODE steps. All images of a group start from one noise, so that they differ only by what the window drew.
-The window moves on by `window_stride` steps every `shift_interval` iterations ("progressive constant", the paper's best) and
-stays at the last place before the last step, where there is hardly any noise to learn from; the code lets it run out and
-learns from nothing. With a compress_ratio (MixGRPO-Flash) the steps after the window become fewer steps of DPM-Solver++ of
-order 2; a window_stride of 0 keeps the window where it begins (Flash*).
+The window moves on by `window_stride` steps every `shift_interval` iterations ("progressive constant", the paper's best). After
+its last place, which leaves out the last step, where there is hardly any noise to learn from, it rolls back to the first one,
+as the scripts say (`roll_back`). With a compress_ratio (MixGRPO-Flash) the steps after the window become fewer steps of
+DPM-Solver++ of order 2; a window_stride of 0 keeps the window where it begins (Flash*).
 
-Differs from the code: it takes equal steps after the window in the time before its shift; here they are equal in the index of
-the model's own schedule, which is the same for a uniform one and holds for any model family. It makes
-int(compress_ratio (n + 1)) points of the n steps left, one step less than its ratio says, and stops short of the image when
-that is 1; here it is max(1, round(compress_ratio n)) steps, which gives the paper's mean of 16 evaluations. Its solver
-remembers the window's last estimate, here the compressed steps begin with order 1.
+Differs from the code: before it rolls back, its window shrinks over the last steps until it is empty, and nothing is learnt for
+`shift_interval` iterations; here it keeps its length and rolls back at once. It takes equal steps after the window in the time
+before its shift; here they are equal in the index of the model's own schedule, which is the same for a uniform one and holds
+for any model family. It makes int(compress_ratio (n + 1)) points of the n steps left, one step less than its ratio says, and
+stops short of the image when that is 1; here it is max(1, round(compress_ratio n)) steps, which gives the paper's mean of 16
+evaluations. Its solver remembers the window's last estimate, here the compressed steps begin with order 1. Of several rewards
+it adds up the advantages; here a reward is one number, which may be a blend.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from ..bench.errors import UserError
 from ..bench.flow import Kernel, cps, dpm2, ode, sde
 from ..bench.losses import clipped_surrogate, standardise
 from ..bench.spec import Choice, LogUniform, Optim, Range, Rig, Transitions, Uniform, assign_advantages
+
+STD_EPS = 1e-8  # added to the deviation of a group's rewards, fastvideo/train_grpo_flux.py
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class MixGRPO:
     window_size: int = 2  # stochastic steps in a row; the paper has 4 of 10 or of 25
     window_stride: int = 1  # steps by which the window moves; 0: it never moves
     shift_interval: int = 25  # iterations between two moves
+    roll_back: bool = True  # after its last place the window begins anew; False: it stays there
     compress_ratio: float = 0.0  # DPM-Solver++ steps per step after the window; 0: ODE steps, as many as before
     detach_uncond: bool = False  # no gradient through the unconditional branch of guidance
     steps: int = 0  # sampler steps of the rollout before any compression; 0: the protocol's
@@ -83,7 +88,10 @@ class MixGRPO:
         """The kernel of each sampler step of this iteration."""
         if self.window_size >= steps:
             raise UserError(f"mix-grpo: window_size must be shorter than the {steps} steps, got {self.window_size}")
-        start = min(iteration // self.shift_interval * self.window_stride, steps - 1 - self.window_size)
+        moves, last = iteration // self.shift_interval, steps - 1 - self.window_size
+        if self.roll_back and self.window_stride:
+            moves %= last // self.window_stride + 1
+        start = min(moves * self.window_stride, last)
         left = steps - start - self.window_size
         after = [dpm2] * max(1, round(self.compress_ratio * left)) if self.compress_ratio else [ode] * left
         return [*[ode] * start, *[self.kernel] * self.window_size, *after]
@@ -106,7 +114,8 @@ class MixGRPO:
             drop=self.sde_type == "cps", shared=True, guidance=self.guidance or None,
         )  # fmt: skip
         limit = self.adv_clip_max
-        return assign_advantages(transitions, standardise(reward, self.std).clamp(-limit, limit))
+        advantage = standardise(reward, self.std, eps=STD_EPS, ddof=1)  # the sample deviation, as in the code
+        return assign_advantages(transitions, advantage.clamp(-limit, limit))
 
     def loss(self, rig: Rig, batch: Transitions) -> Tensor:
         """mean max(-A rho, -A clip(rho, 1 - c, 1 + c)), over transitions."""

@@ -2,7 +2,8 @@
 
 The online baseline of Flow-GRPO, arXiv 2505.05470, Sec. 5.2 and App. C.1; code yifan123/flow_grpo.
 
-  loss = mean w (v - v*)^2,   t logit-normal,   w = softmax of the group's rewards (the paper) or the reward itself (the code)
+  loss = mean w (v - v*)^2,   w = softmax of the group's rewards (the paper) or the reward itself (the code),
+t logit-normal, then shifted as the schedule of the model.
 Differs from paper and code: softmax weights are multiplied by the number of the group's scored images, so that w is 1 on average
 and the learning rate means what it does for plain flow matching; `temperature` is 1 in the paper's words; samples come from the
 ODE instead of a stochastic sampler; groups of equal rewards, whose weights are all equal, are skipped; `kl` is not in the paper
@@ -18,7 +19,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ..bench.errors import UserError
-from ..bench.flow import mix
+from ..bench.flow import mix, training_times
 from ..bench.losses import informative, likelihood_weights, weighted_error
 from ..bench.spec import Choice, LogUniform, Optim, Range, Rig, Uniform, select_rows
 
@@ -49,6 +50,7 @@ class RWR:
     image_weights: Literal["softmax", "raw"] = "softmax"  # softmax of the group's rewards, or the rewards themselves
     temperature: float = 1.0  # of the softmax, in units of reward: low weights the best only, high weights all alike
     timesteps: int = 1  # timesteps per image and epoch
+    timestep_shift: float = 0.0  # shift of the times of training; 0: the model's own, 1: none (flow.training_times)
     t_min: float = 0.0  # t is drawn from [t_min, 1]: few-step images are a little blurred, low noise would teach that
     kl: float = 0.0  # weight of mean (v - v_ref)^2; 0 saves its evaluations
     steps: int = 0  # sampler steps of the rollout; 0: the protocol's
@@ -64,6 +66,8 @@ class RWR:
         for name in ("kl", "steps", "guidance"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"rwr: {name} must not be negative, got {getattr(self, name)}")
+        if not self.timestep_shift >= 0:
+            raise UserError(f"rwr: timestep_shift must not be negative, got {self.timestep_shift}")
         if not 0 <= self.t_min < 1:
             raise UserError(f"rwr: t_min is a time in [0, 1), got {self.t_min}")
 
@@ -83,7 +87,8 @@ class RWR:
 
     def loss(self, rig: Rig, batch: WeightedImages) -> Tensor:
         """mean w (v - v*)^2 + kl mean (v - v_ref)^2, a mean over images and their times."""
-        t = self.t_min + (1 - self.t_min) * rig.normal(len(batch.prompt_ids)).sigmoid()
+        u = rig.normal(len(batch.prompt_ids)).sigmoid()
+        t = training_times(u, rig.path, self.t_min, self.timestep_shift)
         x, target = mix(rig.path, batch.x0, rig.noise(len(batch.prompt_ids)), t)
         v = rig.velocity(x, t, batch.prompt_ids)
         loss = weighted_error(rig.error(v, target, t), batch.weight).mean()

@@ -2,7 +2,7 @@
 
 The online baseline of Flow-GRPO, arXiv 2505.05470, Sec. 5.2 and App. C.1; code yifan123/flow_grpo.
 
-  loss = mean over the best images of (v - v*)^2,   t logit-normal
+  loss = mean over the best images of (v - v*)^2,   t logit-normal, then shifted as the schedule of the model
 Images that tie at the group's maximum are all kept, as in the code.
 Differs from the code: a group of equal rewards is skipped (the code would learn from all of it); samples come from the ODE, not
 a stochastic sampler (loss and selection do not depend on the sampler); `kl` is not in the paper and 0 by default.
@@ -17,7 +17,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..bench.errors import UserError
-from ..bench.flow import mix
+from ..bench.flow import mix, training_times
 from ..bench.losses import best_of_group, informative
 from ..bench.spec import Choice, LogUniform, Optim, Range, Rig, Uniform, select_rows
 
@@ -45,6 +45,7 @@ class SFT:
     prompts: int = 8  # prompts per iteration, one group each
     group: int = 24  # images per prompt
     timesteps: int = 1  # timesteps per kept image and epoch
+    timestep_shift: float = 0.0  # shift of the times of training; 0: the model's own, 1: none (flow.training_times)
     t_min: float = 0.0  # t is drawn from [t_min, 1]: few-step images are a little blurred, low noise would teach that
     kl: float = 0.0  # weight of mean (v - v_ref)^2; 0 saves its evaluations
     steps: int = 0  # sampler steps of the rollout; 0: the protocol's
@@ -58,6 +59,8 @@ class SFT:
         for name in ("kl", "steps", "guidance"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"sft: {name} must not be negative, got {getattr(self, name)}")
+        if not self.timestep_shift >= 0:
+            raise UserError(f"sft: timestep_shift must not be negative, got {self.timestep_shift}")
         if not 0 <= self.t_min < 1:
             raise UserError(f"sft: t_min is a time in [0, 1), got {self.t_min}")
 
@@ -76,7 +79,8 @@ class SFT:
 
     def loss(self, rig: Rig, batch: BestImages) -> Tensor:
         """mean (v - v*)^2 + kl mean (v - v_ref)^2, a mean over the kept images and their times."""
-        t = self.t_min + (1 - self.t_min) * rig.normal(len(batch.prompt_ids)).sigmoid()
+        u = rig.normal(len(batch.prompt_ids)).sigmoid()
+        t = training_times(u, rig.path, self.t_min, self.timestep_shift)
         x, target = mix(rig.path, batch.x0, rig.noise(len(batch.prompt_ids)), t)
         v = rig.velocity(x, t, batch.prompt_ids)
         loss = rig.error(v, target, t).mean()

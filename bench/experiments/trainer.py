@@ -66,3 +66,8 @@ class Trainer(BudgetedStage):
             self.context.progress.message(
                 "no update was made: what follows is the base against itself (--dry-run tells what a budget affords)"
             )
+        elif self.weights == "ema" and self.meter.updates + 1 < self.context.config.settings.optim.ema_interval:
+            self.context.progress.message(
+                f"the averaged weights are still the base's after {self.meter.updates} updates: "
+                f"optim.ema_interval is {self.context.config.settings.optim.ema_interval}"
+            )

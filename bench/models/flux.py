@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..flow import rectified
+from ..flow import Rectified
 from ..model_spec import PROTOCOLS, ModelSpec
 from ..spec import Cond
 from . import autoencoder
@@ -32,28 +33,35 @@ class Flux(PipelineModel):
     call_options = ("max_sequence_length",)
 
     def configure(self) -> None:
-        """Set path, prediction and shape."""
+        """Set shape, path, with the shift for that number of tokens, and prediction."""
         channels = int(self.network.config.in_channels) // 4
-        self.path, self.prediction = rectified, "velocity"
         self.shape = autoencoder.latent_shape(channels, self.spec, self.pipe.vae_scale_factor, 2)
+        config: Any = self.pipe.scheduler.config
+        # exp(mu) is the shift of `time_shift_type` "exponential", FLUX's; FLUX.1-schnell has a fixed one
+        by = math.exp(self._mu()) if config.get("use_dynamic_shifting", False) else config.get("shift", 1.0)
+        self.path, self.prediction = Rectified(float(by)), "velocity"
 
     def times(self, steps: int) -> Tensor:
         """(steps + 1,): sigma from 1 to 0, shifted by the number of image tokens as the pipeline does it."""
+        scheduler = self.pipe.scheduler
+        if scheduler.config.get("use_flow_sigmas", False):
+            raise UserError(f"the scheduler of {self.name} wants use_flow_sigmas: not supported")
+        sigmas = torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist()
+        scheduler.set_timesteps(sigmas=sigmas, mu=self._mu())
+        return scheduler.sigmas.clone().float()
+
+    def _mu(self) -> float:
+        """The logarithm of the schedule's shift for this number of image tokens."""
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-        scheduler = self.pipe.scheduler
-        config: Any = scheduler.config
-        if config.get("use_flow_sigmas", False):
-            raise UserError(f"the scheduler of {self.name} wants use_flow_sigmas: not supported")
-        mu = calculate_shift(
+        config: Any = self.pipe.scheduler.config
+        return calculate_shift(
             self.shape[1] // 2 * (self.shape[2] // 2),
             config.get("base_image_seq_len", 256),
             config.get("max_image_seq_len", 4096),
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.15),
         )
-        scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / steps, steps, dtype=torch.float64).tolist(), mu=mu)
-        return scheduler.sigmas.clone().float()
 
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         """{"text": (B, L, D), "pooled": (B, D')} of B prompts: T5's tokens, and CLIP's summary."""

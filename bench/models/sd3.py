@@ -7,7 +7,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from ..flow import rectified
+from ..flow import Rectified
 from ..model_spec import PROTOCOLS, ModelSpec
 from ..spec import Cond
 from . import autoencoder
@@ -24,9 +24,9 @@ class SD3(PipelineModel):
     call_options = ("max_sequence_length",)
 
     def configure(self) -> None:
-        """Set path, prediction and shape; the transformer reads latents in patches."""
+        """Set path, with the scheduler's shift, prediction and shape; the transformer reads latents in patches."""
         config, factor = self.network.config, self.pipe.vae_scale_factor
-        self.path, self.prediction = rectified, "velocity"
+        self.path, self.prediction = Rectified(float(self.pipe.scheduler.config.get("shift", 1.0))), "velocity"
         self.shape = autoencoder.latent_shape(int(config.in_channels), self.spec, factor, int(config.patch_size))
 
     def times(self, steps: int) -> Tensor:

@@ -140,10 +140,13 @@ def _update(method: Method, rig: MeteredRig, optimizer: torch.optim.Optimizer, s
     rig.note("policy/grad_norm", norm)
     for group in optimizer.param_groups:
         group["lr"] = o.lr * min(1.0, rig.meter.updates / o.warmup if o.warmup else 1.0)
+    if o.ema and "ema" not in rig.model.copies:
+        rig.model.update_copy("ema", 0.0)  # the average begins at the untrained weights, as in the published code
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     if not bool(torch.stack([parameter.isfinite().all() for parameter in rig.model.parameters()]).all()):
         raise Stop(f"the weights are not finite after {rig.meter.updates} updates")
-    if o.ema:
-        rig.model.update_copy("ema", o.ema)
+    # The meter's updates are in every checkpoint, so that a resumed run averages with the same decay.
+    if o.ema and (rig.meter.updates + 1) % o.ema_interval == 0:
+        rig.model.update_copy("ema", o.ema_decay(rig.meter.updates))

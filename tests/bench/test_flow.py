@@ -16,6 +16,7 @@ from gpobench.bench import flow
 from gpobench.bench.flow import (
     Kernel,
     Path,
+    Rectified,
     Step,
     cosine,
     cps,
@@ -29,12 +30,14 @@ from gpobench.bench.flow import (
     linear_grid,
     mix,
     ode,
+    path_shift,
     rectified,
     sde,
     shifted_grid,
     split,
     timestep,
     to_velocity,
+    training_times,
 )
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2  # SD1.5, scaled_linear
@@ -123,6 +126,85 @@ def test_sde_is_flow_grpos_code(k: int):
     assert torch.allclose(step.std, torch.tensor(std, dtype=torch.float64), rtol=1e-12)
     logp = (-((to - mean) ** 2) / (2 * std**2) - math.log(std) - math.log(math.sqrt(2 * math.pi))).mean((1, 2))
     assert torch.allclose(step.logp(to), logp, rtol=1e-10)
+
+
+# Times of training
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+# Of shift(sigmoid(normal)), in float64: t at each of QUANTILES, and P(t > .6).
+TIME_LAWS = {
+    1.0: ((0.16181, 0.33749, 0.5, 0.66251, 0.83819), 0.3426),
+    3.0: ((0.36674, 0.60447, 0.75, 0.85484, 0.93954), 0.7559),
+}
+
+
+def normal_quantiles(q: Tensor) -> Tensor:
+    return math.sqrt(2) * torch.special.erfinv(2 * q - 1)
+
+
+@pytest.mark.parametrize("by", TIME_LAWS)
+def test_golden_quantiles_of_the_times_of_training(by: float):
+    quantiles, above = TIME_LAWS[by]
+    at = normal_quantiles(torch.tensor(QUANTILES, dtype=torch.float64)).sigmoid()
+    expected = torch.tensor(quantiles, dtype=torch.float64)
+    assert torch.allclose(training_times(at, Rectified(by)), expected, atol=1e-5)
+    assert torch.allclose(training_times(at, rectified, by=by), expected, atol=1e-5)  # a shift that is given
+    assert torch.allclose(training_times(at, Rectified(5.0), by=by), expected, atol=1e-5)  # goes before the path's own
+    grid = normal_quantiles((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000).sigmoid()
+    assert float((training_times(grid, Rectified(by)) > 0.6).double().mean()) == pytest.approx(above, abs=1e-4)
+
+
+@pytest.mark.parametrize("by", [1.0, 3.0])
+def test_the_law_of_training_is_that_of_the_published_scripts(by: float):
+    """train_sd3_dpo.py of yifan123/flow_grpo, after diffusers' train_dreambooth_lora_sd3.py, on diffusers' own scheduler.
+
+    It indexes the schedule, which falls, by floor(1000 u): its time at u is ours at 1 - u up to one entry of the table.
+    """
+    diffusers = pytest.importorskip("diffusers")
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=by)
+    size = scheduler.config.num_train_timesteps
+
+    def published(u: Tensor) -> Tensor:
+        timesteps = scheduler.timesteps[(u * size).long()]
+        rows = [int((scheduler.timesteps == t).nonzero()) for t in timesteps]
+        return scheduler.sigmas[rows].double()
+
+    u = torch.linspace(0.001, 0.999, 500, dtype=torch.float64)
+    entry = 1.01 * max(by, 1 / by) / size  # the steepest part of the shift, times the width of an entry
+    assert float((training_times(1 - u, Rectified(by)) - published(u)).abs().max()) < entry
+    torch.manual_seed(0)
+    drawn = compute_density_for_timestep_sampling("logit_normal", 20_000, logit_mean=0.0, logit_std=1.0)
+    quantiles = torch.quantile(published(drawn), torch.tensor(QUANTILES, dtype=torch.float64))
+    # at most five standard errors sqrt(q (1 - q) / n) / density of the draws, plus an entry
+    assert torch.allclose(quantiles, torch.tensor(TIME_LAWS[by][0], dtype=torch.float64), atol=0.02)
+    assert float(quantiles[2]) == pytest.approx({1.0: 0.5, 3.0: 0.75}[by], abs=0.01)
+
+
+@pytest.mark.parametrize("by", [1.0, 2.2243, 3.0])
+@pytest.mark.parametrize("t_min", [0.0, 0.01, 0.5625])
+def test_times_of_training_fill_what_lies_above_the_lowest(by: float, t_min: float):
+    """The ends go to t_min and 1, the order stays, and the lowest is cut off before the shift: DGPO's t_min is shift(0.3)."""
+    t = training_times(torch.linspace(0, 1, 101, dtype=torch.float64), Rectified(by), t_min)
+    assert float(t[0]) == pytest.approx(t_min) and float(t[-1]) == pytest.approx(1) and bool((t.diff() > 0).all())
+    u = torch.linspace(0, 1, 11, dtype=torch.float64)
+    if by == 3.0 and t_min == 0.5625:
+        assert torch.allclose(training_times(u, Rectified(by), t_min), flow.shift(0.3 + 0.7 * u, 3.0))
+
+
+def test_without_a_shift_the_times_are_the_draws_to_the_last_bit():
+    """Models without a shift, as the embedded one, train as before there was one."""
+    u = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    for t_min in (0.0, 0.5, 0.566, 0.6):
+        expected = t_min + (1 - t_min) * u
+        assert all(torch.equal(training_times(u, path, t_min), expected) for path in (rectified, SD15, cosine))
+
+
+def test_only_a_schedule_with_a_shift_has_one():
+    assert [path_shift(path) for path in (rectified, Rectified(3.0), SD15, cosine)] == [1, 3, 1, 1]
+    t = torch.rand(5, dtype=torch.float64)
+    assert all(torch.equal(a, b) for a, b in zip(rectified(t), Rectified(3.0)(t), strict=True))  # the path is the same
 
 
 # Points, velocities, predictions

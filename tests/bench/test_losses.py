@@ -52,7 +52,7 @@ def grad(loss: Tensor, x: Tensor) -> Tensor:
 # Advantages
 
 
-def slow_standardise(reward: np.ndarray, std: str, eps: float) -> np.ndarray:
+def slow_standardise(reward: np.ndarray, std: str, eps: float, ddof: int = 0) -> np.ndarray:
     """One group at a time, in numpy."""
     out = np.zeros_like(reward)
     everything = reward[np.isfinite(reward)]
@@ -60,7 +60,7 @@ def slow_standardise(reward: np.ndarray, std: str, eps: float) -> np.ndarray:
         ok = np.isfinite(row)
         if ok.sum() < 2 or np.ptp(row[ok]) == 0:
             continue
-        scale = {"group": row[ok].std() + eps, "global": everything.std() + eps, "none": 1.0}[std]
+        scale = {"group": row[ok].std(ddof=ddof) + eps, "global": everything.std(ddof=ddof) + eps, "none": 1.0}[std]
         to[ok] = (row[ok] - row[ok].mean()) / scale
     return out
 
@@ -75,12 +75,12 @@ def slow_standardise(reward: np.ndarray, std: str, eps: float) -> np.ndarray:
             )
         )
     ),
-    st.sampled_from(["group", "global", "none"]),
+    st.sampled_from(["group", "global", "none"]), st.sampled_from([(1e-4, 0), (1e-8, 1)]),
 )  # fmt: skip
-def test_standardise_is_the_slow_loop(rows: list[list[float]], std: Any):
+def test_standardise_is_the_slow_loop(rows: list[list[float]], std: Any, guard: tuple[float, int]):
     reward = torch.tensor(rows, dtype=torch.float64)
-    got = standardise(reward, std)
-    assert np.allclose(got.numpy(), slow_standardise(reward.numpy(), std, 1e-4), atol=1e-12)
+    got = standardise(reward, std, *guard)
+    assert np.allclose(got.numpy(), slow_standardise(reward.numpy(), std, *guard), atol=1e-12)
     assert torch.allclose(got.sum(1), torch.zeros(len(rows), dtype=torch.float64), atol=1e-9)
     assert (got[~informative(reward)] == 0).all() and (got[reward.isnan()] == 0).all()
 

@@ -139,8 +139,15 @@ def test_the_old_copy_follows_where_it_is_needed(lab: Any, monkeypatch: pytest.M
     blend = rig.model.update_copy
     monkeypatch.setattr(rig.model, "update_copy", lambda name, decay: (decays.append(decay), blend(name, decay)))
     kernels: list[Any] = []
+    collectors: list[str] = []
     drawn = rig.groups
-    monkeypatch.setattr(rig, "groups", lambda *a, **k: (kernels.append(k["kernel"]), drawn(*a, **k))[1])
+
+    def groups(*args: Any, **kwargs: Any) -> Any:
+        kernels.append(kwargs["kernel"])
+        collectors.append(kwargs["weights"])
+        return drawn(*args, **kwargs)
+
+    monkeypatch.setattr(rig, "groups", groups)
     for rig.iteration in (0, 1, 100, 299, 300, 4000):
         AWM(prompts=1, group=2).collect(rig)
     assert decays == [0.0, 0.001, 0.1, 0.299, 0.3, 0.3]  # updates / 1000 up to 0.3; one update an iteration
@@ -149,3 +156,23 @@ def test_the_old_copy_follows_where_it_is_needed(lab: Any, monkeypatch: pytest.M
     rig.iteration = 7
     AWM(prompts=1, group=2, ema_kl=0.0, off_policy=True, optim=Optim(epochs=2, minibatches=3)).collect(rig)
     assert decays[-1] == pytest.approx(0.042)
+    assert collectors == ["policy"] * 7 + ["old"]
+
+
+def test_off_policy_the_lagged_copy_draws_the_images(lab: Any) -> None:
+    """The images are those that the copy gives for the same noise, and not the policy's."""
+    images: dict[tuple[bool, str], torch.Tensor] = {}
+    for off_policy in (False, True):
+        for moved in ("policy", "old"):
+            rig = lab.rig(seed=3)
+            rig.model.update_copy("old", 0.0)
+            lab.push(rig, 0.05, seed=2)
+            if moved == "old":  # then the policy goes back: only the copy differs from the first case
+                rig.model.update_copy("old", 0.0)
+                lab.push(rig, -0.05, seed=2)
+            rig.iteration = 10**6
+            rig.model.update_copy = lambda name, decay: None  # type: ignore[method-assign]
+            images[off_policy, moved] = AWM(prompts=1, group=3, steps=4, off_policy=off_policy).collect(rig).x0
+    assert torch.allclose(images[False, "policy"], images[True, "old"], atol=1e-4)
+    assert torch.allclose(images[True, "policy"], images[False, "old"], atol=1e-4)
+    assert not torch.allclose(images[False, "policy"], images[True, "policy"], atol=1e-2)

@@ -108,11 +108,16 @@ def test_the_old_copy_follows_and_then_samples(lab: Any, monkeypatch: pytest.Mon
         return drawn(*args, **kwargs)
 
     monkeypatch.setattr(rig, "groups", groups)
-    optim = Optim(epochs=2, minibatches=3)
-    for rig.iteration in (0, 1, 33, 34, 49, 50, 1000):
-        DGPO(prompts=1, group=2, switch_ema_ref=200, optim=optim).collect(rig)
-    # updates / 1000 up to 0.3; six updates an iteration
-    assert decays == pytest.approx([0.0, 0.006, 0.198, 0.204, 0.294, 0.3, 0.3])
-    assert weights == [("policy", dpm2)] * 3 + [("old", dpm2)] * 4
+    for rig.iteration in (0, 1, 2, 3, 199, 200, 201, 300, 301, 302, 5000):
+        DGPO(prompts=1, group=2, switch_ema_ref=200).collect(rig)
+    # one update an iteration; after update g their copy follows with min(0.3, 0.001 (g - 1)): the counter goes up afterwards
+    assert decays == pytest.approx([0.0, 0.0, 0.001, 0.002, 0.198, 0.199, 0.2, 0.299, 0.3, 0.3, 0.3])
+    assert weights == [("policy", dpm2)] * 6 + [("old", dpm2)] * 5  # where global_step > switch_ema_ref
+    decays.clear()
+    weights.clear()
+    for rig.iteration in (0, 33, 34, 50):
+        DGPO(prompts=1, group=2, switch_ema_ref=200, optim=Optim(epochs=2, minibatches=3)).collect(rig)
+    assert decays == pytest.approx([0.0, 0.197, 0.203, 0.299])  # six updates an iteration
+    assert [name for name, _ in weights] == ["policy", "policy", "old", "old"]
     DGPO(prompts=1, group=2, switch_ema_ref=0, solver="ode").collect(rig)
     assert weights[-1] == ("old", ode)

@@ -16,14 +16,16 @@ import torch
 from gpobench.bench.errors import UserError
 from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.bench.model_spec import SMALL
-from gpobench.bench.spec import Choice, LogUniform, Optim, Uniform, batch_size, select_rows
+from gpobench.bench.spec import Choice, LogUniform, Optim, Pairs, Uniform, batch_size, select_rows
 from gpobench.bench.training import checkpoint
 from gpobench.bench.training.train import optimiser
 from gpobench.methods.awm import AWM
 from gpobench.methods.dgpo import DGPO
+from gpobench.methods.diffusion_dpo import DiffusionDPO
 from gpobench.methods.diffusion_nft import DiffusionNFT
-from gpobench.methods.rwr import RWR
-from gpobench.methods.sft import SFT
+from gpobench.methods.gpo import GPO, AdvantageGroups
+from gpobench.methods.rwr import RWR, WeightedImages
+from gpobench.methods.sft import SFT, BestImages
 
 KINDS: dict[str, Any] = {"awm": AWM, "dgpo": DGPO, "diffusion-nft": DiffusionNFT, "rwr": RWR, "sft": SFT}
 every = pytest.mark.parametrize("name", list(KINDS))
@@ -79,6 +81,45 @@ def test_presets_resolve_and_the_search_space_fits(name: str) -> None:
         for value in ends:  # both ends are settings that make sense, beside the preset
             changed = {"optim": replace(method.optim, **{leaf: value})} if owner else {leaf: value}
             replace(method, **changed).cost(10, 1.0)
+
+
+# Times of training
+
+
+@pytest.mark.parametrize("name", ["gpo", "diffusion-dpo", "sft", "rwr"])
+@pytest.mark.parametrize("own, low, expected", [
+    ({}, 0.0, (0.36674, 0.75, 0.93954)),  # the miniature's schedule has a shift of 3, as SD3.5's
+    ({"timestep_shift": 1.0}, 0.0, (0.16181, 0.5, 0.83819)),
+    ({"t_min": 0.5625}, 0.5625, (0.67877, 0.84783, 0.95916)),  # shift(0.3 + 0.7 u)
+])  # fmt: skip
+def test_the_loss_trains_at_the_times_of_the_published_law(
+    lab: Any, name: str, own: dict[str, float], low: float, expected: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quantiles of t at the 5 %, 50 % and 95 % quantiles of the normal draws."""
+    rig = lab.rig()
+    x0, one, prompt_ids = rig.noise(6).view(3, 2, *rig.model.shape), torch.ones(3), torch.arange(3)
+    reward = torch.tensor([[-1.0, 1.0]]).repeat(3, 1)
+    batches: dict[str, Any] = {
+        "gpo": AdvantageGroups(x0, prompt_ids, reward, reward),
+        "diffusion-dpo": Pairs(x0[:, 0], x0[:, 1], prompt_ids),
+        "sft": BestImages(x0[:, 0], prompt_ids),
+        "rwr": WeightedImages(x0[:, 0], prompt_ids, one),
+    }
+    kind = {"gpo": GPO, "diffusion-dpo": DiffusionDPO, "sft": SFT, "rwr": RWR}[name]
+    monkeypatch.setattr(rig, "normal", lambda n: torch.tensor([-1.6448536, 0.0, 1.6448536]))
+    times: list[torch.Tensor] = []
+    velocity = rig.velocity
+
+    def record(x: torch.Tensor, t: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        times.append(t)
+        return velocity(x, t, *args, **kwargs)
+
+    monkeypatch.setattr(rig, "velocity", record)
+    lab.loss(kind(group=2, **own), rig, batches[name])
+    for t in times:
+        assert sorted(set(t.tolist())) == pytest.approx(list(expected), abs=2e-5) and float(t.min()) > low
+    with pytest.raises(UserError, match="timestep_shift"):
+        kind(timestep_shift=-1.0)
 
 
 # Groups and missing scores

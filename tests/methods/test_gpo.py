@@ -47,7 +47,8 @@ def test_a_group_of_two_is_diffusion_dpo_over_beta(make: Any, loss_type: Any) ->
     got = keyed_loss(method, rig, batch)
 
     with rig.keyed(torch.arange(len(batch.prompt_ids)) + 5):  # the same noise and times, one a pair
-        t = rig.normal(len(batch.prompt_ids)).sigmoid()
+        u = rig.normal(len(batch.prompt_ids)).sigmoid()
+        t = 3 * u / (1 + 2 * u)  # the miniature's shift
         eps = rig.noise(len(batch.prompt_ids))
     better = sign.argmax(1)
     rows = torch.arange(len(better))
@@ -136,7 +137,8 @@ def test_pairs_closer_than_the_margin_are_left_out(make: Any) -> None:
     batch = AdvantageGroups(rig.noise(3)[None], torch.tensor([2]), reward, standardise(reward))
     loss = keyed_loss(method, rig, batch)
     with rig.keyed(torch.arange(1) + 5):
-        t = rig.normal(1).sigmoid().repeat(3)
+        u = rig.normal(1).sigmoid()
+        t = (3 * u / (1 + 2 * u)).repeat(3)  # the miniature's shift
         eps = rig.noise(1).repeat_interleave(3, 0)
     error, ref = rig.errors(batch.x0[0], torch.tensor([2, 2, 2]), t, eps, "policy", "ref")
     pairs = [dpo(error[2:], ref[2:], error[i : i + 1], ref[i : i + 1], 20.0) / 20.0 for i in (0, 1)]

@@ -38,11 +38,14 @@ def start(method: MixGRPO, iteration: int, steps: int) -> int:
     return method.plan(iteration, steps).index(method.kernel)
 
 
-def test_the_window_slides_and_stays_at_its_last_place() -> None:
+def test_the_window_slides_to_its_last_place_and_rolls_back() -> None:
     method = MixGRPO(window_size=4)
     starts = [start(method, iteration, 25) for iteration in range(600)]
     assert starts[:26] == [0] * 25 + [1] and starts[299] == 11  # the paper's 300 steps see twelve places
-    assert starts == sorted(starts) and max(starts) == starts[599] == 20  # steps 20 to 23: never the last one
+    assert starts[500:525] == [20] * 25  # steps 20 to 23: never the last one
+    assert starts[525:] == starts[:75]
+    stays = [start(replace(method, roll_back=False), iteration, 25) for iteration in range(600)]
+    assert stays[:525] == starts[:525] and stays[525:] == [20] * 75
     for iteration in range(0, 600, 25):
         kernels = method.plan(iteration, 25)
         assert len(kernels) == 25 and kernels.count(SDE) == 4 and kernels.count(ode) == 21
@@ -50,19 +53,51 @@ def test_the_window_slides_and_stays_at_its_last_place() -> None:
         assert kernels[first : first + 4] == [SDE] * 4
 
 
-def test_stride_and_pace() -> None:
-    assert [start(MixGRPO(window_size=2, window_stride=3, shift_interval=2), i, 10) for i in range(9)] == [
-        0,
-        0,
-        3,
-        3,
-        6,
-        6,
-        7,
-        7,
-        7,
-    ]
-    assert {start(MixGRPO(window_size=2, window_stride=0, shift_interval=1), i, 10) for i in range(50)} == {0}
+@pytest.mark.parametrize(
+    "roll_back, starts", [(True, [0, 0, 3, 3, 6, 6, 0, 0, 3]), (False, [0, 0, 3, 3, 6, 6, 7, 7, 7])]
+)
+def test_stride_and_pace(roll_back: bool, starts: list[int]) -> None:
+    method = MixGRPO(window_size=2, window_stride=3, shift_interval=2, roll_back=roll_back)
+    assert [start(method, i, 10) for i in range(9)] == starts
+    frozen = MixGRPO(window_size=2, window_stride=0, shift_interval=1, roll_back=roll_back)
+    assert {start(frozen, i, 10) for i in range(50)} == {0}
+
+
+def test_the_window_moves_as_the_authors_state_machine_while_theirs_is_whole() -> None:
+    """GRPOTrainingStates of fastvideo/utils/grpo_states.py: progressive, overlapping, rolled back after steps - 2."""
+    steps, size, stride, pace, cursor, seen = 25, 4, 1, 3, 0, 0
+    method = MixGRPO(window_size=size, window_stride=stride, shift_interval=pace)
+    theirs: list[int] = []
+    for _ in range(2 * pace * (steps - 1)):
+        theirs.append(cursor)
+        seen += 1
+        if seen >= pace:
+            cursor, seen = cursor + stride, 0
+        if cursor > steps - 2:
+            cursor, seen = 0, 0
+    whole = [place for place in theirs if place <= steps - 1 - size]  # afterwards theirs shrinks to nothing
+    assert [start(method, i, steps) for i in range(len(whole))] == whole and whole.count(0) == 2 * pace
+
+
+def test_advantages_are_divided_by_the_sample_deviation(rig: MeteredRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """(r - mean) / (std + 1e-8) with torch's own std: a spread of 1e-6 is a full advantage, not a hundredth of one."""
+    reward = torch.tensor([[0.0, 1e-6, 3e-6], [0.2, 0.9, 0.4]])
+    walk = rig.transitions
+    monkeypatch.setattr(rig, "transitions", lambda *args, **kwargs: (walk(*args, **kwargs)[0], reward))
+    batch = MixGRPO(prompts=2, group=3, steps=6, window_size=1).collect(rig)
+    expected = (reward - reward.mean(1, keepdim=True)) / (reward.std(1, keepdim=True) + 1e-8)
+    assert torch.allclose(batch.advantage, expected.flatten()[batch.image], rtol=1e-4) and len(batch.advantage) == 6
+
+
+def test_the_flash_presets_are_the_scripts() -> None:
+    flash, star, plain = (
+        resolve(RunRequest(name, "ocr", "flux1-dev")).settings
+        for name in ("mix-grpo:flash", "mix-grpo:flash-star", "mix-grpo")
+    )
+    assert (flash.shift_interval, flash.compress_ratio, flash.window_stride, flash.steps) == (20, 0.4, 1, 25)
+    assert (star.shift_interval, star.compress_ratio, star.window_stride, star.steps) == (20, 0.2, 0, 25)
+    assert (plain.shift_interval, plain.compress_ratio) == (25, 0)
+    assert all(own.roll_back for own in (flash, star, plain))
 
 
 def test_flash_shortens_what_comes_after_the_window() -> None:
@@ -109,6 +144,7 @@ def test_only_the_window_is_kept_at_its_place(rig: MeteredRig, tail: float, kern
         window_size=2,
         shift_interval=2,
         compress_ratio=tail,
+        roll_back=False,
         sde_type=name,
         noise_level=0.7,
     )

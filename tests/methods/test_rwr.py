@@ -34,7 +34,9 @@ def test_the_loss_and_its_gradient_are_the_equation(lab: Any, kl: float, noisy: 
     rig = lab.rig(push=0.05)
     batch = WeightedImages(rig.noise(4), torch.tensor([1, 1, 4, 0]), torch.tensor([0.0, 1.7, 2.0, 0.3]))
     with rig.keyed(lab.keys(batch)):
-        t = noisy + (1 - noisy) * rig.normal(4).sigmoid()  # logit-normal
+        low = noisy / (3 - 2 * noisy)  # what the miniature's shift of 3 takes to the lowest time
+        u = low + (1 - low) * rig.normal(4).sigmoid()  # logit-normal
+        t = 3 * u / (1 + 2 * u)
         eps = rig.noise(4).double()
     s, x0 = t.double()[:, None, None, None], batch.x0.double()
     v, ref = (

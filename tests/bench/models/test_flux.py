@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.evaluation.evaluator import noise, sample_protocol
+from gpobench.bench.flow import path_shift, shift
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.adapters import LORA_FILE
 from gpobench.bench.models.flux import pack, positions, unpack
@@ -117,6 +118,9 @@ def test_the_times_are_shifted_by_the_number_of_tokens(tiny_flux: Path, theirs: 
     if steps > 1:
         small = open_model(find_model_spec(str(tiny_flux)), device="cpu").times(steps)
         assert bool((small[1:-1] < times[1:-1]).all()) == (size > 16)  # more tokens, more time at the noisy end
+    # and so are the times of training: the grid is shift(1, ..., 1 / steps) by the path's own shift
+    even = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+    assert torch.allclose(shift(even, path_shift(model.path)).float(), times[:-1], atol=1e-6)
 
 
 def test_guidance_is_one_evaluation_and_the_same_in_every_batch(tiny_flux: Path) -> None:

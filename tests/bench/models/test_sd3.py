@@ -21,6 +21,7 @@ from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.evaluator import evaluate, noise
 from gpobench.bench.evaluation.request import EvaluationRequest
+from gpobench.bench.flow import path_shift
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.adapters import LORA_FILE
 from gpobench.bench.models.open import open_model
@@ -225,6 +226,12 @@ def test_the_times_are_the_schedulers(theirs: Any, tiny_pipe: Path) -> None:
     times = model.times(6)
     assert torch.equal(times, theirs.scheduler.sigmas) and len(times) == 7
     assert times[0] == 1 and times[-1] == 0 and bool((times.diff() < 0).all())
+
+
+def test_the_path_has_the_schedulers_shift(theirs: Any, tiny_pipe: Path) -> None:
+    model = open_model(find_model_spec(str(tiny_pipe)), device="cpu")
+    assert path_shift(model.path) == theirs.scheduler.config.shift == 3
+    assert path_shift(open_model(find_model_spec("tiny"), device="cpu").path) == 1  # the embedded model has none
 
 
 @pytest.fixture(autouse=True)

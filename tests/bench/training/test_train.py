@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from gpobench.bench.budget import Budget, Meter
+from gpobench.bench.errors import UserError
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
@@ -238,6 +239,77 @@ def test_the_average_follows_the_updates(make: Make) -> None:
     state = rig.model.lora.state()
     gaps = [float((state[f"policy/{k[4:]}"] - v).abs().max()) for k, v in state.items() if k.startswith("ema/")]
     assert 0 < max(gaps) < 0.01
+
+
+def recorded_copies(rig: MeteredRig, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    """(name, decay) of every later update of a weight copy."""
+    calls: list[tuple[str, float]] = []
+    update = rig.model.update_copy
+    monkeypatch.setattr(
+        rig.model, "update_copy", lambda name, decay: (calls.append((name, decay)), update(name, decay))
+    )
+    return calls
+
+
+def test_the_decay_of_the_average_warms_up_from_the_untrained_weights(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, from the weights after each update: a_k = d a_(k-1) + (1 - d) w_k with d = min((1 + k) / (10 + k), ema)."""
+    rig = make(updates=6)
+    weights = [rig.model.lora.state()]
+    calls: list[tuple[str, float]] = []
+    update = rig.model.update_copy
+
+    def record(name: str, decay: float) -> None:
+        if decay:
+            weights.append(rig.model.lora.state())
+        calls.append((name, decay))
+        update(name, decay)
+
+    monkeypatch.setattr(rig.model, "update_copy", record)
+    go(Shrink(optim=Optim(ema=0.3, lr=1e-2)), rig)
+    assert calls == [("ema", 0.0), *(("ema", min((1 + k) / (10 + k), 0.3)) for k in range(1, 7))]
+    assert [decay for _, decay in calls][:4] == pytest.approx([0.0, 2 / 11, 3 / 12, 0.3])
+    state = rig.model.lora.state()
+    for key in (k.removeprefix("policy/") for k in weights[0]):
+        average = weights[0][f"policy/{key}"].double()
+        for k, after in enumerate(weights[1:], 1):
+            decay = min((1 + k) / (10 + k), 0.3)
+            average = decay * average + (1 - decay) * after[f"policy/{key}"].double()
+        assert torch.allclose(state[f"ema/{key}"].double(), average, atol=1e-6)
+
+
+def test_the_average_takes_in_every_so_many_updates(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flow-GRPO's: where (update + 1) is a multiple of the interval, so first after update 3 of an interval of 4."""
+    rig = make(updates=8)
+    calls = recorded_copies(rig, monkeypatch)
+    go(Shrink(optim=Optim(ema=0.9, ema_interval=4, minibatches=2, lr=1e-2)), rig)
+    assert calls == [("ema", 0.0), ("ema", 4 / 13), ("ema", 8 / 17)]
+
+
+def test_without_averaging_there_is_no_copy(make: Make) -> None:
+    rig = make(updates=2)
+    go(Shrink(), rig)
+    assert rig.model.lora.copies == []
+
+
+@pytest.mark.parametrize("updates, warm, cold", [(16, 14.30, 8.67), (52, 46.70, 43.04), (230, 221.0, 221.0)])
+def test_the_mean_age_of_the_average(updates: int, warm: float, cold: float) -> None:
+    """The update at which the averaged weights stand on average; with the warm-up a short run is judged on its own weights."""
+    for optim, stands in ((Optim(ema=0.9), warm), (Optim(ema=0.9, ema_warmup=1), cold)):
+        share = [1.0]  # of the weights after update k, k = 0, 1, ...
+        for k in range(1, updates + 1):
+            decay = optim.ema_decay(k)
+            share = [decay * part for part in share] + [1 - decay]
+        assert sum(share) == pytest.approx(1)
+        assert sum(k * part for k, part in enumerate(share)) == pytest.approx(stands, abs=0.005)
+    assert Optim(ema=0.99).ema_decay(79) == pytest.approx(80 / 89) and Optim(ema=0.9).ema_decay(80) == 0.9
+
+
+@pytest.mark.parametrize("bad", [{"ema_warmup": 0}, {"ema_interval": 0}, {"ema": 1.0}])
+def test_settings_of_the_average_that_make_no_sense_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=f"optim.{next(iter(bad))} "):
+        Optim(**bad)
 
 
 def test_the_gradient_is_clipped(make: Make) -> None:
