@@ -13,14 +13,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 import contextlib  # noqa: E402
 import importlib  # noqa: E402
-import json  # noqa: E402
-import signal  # noqa: E402
 import socket  # noqa: E402
-import subprocess  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from contextlib import suppress  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -28,7 +23,10 @@ import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).with_name("perturbed")))
+sys.path.insert(0, str(Path(__file__).parent))
 pytest_plugins = ["perturbation", "selection"]
+
+from forked import Commands  # noqa: E402
 
 # The published prompt lists, where they lie beside the checkout; the tests that need them are skipped elsewhere.
 BESIDE = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -90,85 +88,6 @@ def tiny_unet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def redness() -> str:
     """The file of the test task: `redness + ":Paint"` is a task."""
     return str(Path(__file__).with_name("redness.py"))
-
-
-ZYGOTE = """
-import json, os, sys, traceback
-import diffusers, pandas, peft, pyarrow.parquet, torch
-from diffusers import StableDiffusion3Pipeline
-import gpobench.bench.experiments.run as running
-from gpobench.bench.training import checkpoint
-from gpobench.bench.commands.app import main
-torch.set_num_threads(1)
-print("ready", flush=True)
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        for fd, path in ((1, job["out"]), (2, job["err"])):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-        sys.argv = ["gpobench", *job["argv"]]
-        try:
-            exec(job["before"])
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-@dataclass(frozen=True)
-class Ended:
-    """What a command left behind."""
-
-    code: int  # minus the signal's number where one ended it
-    out: str
-    err: str
-
-
-class Commands:
-    """The command line, forked from a process that has already imported what is heavy: real processes, real kills."""
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-    def __call__(
-        self, *argv: str | Path, meanwhile: Callable[[int], None] = lambda pid: None, before: str = ""
-    ) -> Ended:
-        """Run `gpobench ARGV`. meanwhile: given the process id while it runs. before: Python run first, in there."""
-        out, err = self._folder / "out", self._folder / "err"
-        job = {"argv": [str(a) for a in argv], "out": str(out), "err": str(err), "before": before}
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        pid = int(self._line())
-        try:
-            meanwhile(pid)
-        except BaseException:
-            with suppress(ProcessLookupError):  # it may have ended by itself
-                os.kill(pid, signal.SIGKILL)
-            self._line()
-            raise
-        return Ended(int(self._line()), out.read_text("utf-8"), err.read_text("utf-8"))
-
-    def close(self) -> None:
-        self._process.communicate(timeout=30)
 
 
 @pytest.fixture(scope="session")
