@@ -61,6 +61,7 @@ def _board_values(board: Board) -> dict[str, Any]:
         "ranks": Counter(r.rank for r in board.rows),
         "reported": _reported(board),
         "strips": _strips(board),
+        "colours": {label: colour for label, (colour, _) in _line_styles(board).items()},
         "configs": _configs(board),
     }
 
@@ -207,16 +208,21 @@ def _versions(rows: Mapping[str, Sequence[LoadedRun]]) -> dict[str, str]:
 # The data of the page's script
 
 
+def _line_styles(board: Board) -> dict[str, tuple[str, int]]:
+    """Map label to the CSS colour of its method and to its place among the rows of that method."""
+    styles = row_styles({r.label: r.method for r in board.rows})
+    return {label: (f"light-dark({style.light}, {style.dark})", style.variant) for label, style in styles.items()}
+
+
 def _script_data(board: Board, report: ReportData) -> dict[str, Any]:
     """Encode curves, trade-offs, images and colours as strict JSON: null, never NaN."""
-    styles = row_styles({r.label: r.method for r in board.rows})
     return {
         "key": board.key,
         "clock": board.clock,
         "labels": [plain(r.label) for r in board.rows],
         "styles": {
-            plain(label): {"colour": f"light-dark({style.light}, {style.dark})", "variant": style.variant}
-            for label, style in styles.items()
+            plain(label): {"colour": colour, "variant": variant}
+            for label, (colour, variant) in _line_styles(board).items()
         },
         "curves": [
             {

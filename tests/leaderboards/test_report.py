@@ -18,6 +18,7 @@ from gpobench.leaderboards.build_board import build_board
 from gpobench.leaderboards.commands.report import report
 from gpobench.leaderboards.figures import write_figures
 from gpobench.leaderboards.formatting import number
+from gpobench.leaderboards.method_colours import method_colour
 from gpobench.leaderboards.page import page
 from gpobench.leaderboards.report_data import read_report_data
 from gpobench.leaderboards.runs import load_runs
@@ -161,3 +162,13 @@ def test_scores_that_are_not_there_are_no_error(make_full: Make, value: float) -
     table.loc[(table.scorer == "engine") & (table.phase == "after"), "value"] = value
     table.to_parquet(run_dir / "scores.parquet", index=False)
     json.dumps(data(made(run_dir)), allow_nan=False)
+
+
+def test_a_method_has_one_colour_in_table_and_curves(make_full: Make) -> None:
+    text = made(make_full("a", "gpo", 0, 0.3), make_full("b", "sft", 0, 0.1))
+    strips = [dict(attributes)["style"] for tag, attributes in Seen(text).tags if attributes.get("class") == "strip"]
+    styles = data(text)["styles"]
+    assert strips == [f"--method: {styles[label]['colour']}" for label in data(text)["labels"]]
+    for label, style in styles.items():
+        light, dark = method_colour(label)
+        assert style["colour"] == f"light-dark({light}, {dark})", label
