@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from ..errors import UserError
 from ..files import MIN_FREE_DISK, digest, free_disk, full, write_atomically
 
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+DISK_FAILURES = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
 SMALL = 64 * 2**20  # bytes of a file below which `fingerprint` reads its content
 LOCK_ATTEMPTS, LOCK_PAUSE = 25, 0.02  # half a second in all; the pause in seconds
 INPUTS, EARLIER_INPUTS = "inputs.json", "ground.json"  # the second was written by earlier versions
@@ -121,8 +123,13 @@ def report_disk_errors(run_dir: Path) -> Generator[None]:
             raise UserError(
                 f"no space left at {run_dir}: the last checkpoint is whole, the same command goes on from it"
             ) from error
-        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
-            raise UserError(f"cannot write {error.filename or run_dir}: {error.strerror}") from error
+        place = getattr(error, "filename", None) or run_dir
+        if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
+            raise UserError(f"cannot write {place}: {error.strerror}") from error
+        if isinstance(error, OSError) and error.errno in DISK_FAILURES:
+            raise UserError(
+                f"the disk fails at {place}: {error.strerror}; the same command goes on from the last checkpoint"
+            ) from error
         raise
 
 
