@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import disks
+import models
 import scorers
 import servers
 from fault import Row
 
-KINDS = ("scorers", "servers", "disks", "signals")
+KINDS = ("scorers", "servers", "disks", "signals", "models")
 
 
 def table(place: Path, kinds: Sequence[str] = KINDS) -> list[Row]:
     """The rows of the kinds. place: a folder for what they prepare, at the first injection that needs it."""
-    modules = (scorers, servers, disks)
+    modules = (scorers, servers, disks, models)
     rows = [row for module in modules for row in module.rows(place / module.__name__)]
     return [row for row in rows if row.kind in kinds]
