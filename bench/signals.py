@@ -10,7 +10,17 @@ from typing import Any
 
 
 class AtOnce(BaseException):
-    """The user asked to stop a second time. No KeyboardInterrupt: typer would replace its message."""
+    """The user asked to stop, and nothing at hand has to end first. No KeyboardInterrupt: typer would end without a word."""
+
+
+def raise_at_once() -> None:
+    """From here on Ctrl-C raises AtOnce, outside `asked_to_stop` too; where SIGINT is ignored, as behind nohup, it stays so."""
+
+    def receive(number: int, frame: Any) -> None:
+        raise AtOnce
+
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, receive)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import typer
 
 from .. import registry
 from ..errors import STOPPED, USER_ERROR, Interrupted, UserError
-from ..signals import AtOnce
+from ..signals import AtOnce, raise_at_once
 
 # Nothing heavy is imported here or at the top of a command's file: `gpobench --help` and `gpobench list` answer without torch.
 from . import check, compare, describe, doctor, eval, fetch, new, pairs, pretrain, run, score, serve_scorer, tune
@@ -72,6 +72,7 @@ def main() -> None:
             # An ASCII terminal shows ? for other characters instead of ending the run.
             stream.reconfigure(errors="replace")
     try:
+        raise_at_once()
         _add_plugin_commands()
         app(standalone_mode=True)
     except UserError as error:

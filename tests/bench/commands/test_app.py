@@ -294,3 +294,16 @@ def test_a_served_scorer_makes_the_same_run(gpobench: Any, argv: Any, redness: s
     assert Path(here["run_dir"]).name == Path(there["run_dir"]).name
     weights = [Path(r["run_dir"], "adapter", "pytorch_lora_weights.safetensors").read_bytes() for r in (here, there)]
     assert weights[0] == weights[1]
+
+
+def test_ctrl_c_before_the_work_begins_ends_in_a_line(
+    gpobench: Any, redness: str, tiny_pipe: Path, tmp_path: Path
+) -> None:
+    interrupt = (
+        "import os, signal\nfrom gpobench.bench.commands import run\n"
+        "run.check_names = lambda **names: os.kill(os.getpid(), signal.SIGINT)"
+    )
+    words = ["run", "--method", "gpo", "--task", f"{redness}:Paint", "--model", tiny_pipe, "--out", tmp_path]
+    ended = gpobench(*words, before=interrupt)
+    assert ended.code == 130 and ended.out == "" and "Traceback" not in ended.err
+    assert ended.err.splitlines()[-1].startswith("gpobench: stopped; the same command goes on")
