@@ -76,7 +76,9 @@ def rows(place: Path) -> list[Row]:
         for call, (where, times) in CALLS.items():
             for once in (True, False):
                 to_whom = f"{call}, {'once' if once else 'from then on'}"
-                made.append(row("disks", what, to_whom, ["resumed", "same"], failing_call(runs, where, times, number, once)))
+                made.append(
+                    row("disks", what, to_whom, ["resumed", "same"], failing_call(runs, where, times, number, once))
+                )
     for what, number in SIGNALS.items():
         for moment, (where, times) in MOMENTS.items():
             made.append(row("signals", what, moment, ["resumed", "same"], signalled(runs, where, times, number)))

@@ -17,6 +17,7 @@ Outcome = str
 - "resumed": the command ended in one line or was killed, and the same command went on to the same bytes;
 - "faulty run": the documented exit code of a faulty run, and the record states the fault;
 - "answered": the server answered with a refusal and still serves others;
+- "told": the result differs from that without the fault, and a line on stderr names the damaged file;
 - "parsed": foreign input that is valid all the same was read.
 """
 

@@ -72,7 +72,15 @@ class Models(Runs):
 
     def words(self, model: Path, adapter: Path | None) -> list[str]:
         task = f"{Path(__file__).parents[1] / 'redness.py'}:Paint"
-        return ["eval", "--task", task, "--model", str(model), "--json", *(["--adapter", str(adapter)] if adapter else [])]
+        return [
+            "eval",
+            "--task",
+            task,
+            "--model",
+            str(model),
+            "--json",
+            *(["--adapter", str(adapter)] if adapter else []),
+        ]
 
     def evaluated(self, model: Path, adapter: Path | None) -> dict[str, Any]:
         ended = self.gpobench(*self.words(model, adapter), limit=LIMIT)
@@ -192,8 +200,12 @@ def rows(place: Path) -> list[Row]:
     made: list[Row] = []
     for what, value in VALUES.items():
         for component in COMPONENTS:
-            made.append(row("models", f"{what} in one weight", component, "refused", models.component(component, value)))
-        made.append(row("models", f"{what} in one weight", "adapter", "refused", models.damaged_adapter(one_element(value))))
+            made.append(
+                row("models", f"{what} in one weight", component, "refused", models.component(component, value))
+            )
+        made.append(
+            row("models", f"{what} in one weight", "adapter", "refused", models.damaged_adapter(one_element(value)))
+        )
         for target, (where, nth) in OUTPUTS.items():
             for images in ("one image", "all images"):
                 expected = ["unscored", "faulty run", "refused", "same"]
@@ -203,5 +215,7 @@ def rows(place: Path) -> list[Row]:
         made.append(row("models", what, "adapter", "refused", models.damaged_adapter(change)))
     for what in ("cut", "its header damaged", "another kind of file", "empty", "deleted"):
         for component in ("adapter", "transformer", "vae"):
-            made.append(row("models", f"{what}", f"file of the {component}", "refused", models.damaged_file(component, what)))
+            made.append(
+                row("models", f"{what}", f"file of the {component}", "refused", models.damaged_file(component, what))
+            )
     return made

@@ -66,7 +66,15 @@ class Runs:
         self._count += 1
         return self.place / f"{self._count}"
 
-    def command(self, out: Path, *more: str, method: str = "gpo", task: str = TASK, budget: str = "nfe=1200", sets: Any = SETTINGS) -> list[str]:
+    def command(
+        self,
+        out: Path,
+        *more: str,
+        method: str = "gpo",
+        task: str = TASK,
+        budget: str = "nfe=1200",
+        sets: Any = SETTINGS,
+    ) -> list[str]:
         words = [word for setting in sets for word in ("--set", setting)]
         return ["run", "--method", method, "--task", task, "--model", str(self.model), "--budget", budget, "--out", str(out),
                 "--json", *words, *more]  # fmt: skip
