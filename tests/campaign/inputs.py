@@ -31,7 +31,9 @@ def mutated(content: bytes, rng: np.random.Generator) -> bytes:
         elif act == 2:
             changed[at:at] = changed[at : at + 30]
         elif act == 3:
-            changed[at:at] = rng.choice([b'"', b"\n", b"\x00", b"\xff", b"[", b"{", b",", b"\t", b"'", b"\\", b"NaN", b"-1"])
+            changed[at:at] = rng.choice(
+                [b'"', b"\n", b"\x00", b"\xff", b"[", b"{", b",", b"\t", b"'", b"\\", b"NaN", b"-1"]
+            )
         else:
             changed[at:at] = rng.bytes(int(rng.integers(1, 10)))
     return bytes(changed)
@@ -46,7 +48,23 @@ DAMAGES: dict[str, Callable[[bytes, np.random.Generator], bytes]] = {
     "deep": lambda content, rng: b"[" * int(rng.integers(10_000, 200_000)),
     "deep objects": lambda content, rng: b'{"a":' * int(rng.integers(10_000, 50_000)),
 }
-JSON_VALUES: list[Any] = [None, True, -1, 0, 1e308, float("nan"), float("inf"), "", "x" * 10_000, [], {}, [[]], {"a": {"a": 1}}, "\ud800", 2**70]
+JSON_VALUES: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x" * 10_000,
+    [],
+    {},
+    [[]],
+    {"a": {"a": 1}},
+    "\ud800",
+    2**70,
+]
 
 
 def a_value_exchanged(content: bytes, rng: np.random.Generator) -> bytes:
@@ -191,9 +209,10 @@ def _scorer(path: Path) -> object:
     return ScorerReference.parse(path.read_bytes().decode("utf-8", "replace"))
 
 
-LINES = b"a red circle\ntwo blue squares\na sign that says \"HELLO\"\n"
+LINES = b'a red circle\ntwo blue squares\na sign that says "HELLO"\n'
 JSONL = b"".join(
-    json.dumps({"prompt": f"a {colour} sign", "target": colour, "include": [{"class": "sign", "count": 1}]}).encode() + b"\n"
+    json.dumps({"prompt": f"a {colour} sign", "target": colour, "include": [{"class": "sign", "count": 1}]}).encode()
+    + b"\n"
     for colour in ("red", "blue", "green")
 )
 CSV = b'prompt,target,count\n"a sign, red",HELLO,2\na card,"say ""X""",3\n'

@@ -50,18 +50,28 @@ LOSSES = {
     "raises": ("raise RuntimeError('a mistake of its author')", ["own error"]),
     "ends the process": ("raise SystemExit(0)", ["refused", "own error"]),
 }
+STOPPED = ["faulty run", "refused", "own error", "stalled"]
 BATCHES = {
     "None": ("batch = None", ["refused", "own error"]),
     "text": ("batch = 'x'", ["refused", "own error"]),
-    "no rows": ("batch = type(batch)(*(v[:0] for v in vars(batch).values()))", ["faulty run", "refused", "same", "stalled"]),
+    "no rows": (
+        "batch = type(batch)(*(v[:0] for v in vars(batch).values()))",
+        ["faulty run", "refused", "same", "stalled"],
+    ),
     "latents that are NaN": ("batch = replace(batch, x0=batch.x0 * float('nan'))", ["faulty run"]),
-    "infinite rewards": ("batch = replace(batch, reward=batch.reward + float('inf'))", ["faulty run", "refused", "own error"]),
-    "rewards that are NaN": ("batch = replace(batch, reward=batch.reward * float('nan'))", ["faulty run", "refused", "own error", "stalled"]),
+    "infinite rewards": (
+        "batch = replace(batch, reward=batch.reward + float('inf'))",
+        ["faulty run", "refused", "own error"],
+    ),
+    "rewards that are NaN": (
+        "batch = replace(batch, reward=batch.reward * float('nan'))",
+        STOPPED,
+    ),
     "raises": ("raise ValueError('a mistake of its author')", ["own error"]),
 }
 CHEATS = {
     "evaluates the network beside the rig": (
-        "with torch.no_grad():\n                rig.model.velocity(torch.ones(1, *rig.model.shape), torch.ones(1), rig.model.encode(['a sign']))"
+        "torch.no_grad()(rig.model.velocity)(torch.ones(1, *rig.model.shape), torch.ones(1), rig.model.encode(['a sign']))"
     ),
     "calls the scorer beside the rig": "rig.scorer(torch.zeros(2, 16, 16, 3, dtype=torch.uint8).numpy(), rig.texts(batch.prompt_ids[:2]))",
     "gives the meter a negative charge": "getattr(rig, 'meter').charge(nfe=-150)",
@@ -87,7 +97,9 @@ class Methods(Runs):
     def ran(self, method: str) -> str:
         out = self.folder()
         ended = self.gpobench(*self.command(out, method=method), limit=LIMIT)
-        if "mistake of its author" in ended.err or (ended.code == 1 and Path(method.rpartition(":")[0]).name in ended.err):
+        if "mistake of its author" in ended.err or (
+            ended.code == 1 and Path(method.rpartition(":")[0]).name in ended.err
+        ):
             if ended.out:
                 raise NotHeld("silent number: a result beside the method's exception")
             return "own error"

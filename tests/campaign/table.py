@@ -8,11 +8,12 @@ from pathlib import Path
 import disks
 import files
 import inputs
-import methods
 import models
 import scorers
 import servers
 from fault import Row
+
+import methods
 
 KINDS = ("scorers", "servers", "disks", "signals", "models", "files", "inputs", "methods")
 
