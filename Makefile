@@ -49,7 +49,7 @@ slow: .venv/dev.stamp  ## the tests that take minutes
 	$(QUIET) $(BIN)/pytest -m slow --timeout 3600
 
 bench: .venv/core.stamp  ## the measurements in benchmarks/ that take minutes, printed
-	@for name in sampling overhead board; do echo "== benchmarks/$$name.py"; $(BIN)/python "benchmarks/$$name.py" || exit 1; done
+	@for name in sampling overhead board hostile_server; do echo "== benchmarks/$$name.py"; $(BIN)/python "benchmarks/$$name.py" || exit 1; done
 
 board: .venv/core.stamp  ## make leaderboards/tiny.* and short.* anew, from a clean tree: hours
 	$(QUIET) $(BIN)/gpobench compare $(SHORT) --jobs $(JOBS) --out runs/short

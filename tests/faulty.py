@@ -197,12 +197,11 @@ PROMPTS: dict[str, Prompt] = {
 @contextmanager
 def served(scorer: Any, limits: remote.Limits | None = None, token: str = "", reference: str = "") -> Iterator[str]:
     """The real server around a scorer, on a thread; its URL."""
-    import uvicorn
-
+    from gpobench.bench.scoring.connections import bounded_server
     from gpobench.bench.scoring.server import application
 
     app = application(scorer, limits or remote.Limits(), token=token, reference=reference)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False))
+    server = bounded_server(app, log_level="critical")
     line = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [line]}, daemon=True)
     thread.start()

@@ -1,15 +1,15 @@
-"""Client of a scorer server: sends images as PNG over HTTP, checks every response, and turns what it cannot use into NaN with a reason.
+r"""Client of a scorer server: sends images as PNG over HTTP, checks every response, and turns what it cannot use into NaN with a reason.
 
 The protocol, version 1, is HTTP with JSON in UTF-8; `bench/scoring/server.py` is its server, and any program may be one:
 
     GET /health  -> {"ok": true}
-    GET /about   -> {"id", "name", "metrics": [...], "protocol": 1, "limits": {"images", "bytes", "pixels"}, "reference"}
+    GET /about   -> {"id", "name", "metrics": [...], "protocol": 1, "limits": {"images", "bytes", "pixels", "values"}, "reference"}
     POST /score  <- {"images": [PNG in base64, 8 bit RGB], "prompts": [{"text", "meta": {}, "stratum"}]}, as many of each
                  -> {"id", "value": {metric: [number or null]}, "reasons": {row: why null}, "notes": [text or null] or null}
 
-limits are those of one request: images, bytes of its body, pixels of its images together. `reference` (optional) is the
-scorer reference that the server was started with. A server with a token wants
-`Authorization: Bearer TOKEN`. Refusals are 4xx with {"detail": why}.
+limits are those of one request: images, bytes of its body, pixels of its images together, JSON values (optional) as the characters
+`{ [ , : \` in its body. `reference` (optional) is the scorer reference that the server was started with. A server with a token wants
+`Authorization: Bearer TOKEN`. Refusals are 4xx with {"detail": why}, and may come before the body was read.
 Nothing is pickled, nothing is compressed with loss, no redirect is followed. The client needs the standard library and pydantic.
 """
 
@@ -52,6 +52,7 @@ PAUSE = 0.25  # s before the second try; twice as long before the third
 START_TIMEOUT = 600.0  # s until a started scorer must be ready: its weights may have to be fetched first
 RESPONSE_BYTES = 2**20  # that a response may have
 RESPONSE_BYTES_PER_IMAGE = 2**16  # in addition
+VALUES_PER_IMAGE = 1024  # JSON values of a request, for each image that it may have
 
 
 class _Message(BaseModel):
@@ -64,6 +65,9 @@ class Limits(_Message):
     images: int = Field(64, ge=1)
     bytes: int = Field(64 * 2**20, ge=1024)
     pixels: int = Field(64 * 2**20, ge=1)  # of all pictures together: 64 of 1024x1024
+    values: int = Field(
+        64 * VALUES_PER_IMAGE, ge=64
+    )  # `{ [ , : \` in its body: each costs a parser many times its byte
 
 
 class ScorerInfo(_Message):
@@ -148,6 +152,11 @@ def _encode_body(rows: Sequence[tuple[bytes, bytes]]) -> bytes:
     return b'{"images":[' + images + b'],"prompts":[' + prompts + b"]}"
 
 
+def json_values(body: bytes) -> int:
+    """Return an upper bound of the values and escapes in JSON: each but the first value stands behind one of `{ [ , :`."""
+    return len(body) - len(body.translate(None, b"{[,:\\"))
+
+
 # The exchange
 
 
@@ -194,7 +203,8 @@ def _exchange(url: str, body: bytes | None, token: str, seconds: float, most: in
     try:
         headers = {"Content-Type": "application/json", "Connection": "close"}
         headers |= {"Authorization": f"Bearer {token}"} if token else {}
-        connection.request("GET" if body is None else "POST", at.path, body, headers)
+        with suppress(BrokenPipeError, ConnectionResetError):  # a refusal may come before the body was read
+            connection.request("GET" if body is None else "POST", at.path, body, headers)
         response = connection.getresponse()
         if (response.length or 0) > most:
             raise RequestFailed(f"announced an answer of {response.length} bytes, more than {most}")
@@ -431,27 +441,30 @@ class RemoteScorer:
 
     def _requests(self, images: Images, prompts: Sequence[Prompt], call: _Call) -> Iterator[tuple[list[int], bytes]]:
         """Yield rows and the request for them, each within the server's limits; a row that fits in none gets its reason."""
-        frame = len(_encode_body([(b"", b"")]))
+        frame, frame_values = len(_encode_body([(b"", b"")])), json_values(_encode_body([(b"", b"")]))
         height, width = images.shape[1:3]
         max_rows = min(self.limits.images, self.limits.pixels // max(height * width, 1))
         rows: list[int] = []
         pending: list[tuple[bytes, bytes]] = []
-        size = frame
+        size, values = frame, frame_values
         for row, (image, prompt) in enumerate(zip(images, prompts)):
             try:
                 if not max_rows:
                     raise ValueError(f"{width}x{height} are more pixels than the server takes ({self.limits.pixels})")
                 sent = _encode_row(image, prompt)
-                more = len(sent[0]) + len(sent[1]) + 2
+                more, more_values = len(sent[0]) + len(sent[1]) + 2, json_values(sent[1]) + 2
                 if frame + more > self.limits.bytes:
                     raise ValueError(f"{frame + more} bytes are more than the server takes ({self.limits.bytes})")
+                if frame_values + more_values > self.limits.values:
+                    raise ValueError(f"its prompt has more JSON values than the server takes ({self.limits.values})")
             except (ValueError, TypeError, RecursionError, OSError) as error:
                 call.reasons[row] = f"{self.name}: cannot be sent: {str(error) or type(error).__name__}"
                 continue
-            if rows and (len(rows) == max_rows or size + more > self.limits.bytes):
+            full = size + more > self.limits.bytes or values + more_values > self.limits.values
+            if rows and (len(rows) == max_rows or full):
                 yield rows, _encode_body(pending)
-                rows, pending, size = [], [], frame
-            rows, pending, size = [*rows, row], [*pending, sent], size + more
+                rows, pending, size, values = [], [], frame, frame_values
+            rows, pending, size, values = [*rows, row], [*pending, sent], size + more, values + more_values
         if rows:
             yield rows, _encode_body(pending)
 

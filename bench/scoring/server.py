@@ -1,12 +1,14 @@
 """HTTP server of one scorer: takes PNG images and prompts as JSON and returns scores.
 
-The protocol is described in `bench/scoring/remote.py`. Requests are untrusted: their sizes are bounded while they are read,
-images are PNG and nothing else, their headers are checked before they are decoded, and nothing is ever unpickled.
+The protocol is described in `bench/scoring/remote.py`. Requests are untrusted: a caller without the token is answered before
+the body is read; bytes and JSON values are bounded while they are read, and few bodies are in memory at once; images are PNG and
+nothing else, rebuilt from the chunks that hold pixels before they are decoded; nothing is ever unpickled. Whatever takes time
+runs on a thread, so that GET /health is answered meanwhile.
 """
 
 import argparse
 import asyncio
-import base64
+import binascii
 import hmac
 import ipaddress
 import os
@@ -15,8 +17,9 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, nullcontext, suppress
+import zlib
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +29,35 @@ from pydantic import ValidationError
 from ..errors import Missing, UserError
 from ..images import png_pixels
 from ..spec import Images, Prompt, Scorer
-from .remote import MAGIC, PROTOCOL, READY, TOKEN, Limits, ScoreRequest, ScoreResponse, ScorerInfo, first_error
+from .remote import (
+    MAGIC,
+    PROTOCOL,
+    READY,
+    TOKEN,
+    VALUES_PER_IMAGE,
+    Limits,
+    ScoreRequest,
+    ScoreResponse,
+    ScorerInfo,
+    first_error,
+    json_values,
+)
 from .scorers import ask, close_scorers, open_scorer
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-MAX_CONNECTIONS = 64  # at once; further ones are answered with 503
+MAX_BODIES = (
+    4  # requests that are read, wait for the scorer or are scored at once; further ones wait before they are read
+)
+BODY_SECONDS = 60.0  # that a body may take to arrive
+BASE64_PART = 2**20  # characters decoded at once: other threads wait meanwhile
+HEADER_BYTES, HEAD_CHARACTERS = 33, 44  # of a PNG: its signature and the chunk IHDR; the same in base64
+BYTES_PER_CHUNK = 512  # chunks of a PNG are at least so long on average, apart from the first CHUNKS
+CHUNKS = 64
+ZLIB_PART, ZLIB_OUTPUT = 2**16, 2**20  # bytes of a PNG's data decompressed at once, and the most that come out
+# (x, y, x step, y step) of the seven passes of an interlaced PNG
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 
 def _print_line(line: str) -> None:
@@ -71,42 +96,53 @@ def serve(
             f"{host} can be reached from elsewhere: set a token in the environment variable {TOKEN}, or use 127.0.0.1"
         )
     try:
-        limits = Limits(images=max_images, bytes=max_bytes, pixels=max_pixels)
+        values = VALUES_PER_IMAGE * max(max_images, Limits.model_fields["images"].default)
+        limits = Limits(images=max_images, bytes=max_bytes, pixels=max_pixels, values=values)
     except ValidationError:
         raise UserError(
             "a server takes at least 1 image, 1024 bytes and 1 pixel a request, e.g. --max-images 64"
         ) from None
     try:
         import_module("fastapi")
-        import uvicorn
+        import_module("uvicorn")
     except ImportError as error:
         raise Missing(
             f"serving a scorer needs fastapi and uvicorn ({error}); install with: pip install 'gpobench[serve]'"
         ) from None
+    from .connections import bounded_server
+
     scorer = open_scorer(reference)
     try:
         listener = _listening_socket(host, port)
         name = f"[{host}]" if listener.family == socket.AF_INET6 else host
         ready = f"{READY}http://{name}:{listener.getsockname()[1]} {scorer.id}"
-        app = application(scorer, limits, token=token, reference=reference, up=lambda: say(ready))
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, limit_concurrency=MAX_CONNECTIONS, timeout_graceful_shutdown=5
-        )
-        server = uvicorn.Server(config)
-        main = threading.current_thread() is threading.main_thread()
-        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # the parent process ends this one
-            main = False
-            server.capture_signals = nullcontext  # type: ignore[method-assign]
-        # uvicorn ends in good order at the first signal, then sends it again to the handler that it replaced
-        before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM) if main}
+        server = bounded_server(application(scorer, limits, token=token, reference=reference, up=lambda: say(ready)))
         try:
-            server.run(sockets=[listener])
+            with _ending_on_signals(server):
+                server.run(sockets=[listener])
         finally:
             listener.close()
-            for number, action in before.items():
-                signal.signal(number, action)
     finally:
         close_scorers([scorer])
+
+
+@contextmanager
+def _ending_on_signals(server: Any) -> Generator[None]:
+    """Within the block SIGINT and SIGTERM end the server in good order, except one that this process was started to ignore.
+
+    A shell starts a script's background jobs with SIGINT ignored; a run starts its scorers with both ignored and ends them itself.
+    """
+    server.capture_signals = nullcontext  # uvicorn's would replace ignored signals, and send them once more at the end
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                previous[number] = signal.signal(number, server.handle_exit)
+    try:
+        yield
+    finally:
+        for number, action in previous.items():
+            signal.signal(number, action)
 
 
 def _is_loopback(host: str) -> bool:
@@ -147,7 +183,11 @@ def application(
         id=scorer.id, name=scorer.name, metrics=list(scorer.metrics), protocol=PROTOCOL, limits=limits,
         reference=reference,
     )  # fmt: skip
-    lock = asyncio.Lock()
+    parsing, scoring = (
+        asyncio.Lock(),
+        asyncio.Lock(),
+    )  # at most one thread parses: the parser runs nothing else meanwhile
+    bodies = asyncio.Semaphore(MAX_BODIES)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None]:
@@ -166,14 +206,21 @@ def application(
     async def score(request: Request) -> Response:
         _authorise(request, token)
         try:
-            parsed = _parse_request(await _read_body(request, limits))
+            async with bodies:
+                return await scored(request)
         except ClientDisconnect:
             return Response(status_code=408)
+
+    async def scored(request: Request) -> Response:
+        body = await _read_body(request, limits)
+        async with parsing:
+            parsed = await run_in_threadpool(_parse_request, body)
+        del body
         if isinstance(parsed, str):
             raise HTTPException(422, parsed)
         if len(parsed.images) > limits.images:
             raise HTTPException(413, f"a request has at most {limits.images} images, not {len(parsed.images)}")
-        async with lock:
+        async with scoring:
             if await request.is_disconnected():  # the client gave up while it waited
                 return Response(status_code=408)
             response = await run_in_threadpool(score_request, scorer, parsed, limits.pixels)
@@ -193,23 +240,36 @@ def _authorise(request: Any, token: str) -> None:
 
     given = request.headers.get("authorization", "").encode("utf-8", "replace")
     if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-        raise HTTPException(401, "the token is missing or wrong", {"WWW-Authenticate": "Bearer"})
+        # Closed, else the body of a caller without the token would be read to its end.
+        headers = {"WWW-Authenticate": "Bearer", "Connection": "close"}
+        raise HTTPException(401, "the token is missing or wrong", headers)
 
 
-async def _read_body(request: Any, limits: Limits) -> bytes:
-    """Read the body of a request; refuse it as soon as it exceeds the limit, whatever its Content-Length says."""
+async def _read_body(request: Any, limits: Limits) -> bytearray:
+    """Read the body of a request; refuse it as soon as it exceeds a limit, whatever its Content-Length says."""
     from fastapi import HTTPException
 
-    body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > limits.bytes:
-            why = f"a request has at most {limits.bytes} bytes"
-            raise HTTPException(413, why, {"Connection": "close"})  # else the rest would be read and dropped
-    return bytes(body)
+    body, values = bytearray(), 0
+    refused = ""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for part in request.stream():
+                body += part
+                values += json_values(part)
+                if len(body) > limits.bytes:
+                    refused = f"a request has at most {limits.bytes} bytes"
+                elif values > limits.values:
+                    refused = f"a request has at most {limits.values} JSON values"
+                if refused:  # closed, else the rest would be read and dropped
+                    raise HTTPException(413, refused, {"Connection": "close"})
+    except TimeoutError:
+        raise HTTPException(
+            408, f"the body did not arrive within {BODY_SECONDS:g} s", {"Connection": "close"}
+        ) from None
+    return body
 
 
-def _parse_request(body: bytes) -> ScoreRequest | str:
+def _parse_request(body: bytearray) -> ScoreRequest | str:
     """Parse the request, or return the reason why it is refused."""
     try:
         request = ScoreRequest.model_validate_json(body)
@@ -228,14 +288,17 @@ def score_request(scorer: Scorer, request: ScoreRequest, pixels: int) -> ScoreRe
     for row, text in enumerate(request.images):
         try:
             files[row] = _checked_png(text, pixels)
-        except ValueError as error:
+        except (ValueError, zlib.error) as error:
             reasons[row] = f"image refused: {error}"
     if sum(height * width for height, width in map(_png_size, files.values())) > pixels:
         return None
     shapes: dict[tuple[int, int], dict[int, Images]] = {}
     for row, content in files.items():
         try:
-            shapes.setdefault(_png_size(content), {})[row] = png_pixels(content)
+            image = png_pixels(content)
+            if image.shape[:2] != _png_size(content):
+                raise ValueError(f"{image.shape[1]}x{image.shape[0]} pixels, its header says otherwise")
+            shapes.setdefault(_png_size(content), {})[row] = image
         except Exception as error:  # on foreign bytes Pillow may raise anything
             reasons[row] = f"image refused: {type(error).__name__}: {error}"
     prompts = [Prompt(prompt.text, prompt.meta, prompt.stratum) for prompt in request.prompts]
@@ -258,19 +321,71 @@ def score_request(scorer: Scorer, request: ScoreRequest, pixels: int) -> ScoreRe
 
 
 def _checked_png(text: str, pixels: int) -> bytes:
-    """Return the bytes of a PNG in 8 bit RGB with at most `pixels` pixels; ValueError on anything else. Nothing is decoded."""
-    try:
-        content = base64.b64decode(text, validate=True)
-    except ValueError:
-        raise ValueError("not base64") from None
-    if len(content) < 33 or not content.startswith(MAGIC) or content[12:16] != b"IHDR":
+    """Return a PNG in 8 bit RGB with at most `pixels` pixels, of its chunks that hold pixels and no others.
+
+    ValueError on anything else. Nothing is decoded: what a decoder would do with further headers, text, profiles or animation
+    need not be known, because it never sees them.
+    """
+    head = _base64_bytes(text[:HEAD_CHARACTERS])
+    if len(head) < HEADER_BYTES or not head.startswith(MAGIC) or head[8:16] != b"\x00\x00\x00\x0dIHDR":
         raise ValueError("not a PNG")
-    if content[24:26] != bytes((8, 2)):  # bits a channel, colour type
+    if head[24:26] != bytes((8, 2)):  # bits a channel, colour type
         raise ValueError("not 8 bit RGB")
-    height, width = _png_size(content)
+    height, width = _png_size(head)
     if not 0 < height * width <= pixels:
         raise ValueError(f"{width}x{height} pixels, at most {pixels} can be taken")
-    return content
+    content = _base64_bytes(text)
+    whole = memoryview(content)
+    parts = [whole[:HEADER_BYTES]]
+    start, chunks = HEADER_BYTES, 0
+    while start < len(content):
+        kind, end = content[start + 4 : start + 8], start + 12 + int.from_bytes(content[start : start + 4])
+        if end > len(content):
+            raise ValueError("truncated")
+        if kind == b"IHDR":
+            raise ValueError("two headers")
+        chunks += 1
+        if chunks > CHUNKS + len(content) // BYTES_PER_CHUNK:
+            raise ValueError(f"more than {chunks - 1} chunks")
+        if kind in (b"IDAT", b"IEND"):
+            parts.append(whole[start:end])
+        if kind == b"IEND":
+            if not _holds(parts[1:], _decompressed_size(height, width, interlaced=bool(content[28]))):
+                raise ValueError("truncated")
+            return b"".join(parts)
+        start = end
+    raise ValueError("truncated")
+
+
+def _decompressed_size(height: int, width: int, interlaced: bool) -> int:
+    """Return the bytes of a PNG's lines, each with its filter's number; interlaced ones are of seven smaller images."""
+    passes = ADAM7 if interlaced else ((0, 0, 1, 1),)
+    sizes = [(-((y - height) // rows), -((x - width) // columns)) for x, y, columns, rows in passes]
+    return sum(lines * (1 + 3 * pixels) for lines, pixels in sizes if lines > 0 and pixels > 0)
+
+
+def _holds(chunks: Sequence[memoryview], size: int) -> bool:
+    """Return whether chunks of pixels decompress to `size` bytes: Pillow leaves what is missing black, without an error."""
+    decompressor = zlib.decompressobj()
+    for chunk in chunks:
+        data = chunk[8:-4]  # without length, kind and checksum
+        for at in range(0, len(data), ZLIB_PART):
+            part: Any = data[at : at + ZLIB_PART]
+            while len(part) and size > 0:
+                size -= len(decompressor.decompress(part, ZLIB_OUTPUT))
+                part = decompressor.unconsumed_tail
+    return size <= 0
+
+
+def _base64_bytes(text: str) -> bytes:
+    """Decode base64 in parts, so that other threads run in between. ValueError where it is not base64."""
+    parts = [text[at : at + BASE64_PART] for at in range(0, len(text), BASE64_PART)]
+    if any("=" in part for part in parts[:-1]):
+        raise ValueError("not base64")
+    try:
+        return b"".join(binascii.a2b_base64(part, strict_mode=True) for part in parts)
+    except ValueError:
+        raise ValueError("not base64") from None
 
 
 def _png_size(content: bytes) -> tuple[int, int]:

@@ -7,22 +7,28 @@ import http.client
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpobench.bench import registry
 from gpobench.bench.errors import Missing, UserError
-from gpobench.bench.scoring import remote
+from gpobench.bench.scoring import connections, remote, server
 from gpobench.bench.scoring.remote import Limits, connect
 from gpobench.bench.scoring.server import main, serve
 from gpobench.bench.spec import Prompt, Scores
@@ -68,7 +74,7 @@ def test_who_is_there(url: str) -> None:
     status, about = call(url, "GET", "/about")
     assert status == 200 and about == {
         "id": "sound-v1", "name": "sound", "metrics": ["mean", "spread"], "protocol": 1, "reference": "mine.py:Sound",
-        "limits": {"images": 8, "bytes": 20_000, "pixels": 4096},
+        "limits": {"images": 8, "bytes": 20_000, "pixels": 4096, "values": 65536},
     }  # fmt: skip
     for path in ("/docs", "/openapi.json", "/", "/score"):
         assert call(url, "GET", path)[0] in (404, 405)
@@ -103,6 +109,81 @@ def test_a_picture_that_is_none_costs_its_row_only(url: str, kind: str) -> None:
 def test_what_is_not_base64_costs_its_row_only(url: str, text: str) -> None:
     status, answer = call(url, "POST", "/score", {"images": [text], "prompts": [{"text": "x"}]})
     assert status == 200 and answer["value"]["mean"] == [None] and "image refused" in answer["reasons"]["0"]
+
+
+def chunk(kind: bytes, data: bytes = b"") -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def header(height: int, width: int) -> bytes:
+    return chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+
+
+PIXELS = chunk(b"IDAT", zlib.compress(bytes(16 * (1 + 3 * 16))))
+END = chunk(b"IEND")
+CHUNKS = {
+    "two headers": (header(16, 16) + header(200, 200) + PIXELS + END, "two headers"),
+    "a second header behind the pixels": (header(16, 16) + PIXELS + header(200, 200) + END, "two headers"),
+    "no end": (header(16, 16) + PIXELS, "truncated"),
+    "a chunk longer than the file": (header(16, 16) + b"\xff\xff\xff\xffIDAT" + PIXELS + END, "truncated"),
+    "many chunks": (header(16, 16) + chunk(b"teXt") * 200 + PIXELS + END, "chunks"),
+    "a header of another length": (b"\0\0\0\x0eIHDR" + header(16, 16)[8:] + PIXELS + END, "not a PNG"),
+    "fewer lines than announced": (header(40, 16) + PIXELS + END, ""),
+    "no pixels": (header(16, 16) + END, ""),
+}
+
+
+@pytest.mark.parametrize("kind", CHUNKS)
+def test_the_pixels_of_a_png_are_those_of_its_one_header(url: str, kind: str) -> None:
+    content, reason = CHUNKS[kind]
+    good = remote.encode_png(picture())
+    status, answer = call(url, "POST", "/score", question(good, remote.MAGIC + content, good))
+    assert status == 200 and [number is None for number in answer["value"]["mean"]] == [False, True, False]
+    assert answer["reasons"]["1"].startswith("image refused: ") and reason in answer["reasons"]["1"]
+
+
+def test_what_a_png_holds_beside_its_pixels_is_never_decoded(url: str) -> None:
+    plain = remote.MAGIC + header(16, 16) + PIXELS + END
+    bomb = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10_000)))
+    frames = chunk(b"acTL", struct.pack(">II", 2, 0)) + chunk(
+        b"fcTL", struct.pack(">5IHHBB", 0, 9000, 9000, 0, 0, 1, 1, 0, 0)
+    )
+    more = remote.MAGIC + header(16, 16) + bomb + frames + PIXELS + END + b"and more"
+    answer = call(url, "POST", "/score", question(plain, more))[1]
+    assert answer["value"]["mean"] == [0.0, 0.0] and answer["reasons"] == {}
+
+
+@given(
+    st.lists(st.sampled_from([header(16, 16), header(8, 200), PIXELS, END, chunk(b"tEXt", b"a\0b"), b"x"]), max_size=5)
+)
+def test_any_order_of_chunks_is_an_image_or_a_reason(chunks: list[bytes]) -> None:
+    images = [
+        base64.b64encode(remote.MAGIC + b"".join(chunks)).decode(),
+        base64.b64encode(remote.encode_png(picture())).decode(),
+    ]
+    prompts = [remote.PromptPayload(text="x")] * 2
+    answer = server.score_request(faulty.Sound(), remote.ScoreRequest(images=images, prompts=prompts), 4096)
+    assert answer is not None and answer.value["mean"][1] is not None
+    assert (answer.value["mean"][0] is None) == (0 in answer.reasons)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["images", "prompts", "text", "meta", "stratum"]), inner)
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode("utf-8", "replace")))
+def test_any_body_is_a_request_or_a_reason_in_one_line(body: bytes) -> None:
+    parsed = server._parse_request(bytearray(body))  # pyright: ignore[reportPrivateUsage]
+    if isinstance(parsed, str):
+        assert parsed and "\n" not in parsed
+    else:
+        assert server.score_request(faulty.Sound(), parsed, 4096) is not None
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(url: str) -> None:
@@ -151,6 +232,76 @@ def test_the_bound_on_bytes_does_not_trust_what_is_announced(url: str) -> None:
         pass  # it hung up: that is what it should do
     assert sent < 50_000_000
     link.close()
+
+
+def test_the_bound_on_json_values_is_kept_while_they_are_read() -> None:
+    with faulty.served(faulty.Sound(), Limits(values=1000)) as open_url:
+        for unit in (b"{},", b'"",', b"[", rb"\u00e9"):
+            body = b'{"images":["' + unit * 1001
+            status, answer = call(open_url, "POST", "/score", body)
+            assert status == 413 and answer["detail"] == "a request has at most 1000 JSON values"
+        body = question(*[remote.encode_png(picture())] * 4)
+        assert call(open_url, "POST", "/score", body)[0] == 200
+        scorer = connect(open_url)
+        prompts = [Prompt("x", {"facts": [0] * n}) for n in (1200, 10, 800, 100)]
+        scores = scorer(np.stack([picture()] * 4), prompts)  # as many requests as the bound makes of them
+        assert np.isnan(scores.value["mean"]).tolist() == [True, False, False, False]
+        assert scores.reasons == {
+            0: "sound: cannot be sent: its prompt has more JSON values than the server takes (1000)"
+        }
+
+
+def test_a_body_that_does_not_arrive_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.2)
+    with faulty.served(faulty.Sound()) as url:
+        at = urlsplit(url)
+        links = [socket.create_connection((at.hostname or "", at.port or 0), timeout=20) for _ in range(6)]
+        for link in links:
+            link.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert all(b" 408 " in link.recv(100) for link in links)  # those that wait for a place among the bodies, too
+        for link in links:
+            link.close()
+        assert call(url, "POST", "/score", question(remote.encode_png(picture())))[0] == 200
+
+
+def test_silent_connections_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 8)
+    with faulty.served(faulty.Sound(), token="s3cret") as url:
+        at = urlsplit(url)
+        links = [socket.create_connection((at.hostname or "", at.port or 0), timeout=20) for _ in range(30)]
+        links[-1].sendall(b"POST /score HTTP/1.1\r\nHost:")  # half a head is silence, too
+        body = question(remote.encode_png(picture()))
+        for _ in range(3):
+            assert call(url, "POST", "/score", body, Authorization="Bearer s3cret")[0] == 200
+        for link in links:
+            link.close()
+
+
+def test_a_connection_that_sends_no_head_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "SILENCE", 0.2)
+    with faulty.served(faulty.Sound()) as url:
+        at = urlsplit(url)
+        for head in (b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET"):
+            with socket.create_connection((at.hostname or "", at.port or 0), timeout=5) as link:
+                link.sendall(head)
+                with suppress(ConnectionResetError):
+                    while link.recv(4096):
+                        pass
+
+
+def test_a_caller_without_the_token_is_answered_before_the_body() -> None:
+    with faulty.served(faulty.Sound(), token="s3cret") as url:
+        at = urlsplit(url)
+        with socket.create_connection((at.hostname or "", at.port or 0), timeout=20) as link:
+            link.sendall(b"POST /score HTTP/1.1\r\nHost: x\r\nContent-Length: 60000000\r\n\r\n")  # and no body at all
+            answer = b""
+            with suppress(ConnectionResetError):
+                while part := link.recv(4096):  # the server hangs up
+                    answer += part
+        assert answer.startswith(b"HTTP/1.1 401 ") and b"the token is missing or wrong" in answer
+        # a client that sends on gets the reason and no broken pipe
+        status, _ = remote._exchange(f"{url}/score", b"0" * 60_000_000, "wrong", 20.0, 10_000)  # pyright: ignore[reportPrivateUsage]
+        assert status == 401
 
 
 def test_a_caller_who_leaves_in_the_middle_disturbs_nobody(url: str) -> None:
@@ -281,35 +432,40 @@ def test_a_wrong_request_is_exit_code_2(capsys: pytest.CaptureFixture[str], monk
     assert len(said) == 2 and "did you mean 'reader'" in said[1]
 
 
-THREE = """
-import os, sys
+FOUR = """
+import os, signal, sys
 from gpobench.bench.scoring.server import main
 pids = []
-for more in ([], ["--host", "::1"], ["--with-parent"]):
+for more in ([], ["--host", "::1"], ["--with-parent"], ["--max-images", "8"]):
     ours, theirs = os.pipe()
     pids.append(os.fork())
     if not pids[-1]:
         os.dup2(theirs, 1)
+        if "8" in more:  # as a shell starts a script's background jobs
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         os._exit(main([sys.argv[1], *more]))
     print(pids[-1], os.fdopen(ours).readline().strip(), flush=True)
 for pid in pids:
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""  # three servers for the price of one import
+"""  # four servers for the price of one import
 
 
 def test_signals_and_the_end_of_the_parent_close_the_window_in_good_order() -> None:
     pipe, environment = subprocess.PIPE, os.environ | {remote.TOKEN: "t"}
-    command = [sys.executable, "-c", THREE, f"{FAULTY}:Sound"]
+    command = [sys.executable, "-c", FOUR, f"{FAULTY}:Sound"]
     process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
     assert process.stdout is not None
-    lines = [process.stdout.readline().split() for _ in range(3)]
+    lines = [process.stdout.readline().split() for _ in range(4)]
     for pid, ready, url, name in lines:
         assert int(pid) and ready == remote.READY.strip() and name == "sound-v1"
         assert connect(url, token="t").id == "sound-v1"
     os.kill(int(lines[0][0]), signal.SIGTERM)
     os.kill(int(lines[1][0]), signal.SIGINT)
+    os.kill(int(lines[3][0]), signal.SIGINT)
+    assert connect(lines[3][2], token="t").id == "sound-v1"
+    os.kill(int(lines[3][0]), signal.SIGTERM)
     out, err = process.communicate(timeout=30)  # its standard input ends, and with it the third
-    assert out.split() == ["0", "0", "0"] and err == ""
+    assert out.split() == ["0", "0", "0", "0"] and err == ""
     for _, _, url, _ in lines:
         with pytest.raises(UserError):
             connect(url, token="t")
