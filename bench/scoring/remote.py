@@ -1,4 +1,4 @@
-r"""Client of a scorer server: sends images as PNG over HTTP, checks every response, and turns what it cannot use into NaN with a reason.
+"""Client of a scorer server: sends images as PNG over HTTP, checks every response, and turns what it cannot use into NaN with a reason.
 
 The protocol, version 1, is HTTP with JSON in UTF-8; `bench/scoring/server.py` is its server, and any program may be one:
 
@@ -8,7 +8,7 @@ The protocol, version 1, is HTTP with JSON in UTF-8; `bench/scoring/server.py` i
                  -> {"id", "value": {metric: [number or null]}, "reasons": {row: why null}, "notes": [text or null] or null}
 
 limits are those of one request: images, bytes of its body, pixels of its images together, JSON values (optional) as the characters
-`{ [ , : \` in its body. `reference` (optional) is the scorer reference that the server was started with. A server with a token wants
+`{ [ , : \\` in its body. `reference` (optional) is the scorer reference that the server was started with. A server with a token wants
 `Authorization: Bearer TOKEN`. Refusals are 4xx with {"detail": why}, and may come before the body was read.
 Nothing is pickled, nothing is compressed with loss, no redirect is followed. The client needs the standard library and pydantic.
 """
