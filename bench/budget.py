@@ -213,10 +213,10 @@ def load_budget(reference: str) -> Budget:
 def _budget(table: dict[str, Any], name: str) -> Budget:
     from .registry import unknown
 
-    known = {f.name for f in fields(Budget)} - {"name"}
+    currencies = {f.name for f in fields(Budget)} - {"name"}
     for key, value in table.items():
-        if key not in known:
-            raise unknown("currency", key, known)
+        if key not in currencies:
+            raise unknown("currency", key, currencies)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"budget: {key} must be a number, got {value!r}")
     return Budget(**{key: float(value) for key, value in table.items()}, name=name)

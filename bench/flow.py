@@ -77,8 +77,8 @@ class Rectified:
     shift: float = 1.0  # of the model's schedule: 3 for SD3.5, 1 for none
 
     def __call__(self, t: Tensor) -> Coefs:
-        one = torch.ones_like(t)
-        return 1 - t, t, -one, one
+        derivative = torch.ones_like(t)
+        return 1 - t, t, -derivative, derivative
 
 
 rectified = Rectified()  # without a shift

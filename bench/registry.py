@@ -175,10 +175,10 @@ def _load_from_file(reference: str) -> Any:
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
     if name not in vars(module):
-        own = [
+        defined_names = [
             n
             for n, value in vars(module).items()
             if getattr(value, "__module__", "") == alias and not n.startswith("_")
         ]
-        raise unknown(f"name in {path.name}", name, own or [n for n in vars(module) if not n.startswith("_")])
+        raise unknown(f"name in {path.name}", name, defined_names or [n for n in vars(module) if not n.startswith("_")])
     return vars(module)[name]

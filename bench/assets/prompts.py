@@ -169,7 +169,7 @@ def _refuse_repeats(path: Path, rows: Sequence[PromptRow]) -> None:
     first: dict[str, PromptRow] = {}
     again = [(first[key], row) for row in rows if first.setdefault(key := fold_text(row.text), row) is not row]
     if again:
-        shown = "; ".join(f"lines {one.line} and {other.line}: {other.text!r}" for one, other in again[:3])
+        shown = "; ".join(f"lines {earlier.line} and {later.line}: {later.text!r}" for earlier, later in again[:3])
         raise UserError(f"{path} holds {len(again)} prompt{'s' * (len(again) > 1)} twice: {shown}")
 
 
@@ -257,10 +257,10 @@ def understood(task: Task | None, path: Path, rows: Sequence[PromptRow], domain:
     return prompts
 
 
-def parse_option(given: Sequence[str]) -> dict[Split, Path]:
+def parse_option(options: Sequence[str]) -> dict[Split, Path]:
     """Parse `FILE` (the train split), `test=FILE`, `validation=FILE` to split -> file. UserError on a split named twice or unknown."""
     files: dict[Split, Path] = {}
-    for option in given:
+    for option in options:
         name, equals, file = option.partition("=")
         if equals and name not in SPLITS and not Path(option).exists():
             raise registry.unknown("split", name, SPLITS)

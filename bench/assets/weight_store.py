@@ -88,9 +88,9 @@ def local(source: str, revision: str | None = None) -> Path | None:
     """Find a complete local folder of a pipeline: itself, the user's, the store's, or what `fetch` put into the hub's cache."""
     if Path(source).is_dir():
         return Path(source)
-    own = _user_path(source, "model_index.json")
-    if own is not None:
-        return log_download(DownloadRequest("folder", source, PIPELINE, revision or "main", own.parent))
+    user_index = _user_path(source, "model_index.json")
+    if user_index is not None:
+        return log_download(DownloadRequest("folder", source, PIPELINE, revision or "main", user_index.parent))
     stored = stored_repository(source, revision or "main")
     if stored is not None and stored.whole(PIPELINE):
         return log_download(DownloadRequest("folder", source, PIPELINE, revision or "main", store() / source))
@@ -381,12 +381,12 @@ def _hash(folder: Path, suffixes: tuple[str, ...]) -> str:
     if not folder.is_dir():
         return ""
     digests: dict[Path, str] = {}
-    seen = set[str]()
+    visited = set[str]()
     for place, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # a link to a folder above
+        if (real := os.path.realpath(place)) in visited:  # a link to a folder above
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         digests |= {Path(place, name): digest(Path(place, name)) for name in files if name.endswith(suffixes)}
     total = hashlib.sha256()
     for path in sorted(digests):

@@ -124,18 +124,18 @@ def _small_adapter(adapter: Adapter) -> Adapter:
     return Adapter(rank=8, alpha=16, targets=adapter.targets)
 
 
-def _build_method(reference: str, kind: Any, own: Mapping[str, Any], **changes: Any) -> Any:
-    """Build a fresh instance from the method's preset for tiny models, SMALL_FIELDS, `changes` and `own`, later ones winning.
+def _build_method(reference: str, kind: Any, overrides: Mapping[str, Any], **changes: Any) -> Any:
+    """Build a fresh instance from the method's preset for tiny models, SMALL_FIELDS, `changes` and `overrides`, later ones winning.
 
-    own: what --set says. changes: values by field; `optim` as a mapping.
+    overrides: what --set says. changes: values by field; `optim` as a mapping.
     """
     table = config.preset(registry.canonical("method", reference), str(SMALL["preset"]), "")
     for key in ("adapter", "evaluation", "precision", "tuned", *config.EXECUTION):
         table.pop(key, None)
     names = {f.name for f in fields(kind)}
-    for layer in ({**SMALL_FIELDS, **changes}, own):
+    for layer in ({**SMALL_FIELDS, **changes}, overrides):
         for key, value in layer.items():
-            if key not in names and layer is not own:
+            if key not in names and layer is not overrides:
                 continue
             before = table.get(key)
             table[key] = {**before, **value} if isinstance(before, Mapping) and isinstance(value, Mapping) else value

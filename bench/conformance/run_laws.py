@@ -68,7 +68,11 @@ def _end_state(rig: Any, adam: torch.optim.Optimizer) -> dict[str, Any]:
     meter = rig.meter
     return {
         **{f"weights {key}": value for key, value in all_weights(rig).items()},
-        **{f"optimiser {i} {key}": value for i, own in moments.items() for key, value in own.items()},
+        **{
+            f"optimiser {i} {key}": value
+            for i, parameter_state in moments.items()
+            for key, value in parameter_state.items()
+        },
         **{f"rig.state[{key!r}]": value for key, value in rig.state.items()},
         "random numbers": rig.rng.get_state(),
         "counts": (

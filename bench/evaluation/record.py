@@ -194,8 +194,8 @@ def _z(number: Mapping[str, Any]) -> float:
 
 def _counterpart(delta: Mapping[str, Any], scorer: str, metric: str) -> str | None:
     """The key of the scorer's metric of that name, else of its first metric, else None."""
-    own = [key for key in delta if key.startswith(f"{scorer}/")]
-    return f"{scorer}/{metric}" if f"{scorer}/{metric}" in own else next(iter(own), None)
+    keys = [key for key in delta if key.startswith(f"{scorer}/")]
+    return f"{scorer}/{metric}" if f"{scorer}/{metric}" in keys else next(iter(keys), None)
 
 
 def write(path: Path, record: Record) -> None:
@@ -286,8 +286,10 @@ def processor() -> str:
         "model": ("model",),
         "part": ("CPU part",),
     }
-    found = [(word, facts[name]) for word, names in parts.items() for name in names if name in facts]
-    design = " ".join(f"{word} {value}".strip() for word, value in found) or platform.processor() or platform.machine()
+    named_facts = [(word, facts[name]) for word, names in parts.items() for name in names if name in facts]
+    design = (
+        " ".join(f"{word} {value}".strip() for word, value in named_facts) or platform.processor() or platform.machine()
+    )
     limits = [f"{name}={os.environ[name]}" for name in LIMITS if os.environ.get(name)]
     kind = ", ".join([design, torch.backends.cpu.get_cpu_capability(), *limits])
     return f"{torch.cuda.get_device_name()} with {kind}" if torch.cuda.is_available() else kind

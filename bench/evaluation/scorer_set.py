@@ -111,11 +111,11 @@ def open_scorer_set(
 
 def _held_out_names(task: Task, domain: str, training: str) -> list[str]:
     """The canonical names of the scorers that the run is not trained on."""
-    own = task.reward(domain)
-    trained = {scorer.text for scorer in ScorerReference.parse(training or own).scorers}
-    names = dict.fromkeys(registry.canonical("scorer", name) for name in (own, *task.held_out(domain)))
+    task_reward = task.reward(domain)
+    trained = {scorer.text for scorer in ScorerReference.parse(training or task_reward).scorers}
+    names = dict.fromkeys(registry.canonical("scorer", name) for name in (task_reward, *task.held_out(domain)))
     held_out = [name for name in names if name not in trained]
-    if not held_out and training not in ("", own):
+    if not held_out and training not in ("", task_reward):
         raise UserError(
             f"--reward {training} trains on every scorer that the task {task.name} holds out: none is left to evaluate with"
         )

@@ -415,8 +415,8 @@ class _GridRunner:
     def _stopped(self, where: str = "stopped") -> Interrupted:
         """Write the manifest and return the exception to raise."""
         self.write_manifest()
-        done = sum(run.record is not None for run in self._runs)
-        return Interrupted(f"{where}, {done} of {len(self._runs)} runs are done; the same command goes on")
+        completed = sum(run.record is not None for run in self._runs)
+        return Interrupted(f"{where}, {completed} of {len(self._runs)} runs are done; the same command goes on")
 
 
 @dataclass(frozen=True)

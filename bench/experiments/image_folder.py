@@ -87,10 +87,10 @@ def read_image_folder(
 def _with_prompts(folder: Path, prompts: Path, images: Sequence[str], task: Task | None, domain: str) -> ImageFolder:
     """The layouts whose prompts lie elsewhere: lists by style, a table, a list in the order of the images."""
     if not prompts.is_dir():
-        read = _by_table if _names_files(prompts) else _in_order
-        return read(folder, prompts, images, task, domain)
+        read_layout = _by_table if _names_files(prompts) else _in_order
+        return read_layout(folder, prompts, images, task, domain)
     styles = _lists(prompts, task, domain)
-    used = {style: own for style, own in styles.items() if (folder / style).is_dir()}
+    used = {style: prompts_of_style for style, prompts_of_style in styles.items() if (folder / style).is_dir()}
     matched = _by_style(folder, used or styles, images)
     unused = ", ".join(sorted(styles.keys() - used.keys()))
     return replace(matched, notes=[*matched.notes, f"no images of: {unused}"]) if unused else matched
@@ -146,10 +146,10 @@ def _geneval(folder: Path, images: Sequence[str], task: Task | None, domain: str
             raise UserError(f"{metadata} holds {len(rows)} prompts, not one")
         (prompt,) = understood(task, metadata, rows, domain)
         prompt = replace(prompt, stratum=prompt.stratum or str(rows[0].facts.get("tag", "")))
-        own = [name for name in images if re.fullmatch(rf"{path.name}/samples/[0-9]+\.png", name)]
-        if not own:
+        image_names = [name for name in images if re.fullmatch(rf"{path.name}/samples/[0-9]+\.png", name)]
+        if not image_names:
             raise UserError(f"{path / 'samples'} holds no image called by a number, 0.png")
-        matched += [PromptedImage(name, prompt) for name in own]
+        matched += [PromptedImage(name, prompt) for name in image_names]
     return ImageFolder("geneval", matched, _without_prompt(images, matched))
 
 
@@ -225,13 +225,13 @@ def _by_style(folder: Path, styles: Mapping[str, Sequence[Prompt]], images: Sequ
     """HPSv2's layout (tgxs002/HPSv2 at 866735e), which leaves out a missing image without a message; here it is an error."""
     matched: list[PromptedImage] = []
     for style, prompts in sorted(styles.items()):
-        own = [name for name in images if re.fullmatch(rf"{re.escape(style)}/\d{{5}}\.(png|jpe?g)", name)]
-        numbers = [int(Path(name).stem) for name in own]
+        image_names = [name for name in images if re.fullmatch(rf"{re.escape(style)}/\d{{5}}\.(png|jpe?g)", name)]
+        numbers = [int(Path(name).stem) for name in image_names]
         if numbers != list(range(len(prompts))):
             missing = sorted(set(range(len(prompts))) - set(numbers))
             which = f"; the first that is missing is {missing[0]:05}" if missing else ""
-            raise UserError(f"{folder / style}: {len(own)} images for {len(prompts)} prompts{which}")
-        matched += [PromptedImage(name, prompt) for name, prompt in zip(own, prompts, strict=True)]
+            raise UserError(f"{folder / style}: {len(image_names)} images for {len(prompts)} prompts{which}")
+        matched += [PromptedImage(name, prompt) for name, prompt in zip(image_names, prompts, strict=True)]
     return ImageFolder("hpsv2", matched, _without_prompt(images, matched))
 
 

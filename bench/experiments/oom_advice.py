@@ -54,8 +54,8 @@ def _available_memory() -> tuple[float, str]:
         free, total = torch.cuda.mem_get_info()
         available = (free + torch.cuda.memory_reserved()) / GB
         others = total / GB - available
-        taken = f", {others:.1f} GB of it taken by others" if others > MARGIN / GB else ""
-        return available, f"{torch.cuda.get_device_name()} ({total / GB:.1f} GB{taken})"
+        used_by_others = f", {others:.1f} GB of it taken by others" if others > MARGIN / GB else ""
+        return available, f"{torch.cuda.get_device_name()} ({total / GB:.1f} GB{used_by_others})"
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
     return total, f"this machine ({total:.1f} GB)"
 

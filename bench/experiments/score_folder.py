@@ -93,12 +93,12 @@ def score_folder(
     """
     progress = progress or NullProgress()
     task: Task | None = registry.load("task", request.task)() if request.task else None
-    found = read_image_folder(
+    image_folder = read_image_folder(
         request.folder, prompts=request.prompts, task=task, domain=request.domain, ignore=[request.out]
     )
     if fresh:
         shutil.rmtree(request.partial, ignore_errors=True)
-    files = [_inspect(request.folder, image) for image in found.images]
+    files = [_inspect(request.folder, image) for image in image_folder.images]
     scorers: list[Scorer] = []
     try:
         scorers += (open_scorer(reference, request.scorer_locations) for reference in request.scorers)
@@ -114,7 +114,7 @@ def score_folder(
     except OSError as error:
         raise UserError(f"cannot write {request.out}: {error.strerror or error}") from error
     shutil.rmtree(request.partial, ignore_errors=True)
-    summary = _summary(table, found, files, task)
+    summary = _summary(table, image_folder, files, task)
     for reason, count in summary["reasons"].items():
         progress.message(f"{count} not scored: {reason}")
     ids = {scorer.name: scorer.id for scorer in scorers}
@@ -353,7 +353,9 @@ def _write(out: Path, table: pd.DataFrame) -> None:
         write_atomically(out, lambda p: pq.write_table(pa.table(columns), p))
 
 
-def _summary(table: pd.DataFrame, found: ImageFolder, files: Sequence[ImageFile], task: Task | None) -> dict[str, Any]:
+def _summary(
+    table: pd.DataFrame, image_folder: ImageFolder, files: Sequence[ImageFile], task: Task | None
+) -> dict[str, Any]:
     """Means with intervals, counts and reasons of failures, and the task's own aggregates."""
     scores: dict[str, dict[str, Any]] = {}
     for scorer, metric in dict.fromkeys(zip(table.scorer, table.metric, strict=True)):
@@ -368,7 +370,7 @@ def _summary(table: pd.DataFrame, found: ImageFolder, files: Sequence[ImageFile]
             "images": len(rows),
             "failed": int(rows.value.isna().sum()),
         }
-    notes = [*found.notes, *([JPEG] if any(file.jpeg for file in files) else [])]
+    notes = [*image_folder.notes, *([JPEG] if any(file.jpeg for file in files) else [])]
     for count, what in ((sum(f.alpha for f in files), ALPHA), (sum(f.animated for f in files), ANIMATED)):
         notes += [f"{count} images {what}"] if count else []
     if damaged := sum(bool(file.error) for file in files):
@@ -377,7 +379,7 @@ def _summary(table: pd.DataFrame, found: ImageFolder, files: Sequence[ImageFile]
     reasons = Counter(str(reason) for reason in failed.drop_duplicates(["file", "prompt", "reason"]).reason)
     summary = task.summary(table) if task is not None and isinstance(task, SupportsSummary) else {}
     return {
-        "layout": found.layout,
+        "layout": image_folder.layout,
         "images": len(files),
         "prompts": int(table.prompt.nunique()),
         "failed": int(len(failed.drop_duplicates(["file", "prompt"]))),

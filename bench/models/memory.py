@@ -200,11 +200,11 @@ def _configs(model_spec: ModelSpec) -> Parts:
         network = name in (*NETWORKS, "vae") or name.startswith("text_encoder")
         if not network or not isinstance(entry, list) or not all(cast(list[Any], entry)):
             continue
-        own = _json(model_spec, f"{name}/config.json")
-        if not own:
+        part_config = _json(model_spec, f"{name}/config.json")
+        if not part_config:
             return {}
         library, kind = cast(list[str], entry)
-        parts[name] = (library, kind, own)
+        parts[name] = (library, kind, part_config)
     return parts
 
 
@@ -238,15 +238,15 @@ def _build(part: Frozen, dtype: torch.dtype = torch.float32) -> Any:
 
     library, kind, settings = part
     network_class: Any = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
-    own: dict[str, Any] = json.loads(settings)
+    network_config: dict[str, Any] = json.loads(settings)
     old = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
             return (
-                network_class.from_config(own)
+                network_class.from_config(network_config)
                 if library == "diffusers"
-                else network_class(network_class.config_class(**own))
+                else network_class(network_class.config_class(**network_config))
             )
     finally:
         torch.set_default_dtype(old)
@@ -300,11 +300,13 @@ def _forward(
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    kept = SavedTensors(network)
-    network.enable_gradient_checkpointing(gradient_checkpointing_func=kept.block)
-    with kept, _as_on_a_gpu(dtype):
+    saved = SavedTensors(network)
+    network.enable_gradient_checkpointing(gradient_checkpointing_func=saved.block)
+    with saved, _as_on_a_gpu(dtype):
         network(**inputs, return_dict=False)
-    return ForwardCost(float(counter.get_total_flops()), trained, kept.outside, kept.inside, kept.inputs, kept.largest)
+    return ForwardCost(
+        float(counter.get_total_flops()), trained, saved.outside, saved.inside, saved.inputs, saved.largest
+    )
 
 
 class SavedTensors:
@@ -375,14 +377,14 @@ def _as_on_a_gpu(dtype: torch.dtype) -> Generator[None]:
     """
     functional: Any = torch.nn.functional
     names = ("linear", "conv2d", "layer_norm", "group_norm", "scaled_dot_product_attention")
-    own = {name: getattr(functional, name) for name in names}
+    originals = {name: getattr(functional, name) for name in names}
 
     def cast(name: str, to: torch.dtype) -> Callable[..., Any]:
         def call(*args: Any, **more: Any) -> Any:
             def raised(value: Any) -> Any:
                 return value.to(to) if isinstance(value, Tensor) else value
 
-            return own[name](*map(raised, args), **{key: raised(value) for key, value in more.items()})
+            return originals[name](*map(raised, args), **{key: raised(value) for key, value in more.items()})
 
         return call
 
@@ -398,7 +400,7 @@ def _as_on_a_gpu(dtype: torch.dtype) -> Generator[None]:
         yield
     finally:
         for name in names:
-            setattr(functional, name, own[name])
+            setattr(functional, name, originals[name])
 
 
 def _count(n: float) -> str:

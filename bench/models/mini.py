@@ -216,9 +216,9 @@ def _scheduler(kind: str, prediction: str) -> Any:
     table: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     table |= {"steps_offset": 1, "prediction_type": prediction}
     if kind == "Euler":
-        made: Any = diffusers.EulerDiscreteScheduler(**table, timestep_spacing="leading")
-        made.register_to_config(set_alpha_to_one=False, clip_sample=False)  # read by DDIM only
-        return made
+        euler: Any = diffusers.EulerDiscreteScheduler(**table, timestep_spacing="leading")
+        euler.register_to_config(set_alpha_to_one=False, clip_sample=False)  # read by DDIM only
+        return euler
     more = {"DDIM": {"clip_sample": False}, "PNDM": {"skip_prk_steps": True}}[kind]
     return getattr(diffusers, f"{kind}Scheduler")(**table, **more, set_alpha_to_one=False)
 

@@ -318,11 +318,11 @@ def pictures(images: Tensor) -> np.ndarray:
 
 def embed(parts: TinyModules, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Encode (N, 16) token ids as the pipeline does: context (N, 16 + T5_TOKENS, 96) and pooled text (N, 64)."""
-    one = parts.text_one(tokens, output_hidden_states=True)
-    two = parts.text_two(tokens, output_hidden_states=True)
-    context = torch.cat([one.hidden_states[-2], two.hidden_states[-2]], dim=-1)
+    output_one = parts.text_one(tokens, output_hidden_states=True)
+    output_two = parts.text_two(tokens, output_hidden_states=True)
+    context = torch.cat([output_one.hidden_states[-2], output_two.hidden_states[-2]], dim=-1)
     silence = context.new_zeros(context.shape[0], T5_TOKENS, context.shape[2])
-    return torch.cat([context, silence], dim=1), torch.cat([one.text_embeds, two.text_embeds], dim=-1)
+    return torch.cat([context, silence], dim=1), torch.cat([output_one.text_embeds, output_two.text_embeds], dim=-1)
 
 
 @torch.no_grad()
@@ -545,12 +545,12 @@ class _DecoderLearner(Learner):
 
     def loss(self, step: int, shard: int) -> Tensor:
         g = generator(self.data.seed, 4, step, shard)
-        latent, share, own = self.data.latent, self.data.share, self.drawn[shard]
+        latent, share, drawn_latents = self.data.latent, self.data.share, self.drawn[shard]
         half = share // 2
         _, images = self.data.batch(4, step, shard)
         clean = latent.encode(images[:half])
         clean = clean + 0.1 * torch.rand(half, 1, 1, 1, generator=g) * torch.randn(clean.shape, generator=g)
-        drawn = own[torch.randint(len(own), (share - half,), generator=g)]
+        drawn = drawn_latents[torch.randint(len(drawn_latents), (share - half,), generator=g)]
         pictures, latents = torch.cat([images[:half], latent.decode(drawn)]), torch.cat([clean, drawn])
         return _reconstruction_loss(self.run, self.autoencoder, pictures, latents)
 
@@ -762,13 +762,13 @@ def model_card(record: dict[str, Any], folder: Path) -> str:
         score = record["scores"][key]
         return f"| {name} | {score['mean']:.3f} | {score['low']:.3f} to {score['high']:.3f} | {score['n']} |"
 
-    asked = {
+    keys_by_label = {
         "test words read exactly": "test/exact",
         "test words, share of letters right": "test/soft",
         "shapes counted exactly": "shapes/exact",
     }
-    asked |= {f"of which {glyphs.NUMBERS[count]}": f"shapes/exact/{count}" for count in glyphs.COUNTS}
-    rows = [row(name, key) for name, key in asked.items() if key in record["scores"]]
+    keys_by_label |= {f"of which {glyphs.NUMBERS[count]}": f"shapes/exact/{count}" for count in glyphs.COUNTS}
+    rows = [row(name, key) for name, key in keys_by_label.items() if key in record["scores"]]
     return f"""A Stable-Diffusion-3-class model of {parameters:.1f} M parameters ({megabytes:.1f} MB) that writes and counts, imperfectly.
 
 It writes short words and draws counted shapes, 64 by 32 pixels, and exists to be post-trained in minutes on two CPU cores. It

@@ -102,12 +102,12 @@ class Blend:
         reasons: dict[int, list[str]] = {}
         notes: list[list[str]] = [[] for _ in range(len(images))]
         for part, weight in self.parts:
-            said = ask(part, images, prompts)
-            total += weight * said.value[part.metrics[0]]
-            value |= {f"{part.name}.{metric}": said.value[metric] for metric in part.metrics}
-            for row, why in said.reasons.items():
+            part_scores = ask(part, images, prompts)
+            total += weight * part_scores.value[part.metrics[0]]
+            value |= {f"{part.name}.{metric}": part_scores.value[metric] for metric in part.metrics}
+            for row, why in part_scores.reasons.items():
                 reasons.setdefault(row, []).append(why if part.name in why else f"{part.name}: {why}")
-            for row, note in enumerate(said.notes or ()):
+            for row, note in enumerate(part_scores.notes or ()):
                 notes[row].append(f"{part.name}: {note}")
         joined = [" | ".join(row) for row in notes] if any(notes) else None
         return Scores({"blend": total, **value}, {row: "; ".join(whys) for row, whys in reasons.items()}, joined)
@@ -133,11 +133,14 @@ def _all_missing(scorer: Scorer, n: int, error: BaseException) -> Scores:
     return Scores(nan, dict.fromkeys(range(n), f"{scorer.name}: {_error_text(error)}"))
 
 
-def _concatenated(scorer: Scorer, each: Sequence[Scores]) -> Scores:
+def _concatenated(scorer: Scorer, results: Sequence[Scores]) -> Scores:
     """Concatenate the results of single images."""
-    value = {metric: np.concatenate([np.zeros(0), *(one.value[metric] for one in each)]) for metric in scorer.metrics}
-    reasons = {row: why for row, one in enumerate(each) for why in one.reasons.values()}
-    notes = [one.notes[0] if one.notes else "" for one in each]
+    value = {
+        metric: np.concatenate([np.zeros(0), *(scores.value[metric] for scores in results)])
+        for metric in scorer.metrics
+    }
+    reasons = {row: why for row, scores in enumerate(results) for why in scores.reasons.values()}
+    notes = [scores.notes[0] if scores.notes else "" for scores in results]
     return Scores(value, reasons, notes if any(notes) else None)
 
 
@@ -154,9 +157,9 @@ def _checked(scorer: Scorer, scores: Any, n: int) -> Scores:
     if not isinstance(scores, Scores):
         raise ValueError(f"returned {type(scores).__name__}, not Scores")
     value: dict[str, Values] = {}
-    told: dict[Any, Any] = dict(scores.reasons)  # foreign code may say anything
-    said = {int(row): "" if why is None else _text(why) for row, why in told.items()}
-    reasons = {row: why for row, why in said.items() if why and 0 <= row < n}
+    raw_reasons: dict[Any, Any] = dict(scores.reasons)  # foreign code may say anything
+    texts = {int(row): "" if why is None else _text(why) for row, why in raw_reasons.items()}
+    reasons = {row: why for row, why in texts.items() if why and 0 <= row < n}
     for metric in scorer.metrics:
         if metric not in scores.value:
             raise ValueError(f"returned no {metric!r}")
@@ -172,9 +175,9 @@ def _checked(scorer: Scorer, scores: Any, n: int) -> Scores:
     return Scores(value, reasons, None if scores.notes is None else [_text(note) for note in scores.notes])
 
 
-def _text(said: Any) -> str:
+def _text(message: Any) -> str:
     """Convert to a string that a table can store, without unpaired surrogates."""
-    return str(said).encode("utf-8", "replace").decode()
+    return str(message).encode("utf-8", "replace").decode()
 
 
 def _numbers(values: Any, metric: str) -> Values:

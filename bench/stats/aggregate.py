@@ -75,8 +75,8 @@ def probability_of_improvement(
     if x.shape[1] != y.shape[1]:
         raise UserError(f"both sides need the same tasks: {x.shape[1]} and {y.shape[1]}")
 
-    def beats(one: Array, other: Array) -> Array:  # (..., runs, runs', tasks)
-        return (np.sign(one[..., :, None, :] - other[..., None, :, :]) + 1) / 2
+    def beats(row_scores: Array, other_scores: Array) -> Array:  # (..., runs, runs', tasks)
+        return (np.sign(row_scores[..., :, None, :] - other_scores[..., None, :, :]) + 1) / 2
 
     wins = beats(x, y)
     n, m, tasks = wins.shape

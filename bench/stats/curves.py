@@ -56,18 +56,24 @@ def time_to_target(
     Raises:
         UserError: when curves have other prompts, or spends that fall.
     """
-    made = [_curve(c) for c in curves]
-    if not made or len({scores.shape[0] for _, scores in made}) != 1:
+    points_by_seed = [_curve(c) for c in curves]
+    if not points_by_seed or len({scores.shape[0] for _, scores in points_by_seed}) != 1:
         raise UserError("curves must be of the same prompts, one curve a seed")
-    spent = made[0][0]
-    if len(made) > 1:
-        start, end, n_points = max(s[0] for s, _ in made), min(s[-1] for s, _ in made), min(len(s) for s, _ in made)
+    spent = points_by_seed[0][0]
+    if len(points_by_seed) > 1:
+        start, end, n_points = (
+            max(s[0] for s, _ in points_by_seed),
+            min(s[-1] for s, _ in points_by_seed),
+            min(len(s) for s, _ in points_by_seed),
+        )
         spent = np.linspace(start, end, n_points)
-    table = np.stack([scores @ _interpolation(own, spent) for own, scores in made])  # (seeds, prompts, E)
+    table = np.stack(
+        [scores @ _interpolation(seed_spent, spent) for seed_spent, scores in points_by_seed]
+    )  # (seeds, prompts, E)
     keep = np.isfinite(table).all((0, 2))
     sample = weigh(np.where(keep, 0.0, np.nan), strata)
     groups, dropped = sample.stratum, sample.dropped
-    table, rng, s, n = table[:, keep], np.random.default_rng(seed), len(made), len(sample.values)
+    table, rng, s, n = table[:, keep], np.random.default_rng(seed), len(points_by_seed), len(sample.values)
     prompts, runs = table.mean(0), np.einsum("snm,n->sm", table, sample.weights)
     mean = runs.mean(0)
     at = float(_last_crossing(spent, smooth(mean)[None], target)[0]) if n else math.nan

@@ -75,8 +75,11 @@ def cmmd(a: ArrayLike, b: ArrayLike, sigma: float = 10.0, scale: float = 1000.0)
     x, y = _vectors(a, "cosine"), _vectors(b, "cosine")
     if not len(x) or not len(y):
         return math.nan
-    one, other = np.zeros(len(x), np.int64), np.zeros(len(y), np.int64)
-    xx, yy, xy = (_blocks(*pair, sigma) for pair in ((x, one, x, one), (y, other, y, other), (x, one, y, other)))
+    x_groups, y_groups = np.zeros(len(x), np.int64), np.zeros(len(y), np.int64)
+    xx, yy, xy = (
+        _blocks(*pair, sigma)
+        for pair in ((x, x_groups, x, x_groups), (y, y_groups, y, y_groups), (x, x_groups, y, y_groups))
+    )
     value = xx.item() / len(x) ** 2 + yy.item() / len(y) ** 2 - 2 * xy.item() / (len(x) * len(y))
     return scale * max(0.0, value)
 

@@ -200,28 +200,35 @@ def crossed(
     Raises:
         UserError: when the shapes differ.
     """
-    made = [_sides_by_prompt(c) for c in contrasts]
-    if len({prompts.shape for prompts, _ in made}) > 1:
+    sides_by_contrast = [_sides_by_prompt(c) for c in contrasts]
+    if len({prompts.shape for prompts, _ in sides_by_contrast}) > 1:
         raise UserError("contrasts must be of the same prompts")
-    estimates: list[Estimate | None] = [None] * len(made)
+    estimates: list[Estimate | None] = [None] * len(sides_by_contrast)
     # Columns that miss the same prompts share their resamples.
     alike: dict[bytes, list[int]] = {}
-    for i, (prompts, _) in enumerate(made):
+    for i, (prompts, _) in enumerate(sides_by_contrast):
         alike.setdefault(np.isfinite(prompts).tobytes(), []).append(i)
     for columns in alike.values():
         rng = np.random.default_rng(seed)
-        sample = weigh(made[columns[0]][0], strata)
+        sample = weigh(sides_by_contrast[columns[0]][0], strata)
         w = sample.weights
-        table = np.stack([made[i][0] for i in columns], axis=1)
+        table = np.stack([sides_by_contrast[i][0] for i in columns], axis=1)
         keep = np.isfinite(table[:, 0])
         table = table[keep]
         # Thirty rows make 435 pairs: what is resampled are the rows, and pairs are differences of those.
-        ends, signs = _distinct_vectors([[side.mean(0)[keep] for side in made[i][1]] for i in columns])
+        ends, signs = _distinct_vectors([[side.mean(0)[keep] for side in sides_by_contrast[i][1]] for i in columns])
         boot = resample_within(ends, sample.stratum, resamples, rng) @ signs * (table != 0).any(0)
-        flips = [k for k, i in enumerate(columns) if contrasts[i].test and len(w) and max(map(len, made[i][1])) < 2]
+        flips = [
+            k
+            for k, i in enumerate(columns)
+            if contrasts[i].test and len(w) and max(map(len, sides_by_contrast[i][1])) < 2
+        ]
         p = dict(zip(flips, sign_flips(ends * w[:, None], signs[:, flips], resamples, copy(rng)), strict=True))
         for k, i in enumerate(columns):
-            sides = [(side * w).sum(1) for side in (s[:, np.isfinite(made[i][0])] for s in made[i][1])]
+            sides = [
+                (side * w).sum(1)
+                for side in (s[:, np.isfinite(sides_by_contrast[i][0])] for s in sides_by_contrast[i][1])
+            ]
             c = contrasts[i]
             column = replace(sample, values=table[:, k])
             estimate = _interval(column, boot[:, k], sides, level, copy(rng), test=c.test, lend=c.lend)

@@ -376,7 +376,7 @@ class MeteredRig:
         prompt_ids = self.prompts(prompts)
         image_ids = prompt_ids.repeat_interleave(group)
         noise = self.noise(prompts).repeat_interleave(group, 0) if shared else self.noise(len(image_ids))
-        kept: list[Transitions] = []
+        step_transitions: list[Transitions] = []
         pending: list[Future[TimedScores] | None] = []
         for k, rows in enumerate(torch.arange(len(image_ids)).split(self.rows)):
             x_next = start = noise[rows.to(noise.device)]
@@ -386,20 +386,29 @@ class MeteredRig:
                 for i, x, t, s, step, x_next in steps:
                     if i in keep:
                         logp = step.logp(x_next, drop)
-                        kept.append(Transitions(x, t, s, x_next, step.mean, logp, torch.zeros_like(t), ids, rows))
+                        step_transitions.append(
+                            Transitions(x, t, s, x_next, step.mean, logp, torch.zeros_like(t), ids, rows)
+                        )
                 pending.append(self._submit(x_next, ids))
-        kept = self._exchanged(kept, len(keep))
+        step_transitions = self._exchanged(step_transitions, len(keep))
         reward = self._rewards(pending, prompts, group)
-        return Transitions(*(torch.cat([getattr(m, f.name) for m in kept]) for f in fields(Transitions))), reward
+        return Transitions(
+            *(torch.cat([getattr(m, f.name) for m in step_transitions]) for f in fields(Transitions))
+        ), reward
 
-    def _exchanged(self, kept: list[Transitions], steps: int) -> list[Transitions]:
+    def _exchanged(self, step_transitions: list[Transitions], steps: int) -> list[Transitions]:
         """The transitions with the tensors that other processes computed; `steps` of each part lie together."""
         for name in ("x", "to", "mean", "logp"):
-            parts = [torch.stack([getattr(m, name) for m in kept[i : i + steps]]) for i in range(0, len(kept), steps)]
+            parts = [
+                torch.stack([getattr(m, name) for m in step_transitions[i : i + steps]])
+                for i in range(0, len(step_transitions), steps)
+            ]
             self.processes.broadcast_parts(parts)
             columns = (column for part in parts for column in part)
-            kept = [replace(m, **{name: column}) for m, column in zip(kept, columns, strict=True)]
-        return kept
+            step_transitions = [
+                replace(m, **{name: column}) for m, column in zip(step_transitions, columns, strict=True)
+            ]
+        return step_transitions
 
     # Preferences
 
@@ -415,9 +424,9 @@ class MeteredRig:
         pair_set, first = self._open_pairs(reference)
         rows, images = self._draw_pairs(pair_set, reference, n)
         self._note_skipped(pair_set, self.state[f"pairs/{reference}"]["bad"])
-        own = {i: cond for i, cond in self._cache.items() if i < len(self.train_prompts)}
-        if len(self._cache) > len(own) + CAPTIONS:  # a set may have more captions than memory holds embeddings
-            self._cache = own
+        train_cache = {i: cond for i, cond in self._cache.items() if i < len(self.train_prompts)}
+        if len(self._cache) > len(train_cache) + CAPTIONS:  # a set may have more captions than memory holds embeddings
+            self._cache = train_cache
         stacked = np.stack(images, 1).reshape(2 * n, *images[0].shape[1:])  # the winners, then the losers
         flat = torch.from_numpy(stacked).permute(0, 3, 1, 2)
         x0 = [self.model.latents(part.to(self.model.device) / 255) for part in flat.split(self.rows)]
