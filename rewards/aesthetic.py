@@ -62,8 +62,8 @@ def load(path: Path) -> nn.Sequential:
         weights: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         mlp.load_state_dict({key.removeprefix("layers."): value.float() for key, value in weights.items()})
     except Exception as error:  # pickle's errors have no common parent
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{path} does not hold the aesthetic predictor's weights: {said}") from error
+        message = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} does not hold the aesthetic predictor's weights: {message}") from error
     return mlp
 
 

@@ -98,10 +98,10 @@ class ClipColours:
                 part = torch.stack(pictures[start : start + self._rows])
                 full = torch.zeros(self._rows, *part.shape[1:])
                 full[: len(part)] = part
-                seen = self._model.encode_image(full.to(self._device)).float()[: len(part)]
+                features = self._model.encode_image(full.to(self._device)).float()[: len(part)]
                 words = [self.words(thing.label) for thing in objects[start : start + self._rows]]
-                seen = torch.nn.functional.normalize(seen, dim=-1)
-                out += [(seen[i] * words[i]).sum(-1).cpu().numpy() for i in range(len(part))]
+                features = torch.nn.functional.normalize(features, dim=-1)
+                out += [(features[i] * words[i]).sum(-1).cpu().numpy() for i in range(len(part))]
         return np.array(out, np.float32).reshape(len(objects), len(COLOURS))
 
     def __call__(self, image: np.ndarray, objects: Sequence[Detection]) -> list[str]:
@@ -115,8 +115,8 @@ def clip_id() -> str:
     Weights from the hub are named by their tag, `openai`, of which there has been one release; a user's own file by its digest as well.
     """
     root = os.environ.get("GPOBENCH_WEIGHTS", "")
-    own = Path(root, REPOSITORY, FILE)
-    return f"clip-{CLIP_MODEL}-openai{f'@{weight_store.short_digest(own)}' if root and own.is_file() else ''}-999-crop"
+    user_file = Path(root, REPOSITORY, FILE)
+    return f"clip-{CLIP_MODEL}-openai{f'@{weight_store.short_digest(user_file)}' if root and user_file.is_file() else ''}-999-crop"
 
 
 def open_clip_colours(architecture: str = CLIP_MODEL, weights: Path | None = None) -> ClipColours:
@@ -130,11 +130,11 @@ def open_clip_colours(architecture: str = CLIP_MODEL, weights: Path | None = Non
     path = weights or weight_store.file(REPOSITORY, FILE)
     device = weight_store.device()
     try:
-        made: Any = open_clip.create_model_and_transforms(architecture, pretrained=str(path))
+        model_and_transforms: Any = open_clip.create_model_and_transforms(architecture, pretrained=str(path))
     except (RuntimeError, OSError, ValueError, KeyError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} does not hold the weights of {architecture}: {said}") from error
-    model, _, preprocess = made  # the second transform augments, the third is that of validation
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} does not hold the weights of {architecture}: {message}") from error
+    model, _, preprocess = model_and_transforms  # the second transform augments, the third is that of validation
     tokenizer = open_clip.get_tokenizer(architecture)
     return ClipColours(model, preprocess, tokenizer, id=clip_id(), device=device, rows=16 if device != "cpu" else 1)
 

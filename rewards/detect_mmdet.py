@@ -49,14 +49,14 @@ class MMDet:
             settings = Config.fromfile(config) if isinstance(config, Path) else config
             self._network: Any = init_detector(settings, None, palette="random", device=weight_store.device())
         self._infer: Any = inference_detector
-        kept = _weights(weights)
+        checkpoint = _weights(weights)
         try:
-            self._network.load_state_dict(kept["state_dict"])
+            self._network.load_state_dict(checkpoint["state_dict"])
         except (KeyError, RuntimeError) as error:
             lines = [line.strip() for line in str(error).strip().splitlines()]
             raise UserError(f"{weights} does not hold the weights of {CONFIG}: {' '.join(lines[:2])[:200]}") from error
-        said: Any = kept.get("meta", {}).get("dataset_meta") or self._network.dataset_meta
-        names: list[str] = list(said.get("classes", said.get("CLASSES", ())))
+        dataset_meta: Any = checkpoint.get("meta", {}).get("dataset_meta") or self._network.dataset_meta
+        names: list[str] = list(dataset_meta.get("classes", dataset_meta.get("CLASSES", ())))
         self.labels = [RENAMED.get(name, name) for name in names]
         self.classes: Sequence[str] = tuple(dict.fromkeys(self.labels))
         engines = "+".join(f"{name}-{metadata.version(name)}" for name in ("mmdet", "mmengine"))
@@ -67,11 +67,11 @@ class MMDet:
         return [self._look(image) for image in images]
 
     def _look(self, image: np.ndarray) -> list[Detection]:
-        found: Any = self._infer(self._network, np.ascontiguousarray(image[..., ::-1])).pred_instances.cpu()
-        masks = found.masks.numpy().astype(bool) if "masks" in found else [None] * len(found)
-        rows = zip(found.labels.tolist(), found.scores.tolist(), found.bboxes.tolist(), masks, strict=True)
-        seen = [Detection(self.labels[k], score, (*box,), mask) for k, score, box, mask in rows if score > FLOOR]
-        return sorted(seen, key=lambda one: -one.score)
+        instances: Any = self._infer(self._network, np.ascontiguousarray(image[..., ::-1])).pred_instances.cpu()
+        masks = instances.masks.numpy().astype(bool) if "masks" in instances else [None] * len(instances)
+        rows = zip(instances.labels.tolist(), instances.scores.tolist(), instances.bboxes.tolist(), masks, strict=True)
+        detections = [Detection(self.labels[k], score, (*box,), mask) for k, score, box, mask in rows if score > FLOOR]
+        return sorted(detections, key=lambda detection: -detection.score)
 
 
 def _installed() -> None:

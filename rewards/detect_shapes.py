@@ -68,15 +68,15 @@ def peaks(maps: "Tensor", calibration: "Tensor") -> list[list[Detection]]:
     logits = maps[:, : len(SHAPES)]
     scores = torch.sigmoid(calibration[0] * logits + calibration[1])
     top = (F.max_pool2d(logits, 3, 1, 1) == logits) & (scores > FLOOR)
-    found: list[list[Detection]] = [[] for _ in range(len(maps))]
+    detections: list[list[Detection]] = [[] for _ in range(len(maps))]
     for row, kind, y, x in torch.nonzero(top).tolist():
         dx, dy, w, h = maps[row, len(SHAPES) :, y, x].tolist()
         cx, cy, w, h = (x + 0.5 + dx) * STRIDE, (y + 0.5 + dy) * STRIDE, float(np.exp(w)), float(np.exp(h))
         box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-        found[row].append(Detection(SHAPES[kind], float(scores[row, kind, y, x]), box))
-    for row in found:
-        row.sort(key=lambda one: -one.score)
-    return found
+        detections[row].append(Detection(SHAPES[kind], float(scores[row, kind, y, x]), box))
+    for row in detections:
+        row.sort(key=lambda detection: -detection.score)
+    return detections
 
 
 class ShapesDetector:

@@ -82,8 +82,8 @@ class Mask2Former:
         size = self.framing.size(height, width)
         with torch.inference_mode():
             pixels = self.pixels(image).to(self._network.device)
-            said = self._network(pixel_values=pixels)
-            queries: Tensor = said.masks_queries_logits[0].float()
+            output = self._network(pixel_values=pixels)
+            queries: Tensor = output.masks_queries_logits[0].float()
 
             def paint(query: int) -> "Tensor":
                 """Resize (H, W) mask logits to the padded size, crop the padding, and resize to the image's size."""
@@ -91,7 +91,7 @@ class Mask2Former:
                 inner = padded[..., : size[0], : size[1]]
                 return F.interpolate(inner, (height, width), mode="bilinear")[0, 0]
 
-            return instances(said.class_queries_logits[0].float(), paint, self.labels)
+            return instances(output.class_queries_logits[0].float(), paint, self.labels)
 
     def pixels(self, image: np.ndarray) -> "Tensor":
         """Map (H, W, 3) uint8 RGB to the network's standardised input (1, 3, h, w)."""
@@ -114,7 +114,7 @@ def instances(logits: "Tensor", paint: Callable[[int], "Tensor"], names: Sequenc
     """
     p = logits.softmax(-1)[:, :-1]
     best, pairs = p.flatten().topk(min(TOP, p.numel()))
-    found: list[Detection] = []
+    detections: list[Detection] = []
     painted: dict[int, tuple[float, tuple[float, float, float, float], np.ndarray] | None] = {}
     for probability, pair in zip(best.tolist(), pairs.tolist(), strict=True):
         query, label = divmod(int(pair), p.shape[1])
@@ -122,9 +122,9 @@ def instances(logits: "Tensor", paint: Callable[[int], "Tensor"], names: Sequenc
             break  # the mask's mean probability is at most 1
         if query not in painted:
             painted[query] = _extent(paint(query))
-        if (one := painted[query]) and probability * one[0] > FLOOR:
-            found.append(Detection(names[label], probability * one[0], one[1], one[2]))
-    return sorted(found, key=lambda one: -one.score)
+        if (extent := painted[query]) and probability * extent[0] > FLOOR:
+            detections.append(Detection(names[label], probability * extent[0], extent[1], extent[2]))
+    return sorted(detections, key=lambda detection: -detection.score)
 
 
 def _extent(mask: "Tensor") -> tuple[float, tuple[float, float, float, float], np.ndarray] | None:
@@ -163,17 +163,17 @@ class Boxes:
 
         height, width = image.shape[:2]
         with torch.inference_mode():
-            said = self._network(pixel_values=self.pixels(image).to(self._network.device))
-            p = said.logits[0].float().sigmoid()
+            output = self._network(pixel_values=self.pixels(image).to(self._network.device))
+            p = output.logits[0].float().sigmoid()
             best, pairs = p.flatten().topk(len(p))
-            x, y, w, h = (said.pred_boxes[0].float().cpu() * torch.tensor([width, height] * 2)).unbind(-1)
+            x, y, w, h = (output.pred_boxes[0].float().cpu() * torch.tensor([width, height] * 2)).unbind(-1)
             corners = torch.stack((x - w / 2, y - h / 2, x + w / 2, y + h / 2), -1).tolist()
-        found: list[Detection] = []
+        detections: list[Detection] = []
         for score, pair in zip(best.tolist(), pairs.tolist(), strict=True):
             query, label = divmod(int(pair), p.shape[1])
             if score > FLOOR:
-                found.append(Detection(self.labels[label], score, (*corners[query],)))
-        return found
+                detections.append(Detection(self.labels[label], score, (*corners[query],)))
+        return detections
 
     def pixels(self, image: np.ndarray) -> "Tensor":
         """Map (H, W, 3) uint8 RGB to (1, 3, side, side) in 0..1."""
@@ -216,14 +216,14 @@ def load(name: str, architecture: str, folder: Path) -> Any:
             f"the detector {name!r} finds no model.safetensors in {folder}; a pickled checkpoint is not opened"
         )
     try:
-        network, said = getattr(transformers, architecture).from_pretrained(
+        network, loading_info = getattr(transformers, architecture).from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise UserError(f"{folder} does not hold a {architecture}: {str(error).strip().splitlines()[0]}") from error
     # A criterion's buffers serve the training loss only.
-    absent = sorted(key for key in said["missing_keys"] if not key.startswith("criterion."))
-    absent += sorted(str(key) for key in said["mismatched_keys"])
+    absent = sorted(key for key in loading_info["missing_keys"] if not key.startswith("criterion."))
+    absent += sorted(str(key) for key in loading_info["mismatched_keys"])
     if absent:
         raise UserError(f"{folder} lacks {len(absent)} weights of a {architecture}, the first is {absent[0]}")
     return network.eval().requires_grad_(False).to(weight_store.device())

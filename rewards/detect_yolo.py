@@ -80,7 +80,7 @@ class Yolo:
         return [self._look(image) for image in images]
 
     def _look(self, image: np.ndarray) -> list[Detection]:
-        (found,) = self._engine.predict(
+        (result,) = self._engine.predict(
             self._picture(np.ascontiguousarray(image)),  # arrays would be read as blue, green, red
             imgsz=self.side,
             conf=CONFIDENCE,
@@ -89,15 +89,17 @@ class Yolo:
             device=weight_store.device(),
             verbose=False,
         )
-        boxes = found.boxes.cpu()
+        boxes = result.boxes.cpu()
         rows = zip(boxes.cls.tolist(), boxes.conf.tolist(), boxes.xyxy.tolist(), strict=True)
-        return sorted((Detection(self.labels[int(k)], s, (*box,)) for k, s, box in rows), key=lambda one: -one.score)
+        return sorted(
+            (Detection(self.labels[int(k)], s, (*box,)) for k, s, box in rows), key=lambda detection: -detection.score
+        )
 
 
 def yolo() -> Yolo:
     """Make the detector with the weights of GPOBENCH_YOLO (a path, or a name in the folder ultralytics), else yolo11n; else Missing."""
-    if said := os.environ.get("GPOBENCH_YOLO"):
-        return Yolo(_said(Path(said)))
+    if chosen := os.environ.get("GPOBENCH_YOLO"):
+        return Yolo(_chosen_file(Path(chosen)))
     try:
         weights = WEIGHTS.find()
     except Missing as missing:
@@ -105,11 +107,11 @@ def yolo() -> Yolo:
     return Yolo(weights)
 
 
-def _said(path: Path) -> Path:
+def _chosen_file(path: Path) -> Path:
     """Return the file that the user chose, logged under its own name; Missing where there is none."""
     if path.is_file():
         return downloads.log_download(downloads.DownloadRequest("file", PLACE, (path.name,), "", path))
-    found = weight_store.given_by_hand(PLACE, path.name)
-    if found is None:
+    stored = weight_store.given_by_hand(PLACE, path.name)
+    if stored is None:
         raise Missing(f"GPOBENCH_YOLO names no file, and none in the folder {PLACE} of weights: {path} ({LICENCE})")
-    return found
+    return stored

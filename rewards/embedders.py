@@ -70,10 +70,10 @@ class Pictures:
                 full = torch.zeros(self._rows, 3, self._fit.height, self._fit.width)
                 for row, image in enumerate(part):
                     full[row] = (self._fit(image) - mean) / std
-                found = self._network(full.to(self._device))
+                features = self._network(full.to(self._device))
                 if self.distance == "cosine":
-                    found = torch.nn.functional.normalize(found, dim=1)
-                vectors.append(found[: len(part)].cpu().numpy())
+                    features = torch.nn.functional.normalize(features, dim=1)
+                vectors.append(features[: len(part)].cpu().numpy())
         return np.concatenate(vectors)
 
 
@@ -118,8 +118,10 @@ def lpips(variant: str | None = None) -> Embedder:
     _needs("lpips", "lpips")
     import torch
 
-    found = find_spec("lpips")
-    calibration = Path(found.origin if found and found.origin else "").parent / "weights/v0.1/alex.pth"  # in the wheel
+    package = find_spec("lpips")
+    calibration = (
+        Path(package.origin if package and package.origin else "").parent / "weights/v0.1/alex.pth"
+    )  # in the wheel
     file = _alexnet()
     linear = _state(calibration)
     roots = [
@@ -185,8 +187,8 @@ def _load(kind: Any, repository: str) -> tuple[Any, str]:
     try:
         network, facts = kind.from_pretrained(str(weights.parent), dtype="float32", output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{weights.parent} does not hold {repository}: {said}") from error
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{weights.parent} does not hold {repository}: {message}") from error
     # transformers only warns, and embeds with random weights
     lacking = sorted([*facts["missing_keys"], *(str(key) for key in facts["mismatched_keys"])])
     if lacking:
@@ -207,8 +209,8 @@ def _state(file: Path) -> Mapping[str, Tensor]:
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's errors have no common parent
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} is not a file of weights: {said}") from error
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} is not a file of weights: {message}") from error
 
 
 def _fill(network: Any, weights: Mapping[str, Tensor], file: Path) -> None:

@@ -55,17 +55,17 @@ class GenEvalScorer:
         UserError where a prompt lacks GenEval's facts, or asks for a class that the detector does not have.
         """
         check_images(images, prompts)
-        asked = [self._asked(prompt) for prompt in prompts]
-        if any(clause.color for each in asked for clause in each.include):
+        targets = [self._target(prompt) for prompt in prompts]
+        if any(clause.color for each in targets for clause in each.include):
             self._colours = self._colours or self._make_colours()
         value = {metric: np.full(len(images), np.nan) for metric in METRICS}
         reasons: dict[int, str] = {}
         notes = [""] * len(images)
-        for row, seen in enumerate(self._detect(images)):
+        for row, detections in enumerate(self._detect(images)):
             try:
-                if isinstance(seen, Exception):
-                    raise seen
-                verdict, notes[row] = self._judge(images[row], asked[row], seen)
+                if isinstance(detections, Exception):
+                    raise detections
+                verdict, notes[row] = self._judge(images[row], targets[row], detections)
             except Exception as error:  # a detector or a network may fail in any way; that costs one image, not a run
                 lines = str(error).strip().splitlines() or ["no message"]
                 reasons[row] = f"{type(error).__name__}: {lines[-1]}"
@@ -74,16 +74,16 @@ class GenEvalScorer:
                     value[metric][row] = verdict[metric]
         return Scores(value, reasons, notes)
 
-    def _asked(self, prompt: Prompt) -> rules.GenEvalTarget:
-        asked = rules.asked(prompt)
-        for clause in (*asked.include, *asked.exclude):
+    def _target(self, prompt: Prompt) -> rules.GenEvalTarget:
+        target = rules.target_of(prompt)
+        for clause in (*target.include, *target.exclude):
             if clause.name not in self.detector.classes:
                 raise registry.unknown(
                     f"object in the prompt {prompt.text!r} for the detector {self.detector.name}:",
                     clause.name,
                     self.detector.classes,
                 )
-        return asked
+        return target
 
     def _detect(self, images: Images) -> list[list[Detection] | Exception]:
         """Detect the objects of each image; a batch that fails is repeated image by image, to find the one at fault."""
@@ -94,17 +94,17 @@ class GenEvalScorer:
         except Exception as error:
             if len(images) == 1:
                 return [error]
-            return [found for i in range(len(images)) for found in self._detect(images[i : i + 1])]
+            return [answer for i in range(len(images)) for answer in self._detect(images[i : i + 1])]
 
     def _judge(
-        self, image: np.ndarray, asked: rules.GenEvalTarget, seen: Sequence[Detection]
+        self, image: np.ndarray, target: rules.GenEvalTarget, detections: Sequence[Detection]
     ) -> tuple[Mapping[str, float], str]:
-        found = rules.counted(seen, asked.tag, self.rule)
-        colour = self._seen_colours(image, rules.to_colour(asked, found))
-        correct, why = rules.official(asked, found, colour, self.rule)
-        credits = rules.partial(asked, found, colour, self.rule, legacy_position_bug=self.legacy)
-        strict = rules.strict(asked, found, colour, self.rule)
-        note = rules.said(asked, found, colour) + (f": {'; '.join(why.splitlines())}" if why else "")
+        by_class = rules.counted(detections, target.tag, self.rule)
+        colour = self._seen_colours(image, rules.to_colour(target, by_class))
+        correct, why = rules.official(target, by_class, colour, self.rule)
+        credits = rules.partial(target, by_class, colour, self.rule, legacy_position_bug=self.legacy)
+        strict = rules.strict(target, by_class, colour, self.rule)
+        note = rules.describe(target, by_class, colour) + (f": {'; '.join(why.splitlines())}" if why else "")
         return {"partial": float(np.mean(credits)), "correct": float(correct), "strict": float(strict)}, note
 
     def _seen_colours(self, image: np.ndarray, objects: Sequence[Detection]) -> rules.Colour:
@@ -136,10 +136,10 @@ class GenEvalScorer:
                 many: dict[str, object] = {"include": [{"class": kind, "count": n}], "tag": "counting"}
                 text = shapes_prompt(kind, n, colour)
                 rows.append((picture, Prompt(text, {**many, "exclude": [{"class": kind, "count": n + 1}]}), 1.0))
-                one: dict[str, object] = {"class": kind, "count": n, "color": colour}
-                rows.append((picture, Prompt(text, {"tag": "colors", "include": [one]}), 1.0))
+                clause: dict[str, object] = {"class": kind, "count": n, "color": colour}
+                rows.append((picture, Prompt(text, {"tag": "colors", "include": [clause]}), 1.0))
                 other = next(name for name in SHAPE_COLOURS if name != colour)
-                rows.append((picture, Prompt(text, {"tag": "colors", "include": [{**one, "color": other}]}), 0.0))
+                rows.append((picture, Prompt(text, {"tag": "colors", "include": [{**clause, "color": other}]}), 0.0))
         scores = self(np.stack([picture for picture, _, _ in rows]), [prompt for _, prompt, _ in rows])
         wrong = [
             f"{prompt.text!r} ({prompt.meta['tag']}): {scores.reasons.get(i) or (scores.notes or [])[i]}"
@@ -152,17 +152,17 @@ class GenEvalScorer:
     def _blank(self) -> None:
         if len(set(self.detector.classes)) != 80 or not {"computer mouse", "tv remote"} <= set(self.detector.classes):
             raise RuntimeError(f"{self.id} knows {len(set(self.detector.classes))} classes, not GenEval's 80")
-        (found,) = _whole(self.detector(np.full((1, 256, 256, 3), 255, np.uint8)), 1)
-        sure = [f"{d.label} ({d.score:.2f})" for d in found if d.score > self.rule.counting_threshold]
+        (detections,) = _whole(self.detector(np.full((1, 256, 256, 3), 255, np.uint8)), 1)
+        sure = [f"{d.label} ({d.score:.2f})" for d in detections if d.score > self.rule.counting_threshold]
         if sure:
             raise RuntimeError(f"{self.id} is sure to see {', '.join(sure[:3])} on a blank page")
 
 
-def _whole(found: list[list[Detection]], n: int) -> list[list[Detection]]:
+def _whole(answers: list[list[Detection]], n: int) -> list[list[Detection]]:
     """Raise ValueError where a detector's answer is not one list an image."""
-    if len(found) != n:
-        raise ValueError(f"the detector answered {len(found)} lists for {n} pictures")
-    return found
+    if len(answers) != n:
+        raise ValueError(f"the detector answered {len(answers)} lists for {n} pictures")
+    return answers
 
 
 def make(variant: str | None = None) -> GenEvalScorer:

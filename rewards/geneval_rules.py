@@ -22,7 +22,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2; y points down
-Found = Mapping[str, Sequence[Detection]]  # class -> its detections that count, best first
+DetectionsByClass = Mapping[str, Sequence[Detection]]  # class -> its detections that count, best first
 Colour = Callable[[Detection], str]  # classifies the colour of an object, which no rule decides
 
 
@@ -49,7 +49,7 @@ class GenEvalTarget:
     exclude: tuple[Clause, ...] = ()
 
 
-def asked(prompt: Prompt) -> GenEvalTarget:
+def target_of(prompt: Prompt) -> GenEvalTarget:
     """Parse the facts of a prompt in GenEval's format; UserError naming the prompt and what is missing or wrong."""
     meta, where = prompt.meta, f"the prompt {prompt.text!r}"
     if missing := [fact for fact in ("tag", "include") if not meta.get(fact)]:
@@ -68,21 +68,23 @@ def _clause(facts: Any, place: int, where: str) -> Clause:
     try:
         clause = cast(Mapping[str, Any], facts)
         relation, target = clause.get("position") or ("", 0)
-        read = Clause(str(clause["class"]), int(clause["count"]), clause.get("color") or "", relation, int(target))
+        parsed = Clause(str(clause["class"]), int(clause["count"]), clause.get("color") or "", relation, int(target))
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(
             f"{where}: {facts!r} is no clause; one looks like {{'class': 'dog', 'count': 1}}, with 'color' or 'position' "
             f"['left of', 0] where asked for"
         ) from None
-    if read.count < 1:
-        raise UserError(f"{where} asks for {read.count} {read.name}: a clause counts from 1")
-    if read.color and read.color not in COLOURS:
-        raise registry.unknown(f"colour in {where}:", read.color, COLOURS)
-    if read.relation and read.relation not in RELATIONS:
-        raise registry.unknown(f"relation in {where}:", read.relation, RELATIONS)
-    if read.relation and not 0 <= read.target < place:
-        raise UserError(f"{where}: clause {place} stands {read.relation} clause {read.target}, which is no earlier one")
-    return read
+    if parsed.count < 1:
+        raise UserError(f"{where} asks for {parsed.count} {parsed.name}: a clause counts from 1")
+    if parsed.color and parsed.color not in COLOURS:
+        raise registry.unknown(f"colour in {where}:", parsed.color, COLOURS)
+    if parsed.relation and parsed.relation not in RELATIONS:
+        raise registry.unknown(f"relation in {where}:", parsed.relation, RELATIONS)
+    if parsed.relation and not 0 <= parsed.target < place:
+        raise UserError(
+            f"{where}: clause {place} stands {parsed.relation} clause {parsed.target}, which is no earlier one"
+        )
+    return parsed
 
 
 # What was found
@@ -108,25 +110,25 @@ class Rule:
 OFFICIAL = Rule()
 
 
-def counted(detections: Sequence[Detection], tag: str, rule: Rule = OFFICIAL) -> Found:
+def counted(detections: Sequence[Detection], tag: str, rule: Rule = OFFICIAL) -> DetectionsByClass:
     """Select the detections that count for a tag, by class, best first: above the threshold, at most 16, then without overlaps."""
     floor = rule.counting_threshold if tag == "counting" else rule.threshold
     # Equal scores are ordered by their boxes, so that the order of a detector's list has no effect.
     ranked = sorted((d for d in detections if d.score > floor), key=lambda d: (-d.score, d.box))
-    found: dict[str, list[Detection]] = {}
+    by_class: dict[str, list[Detection]] = {}
     for detection in ranked:
-        found.setdefault(detection.label, []).append(detection)
-    return {name: _apart(these[: rule.max_objects], rule.max_overlap) for name, these in found.items()}
+        by_class.setdefault(detection.label, []).append(detection)
+    return {name: _apart(these[: rule.max_objects], rule.max_overlap) for name, these in by_class.items()}
 
 
 def _apart(ranked: Sequence[Detection], max_overlap: float) -> list[Detection]:
     if max_overlap == 1:
         return list(ranked)
-    kept: list[Detection] = []
+    separate: list[Detection] = []
     for detection in ranked:
-        if all(iou(better.box, detection.box) < max_overlap for better in kept):
-            kept.append(detection)
-    return kept
+        if all(iou(better.box, detection.box) < max_overlap for better in separate):
+            separate.append(detection)
+    return separate
 
 
 def iou(a: Box, b: Box) -> float:
@@ -158,26 +160,28 @@ def relative_position(a: Box, b: Box, threshold: float = OFFICIAL.position_thres
     return frozenset(side for side, holds in sides.items() if holds)
 
 
-def to_colour(asked: GenEvalTarget, found: Found) -> list[Detection]:
+def to_colour(target: GenEvalTarget, by_class: DetectionsByClass) -> list[Detection]:
     """Return the objects whose colour a rule needs: the first `count` of every clause that names a colour and has enough."""
-    these = [(clause, found.get(clause.name, ())) for clause in asked.include if clause.color]
+    these = [(clause, by_class.get(clause.name, ())) for clause in target.include if clause.color]
     return [d for clause, objects in these if len(objects) >= clause.count for d in objects[: clause.count]]
 
 
 # The verdicts
 
 
-def official(asked: GenEvalTarget, found: Found, colour: Colour, rule: Rule = OFFICIAL) -> tuple[bool, str]:
+def official(
+    target: GenEvalTarget, by_class: DetectionsByClass, colour: Colour, rule: Rule = OFFICIAL
+) -> tuple[bool, str]:
     """Return whether the image is correct, and if not, every reason, one a line."""
     reasons: list[str] = []
     matched: list[Sequence[Detection] | None] = []
-    for clause in asked.include:
-        objects = found.get(clause.name, ())[: clause.count]
+    for clause in target.include:
+        objects = by_class.get(clause.name, ())[: clause.count]
         why = _fault(clause, objects, matched, colour, rule)
         matched.append(None if why else objects)
         reasons += [why] if why else []
-    for clause in asked.exclude:
-        n = len(found.get(clause.name, ()))
+    for clause in target.exclude:
+        n = len(by_class.get(clause.name, ()))
         if n >= clause.count:
             reasons.append(f"expected fewer than {clause.count} {clause.name}, found {n}")
     return not reasons, "\n".join(reasons)
@@ -194,9 +198,9 @@ def _fault(
     if len(objects) < clause.count:
         return f"expected at least {clause.count} {clause.name}, found {len(objects)}"
     if clause.color:
-        seen = [colour(detection) for detection in objects]
-        if seen.count(clause.color) < clause.count:
-            return f"expected {clause.count} {clause.color} {clause.name}, found {', '.join(seen)}"
+        colours = [colour(detection) for detection in objects]
+        if colours.count(clause.color) < clause.count:
+            return f"expected {clause.count} {clause.color} {clause.name}, found {', '.join(colours)}"
     if clause.relation:
         targets = matched[clause.target]
         if targets is None:
@@ -218,7 +222,12 @@ def _astray(clause: Clause, objects: Sequence[Detection], targets: Sequence[Dete
 
 
 def partial(
-    asked: GenEvalTarget, found: Found, colour: Colour, rule: Rule = OFFICIAL, *, legacy_position_bug: bool = False
+    target: GenEvalTarget,
+    by_class: DetectionsByClass,
+    colour: Colour,
+    rule: Rule = OFFICIAL,
+    *,
+    legacy_position_bug: bool = False,
 ) -> list[float]:
     """Return the credits of the clauses; their mean, in (-inf, 1], is the training reward, and 1 means `strict`.
 
@@ -226,8 +235,8 @@ def partial(
     0. Else its colour earns 1 - |k - m| / k for m objects of the right colour, its position 1 or 0.
 
     Args:
-        asked: the clauses of the prompt.
-        found: the detector's boxes by class.
+        target: the clauses of the prompt.
+        by_class: the detector's boxes by class.
         colour: names the colour of a box.
         rule: thresholds.
         legacy_position_bug: True for parity with the published server, which appends a 1 after the 0 of a wrong relation, so that
@@ -235,8 +244,8 @@ def partial(
     """
     credits: list[float] = []
     matched: list[Sequence[Detection] | None] = []
-    for clause in asked.include:
-        objects = found.get(clause.name, ())
+    for clause in target.include:
+        objects = by_class.get(clause.name, ())
         k = clause.count
         credits.append(1 - abs(k - len(objects)) / k)
         right = len(objects) == k
@@ -255,17 +264,17 @@ def partial(
     return credits
 
 
-def strict(asked: GenEvalTarget, found: Found, colour: Colour, rule: Rule = OFFICIAL) -> bool:
+def strict(target: GenEvalTarget, by_class: DetectionsByClass, colour: Colour, rule: Rule = OFFICIAL) -> bool:
     """Return whether every clause has its exact count, and every colour and position is right; stricter than `official`."""
-    exact = all(len(found.get(clause.name, ())) == clause.count for clause in asked.include)
-    return exact and all(credit == 1 for credit in partial(asked, found, colour, rule))
+    exact = all(len(by_class.get(clause.name, ())) == clause.count for clause in target.include)
+    return exact and all(credit == 1 for credit in partial(target, by_class, colour, rule))
 
 
-def said(asked: GenEvalTarget, found: Found, colour: Colour) -> str:
+def describe(target: GenEvalTarget, by_class: DetectionsByClass, colour: Colour) -> str:
     """Describe the counts for the record: `3 circle (2 red)`; colours appear where they were classified."""
     parts: list[str] = []
-    for clause in asked.include:
-        objects = found.get(clause.name, ())
+    for clause in target.include:
+        objects = by_class.get(clause.name, ())
         part = f"{len(objects)} {clause.name}"
         if clause.color and len(objects) >= clause.count:
             hits = sum(colour(detection) == clause.color for detection in objects[: clause.count])

@@ -162,13 +162,13 @@ class ImageReward:
         words = self._tokens(prompt, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
         with torch.inference_mode():
             x = square(image, self._eye.size)[None].to(self._device)
-            seen = self._network["eye"](pixel_values=x).last_hidden_state
-            read = self._network["text"](
+            image_states = self._network["eye"](pixel_values=x).last_hidden_state
+            text_output = self._network["text"](
                 input_ids=words["input_ids"].to(self._device),
                 attention_mask=words["attention_mask"].to(self._device),
-                encoder_hidden_states=seen,
+                encoder_hidden_states=image_states,
             )
-            reward = read.last_hidden_state[:, 0]
+            reward = text_output.last_hidden_state[:, 0]
             for layer in self._network["mlp"].values():
                 reward = layer(reward)
         return (reward.item() - MEAN) / DEVIATION
@@ -228,8 +228,8 @@ def _fill(empty: Any, file: Path) -> None:
     try:
         state: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle's errors have no common parent
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{file} is not a file of weights: {said}") from error
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{file} is not a file of weights: {message}") from error
     weights = {renamed(key): value.float() for key, value in state.items() if not key.startswith(UNUSED)}
     try:
         empty.load_state_dict(weights)

@@ -111,8 +111,10 @@ class PaddleOCR:
                 f"PaddleOCR cannot open {configuration.detector} and {configuration.recogniser}: {_line(error)}"
             ) from error
         self._lock = threading.Lock()  # PaddleOCR objects are not thread-safe
-        found = {model: folder or _folder(model) for model, folder in zip(models, folders, strict=True)}  # by now here
-        weights = "+".join(_revision(model, folder) for model, folder in found.items() if folder)
+        folder_by_model = {
+            model: folder or _folder(model) for model, folder in zip(models, folders, strict=True)
+        }  # by now here
+        weights = "+".join(_revision(model, folder) for model, folder in folder_by_model.items() if folder)
         self.id = f"paddleocr-{metadata.version('paddleocr')}-{engine}/{weights}/{rules.RULE}/{configuration}"
 
     def read(self, image: np.ndarray) -> str:
@@ -148,9 +150,9 @@ def _line(error: Exception) -> str:
 
 def _folder(model: str) -> Path | None:
     """Find a model's local files: in a folder of the user's or the store's, RapidOCR's wheel, or PaddleOCR's own cache."""
-    found = weight_store.given_by_hand(f"PaddlePaddle/{model}")
-    if found is not None:
-        return found
+    user_folder = weight_store.given_by_hand(f"PaddlePaddle/{model}")
+    if user_folder is not None:
+        return user_folder
     if model in WHEEL:
         return from_wheel(model)
     home = os.environ.get("PADDLE_PDX_CACHE_HOME") or Path.home() / ".paddlex"
@@ -199,11 +201,11 @@ def _engine(configuration: Configuration, folders: Sequence[Path | None]) -> Lit
 def _revision(model: str, folder: Path) -> str:
     """Return PP-OCRv6-small-det@1a2b3c4d for PP-OCRv6_small_det: the digest covers weights and settings, which both change numbers."""
     names = ("inference.onnx", "inference.json", "inference.pdmodel", "inference.pdiparams", "inference.yml")
-    found = sha256()
+    digest = sha256()
     for path in (folder / name for name in names):
         if path.is_file():
-            found.update(path.read_bytes())
-    return f"{model.replace('_', '-')}@{found.hexdigest()[:8]}"
+            digest.update(path.read_bytes())
+    return f"{model.replace('_', '-')}@{digest.hexdigest()[:8]}"
 
 
 # RapidOCR's wheel carries PP-OCR models as bare ONNX files; PaddleOCR wants a folder with a description beside them.

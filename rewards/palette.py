@@ -55,8 +55,8 @@ def patches(stack: np.ndarray) -> list[Patch]:
     for y in (slice(None, -1), slice(1, None)):
         for x in (slice(None, -1), slice(1, None)):
             opened[:, y, x] |= corner
-    labels, found = cast(tuple[np.ndarray, int], ndimage.label(opened, BESIDE))
-    areas = np.bincount(labels.ravel(), minlength=found + 1)[1:]
+    labels, n_labels = cast(tuple[np.ndarray, int], ndimage.label(opened, BESIDE))
+    areas = np.bincount(labels.ravel(), minlength=n_labels + 1)[1:]
     out: list[Patch] = []
     for i, (area, (planes, rows, columns)) in enumerate(zip(areas, ndimage.find_objects(labels), strict=True), 1):
         if area >= SMALLEST:
@@ -96,9 +96,9 @@ class Palette:
 
     def __call__(self, images: Images) -> list[list[Detection]]:
         """Map (B, H, W, 3) uint8 to B lists; a row depends on its own image only."""
-        found: list[list[Detection]] = [[] for _ in images]
+        detections: list[list[Detection]] = [[] for _ in images]
         if not images.size:
-            return found
+            return detections
         gaps = _gaps(images)
         stack = (gaps[..., : len(SHAPE_COLOURS)] == gaps.min(-1, keepdims=True)).transpose(0, 3, 1, 2)
         size = images.shape[1:3]
@@ -108,8 +108,8 @@ class Palette:
             mask[patch.place] = patch.inside
             score = 0.91 + 0.09 * confidence(images[row][mask], colour)
             box = (float(columns.start), float(rows.start), float(columns.stop), float(rows.stop))
-            found[row].append(Detection(patch.blob.kind, score, box, mask))
-        return found
+            detections[row].append(Detection(patch.blob.kind, score, box, mask))
+        return detections
 
 
 def confidence(pixels: np.ndarray, colour: int) -> float:

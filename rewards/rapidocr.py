@@ -114,8 +114,8 @@ class RapidOCR:
 
             bgr = cv2.resize(bgr, (self.framing.width, LINE_HEIGHT))
         with self._lock:
-            found = self._engine(bgr)
-        lines = zip(found.txts or (), found.scores or (), strict=True)
+            result = self._engine(bgr)
+        lines = zip(result.txts or (), result.scores or (), strict=True)
         return "".join(text for text, score in lines if score > 0)
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:

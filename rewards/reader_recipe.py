@@ -292,8 +292,8 @@ def degraded_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
 
 def rate(read: Callable[[np.ndarray], list[str]], pictures: np.ndarray, words: list[str]) -> dict[str, Any]:
     """Count the strings that are read exactly."""
-    found = proportion(sum(a == b for a, b in zip(read(pictures), words, strict=True)), len(words))
-    return {"exact": round(found.mean, 4), "n": len(words), "ci95": [round(found.low, 4), round(found.high, 4)]}
+    share = proportion(sum(a == b for a, b in zip(read(pictures), words, strict=True)), len(words))
+    return {"exact": round(share.mean, 4), "n": len(words), "ci95": [round(share.low, 4), round(share.high, 4)]}
 
 
 # The recipe
@@ -393,8 +393,8 @@ class ReaderLearner(Learner):
         """Return the share of hard strings, never trained on, that the averaged weights read exactly."""
         self.averaged.load_state_dict(weights)
         pictures, texts = draw_batch(self.recipe.probe, (self.seed + 1, step - 1))
-        read = rate(lambda batch: _read(self.averaged, batch), pictures.numpy(), texts)
-        return {"hard_unseen_strings": read["exact"]}
+        share = rate(lambda batch: _read(self.averaged, batch), pictures.numpy(), texts)
+        return {"hard_unseen_strings": share["exact"]}
 
 
 def _read(module: nn.Module, pictures: np.ndarray) -> list[str]:

@@ -42,11 +42,11 @@ def _target(text: str) -> str:
 
 def ocr_reward(target: str, recognised: str) -> float:
     """Score in [0, 1]: 1 where the text read contains the target, else 1 - min(d, n) / n, d the Levenshtein distance, n = |target|."""
-    wanted, read = _target(target), normalised(recognised)
-    if wanted in read:
+    wanted, text = _target(target), normalised(recognised)
+    if wanted in text:
         return 1.0
     n = len(wanted)
-    return 1.0 - min(Levenshtein.distance(read, wanted), n) / n
+    return 1.0 - min(Levenshtein.distance(text, wanted), n) / n
 
 
 def exact(target: str, recognised: str) -> float:
@@ -56,8 +56,8 @@ def exact(target: str, recognised: str) -> float:
 
 def ned(target: str, recognised: str) -> float:
     """Return 1 - d / (max(|target|, |read|) + 1e-5), which also penalises additions (AnyText, tyxsspa/AnyText at 3d4a260)."""
-    wanted, read = _target(target), normalised(recognised)
-    return 1.0 - Levenshtein.distance(read, wanted) / (max(len(wanted), len(read)) + 1e-5)
+    wanted, text = _target(target), normalised(recognised)
+    return 1.0 - Levenshtein.distance(text, wanted) / (max(len(wanted), len(text)) + 1e-5)
 
 
 def extra_text_ratio(target: str, recognised: str) -> float:
@@ -104,9 +104,9 @@ def check_known_answers(scorer: Scorer, *, paged: bool = False) -> None:
     words = ("".join(KNOWN_PAGE),) if paged else KNOWN
     images = _page(KNOWN_PAGE)[None] if paged else np.stack([draw_word(word) for word in KNOWN])
     scores = scorer(images, [Prompt(f'a sign that says "{word}"', {"target": word}) for word in words])
-    read = [scores.reasons.get(row) or note for row, note in enumerate(scores.notes or ())]
+    texts = [scores.reasons.get(row) or note for row, note in enumerate(scores.notes or ())]
     wrong = [
-        f"{word} as {saw!r}" for word, saw, hit in zip(words, read, scores.value["exact"], strict=True) if hit != 1
+        f"{word} as {saw!r}" for word, saw, hit in zip(words, texts, scores.value["exact"], strict=True) if hit != 1
     ]
     if wrong:
         raise RuntimeError(f"{scorer.id} misread {', '.join(wrong)}")

@@ -130,8 +130,8 @@ def draw_shapes(rows: int, rng: np.random.Generator, g: torch.Generator, strengt
     # A straight cut may remove a side: with most of it left it is still a shape, with less than half a piece.
     cut, piece = likely(0.10 * strength), likely(0.12)
     angle = uniform(0, 2 * math.pi)[..., None, None]
-    kept = torch.where(piece, uniform(-0.9, -0.15), torch.where(cut, uniform(0.5, 1.0), torch.tensor(9.0)))
-    edge = torch.maximum(edge, u * angle.cos() + v * angle.sin() - (kept * r)[..., None, None])
+    cut_offset = torch.where(piece, uniform(-0.9, -0.15), torch.where(cut, uniform(0.5, 1.0), torch.tensor(9.0)))
+    edge = torch.maximum(edge, u * angle.cos() + v * angle.sin() - (cut_offset * r)[..., None, None])
     ghost, faint = likely(0.06), likely(0.12 * strength)
     ink = torch.where(ghost, uniform(0.0, 0.25), torch.where(faint, uniform(0.5, 1.0), torch.tensor(1.0))) * present
     canvas = torch.zeros(rows, high * wide).scatter_reduce(
@@ -203,8 +203,8 @@ def loss_of(maps: Tensor, truth: Truth) -> Tensor:
     p, summit = logits.sigmoid(), hills == 1
     many = truth.real.sum().clamp(min=1)
     focal = torch.where(summit, (1 - p) ** 2 * F.softplus(-logits), (1 - hills) ** 4 * p**2 * F.softplus(logits)).sum()
-    said = maps[:, kinds:].flatten(2).gather(2, cells[:, None].expand(-1, 4, -1)).transpose(1, 2)
-    off = ((said - boxes).abs().sum(-1) * truth.real).sum()
+    predicted = maps[:, kinds:].flatten(2).gather(2, cells[:, None].expand(-1, 4, -1)).transpose(1, 2)
+    off = ((predicted - boxes).abs().sum(-1) * truth.real).sum()
     return (focal + 0.1 * off) / many
 
 
@@ -214,7 +214,7 @@ def loss_of(maps: Tensor, truth: Truth) -> Tensor:
 def clean_drawings(each: int = 10, seed: int = 0) -> tuple[np.ndarray, list[tuple[str, int]]]:
     """Draw (N, 32, 64, 3) uint8 and N (kind, count) as for the embedded model: every kind, colour and count `each` times."""
     rng = np.random.default_rng(seed)
-    asked = [
+    drawings = [
         (k, n, c)
         for k in glyphs.SHAPES
         for c in glyphs.SHAPE_COLOURS.values()
@@ -222,17 +222,17 @@ def clean_drawings(each: int = 10, seed: int = 0) -> tuple[np.ndarray, list[tupl
         for _ in range(each)
     ]
     papers = list(glyphs.PAPERS.values())
-    pictures = [glyphs.draw_shapes(k, n, c, papers[int(rng.integers(len(papers)))], rng) for k, n, c in asked]
-    return np.stack(pictures), [(k, n) for k, n, _ in asked]
+    pictures = [glyphs.draw_shapes(k, n, c, papers[int(rng.integers(len(papers)))], rng) for k, n, c in drawings]
+    return np.stack(pictures), [(k, n) for k, n, _ in drawings]
 
 
 def worn_drawings(each: int = 10, seed: int = 0) -> tuple[np.ndarray, list[tuple[str, int]]]:
     """Draw the same in the colours of the training images, with their degradation, blur and noise."""
     rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    asked = [(k, n) for k in glyphs.SHAPES for _ in glyphs.SHAPE_COLOURS for n in glyphs.COUNTS for _ in range(each)]
-    black = np.stack([glyphs.draw_shapes(k, n, (0, 0, 0), (255, 255, 255), rng) for k, n in asked])
+    drawings = [(k, n) for k in glyphs.SHAPES for _ in glyphs.SHAPE_COLOURS for n in glyphs.COUNTS for _ in range(each)]
+    black = np.stack([glyphs.draw_shapes(k, n, (0, 0, 0), (255, 255, 255), rng) for k, n in drawings])
     coverage = 1 - torch.from_numpy(black).float().mean(-1)[:, None] / 255
-    return colour(damage(coverage, g, WEAR), g).movedim(1, -1).numpy().astype(np.uint8), asked
+    return colour(damage(coverage, g, WEAR), g).movedim(1, -1).numpy().astype(np.uint8), drawings
 
 
 def words(many: int = 450, seed: int = 0) -> np.ndarray:
@@ -241,20 +241,22 @@ def words(many: int = 450, seed: int = 0) -> np.ndarray:
     return np.stack([glyphs.word_sample(rng, [], ())[1] for _ in range(many)])
 
 
-def counts(found: list[list[Detection]], threshold: float = THRESHOLD) -> np.ndarray:
+def counts(detections: list[list[Detection]], threshold: float = THRESHOLD) -> np.ndarray:
     """Count the shapes of each kind that score above the threshold, (B, 3)."""
-    return np.array([[sum(d.label == k and d.score > threshold for d in row) for k in glyphs.SHAPES] for row in found])
+    return np.array(
+        [[sum(d.label == k and d.score > threshold for d in row) for k in glyphs.SHAPES] for row in detections]
+    )
 
 
-def exact(detector: Detector, pictures: np.ndarray, asked: list[tuple[str, int]]) -> dict[str, Any]:
+def exact(detector: Detector, pictures: np.ndarray, drawn: list[tuple[str, int]]) -> dict[str, Any]:
     """Return how often the drawn kind is counted right, and `other`: how often another kind is detected as well."""
-    seen = counts(detector(pictures))
-    own = np.array([glyphs.SHAPES.index(k) for k, _ in asked])
-    rows = np.arange(len(asked))
-    right = proportion(int((seen[rows, own] == [n for _, n in asked]).sum()), len(asked))
-    other = float((seen.sum(1) > seen[rows, own]).mean())
+    counted = counts(detector(pictures))
+    kinds = np.array([glyphs.SHAPES.index(k) for k, _ in drawn])
+    rows = np.arange(len(drawn))
+    right = proportion(int((counted[rows, kinds] == [n for _, n in drawn]).sum()), len(drawn))
+    other = float((counted.sum(1) > counted[rows, kinds]).mean())
     ci = [round(right.low, 4), round(right.high, 4)]
-    return {"exact": round(right.mean, 4), "n": len(asked), "ci95": ci, "other": round(other, 4)}
+    return {"exact": round(right.mean, 4), "n": len(drawn), "ci95": ci, "other": round(other, 4)}
 
 
 def calibrate(maps: Tensor, truth: Truth) -> tuple[float, float, float]:
@@ -280,8 +282,8 @@ def calibrate(maps: Tensor, truth: Truth) -> tuple[float, float, float]:
     hit = ((gap < 3.0**2) & truth.real[row] & (truth.kind[row] == kind[:, None])).any(1).float()
     anchor = math.log(THRESHOLD / (1 - THRESHOLD))
     slopes = torch.linspace(0.2, 4, 77).tolist()
-    found = logits[row, kind, y, x]
-    prices = [float(F.binary_cross_entropy_with_logits(a * (found - level) + anchor, hit)) for a in slopes]
+    peak_logits = logits[row, kind, y, x]
+    prices = [float(F.binary_cross_entropy_with_logits(a * (peak_logits - level) + anchor, hit)) for a in slopes]
     slope = slopes[int(np.argmin(prices))]
     return slope, anchor - slope * level, float(right[best])
 

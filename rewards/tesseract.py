@@ -99,11 +99,11 @@ class Tesseract:
                     files[row] = path
                 except Exception as error:  # an image that is none, e.g. of no size
                     reasons[row] = f"{type(error).__name__}: {error}"
-            for row, read in self._read(files, Path(folder)).items():
-                if isinstance(read, Exception):
-                    reasons[row] = f"{type(read).__name__}: {read}"
+            for row, result in self._read(files, Path(folder)).items():
+                if isinstance(result, Exception):
+                    reasons[row] = f"{type(result).__name__}: {result}"
                 else:
-                    texts[row] = read
+                    texts[row] = result
         return rules.score_texts(prompts, texts, reasons)
 
     def _write(self, image: np.ndarray, path: Path) -> None:
@@ -120,16 +120,18 @@ class Tesseract:
         options = ("--psm", str(self.framing.mode), "--oem", "1", "--dpi", "300", "-l", "eng")
         failure: Exception
         try:
-            done = _run(str(listing), "stdout", *options, timeout=30 + 5 * len(files))
-            pages = done.stdout.decode("utf-8", "replace").split(
+            process = _run(str(listing), "stdout", *options, timeout=30 + 5 * len(files))
+            pages = process.stdout.decode("utf-8", "replace").split(
                 "\f"
             )  # a form feed between pages, in some versions after the last too
             if len(pages) == len(files) + 1 and not pages[-1].strip():
                 pages.pop()
-            if done.returncode == 0 and len(pages) == len(files):
+            if process.returncode == 0 and len(pages) == len(files):
                 return {row: "".join(page.split("\n")).strip() for row, page in zip(files, pages, strict=True)}
-            said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-            failure = RuntimeError(f"tesseract ended with {done.returncode}: {said[-1] if said else 'no message'}")
+            messages = process.stderr.decode("utf-8", "replace").strip().splitlines()
+            failure = RuntimeError(
+                f"tesseract ended with {process.returncode}: {messages[-1] if messages else 'no message'}"
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             failure = error
         if len(files) == 1:

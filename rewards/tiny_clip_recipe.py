@@ -334,22 +334,22 @@ def draw_batch(rows: int, seed: tuple[int, ...], words: float = 0.6) -> Batch:
     six = torch.stack([clean, rougher[0], rougher[1], missed, rougher[2], mixed])
 
     surfaces = [glyphs.SURFACES[i] for i in rng.integers(len(glyphs.SURFACES), size=rows)]
-    asked = [(t, n, s) for t, n, s in zip(things, named, surfaces, strict=True)]
-    asked += [(t, n, s) for t, n, s in zip(misses, named, surfaces, strict=True)]
-    askable = torch.tensor([thing.count <= max(glyphs.COUNTS) for thing, _, _ in asked])
-    prompts = [t.prompt(surface=s, named=n) if t.count <= max(glyphs.COUNTS) else "" for t, n, s in asked]
+    requests = [(t, n, s) for t, n, s in zip(things, named, surfaces, strict=True)]
+    requests += [(t, n, s) for t, n, s in zip(misses, named, surfaces, strict=True)]
+    askable = torch.tensor([thing.count <= max(glyphs.COUNTS) for thing, _, _ in requests])
+    prompts = [t.prompt(surface=s, named=n) if t.count <= max(glyphs.COUNTS) else "" for t, n, s in requests]
 
     def codes(what: Sequence[Thing]) -> np.ndarray:
         return np.array([hash((t.word, t.kind, t.count)) for t in what], np.int64)
 
     shown = [*things, *things, *things, *misses, *others, *things]
-    wants, shows = [t for t, _, _ in asked], codes(shown)
+    wants, shows = [t for t, _, _ in requests], codes(shown)
     fits = codes(wants)[:, None] == shows[None]
     same = np.array([COLOURS.index(t.colour) for t in wants])[:, None] == np.array(
         [COLOURS.index(t.colour) for t in shown]
     )
-    fits &= same | ~np.array([n for _, n, _ in asked])[:, None]
-    slots = [_slots(t, n) for t, n, _ in asked] + [_slots(t, True) for t in (*things, *things, *misses)]
+    fits &= same | ~np.array([n for _, n, _ in requests])[:, None]
+    slots = [_slots(t, n) for t, n, _ in requests] + [_slots(t, True) for t in (*things, *things, *misses)]
     return Batch(six, prompts, askable, torch.from_numpy(fits), torch.tensor(slots))
 
 
@@ -358,9 +358,9 @@ def draw_batch(rows: int, seed: tuple[int, ...], words: float = 0.6) -> Batch:
 
 def contrast(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
     """Average -log softmax of the positive among itself and the negatives over rows: (B, N) logits, (B,) columns, (B, N) bool."""
-    own = logits.gather(1, positive[:, None])
+    positive_logit = logits.gather(1, positive[:, None])
     rest = logits.masked_fill(~negative, float("-inf"))
-    return (torch.logsumexp(torch.cat([own, rest], 1), 1) - own[:, 0]).mean()
+    return (torch.logsumexp(torch.cat([positive_logit, rest], 1), 1) - positive_logit[:, 0]).mean()
 
 
 def losses(texts: Tensor, images: Tensor, scale: Tensor, batch: Batch) -> dict[str, Tensor]:
@@ -372,18 +372,18 @@ def losses(texts: Tensor, images: Tensor, scale: Tensor, batch: Batch) -> dict[s
     apart[rows, MIXED * p + rows] = False  # half right
     apart[p + rows, MIXED * p + rows] = False
     miss = rows[batch.askable[p:]]
-    found = [
+    terms = [
         contrast(logits[:p], RIGHT * p + rows, apart[:p]),
         contrast(logits[:p], WORN * p + rows, apart[:p]),
         contrast(logits[p + miss], MISS * p + miss, apart[p + miss]),
     ]
     apart = apart & batch.askable[:, None]
-    for picture, own in ((RIGHT, rows), (WORN, rows), (MISS, p + miss)):
-        column = picture * p + (own % p)
-        found.append(contrast(logits.T[column], own, apart.T[column]))
+    for picture, prompt_rows in ((RIGHT, rows), (WORN, rows), (MISS, p + miss)):
+        column = picture * p + (prompt_rows % p)
+        terms.append(contrast(logits.T[column], prompt_rows, apart.T[column]))
     scores = scale * (images * texts[:p]).sum(-1)  # (6, P)
     order = torch.stack([F.softplus(scores[worse] - scores[better]).mean() for better, worse in ORDER]).mean()
-    return {"contrast": torch.stack(found).mean(), "order": order}
+    return {"contrast": torch.stack(terms).mean(), "order": order}
 
 
 # Measuring
@@ -413,9 +413,9 @@ def measure(score: Callable[[np.ndarray, list[str]], np.ndarray], seed: int, wor
         at = int(rng.integers(len(word)))
         return word[:at] + _one(rng, [c for c in glyphs.ALPHABET if c != word[at]]) + word[at + 1 :]
 
-    held = [Thing(word=word, colour=_one(rng, tuple(glyphs.INKS))) for word in words]
-    inks = [replace(t, colour=_one(rng, [c for c in glyphs.INKS if c != t.colour])) for t in held]
-    letters = [replace(t, word=other_letter(t.word)) for t in held]
+    held_out = [Thing(word=word, colour=_one(rng, tuple(glyphs.INKS))) for word in words]
+    inks = [replace(t, colour=_one(rng, [c for c in glyphs.INKS if c != t.colour])) for t in held_out]
+    letters = [replace(t, word=other_letter(t.word)) for t in held_out]
     shapes = [
         Thing(kind=k, count=n, colour=c) for k in glyphs.SHAPES for n in glyphs.COUNTS for c in glyphs.SHAPE_COLOURS
     ]
@@ -426,17 +426,19 @@ def measure(score: Callable[[np.ndarray, list[str]], np.ndarray], seed: int, wor
 
     def wins(things: list[Thing], better: np.ndarray, worse: np.ndarray, named: bool = True) -> dict[str, Any]:
         prompts = [t.prompt(named=named) for t in things]
-        found = score(better, prompts) > score(worse, prompts)
-        share = proportion(int(found.sum()), len(found))
-        return {"share": round(share.mean, 4), "n": len(found), "ci95": [round(share.low, 4), round(share.high, 4)]}
+        correct = score(better, prompts) > score(worse, prompts)
+        share = proportion(int(correct.sum()), len(correct))
+        return {"share": round(share.mean, 4), "n": len(correct), "ci95": [round(share.low, 4), round(share.high, 4)]}
 
     return {
-        "word over one letter changed": wins(held, show(held, ""), show(letters, ""), named=False),
-        "word over one letter changed, both worn": wins(held, show(held, "worn"), show(letters, "worn"), named=False),
-        "ink asked for over another": wins(held, show(held, ""), show(inks, "")),
-        "clean word over worn": wins(held, show(held, ""), show(held, "worn"), named=False),
-        "worn word over ruined": wins(held, show(held, "worn"), show(held, "ruined"), named=False),
-        "clean word over ruined": wins(held, show(held, ""), show(held, "ruined"), named=False),
+        "word over one letter changed": wins(held_out, show(held_out, ""), show(letters, ""), named=False),
+        "word over one letter changed, both worn": wins(
+            held_out, show(held_out, "worn"), show(letters, "worn"), named=False
+        ),
+        "ink asked for over another": wins(held_out, show(held_out, ""), show(inks, "")),
+        "clean word over worn": wins(held_out, show(held_out, ""), show(held_out, "worn"), named=False),
+        "worn word over ruined": wins(held_out, show(held_out, "worn"), show(held_out, "ruined"), named=False),
+        "clean word over ruined": wins(held_out, show(held_out, ""), show(held_out, "ruined"), named=False),
         "count over one more or fewer": wins(shapes, show(shapes, ""), show(more, "")),
         "count over one more or fewer, both worn": wins(shapes, show(shapes, "worn"), show(more, "worn")),
         "kind over another": wins(shapes, show(shapes, ""), show(kinds, "")),
@@ -534,7 +536,7 @@ class TinyClipRecipe:
         def score(images: np.ndarray, prompts: list[str]) -> np.ndarray:
             return scorer(images, [Prompt(text) for text in prompts]).value[scorer.metrics[0]]
 
-        held = [word for word in read_word_list() if glyphs.split_of(word) != "train"]
+        held_out = [word for word in read_word_list() if glyphs.split_of(word) != "train"]
         return {
             "recipe": self._made_by(seed),
             "cpu_seconds": round(spent),
@@ -542,7 +544,7 @@ class TinyClipRecipe:
             "parameters": sum(p.numel() for p in network(tower).parameters()),
             "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
             "never_seen": "every string whose split is validation or test",
-            "held_out": measure(score, seed, held[: self.measured]),
+            "held_out": measure(score, seed, held_out[: self.measured]),
         }
 
 
@@ -602,8 +604,8 @@ class TowersLearner(Learner):
         x = standardise(self.stretch.batch(batch.pictures.flatten(0, 1) / 255))
         # a quarter less time for convolutions on a CPU with bfloat16; the small transformer gains nothing
         with torch.autocast("cpu", torch.bfloat16, enabled=not self.dense):
-            seen, patches = self.clip.visual(x) if self.dense else (self.clip.visual(x), None)
-        images = F.normalize(seen.float(), dim=-1).unflatten(0, (6, -1))
+            features, patches = self.clip.visual(x) if self.dense else (self.clip.visual(x), None)
+        images = F.normalize(features.float(), dim=-1).unflatten(0, (6, -1))
         texts = F.normalize(self.clip.encode_text(self.tokens([*batch.prompts, *more])), dim=-1)
         texts, others = texts[: len(batch.prompts)], texts[len(batch.prompts) :]
         terms = losses(texts, images, self.clip.logit_scale.exp(), batch)

@@ -160,10 +160,10 @@ def as_tensor(features: Any) -> Tensor:
     """Unwrap the vectors of get_image_features and get_text_features: transformers 5 returns an output object."""
     import torch
 
-    found = features if isinstance(features, torch.Tensor) else features.pooler_output
-    if found.ndim != 2:
-        raise RuntimeError(f"a tower gave features of shape {tuple(found.shape)} where (B, D) was expected")
-    return found
+    vectors = features if isinstance(features, torch.Tensor) else features.pooler_output
+    if vectors.ndim != 2:
+        raise RuntimeError(f"a tower gave features of shape {tuple(vectors.shape)} where (B, D) was expected")
+    return vectors
 
 
 def _needs(package: str, scorer: str) -> None:
@@ -182,8 +182,8 @@ class HubTowers:
             network, facts = loaded  # a pair, because the loading info was asked for
             self._tokenizer: Any = AutoTokenizer.from_pretrained(str(tokenizer))
         except (OSError, ValueError, RuntimeError) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{model} and {tokenizer} do not hold a CLIP model and its tokenizer: {said}") from error
+            message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{model} and {tokenizer} do not hold a CLIP model and its tokenizer: {message}") from error
         # transformers only warns, and scores with random weights
         lacking = sorted([*facts["missing_keys"], *(str(key) for key in facts["mismatched_keys"])])
         if lacking:
@@ -230,8 +230,8 @@ def _fill(network: Any, weights: dict[str, Tensor], where: Path) -> None:
     try:
         network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     except RuntimeError as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"{where} does not hold the weights of this model: {said[:200]}") from error
+        message = " ".join(str(error).split())
+        raise UserError(f"{where} does not hold the weights of this model: {message[:200]}") from error
 
 
 # The score
@@ -260,7 +260,7 @@ class Sight:
                 rows[row] = self.fit(image)
             except (ValueError, RuntimeError, ArithmeticError) as error:
                 reasons[row] = f"{type(error).__name__}: {error}"
-        found: dict[int, Vectors] = {}
+        vector_by_row: dict[int, Vectors] = {}
         for part in batched(rows, self.chunk):
             x = torch.zeros(self.chunk, 3, *self.towers.size)
             try:
@@ -272,11 +272,11 @@ class Sight:
                 continue
             for row, vector in zip(part, out, strict=False):
                 if np.isfinite(vector).all():
-                    found[row] = vector
+                    vector_by_row[row] = vector
                 else:
                     reasons[row] = "the image tower gave numbers that are not finite"
-        vectors = np.full((len(images), max((len(v) for v in found.values()), default=0)), np.nan, np.float32)
-        for row, vector in found.items():
+        vectors = np.full((len(images), max((len(v) for v in vector_by_row.values()), default=0)), np.nan, np.float32)
+        for row, vector in vector_by_row.items():
             vectors[row] = vector
         return vectors, reasons
 
@@ -389,8 +389,8 @@ def open_towers(architecture: str, checkpoint: Path) -> OpenTowers:
     try:
         weights = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     except Exception as error:  # pickle's errors have no common parent
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{checkpoint} is not a checkpoint with a state_dict: {said}") from error
+        message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{checkpoint} is not a checkpoint with a state_dict: {message}") from error
     network = open_clip.create_model(architecture)
     _fill(network, weights, checkpoint)
     return OpenTowers(network, open_clip.get_tokenizer(architecture), weight_store.device())

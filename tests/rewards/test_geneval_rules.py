@@ -41,7 +41,7 @@ def seen(label: str, score: float = 0.95, box: Sequence[float] = (0, 0, 10, 10))
 
 def facts(tag: str, *include: Mapping[str, Any], too_many: int = 0) -> rules.GenEvalTarget:
     exclude = [{"class": include[0]["class"], "count": too_many}] if too_many else []
-    return rules.asked(Prompt("a prompt", {"tag": tag, "include": list(include), "exclude": exclude}))
+    return rules.target_of(Prompt("a prompt", {"tag": tag, "include": list(include), "exclude": exclude}))
 
 
 def no_colour(thing: Detection) -> str:
@@ -259,7 +259,7 @@ def test_colours_are_asked_of_nothing_but_what_was_announced(
 
     rules.official(asked, found, colour)
     rules.partial(asked, found, colour)
-    rules.said(asked, found, colour)
+    rules.describe(asked, found, colour)
 
 
 # Colours and positions together, as published
@@ -282,8 +282,8 @@ def test_a_clause_that_failed_is_no_target() -> None:
 def test_what_was_counted_is_told() -> None:
     asked = facts("colors", {"class": "circle", "count": 2, "color": "red"})
     found = rules.counted([seen("circle", 0.9 - i / 100, (i, 0, 9, 9)) for i in range(3)], "colors")
-    assert rules.said(asked, found, box_colour) == "3 circle (1 red)"
-    assert rules.said(facts("two_object", *TWO), {}, no_colour) == "0 dog, 0 cat"
+    assert rules.describe(asked, found, box_colour) == "3 circle (1 red)"
+    assert rules.describe(facts("two_object", *TWO), {}, no_colour) == "0 dog, 0 cat"
 
 
 # Facts
@@ -307,14 +307,14 @@ def test_what_was_counted_is_told() -> None:
 )
 def test_a_prompt_without_its_facts_is_refused(meta: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message) as error:
-        rules.asked(Prompt("a dog", meta))
+        rules.target_of(Prompt("a dog", meta))
     assert "a dog" in str(error.value) and "\n" not in str(error.value)
 
 
 @given(clauses)
 def test_facts_survive_reading(include: list[dict[str, Any]]) -> None:
     assume(len(include) > 1)
-    read = rules.asked(Prompt("x", {"tag": "colors", "include": include})).include
+    read = rules.target_of(Prompt("x", {"tag": "colors", "include": include})).include
     for clause, given_clause in zip(read, include, strict=True):
         assert (clause.name, clause.count) == (given_clause["class"], given_clause["count"])
         assert clause.color == given_clause.get("color", "")
