@@ -133,8 +133,8 @@ def _interrupt(number: int, _frame: object) -> None:
 
 
 if __name__ == "__main__":
-    for one in STOPS:
-        signal.signal(one, _interrupt)
+    for number in STOPS:
+        signal.signal(number, _interrupt)
     try:
         sys.exit(main(sys.argv[1:]))
     except Interruption as stop:  # end as the signal would have ended it, so that make and the shell know

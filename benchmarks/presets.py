@@ -65,8 +65,8 @@ def need(method: str, model: str, device: str = "h100", sets: tuple[str, ...] = 
 
 def family(method: str, plan: Config) -> str:
     name = method.partition(":")[0]
-    own = next((family for family, names in FAMILIES.items() if name in names), "other")
-    return "search" if isinstance(plan.settings, Search) else own
+    method_family = next((family for family, names in FAMILIES.items() if name in names), "other")
+    return "search" if isinstance(plan.settings, Search) else method_family
 
 
 def table() -> list[str]:
@@ -78,13 +78,13 @@ def table() -> list[str]:
     for model in LARGE:
         needs = {method: need(method, model) for method in methods()}
         for kind in dict.fromkeys(each.family for each in needs.values()):
-            own = {method: each for method, each in needs.items() if each.family == kind}
-            names = ", ".join(f"{method} {each.held}" if each.held else method for method, each in own.items())
-            sizes = [each.size.peak / GB for each in own.values()]
+            kind_needs = {method: each for method, each in needs.items() if each.family == kind}
+            names = ", ".join(f"{method} {each.held}" if each.held else method for method, each in kind_needs.items())
+            sizes = [each.size.peak / GB for each in kind_needs.values()]
             low, high = f"{min(sizes):.1f}", f"{max(sizes):.1f}"
-            cards = [each.gpu_gb for each in own.values()]
+            cards = [each.gpu_gb for each in kind_needs.values()]
             lines.append(
-                f"| `{model}` | {kind} | {names} | {next(iter(own.values())).plan.model_spec().rows} | "
+                f"| `{model}` | {kind} | {names} | {next(iter(kind_needs.values())).plan.model_spec().rows} | "
                 f"{low if low == high else f'{low} to {high}'} | {f'{max(cards)} GB' if all(cards) else 'larger'} |"
             )
     return lines

@@ -100,8 +100,8 @@ class BaselineScores:
 def find_baseline(name: str) -> Path:
     """Find the file of a baseline, given its path or the name of one in the package."""
     path = Path(name)
-    own = Path(__file__).parent / f"{path.name}.toml"
-    return own if not path.is_file() and path.name == name and own.is_file() else path
+    packaged = Path(__file__).parent / f"{path.name}.toml"
+    return packaged if not path.is_file() and path.name == name and packaged.is_file() else path
 
 
 def baseline_files(path: Path) -> list[Path]:

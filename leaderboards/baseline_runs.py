@@ -90,8 +90,8 @@ def run_baselines(
     logs = [options.out / "logs" / f"{run_dir.name}.log" for run_dir in run_dirs]
     make_folder(options.out / "logs")
     failures: list[str] = []
-    done = [] if options.fresh else _done(runs, run_dirs, options.out, say)
-    todo = [k for k in range(len(runs)) if k not in done]
+    complete = [] if options.fresh else _done(runs, run_dirs, options.out, say)
+    todo = [k for k in range(len(runs)) if k not in complete]
 
     def begin(job: int) -> None:
         say(f"run {todo[job] + 1} of {len(runs)}: {runs[todo[job]].name}")
@@ -115,11 +115,11 @@ def _done(runs: Sequence[BaselineRun], run_dirs: Sequence[Path], out: Path, say:
     from ..bench.assets.weight_store import weights_hash
     from ..bench.model_spec import find_model_spec
 
-    done = [k for k, run_dir in enumerate(run_dirs) if (run_dir / "record.json").is_file()]
-    if not done:
+    complete = [k for k, run_dir in enumerate(run_dirs) if (run_dir / "record.json").is_file()]
+    if not complete:
         return []
-    records = {k: record.read(run_dirs[k] / "record.json") for k in done}
-    models = dict.fromkeys(runs[k].baseline.model for k in done)
+    records = {k: record.read(run_dirs[k] / "record.json") for k in complete}
+    models = dict.fromkeys(runs[k].baseline.model for k in complete)
     hashes = {model: weights_hash(find_model_spec(model)) for model in models}
     for k, each in records.items():
         model = runs[k].baseline.model
@@ -127,5 +127,5 @@ def _done(runs: Sequence[BaselineRun], run_dirs: Sequence[Path], out: Path, say:
             raise UserError(f"the weights of {model} changed since {run_dirs[k]} was made: --fresh makes it again")
     older = record.elsewhere(list(records.values()))
     warning = f", {older} of them perhaps by other code: --fresh makes them again" if older else ""
-    say(f"{len(done)} of {len(runs)} runs are done already in {out}{warning}")
-    return done
+    say(f"{len(complete)} of {len(runs)} runs are done already in {out}{warning}")
+    return complete

@@ -56,8 +56,8 @@ def breakdowns(key: str, rows: Mapping[str, Sequence[LoadedRun]], texts: Sequenc
         "By letters in the quoted text": _ranges(lengths),
         "By the number named": [_number_named(text) for text in texts],
     }
-    made = [_breakdown(name, labels, key, rows) for name, labels in labels_by_name.items()]
-    return [breakdown for breakdown in made if len(breakdown.parts) > 1]
+    candidates = [_breakdown(name, labels, key, rows) for name, labels in labels_by_name.items()]
+    return [breakdown for breakdown in candidates if len(breakdown.parts) > 1]
 
 
 def hardest(runs: Sequence[LoadedRun], key: str, count: int = 8) -> tuple[list[PromptCase], list[PromptCase]]:

@@ -20,7 +20,7 @@ BASE_DIFFERS = "The base's scores are not the same"  # the first words of the no
 
 def check_comparable(runs: Sequence[LoadedRun]) -> None:
     """Raise UserError, naming both values, where two runs differ in what a table must not mix, or are the same run."""
-    first, seen = runs[0], dict[tuple[str, int], LoadedRun]()
+    first, run_by_settings = runs[0], dict[tuple[str, int], LoadedRun]()
     ids: dict[str, tuple[str, LoadedRun]] = {}
     for run in runs:
         for (what, a), (_, b) in zip(_shared_inputs(first), _shared_inputs(run), strict=True):
@@ -31,7 +31,7 @@ def check_comparable(runs: Sequence[LoadedRun]) -> None:
             other, where = ids.setdefault(name, (scorer_id, run))
             if other != scorer_id:
                 raise _difference(f"scorer id of {name}", where, other, run, scorer_id)
-        twin = seen.setdefault((settings_text(run.record), run.record.seed), run)
+        twin = run_by_settings.setdefault((settings_text(run.record), run.record.seed), run)
         if twin is not run:
             raise UserError(
                 f"the same run twice, {run.record.method} with seed {run.record.seed}: {twin.folder} and {run.folder}"

@@ -97,8 +97,10 @@ def pace(
         return None
     estimates: dict[str, tuple[Estimate, Estimate]] = {}
     for label in usable:
-        read = [(_validation_scores(run), [point.spent[clock] for point in run.record.curve]) for run in rows[label]]
-        present = [(validation, spent) for validation, spent in read if validation is not None]
+        points_by_run = [
+            (_validation_scores(run), [point.spent[clock] for point in run.record.curve]) for run in rows[label]
+        ]
+        present = [(validation, spent) for validation, spent in points_by_run if validation is not None]
         seeds = [(spent, v.scores[key] - v.scores[key][:, :1]) for v, spent in present]
         strata = strata_or_none(present[0][0].strata)
         over = area(seeds, bound, resamples=RESAMPLES, strata=strata)

@@ -127,12 +127,12 @@ def check_all(
     runs_by_baseline = [against.runs_of(runs) for against in baselines]
     if not any(runs_by_baseline):
         raise _nothing_in_common(baselines[0], runs)
-    used = {str(r.folder) for own in runs_by_baseline for r in own}
+    used = {str(r.folder) for baseline_runs in runs_by_baseline for r in baseline_runs}
     others = len({str(r.folder) for r in runs} - used)
     notes = [*notes, *([f"{others} runs are not of this baseline and were left out."] if others else [])]
     comparisons = [
-        _compare(against, own, notes if k == 0 else [])
-        for k, (against, own) in enumerate(zip(baselines, runs_by_baseline, strict=True))
+        _compare(against, baseline_runs, notes if k == 0 else [])
+        for k, (against, baseline_runs) in enumerate(zip(baselines, runs_by_baseline, strict=True))
     ]
     margins = [match.number.margin for c in comparisons for match in c.matches]
     decided = iter(verdicts([change for c in comparisons for change in c.changes], margins))

@@ -150,29 +150,29 @@ def _object(words: str, objects: Sequence[str], text: str) -> dict[str, Any]:
     raise registry.unknown(f"object in {text!r}:", rest if colour in COLOURS and rest else name, objects)
 
 
-def read(text: str, known: Mapping[str, Any], objects: Callable[[], Sequence[str]]) -> Prompt:
+def read(text: str, row_facts: Mapping[str, Any], objects: Callable[[], Sequence[str]]) -> Prompt:
     """A user's own prompt: by its facts `tag` and `include` where the row has them, else by the grammar."""
-    if known.get("include"):
-        if known.get("tag") not in TAGS:
-            raise registry.unknown(f"GenEval tag of {text!r}:", str(known.get("tag", "")), TAGS)
-        given: dict[str, Any] = {"tag": known["tag"]}
-        given |= {key: _clauses(text, key, known[key]) for key in ("include", "exclude") if known.get(key)}
-        return Prompt(text, {**facts(given["tag"], given["include"]), **given}, stratum=given["tag"])
+    if row_facts.get("include"):
+        if row_facts.get("tag") not in TAGS:
+            raise registry.unknown(f"GenEval tag of {text!r}:", str(row_facts.get("tag", "")), TAGS)
+        clauses: dict[str, Any] = {"tag": row_facts["tag"]}
+        clauses |= {key: _clauses(text, key, row_facts[key]) for key in ("include", "exclude") if row_facts.get(key)}
+        return Prompt(text, {**facts(clauses["tag"], clauses["include"]), **clauses}, stratum=clauses["tag"])
     tag, include = parse(text, objects())
     return Prompt(text, facts(tag, include), stratum=tag)
 
 
-def _clauses(text: str, key: str, given: Any) -> list[dict[str, Any]]:
+def _clauses(text: str, key: str, value: Any) -> list[dict[str, Any]]:
     """The clauses of a user's own facts, which a table holds as JSON; UserError on clauses that GenEval's rule cannot read."""
     wrong = lambda why: UserError(f"the fact `{key}` of {text!r} {why}")
-    if isinstance(given, str):
+    if isinstance(value, str):
         try:
-            given = json.loads(given)
+            value = json.loads(value)
         except ValueError as error:
             raise wrong(f"is no JSON: {error}") from None
-    if not isinstance(given, Sequence) or not all(isinstance(one, Mapping) for one in given):  # pyright: ignore
+    if not isinstance(value, Sequence) or not all(isinstance(clause, Mapping) for clause in value):  # pyright: ignore
         raise wrong('is a list of clauses, such as [{"class": "dog", "count": 2}]')
-    clauses = [dict(one) for one in given]  # pyright: ignore
+    clauses = [dict(clause) for clause in value]  # pyright: ignore
     for i, clause in enumerate(clauses):
         count, colour, place = (clause.get(name) for name in ("count", "color", "position"))
         if not isinstance(clause.get("class"), str) or not clause["class"]:
@@ -267,12 +267,12 @@ def sentences(tag: str, names: Sequence[str], seed: int = 0) -> Iterator[Prompt]
 class Beside:
     """Test for prompts that none of a set asks for, up to the order of objects, case and punctuation."""
 
-    asked: frozenset[tuple[Any, ...]]
+    target_keys: frozenset[tuple[Any, ...]]
     texts: frozenset[str]
 
     def free(self, prompt: Prompt) -> bool:
         """True where the prompt differs from each of the set."""
-        return asks_for(prompt) not in self.asked and fold_text(prompt.text) not in self.texts
+        return asks_for(prompt) not in self.target_keys and fold_text(prompt.text) not in self.texts
 
 
 def beside(prompts: Sequence[Prompt]) -> Beside:

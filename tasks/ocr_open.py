@@ -55,9 +55,9 @@ def published(file: PinnedFile) -> list[Prompt]:
 
 def compose(test: Sequence[Prompt]) -> dict[Split, list[Prompt]]:
     """The train and validation prompts: each with another text, and none with a text of a test prompt."""
-    taken = {fold_text(prompt.meta["target"]) for prompt in test}
+    test_texts = {fold_text(prompt.meta["target"]) for prompt in test}
     phrases = [" ".join(filter(None, words)) for words in product(FIRST, SECOND, LAST)]
-    phrases = [phrase for phrase in phrases if fold_text(phrase) not in taken]
+    phrases = [phrase for phrase in phrases if fold_text(phrase) not in test_texts]
     phrases.sort(key=lambda phrase: sha256(phrase.encode("ascii")).digest())
     prompts = [_prompt(SCENES[i % len(SCENES)].format(phrase)) for i, phrase in enumerate(phrases)]
     return {"validation": prompts[:VALIDATION], "train": prompts[VALIDATION : VALIDATION + TRAIN]}

@@ -98,13 +98,13 @@ def _published(task: PickScore, data: str) -> dict[Split, list[Prompt]]:
 
 def split(test: Sequence[str], train: Sequence[str], validation: int) -> dict[Split, list[Prompt]]:
     """Test as published; of train, each prompt once and none that folds to a test prompt, its first by digest for validation."""
-    taken = {fold_text(text) for text in test}
+    test_texts = {fold_text(text) for text in test}
     free = {fold_text(text): text for text in reversed(train)}  # of several that fold alike, the first
-    left = [text for text in train if free.get(fold_text(text)) is text and fold_text(text) not in taken]
-    held = set(sorted(left, key=lambda text: sha256(text.encode()).digest())[:validation])
+    available = [text for text in train if free.get(fold_text(text)) is text and fold_text(text) not in test_texts]
+    validation_texts = set(sorted(available, key=lambda text: sha256(text.encode()).digest())[:validation])
     return {
-        "train": [Prompt(text) for text in left if text not in held],
-        "validation": [Prompt(text) for text in left if text in held],
+        "train": [Prompt(text) for text in available if text not in validation_texts],
+        "validation": [Prompt(text) for text in available if text in validation_texts],
         "test": [Prompt(text) for text in test],
     }
 

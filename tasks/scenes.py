@@ -72,8 +72,8 @@ def glyph_prompts(split: Split) -> tuple[Prompt, ...]:
     )
 
 
-def styled_scenes(taken: Collection[str]) -> dict[Split, list[Prompt]]:
-    """The composed train and validation prompts, stratum = style; none of them folds to one of `taken` (folded texts).
+def styled_scenes(excluded: Collection[str]) -> dict[Split, list[Prompt]]:
+    """The composed train and validation prompts, stratum = style; none of them folds to one of `excluded` (folded texts).
 
     Pairs of subject and place stand in the order of their digests; the first go to validation in one style each, the others to train
     in two.
@@ -82,7 +82,7 @@ def styled_scenes(taken: Collection[str]) -> dict[Split, list[Prompt]]:
     first, rest = pairs[:VALIDATION], pairs[VALIDATION:]
     validation = [_scene(pair, i) for i, pair in enumerate(first)]
     train = [_scene(pair, i + turn) for turn in (0, 2) for i, pair in enumerate(rest)]
-    return {"validation": _free(validation, taken), "train": _free(train, taken)[:TRAIN]}
+    return {"validation": _free(validation, excluded), "train": _free(train, excluded)[:TRAIN]}
 
 
 def _scene(pair: tuple[str, str], turn: int) -> Prompt:
@@ -90,5 +90,5 @@ def _scene(pair: tuple[str, str], turn: int) -> Prompt:
     return Prompt(FORMS[style].format(subject=pair[0], place=pair[1]), stratum=style)
 
 
-def _free(prompts: Sequence[Prompt], taken: Collection[str]) -> list[Prompt]:
-    return [prompt for prompt in prompts if fold_text(prompt.text) not in taken]
+def _free(prompts: Sequence[Prompt], excluded: Collection[str]) -> list[Prompt]:
+    return [prompt for prompt in prompts if fold_text(prompt.text) not in excluded]

@@ -174,26 +174,28 @@ def _update(path: Path, runs: Sequence[LoadedRun], keys: Sequence[str], margins:
     if listed == [path] and len(by_task) > 1 and path.is_file():
         raise UserError(f"{path} is of one task, these runs are of {', '.join(by_task)}: name another file")
     command = shlex.join(["gpobench", *sys.argv[1:]])
-    made = {}
+    baselines_by_file = {}
     for task, group in by_task.items():
         name = Path(task).name.replace(":", "-")
         file = path.with_name(f"{path.stem}-{name}.toml") if index else path
         old = read_baseline(file)[0] if file.is_file() else None
-        made[file] = make_baseline(group, BaselineRequest(command, keys, _margins_of(margins, group, runs), old))
+        baselines_by_file[file] = make_baseline(
+            group, BaselineRequest(command, keys, _margins_of(margins, group, runs), old)
+        )
     # Nothing is written before all of them are made.
-    written = [write_baseline(file, *each) for file, each in made.items()]
+    written = [write_baseline(file, *each) for file, each in baselines_by_file.items()]
     if index:
-        write_index(path, list(dict.fromkeys([*([] if listed == [path] else listed), *made])))
+        write_index(path, list(dict.fromkeys([*([] if listed == [path] else listed), *baselines_by_file])))
     for each in runs:
         if flagged(each.record):
             typer.echo(f"gpobench: {each.folder} has the hack flag, and is now part of a baseline", err=True)
     numbers = sum(len(claim.number) for each in written for claim in each.row)
-    files = [*([path] if index else []), *(f for file in made for f in (file, scores_path(file)))]
+    files = [*([path] if index else []), *(f for file in baselines_by_file for f in (file, scores_path(file)))]
     rows = sum(len(each.row) for each in written)
     typer.echo(f"wrote {', '.join(map(str, files))}: {numbers} numbers of {rows} rows", err=True)
 
 
 def _margins_of(margins: Sequence[str], group: Sequence[LoadedRun], runs: Sequence[LoadedRun]) -> list[str]:
     """The margins that concern these runs of one task, without those of a metric that only other tasks have."""
-    own, all_keys = ({key for run in part for key in run.after} for part in (group, runs))
-    return [text for text in margins if (key := text.rpartition("=")[0]) in own or key not in all_keys]
+    group_keys, all_keys = ({key for run in part for key in run.after} for part in (group, runs))
+    return [text for text in margins if (key := text.rpartition("=")[0]) in group_keys or key not in all_keys]
