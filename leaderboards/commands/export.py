@@ -22,7 +22,9 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a run's adapter with a model card that states its scores, their intervals and what the run spent.
+    """Write a run's adapter with a model card of its scores.
+
+    The card states the scores with their intervals, and what the run spent.
 
     Examples: `gpobench export runs/NAME --to card` · `gpobench export runs/NAME --to card --push me/my-lora`
     """

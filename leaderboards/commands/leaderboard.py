@@ -33,10 +33,11 @@ def leaderboard(
         ),
     ] = False,
 ) -> None:
-    """Rank finished runs of one task, model and budget, with an interval on every number.
+    """Rank finished runs, with an interval on every number.
 
-    Rows are methods, averaged over their seeds; the base they started from is one of them. A rank is one more than the
-    number of rows that are significantly better, corrected over all pairs; rows of one rank do not differ significantly.
+    The runs are of one task, model and budget. Rows are methods, averaged over their seeds; the base they started from is one
+    of them. A rank is one more than the number of rows that are significantly better, corrected over all pairs; rows of one rank
+    do not differ significantly.
 
     Examples: `gpobench leaderboard runs` · `gpobench leaderboard runs --baseline flow-grpo --out table.md` ·
     `gpobench leaderboard runs/gpo-* runs/sft-* --format latex` · `gpobench leaderboard runs --across`

@@ -77,7 +77,9 @@ def regress(
     keys: Keys = None,
     as_json: Json = False,
 ) -> None:
-    """Compare runs with a baseline: same, better, worse or cannot tell, for each of its numbers.
+    """Compare the numbers of runs with those of a baseline.
+
+    Each of the baseline's numbers is the same, better, worse, or it cannot be told.
 
     Exit code 0: all are the same or better; 1: some are worse; 3: none is worse, but some cannot be told, or these runs do not
     have them (narrow the baseline with --row and --task); 2: the runs cannot be compared.

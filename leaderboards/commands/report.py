@@ -21,10 +21,10 @@ def report(
         Path | None, typer.Option(help="A folder for the curves and the trade-off as SVG and PNG files.")
     ] = None,
 ) -> None:
-    """Write one page about finished runs of one task, model and budget, which opens in any browser without a network.
+    """Write a page about finished runs for any browser, offline.
 
-    It holds the leaderboard, curves over spend, trade-offs, pictures on the same noise, the hardest prompts, settings and
-    provenance.
+    The runs are of one task, model and budget. The page holds the leaderboard, curves over spend, trade-offs, pictures on
+    the same noise, the hardest prompts, settings and provenance.
 
     Examples: `gpobench report runs` · `gpobench report runs -o ocr.html --plots figures`
     """
