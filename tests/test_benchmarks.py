@@ -1,0 +1,93 @@
+"""The files of benchmarks/, each run in miniature."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpobench.bench.evaluation import record
+from gpobench.leaderboards.runs import load_runs
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def script(name: str) -> Any:
+    """The module of a file of benchmarks/."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """Two methods with two seeds each, of 24 prompts x 2 images."""
+    script("board").make(tmp_path, 4, 24, 2, 2)
+    folders = sorted(tmp_path.iterdir())
+    for folder in folders:
+        r = record.read(folder / "record.json")
+        provenance = {"revision": "0123456789abcdef", "machine": "a machine", "versions": {"torch": "2.0"}}
+        spent = {"nfe": 1000.0, "images": 100.0, "updates": 10.0, "seconds": 5.0}
+        record.write(folder / "record.json", r.model_copy(update={"provenance": provenance, "spent": spent}))
+    return folders
+
+
+def run_board(folders: list[Path]) -> None:
+    script("board").measure(folders[0].parent)
+
+
+def run_overhead(_: list[Path]) -> None:
+    overhead = script("overhead")
+    seconds, total = overhead.profile("gpo", 1, ("prompts=2", "group=2", "steps=2", "t_min=0"))
+    assert set(seconds) <= set(overhead.PARTS) and {"forward", "backward", "scorer", "decode", "optimiser"} <= set(
+        seconds
+    )
+    assert all(part >= 0 for part in seconds.values()) and 0 < sum(seconds.values()) <= total
+    print(f"{total:.2f} s")
+
+
+def run_own_numbers(folders: list[Path]) -> None:
+    own_numbers = script("own_numbers")
+    loaded = load_runs(folders)
+    print(own_numbers.page(own_numbers.tables(loaded), loaded))
+
+
+def run_sampling(_: list[Path]) -> None:
+    sampling = script("sampling")
+    sampling.BATCH, sampling.STEPS = 2, 2
+    sampling.measure("fp32", False, 2)
+
+
+def run_seeds(folders: list[Path]) -> None:
+    script("seeds").main(folders[:2])
+
+
+MINIATURES: dict[str, tuple[Callable[[list[Path]], None], str]] = {  # file -> what runs it, what it prints
+    "board": (run_board, "resample"),
+    "overhead": (run_overhead, " s\n"),
+    "own_numbers": (run_own_numbers, "| method-1 |"),
+    "sampling": (run_sampling, "rig / bare: median"),
+    "seeds": (run_seeds, "| all 2 | one/exact |"),
+}
+ELSEWHERE = {
+    "hostile_server": "tests/bench/scoring/test_hostile_server.py",
+    "presets": "tests/methods/test_presets.py",
+    "full_size": "needs a GPU of 24 GB",
+    "methods": "needs finished runs of every method",
+}
+
+
+def test_every_benchmark_is_run_or_says_why_not() -> None:
+    assert MINIATURES.keys() | ELSEWHERE.keys() == {file.stem for file in FOLDER.glob("*.py")}
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_a_benchmark_runs_in_miniature(name: str, runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run, printed = MINIATURES[name]
+    run(runs)
+    assert printed in capsys.readouterr().out
