@@ -52,6 +52,15 @@ def test_a_quick_answer_loads_nothing_heavy(argv: list[str]) -> None:
     assert done.returncode == 0 and done.stdout and done.stderr.strip() == "loaded []"
 
 
+def test_help_shows_every_command_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = fresh("--help").stdout.partition("Commands")[2].splitlines()[1:]
+    rows = [row for row in rows if row.startswith("│")]
+    assert len(rows) > 15 and not [
+        row for row in rows if row.startswith("│  ")
+    ]  # where the name is empty, a line goes on
+
+
 def test_a_typo_is_refused_without_importing_torch() -> None:
     done = fresh(*words(method="gppo", task="ocr", model="tiny"))
     assert done.returncode == 2 and done.stdout == ""
