@@ -268,7 +268,7 @@ def clean_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
     return np.stack(
         [
             glyphs.draw_word(
-                word, paper=papers[int(rng.integers(3))], ink=inks[int(rng.integers(3))], dx=int(dx), dy=int(dy)
+                word, paper=papers[int(rng.integers(3))], ink=inks[int(rng.integers(3))], shift=(int(dx), int(dy))
             )
             for word, (dx, dy) in zip(words, rng.integers(-1, 2, (len(words), 2)), strict=True)
         ]
@@ -280,9 +280,9 @@ def degraded_words(seed: int = 0) -> tuple[np.ndarray, list[str]]:
     g = torch.Generator().manual_seed(seed)
     rng = np.random.default_rng(seed)
     _, words = clean_words()
-    transitions = rng.integers(-2, 3, (len(words), 2))
+    shifts = rng.integers(-2, 3, (len(words), 2))
     prints = np.stack(
-        [glyphs.draw_word(w, dx=int(dx), dy=int(dy)) for w, (dx, dy) in zip(words, transitions, strict=True)]
+        [glyphs.draw_word(w, shift=(int(dx), int(dy))) for w, (dx, dy) in zip(words, shifts, strict=True)]
     )
     grey = torch.from_numpy(prints).float().mean(-1)[:, None]
     coverage = (255 - grey) / (255 - grey.amin((2, 3), keepdim=True))

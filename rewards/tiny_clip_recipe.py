@@ -159,7 +159,7 @@ def coverage(thing: Thing, seed: int) -> np.ndarray:
     black, white = (0, 0, 0), (255, 255, 255)
     if thing.word:
         dx, dy = rng.integers(-1, 2, 2)
-        picture = glyphs.draw_word(thing.word, paper=white, ink=black, dx=int(dx), dy=int(dy))
+        picture = glyphs.draw_word(thing.word, paper=white, ink=black, shift=(int(dx), int(dy)))
     else:
         picture = glyphs.draw_shapes(thing.kind, thing.count, black, white, rng)
     return 1 - picture[..., 0].astype(np.float32) / 255

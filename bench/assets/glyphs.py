@@ -129,10 +129,9 @@ def draw_word(
     size: float = LETTER_SIZE,
     paper: tuple[int, int, int] = PAPERS["white"],
     ink: tuple[int, int, int] = INKS["black"],
-    dx: int = 0,
-    dy: int = 0,
+    shift: tuple[int, int] = (0, 0),
 ) -> np.ndarray:
-    """Draw (32, 64, 3) uint8: the word on a grid of 12 px cells, centred, moved by (dx, dy) px.
+    """Draw (32, 64, 3) uint8: the word on a grid of 12 px cells, centred, moved by `shift`.
 
     `font` is any TrueType or OpenType file (or a name PIL can find), `size` its em in px; each letter is drawn in the middle of its
     cell, so that a proportional face keeps the grid.
@@ -143,14 +142,14 @@ def draw_word(
         size: the em, in pixels.
         paper: RGB of the background, 0 to 255.
         ink: RGB of the letters, 0 to 255.
-        dx: shift to the right, in pixels.
-        dy: shift down, in pixels.
+        shift: (dx, dy) to the right and down, in pixels.
 
     Raises:
         ValueError: for a word of more than five letters.
     """
     if not 1 <= len(word) <= LONGEST:
         raise ValueError(f"{word!r}: the canvas holds words of 1 to {LONGEST} letters")
+    dx, dy = shift
     face = str(font) if font is not None else _default_face()
     sheet = np.zeros((HEIGHT, WIDTH + 4 * CELL), np.float32)  # margins of two cells, cut off below
     left = (WIDTH - CELL * len(word)) // 2 - CELL // 2 + dx
@@ -226,7 +225,7 @@ def word_sample(rng: np.random.Generator, words: Sequence[str], excluded: Collec
     word, ink = random_word(rng, words, excluded), _pick(rng, tuple(INKS))
     named = ink if rng.random() >= 0.35 else None
     dx, dy = rng.integers(-1, 2, 2)
-    picture = draw_word(word, paper=PAPERS[_pick(rng, tuple(PAPERS))], ink=INKS[ink], dx=int(dx), dy=int(dy))
+    picture = draw_word(word, paper=PAPERS[_pick(rng, tuple(PAPERS))], ink=INKS[ink], shift=(int(dx), int(dy)))
     return word_prompt(word, surface=_pick(rng, SURFACES), ink=named), picture
 
 

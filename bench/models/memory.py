@@ -124,13 +124,10 @@ def estimate(
     rows = rows or model_spec.rows
     sliced = model_spec.height * model_spec.width >= SLICED if sliced is None else sliced
     parts, source = blueprint(model_spec)
-    size = BYTES[precision]
     sizes = {name: _parameters(part) for name, part in _frozen(parts)}
     counts = {name: n for name, (n, _) in sizes.items()}
     numbers = {name: sum(both) for name, both in sizes.items()}  # SD3.5's table of places is 0.2 billion numbers
-    network = next((name for name in NETWORKS if name in parts), None)
-    if network is None or "vae" not in parts:
-        raise Missing(f"{model_spec.name} has no transformer or U-Net whose size could be told")
+    network = _network_name(model_spec, parts)
     model_class = pipeline_class(model_spec)
     cost = _forward(
         _frozen({"": parts[network]})[0][1],
@@ -139,18 +136,15 @@ def estimate(
         adapter,
         precision,
     )
+    size, vae_size = BYTES[precision], 4 if precision in model_class.float32_vae else BYTES[precision]
     encoders = float(sum(n for name, n in numbers.items() if name.startswith("text_encoder")) * size)
-    float32_vae = precision in model_class.float32_vae
-    base = numbers[network] * size + numbers["vae"] * (4 if float32_vae else size)
+    base = numbers[network] * size + numbers["vae"] * vae_size
     weights = base + (0.0 if offload else encoders)
     states = cost.trained * 4.0 * (4 + copies)  # policy, gradient, two moments, copies; all float32
-    # Without checkpointing all of it; else what enters each block, and the largest block once more with its gradients.
-    row = cost.outside + (min(cost.inside, cost.inputs + 2 * cost.largest) if checkpointing else cost.inside)
-    width = int(dict(parts["vae"][2]).get("block_out_channels", (128,))[0])
-    picture = DECODING * width * model_spec.height * model_spec.width * (4 if float32_vae else size)
+    row = _backward_row(cost, checkpointing)
     guided = model_class.guided_cost if model_spec.guidance != 1 else 1
     evaluating = cost.largest * guided * rows  # no backward: one block at a time
-    decoding = picture * (1 if sliced else rows)
+    decoding = _decoding(model_spec, parts, vae_size) * (1 if sliced else rows)
     return MemoryEstimate(
         parameters=counts,
         source=source,
@@ -164,6 +158,28 @@ def estimate(
         sampling=weights + states + max(evaluating, decoding),
         encoding=base + states + encoders,
     )
+
+
+def _network_name(model_spec: ModelSpec, parts: Parts) -> str:
+    """Return which part is the network; Missing where the pipeline has none, or no autoencoder."""
+    network = next((name for name in NETWORKS if name in parts), None)
+    if network is None or "vae" not in parts:
+        raise Missing(f"{model_spec.name} has no transformer or U-Net whose size could be told")
+    return network
+
+
+def _backward_row(cost: ForwardCost, checkpointing: bool) -> float:
+    """Return the bytes kept for the backward pass of one latent.
+
+    Without checkpointing that is all of it; else what enters each block, and the largest block once more with its gradients.
+    """
+    return cost.outside + (min(cost.inside, cost.inputs + 2 * cost.largest) if checkpointing else cost.inside)
+
+
+def _decoding(model_spec: ModelSpec, parts: Parts, size: int) -> float:
+    """Return the bytes that decoding one image takes; size: bytes a number of the autoencoder."""
+    width = int(dict(parts["vae"][2]).get("block_out_channels", (128,))[0])
+    return DECODING * width * model_spec.height * model_spec.width * size
 
 
 def hours(nfe: float, flops: float, device: str, utilisation: float = UTILISATION) -> float:

@@ -35,8 +35,7 @@ def renders() -> tuple[np.ndarray, list[Prompt]]:
                 p.meta["target"],
                 paper=papers[i % 3],
                 ink=inks[i // 3 % 3],
-                dx=int(rng.integers(-1, 2)),
-                dy=int(rng.integers(-1, 2)),
+                shift=(int(rng.integers(-1, 2)), int(rng.integers(-1, 2))),
             )
             for i, p in enumerate(prompts)
         ]

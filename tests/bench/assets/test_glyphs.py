@@ -46,7 +46,7 @@ def test_the_exclusion_is_what_keeps_them_out():
 def test_a_word_stands_whole_and_centred(word: str):
     for dx in (-1, 0, 1):
         for dy in (-1, 0, 1):
-            picture = glyphs.draw_word(word, dx=dx, dy=dy)
+            picture = glyphs.draw_word(word, shift=(dx, dy))
             assert picture.shape == (32, 64, 3) and picture.dtype == np.uint8
             dark = (picture < 128).all(-1)
             rows, columns = np.flatnonzero(dark.any(1)), np.flatnonzero(dark.any(0))
@@ -59,8 +59,8 @@ def test_letters_keep_to_a_grid_of_cells():
     one, other = glyphs.draw_word("AAAAA"), glyphs.draw_word("AABAA")
     changed = np.flatnonzero((one != other).any((0, 2)))
     assert changed.min() >= 2 + 2 * glyphs.CELL - 1 and changed.max() <= 2 + 3 * glyphs.CELL
-    left = glyphs.draw_word("HELLO", dx=0)[:, 4:60]
-    right = glyphs.draw_word("HELLO", dx=1)[:, 5:61]
+    left = glyphs.draw_word("HELLO")[:, 4:60]
+    right = glyphs.draw_word("HELLO", shift=(1, 0))[:, 5:61]
     assert (left == right).all(), "jitter moves and changes nothing else"
 
 
