@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,15 @@ def digest(path: Path) -> str:
     """sha256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_digest(path: Path) -> str:
+    """sha256 of a file, or of the names and contents of the files in a folder, hexadecimal; hidden ones are not part of it."""
+    if not path.is_dir():
+        return digest(path)
+    files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+    listed = "".join(f"{digest(file)} {utf_8_name(file.name)}\n" for file in files)
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def full(error: BaseException) -> bool:
@@ -49,3 +59,18 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def utf_8_name(name: str) -> str:
+    """A file's name as text that every table can hold: bytes that are not UTF-8 as \\xe9."""
+    raw = name.encode("utf-8", "surrogateescape") if not re.search("[\ud800-\udc7f\udd00-\udfff]", name) else None
+    return (
+        raw.decode("utf-8", "backslashreplace")
+        if raw is not None
+        else name.encode("utf-8", "backslashreplace").decode()
+    )
+
+
+def printable(name: str) -> str:
+    """A name in one line of a message: other characters than those that print are escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in utf_8_name(name))

@@ -7,7 +7,9 @@ nfe: evaluations of the network in forward-equivalents; a forward costs 1, a bac
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+import re
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
@@ -39,9 +41,38 @@ class Prompt:
     stratum: str = ""
 
 
+_SYMBOLS = frozenset("#%&@‰")  # punctuation by category, and yet C is not C#, nor 5 % 5
+_SEPARATORS = frozenset("`´¨|~")  # symbols by category, used as quotation marks and separators
+_DROPPED = frozenset("\ufe0e\ufe0f")  # whether a sign is drawn as text or as emoji
+_DASHES = str.maketrans("−–—‒", "----")
+# The characters of an ASCII text that _tells_apart keeps: letters, digits and symbols; signs between numbers; signs of numbers.
+_ASCII = re.compile(r"[a-z0-9#%&@$+<=>^]|(?<=[0-9])[!\"'()*,\-./:;?\[\\\]_{}](?=[0-9])|(?<![a-z0-9.\-])[\-.](?=[0-9])")
+
+
 def fold_text(text: str) -> str:
-    """The text without case, punctuation and spacing: two prompts are the same where their folded texts are equal."""
-    return "".join(character for character in text.casefold() if character.isalnum()) or text.casefold()
+    """The text without case, punctuation and spacing: two prompts are the same where their folded texts are equal.
+
+    Marks of letters (vowel signs of Hindi, Thai, Arabic), symbols (emoji, +, #, %), signs of numbers and points within them stay:
+    they change what is asked for.
+    """
+    folded = text.casefold()
+    if folded.isascii():
+        return "".join(_ASCII.findall(folded)) or "".join(folded.split())
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()).translate(_DASHES)
+    return "".join(c for i, c in enumerate(folded) if _tells_apart(folded, i)) or "".join(folded.split())
+
+
+def _tells_apart(text: str, i: int) -> bool:
+    """Whether a character says something that punctuation and spacing do not."""
+    character = text[i]
+    kind = unicodedata.category(character)[0]
+    if kind in "LMNS" or character in _SYMBOLS:
+        return character not in _SEPARATORS and character not in _DROPPED
+    before, after = text[i - 1] if i else " ", text[i + 1] if i + 1 < len(text) else " "
+    if kind != "P" or not after.isdecimal():
+        return False
+    # 1.5 is not 15, nor 1/2; -5 and .5 are not 5. A hyphen between a word and a number is punctuation.
+    return before.isdecimal() or (character in "-." and not before.isalnum() and before not in "-.")
 
 
 class PolicyModel(Protocol):
@@ -247,6 +278,20 @@ class SupportsOwnPrompts(Protocol):
 
     def read(self, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:
         """The prompt with the facts its scorers need, from the row's other columns. Raises UserError naming what is missing."""
+        ...
+
+
+@runtime_checkable
+class SupportsPublishedLists(Protocol):
+    """A task whose published prompts keep their publication's rule where a person brings the list as a file of theirs."""
+
+    @property
+    def published_lists(self) -> Collection[str]:
+        """The lists by content: what `git hash-object FILE` prints."""
+        ...
+
+    def read_published(self, text: str, domain: str) -> Prompt:
+        """The prompt of a line of such a list."""
         ...
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..bench import registry
 from ..bench.assets.downloads import PinnedFile
+from ..bench.assets.record_files import fact
 from ..bench.errors import UserError
 from ..bench.spec import Prompt, Split, fold_text
 
@@ -151,15 +152,23 @@ def _object(words: str, objects: Sequence[str], text: str) -> dict[str, Any]:
 
 
 def read(text: str, row_facts: Mapping[str, Any], objects: Callable[[], Sequence[str]]) -> Prompt:
-    """A user's own prompt: by its facts `tag` and `include` where the row has them, else by the grammar."""
-    if row_facts.get("include"):
-        if row_facts.get("tag") not in TAGS:
-            raise registry.unknown(f"GenEval tag of {text!r}:", str(row_facts.get("tag", "")), TAGS)
-        clauses: dict[str, Any] = {"tag": row_facts["tag"]}
-        clauses |= {key: _clauses(text, key, row_facts[key]) for key in ("include", "exclude") if row_facts.get(key)}
-        return Prompt(text, {**facts(clauses["tag"], clauses["include"]), **clauses}, stratum=clauses["tag"])
-    tag, include = parse(text, objects())
-    return Prompt(text, facts(tag, include), stratum=tag)
+    """A user's own prompt: by its facts `tag` and `include` (or `exclude`) where the row has them, else by the grammar.
+
+    Raises UserError on facts that are incomplete or contradict the text: none is dropped.
+    """
+    stated = {key: fact(row_facts, key) for key in ("tag", "include", "exclude")}
+    if not stated["include"] and not stated["exclude"]:
+        tag, include = parse(text, objects())
+        if stated["tag"] not in (None, "", tag):
+            raise UserError(f"the fact `tag` of {text!r} is {stated['tag']!r}, but the text is one of {tag!r}")
+        return Prompt(text, facts(tag, include), stratum=tag)
+    if not stated["include"]:
+        raise UserError(f"the facts of {text!r} have an `exclude` but no `include`, which GenEval's rule needs")
+    if stated["tag"] not in TAGS:
+        raise registry.unknown(f"GenEval tag of {text!r}:", str(stated["tag"] or ""), TAGS)
+    clauses = {key: _clauses(text, key, stated[key]) for key in ("include", "exclude") if stated[key]}
+    tag = str(stated["tag"])
+    return Prompt(text, {**facts(tag, clauses["include"]), "tag": tag, **clauses}, stratum=tag)
 
 
 def _clauses(text: str, key: str, value: Any) -> list[dict[str, Any]]:
@@ -168,7 +177,7 @@ def _clauses(text: str, key: str, value: Any) -> list[dict[str, Any]]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise wrong(f"is no JSON: {error}") from None
     if not isinstance(value, Sequence) or not all(isinstance(clause, Mapping) for clause in value):  # pyright: ignore
         raise wrong('is a list of clauses, such as [{"class": "dog", "count": 2}]')

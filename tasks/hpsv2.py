@@ -17,6 +17,7 @@ import numpy as np
 
 from ..bench import registry
 from ..bench.assets.downloads import PinnedFile
+from ..bench.assets.record_files import fact
 from ..bench.errors import UserError
 from ..bench.registry import known_domain
 from ..bench.spec import Columns, EvaluationSettings, Prompt, Split, fold_text
@@ -73,7 +74,7 @@ class HPSv2(DomainTask):
     def read(self, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:
         """A user's own prompt; a fact `style` (or `stratum`), where there is one, is its style."""
         known_domain("hpsv2", domain)
-        return Prompt(text, dict(facts), stratum=str(facts.get("style") or facts.get("stratum") or ""))
+        return Prompt(text, dict(facts), stratum=str(fact(facts, "style") or fact(facts, "stratum") or ""))
 
     def split_prompts(self, split: Split, domain: str) -> Sequence[Prompt]:
         """Words and shapes, or styles; the stratum is the style."""

@@ -6,8 +6,9 @@ The task of Flow-GRPO (arXiv 2505.05470, section "visual text rendering"), in tw
 once, the other two splits are composed here.
 """
 
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -17,6 +18,7 @@ from typing import Any, final
 from ..bench import registry
 from ..bench.assets.downloads import PinnedFile
 from ..bench.assets.glyphs import ALPHABET, INKS, LONGEST, SHORTEST, SURFACES, VOCABULARY, split_of, word_prompt
+from ..bench.assets.record_files import fact
 from ..bench.assets.words import WORD_LIST
 from ..bench.errors import UserError
 from ..bench.registry import known_domain
@@ -29,6 +31,10 @@ PUBLISHED = PinnedFile(  # MIT
     sha256="4dd8caf3ab6ade73bd376c7d14c6ca49b6eacfb1bd321e22c40714ae4a98d4dc",
     records=1018,
 )
+
+
+# Published lists of scenes by content, as `git hash-object FILE` names it: test.txt, and train.txt, whose content was not at hand.
+PUBLISHED_LISTS = ("8deb4f8d8f2e863f45353354243669b3c991a6a2", "3ce0521b77b0a9031191d66ecc36ebaaf27a3922")
 
 
 # Words
@@ -63,6 +69,43 @@ def read_words(path: Path) -> list[str]:
     return sorted(set(words), key=_digest)
 
 
+# Targets of a person's own prompts
+
+
+def _unescaped(text: str) -> str:
+    """The text with plain quotation marks where every one of them is escaped, as a program leaves them that escapes twice."""
+    return text.replace('\\"', '"') if text.count('"') == text.count('\\"') else text
+
+
+def _stated_target(text: str, facts: Mapping[str, Any]) -> str | None:
+    """The fact `target` as text; None where there is none, or an empty one. UserError where it is neither text nor a number."""
+    target = fact(facts, "target")
+    if target is None or (isinstance(target, str) and not target.strip()):
+        return None
+    if isinstance(target, str):
+        return target
+    if isinstance(target, bool) or not isinstance(target, int | float) or not math.isfinite(target):
+        raise UserError(f"the fact `target` of {text!r} is {target!r}, which is neither text nor a number")
+    return str(int(target) if target == int(target) else target)  # tables turn whole numbers into 5.0
+
+
+def _quoted_target(text: str) -> str:
+    """The first text between straight double quotes. UserError where there is none, or where it is unclear what is quoted."""
+    marks = text.count('"')
+    if marks < 2:
+        raise UserError(
+            f"an OCR prompt needs the text to write, between straight double quotes or as a fact `target`: {text!r}"
+        )
+    if marks % 2:
+        raise UserError(f"{marks} quotation marks do not pair; name the text to write as a fact `target`: {text!r}")
+    before, target, _ = text.split('"', 2)
+    if before[-1:].isdecimal() or target != target.strip() or not target:
+        raise UserError(
+            f"the first quotation marks seem not to quote ({target!r}); name the text to write as a fact `target`: {text!r}"
+        )
+    return target
+
+
 @final
 @dataclass(frozen=True)
 class OCR(DomainTask):
@@ -94,18 +137,26 @@ class OCR(DomainTask):
             ),
         }
 
+    @property
+    def published_lists(self) -> Collection[str]:
+        """The published lists, whose lines keep their publication's rule."""
+        return PUBLISHED_LISTS
+
+    def read_published(self, text: str, domain: str) -> Prompt:
+        """A line of a published list: the target is what stands behind its first straight double quote, up to the next."""
+        known_domain("ocr", domain)
+        return Prompt(text, {"target": text.split('"')[1] if '"' in text else text})
+
     def read(self, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:
         """A user's own prompt: its target is the fact `target`, else the first text between straight double quotes."""
         tiny = known_domain("ocr", domain) == "glyphs"
-        quoted = text.split('"')
-        target = str(facts.get("target") or (quoted[1] if len(quoted) > 2 else ""))
-        if not target.strip():
-            raise UserError(
-                f"an OCR prompt needs the text to write, between straight double quotes or as a fact `target`: {text!r}"
-            )
+        text = _unescaped(text)
+        target = _stated_target(text, facts)
+        target = _quoted_target(text) if target is None else target
         if tiny and (set(target) - set(ALPHABET) or not SHORTEST <= len(target) <= LONGEST):
             raise UserError(f"tiny writes {SHORTEST} to {LONGEST} capitals A-Z, not {target!r}")
-        if tiny and (strange := [word for part in quoted[::2] for word in part.split() if word not in VOCABULARY]):
+        words = [word for part in text.split('"')[::2] for word in part.split()]
+        if tiny and (strange := [word for word in words if word not in VOCABULARY]):
             raise registry.unknown(f"word for tiny in {text!r}:", strange[0], VOCABULARY)
         return Prompt(text, {**facts, "target": target})
 

@@ -1,15 +1,13 @@
-"""Reads a user's own prompts from plain lines, JSON lines or a table, and wraps a task so that it uses them.
+"""Reads a user's own prompts from the files of `record_files`, and wraps a task so that it uses them.
 
 Errors name the file and the line, so that the user finds the faulty one in a list of a thousand prompts.
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha1
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -22,16 +20,17 @@ from ..spec import (
     Split,
     SupportsColumns,
     SupportsOwnPrompts,
+    SupportsPublishedLists,
     SupportsSummary,
     Task,
     fold_text,
 )
+from .record_files import TEXT, column, fact, finite, place, plain, records, shown
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-TEXT = ("prompt", "text", "caption")  # names of the prompt column; the first that exists is used
 OWN = "+own"  # suffix of a task's version with a user's own prompts: its numbers are not comparable with others
 
 
@@ -40,14 +39,15 @@ class PromptRow:
     """A prompt of a file, and the facts that the file holds about it."""
 
     text: str
-    facts: Mapping[str, Any]
-    line: int  # where its record begins, from 1; of a parquet file the row
+    facts: Mapping[str, Any]  # as JSON holds them, but NaN and infinity may be there
+    line: int  # where its record begins, from 1; of a JSON or parquet file its number
 
 
 def read_prompts(path: Path, *, unique: bool = True) -> list[PromptRow]:
-    """Read the prompts of a .txt (one a line), .jsonl, .csv, .tsv or .parquet file, in order; blank lines are skipped.
+    """Read the prompts of a file, or of a folder of texts or lists, in order; blank lines are skipped.
 
-    The column of the prompts is `prompt`, `text` or `caption`, all others are facts; an empty cell of a table is no fact.
+    The formats are those of `record_files`. The column of the prompts is `prompt`, `prompts`, `text` or `caption`, all others are
+    facts; an empty cell of a table is no fact.
     unique: refuse prompts that differ only in case, punctuation and spacing.
     Raises UserError naming the file, and the line where there is one.
     """
@@ -60,117 +60,33 @@ def read_prompts(path: Path, *, unique: bool = True) -> list[PromptRow]:
 
 
 def row_of(path: Path, line: int, record: Mapping[str, Any]) -> PromptRow:
-    """Return a record's prompt and facts; UserError where it has no prompt."""
-    key = next((name for name in TEXT if name in record), None)
+    """Return a record's prompt and facts; UserError where it has no prompt, or a value that JSON cannot hold."""
+    key = column(record, TEXT)
     if key is None:
-        raise UserError(f"{path}, line {line}: there is no {' | '.join(TEXT)}, only {', '.join(record) or 'nothing'}")
-    text = record[key]
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{path}, line {line}: the {key} is {'empty' if text in ('', None) else repr(text)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{path}, line {line}: the {key} holds half a character: {text!r}") from None
-    return PromptRow(text, {name: value for name, value in record.items() if name != key}, line)
-
-
-def records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line, record) of a file, read by its suffix; of a .txt file the record is {"prompt": line}."""
-    if path.suffix.lower() not in READERS:
-        raise UserError(f"{path}: a file of prompts ends in {', '.join(READERS)}, not in {path.suffix or 'nothing'!r}")
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
-    return READERS[path.suffix.lower()](path, raw)
-
-
-# Formats
-
-
-def _text(path: Path, raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}, line {line}: this is not UTF-8 ({error.reason})") from None
-
-
-def _lines(path: Path, raw: bytes) -> Iterator[tuple[int, str]]:
-    """Yield lines that are not blank. Not splitlines(): it also breaks at characters that a prompt may contain."""
-    for number, line in enumerate(_text(path, raw).replace("\r\n", "\n").split("\n"), 1):
-        if line.strip():
-            yield number, line.strip()
-
-
-def _txt(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _lines(path, raw):
-        yield number, {"prompt": line}
-
-
-def _jsonl(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in _lines(path, raw):
+        raise UserError(
+            f"{path}, {place(path, line)}: there is no {' | '.join(TEXT)}, only {shown(record) or 'nothing'}"
+        )
+    facts: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, bytes):  # an embedded file: no scorer could be sent it
+            continue
         try:
-            record = json.loads(line)
+            facts[plain(name)] = plain(value)
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: this is not JSON: {error}") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{path}, line {number}: this is no JSON object but {type(record).__name__}")
-        yield number, record
-
-
-def _table(delimiter: str) -> Callable[[Path, bytes], Iterator[tuple[int, dict[str, Any]]]]:
-    def read(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-        lines = csv.reader(io.StringIO(_text(path, raw), newline=""), delimiter=delimiter, strict=True)
-        header: list[str] = []
-        begins = 1
-        try:
-            for cells in lines:
-                if cells and not header:
-                    header = [cell.strip() for cell in cells]
-                    if len(set(header)) < len(header):
-                        raise UserError(f"{path}, line {begins}: two columns have one name: {', '.join(header)}")
-                elif cells:
-                    if len(cells) != len(header):
-                        raise UserError(
-                            f"{path}, line {begins}: {len(cells)} cells under {len(header)} columns; a cell that holds "
-                            f"{delimiter!r} stands in quotes"
-                        )
-                    yield begins, {n: cell for n, cell in zip(header, cells, strict=True) if cell or n in TEXT}
-                begins = lines.line_num + 1
-        except csv.Error as error:
-            raise UserError(f"{path}, line {begins}: {error}") from None
-
-    return read
-
-
-def _parquet(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows = pq.read_table(pa.BufferReader(raw)).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
-    for number, row in enumerate(rows, 1):
-        yield number, {name: value for name, value in row.items() if value is not None or name in TEXT}
-
-
-READERS: dict[str, Callable[[Path, bytes], Iterator[tuple[int, dict[str, Any]]]]] = {
-    ".txt": _txt,
-    ".jsonl": _jsonl,
-    ".csv": _table(","),
-    ".tsv": _table("\t"),
-    ".parquet": _parquet,
-}
+            what = f"the {name!a}" if name != key else f"the {key}"
+            raise UserError(f"{path}, {place(path, line)}: {what} {error}") from None
+    text = facts.pop(key, None)
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f"{path}, {place(path, line)}: the {key} is {'empty' if text in ('', None) else repr(text)}")
+    return PromptRow(text, facts, line)
 
 
 def _refuse_repeats(path: Path, rows: Sequence[PromptRow]) -> None:
     first: dict[str, PromptRow] = {}
     again = [(first[key], row) for row in rows if first.setdefault(key := fold_text(row.text), row) is not row]
     if again:
-        shown = "; ".join(f"lines {earlier.line} and {later.line}: {later.text!r}" for earlier, later in again[:3])
-        raise UserError(f"{path} holds {len(again)} prompt{'s' * (len(again) > 1)} twice: {shown}")
+        examples = "; ".join(f"lines {earlier.line} and {later.line}: {later.text!r}" for earlier, later in again[:3])
+        raise UserError(f"{path} holds {len(again)} prompt{'s' * (len(again) > 1)} twice: {examples}")
 
 
 # Tasks
@@ -242,19 +158,37 @@ def understand(task: Task | None, text: str, facts: Mapping[str, Any], domain: s
     A fact `stratum` is then the prompt's stratum.
     """
     if task is not None and isinstance(task, SupportsOwnPrompts):
-        return task.read(text, facts, domain)
-    return Prompt(text, dict(facts), stratum=str(facts.get("stratum") or ""))
+        return _sendable(task.read(text, facts, domain))
+    stratum = fact(facts, "stratum")
+    return _sendable(Prompt(text, dict(facts), stratum="" if stratum is None else str(stratum)))
+
+
+def _sendable(prompt: Prompt) -> Prompt:
+    """The prompt without facts that are no finite number: a scorer elsewhere is sent JSON, which has none."""
+    facts = {name: finite(value) for name, value in prompt.meta.items()}
+    return replace(
+        prompt,
+        meta={name: facts[name] for name, value in prompt.meta.items() if value is None or facts[name] is not None},
+    )
 
 
 def understood(task: Task | None, path: Path, rows: Sequence[PromptRow], domain: str) -> list[Prompt]:
     """Convert the rows of a file in the same way; an error names the line."""
+    if isinstance(task, SupportsPublishedLists) and path.is_file() and blob_id(path) in task.published_lists:
+        return [task.read_published(row.text, domain) for row in rows]
     prompts: list[Prompt] = []
     for row in rows:
         try:
             prompts.append(understand(task, row.text, row.facts, domain))
         except UserError as error:
-            raise UserError(f"{path}, line {row.line}: {error}") from None
+            raise UserError(f"{path}, {place(path, row.line)}: {error}") from None
     return prompts
+
+
+def blob_id(path: Path) -> str:
+    """What `git hash-object FILE` prints: it names the content of a file as its repository does."""
+    raw = path.read_bytes()
+    return sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
 
 
 def parse_option(options: Sequence[str]) -> dict[Split, Path]:

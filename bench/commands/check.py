@@ -49,8 +49,8 @@ def check(
 
 def print_law_results(results: Sequence[Mapping[str, Any]]) -> None:
     """Print one line per law and family; below it how the law is broken or why it was skipped."""
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("law", "model", "verdict", "seconds", box=None, pad_edge=False, header_style="bold")
     for v in results:
@@ -58,10 +58,10 @@ def print_law_results(results: Sequence[Mapping[str, Any]]) -> None:
             ("BROKEN", "bold red") if v["broken"] else ("warning", "yellow") if not v["ok"] else ("holds", "green")
         )
         word, style = ("skipped", "dim") if v["skipped"] else (word, style)
-        table.add_row(v["law"], v["family"], f"[{style}]{word}[/]", f"{v['seconds']:.1f}")
+        table.add_row(v["law"], v["family"], Text(word, style), f"{v['seconds']:.1f}")
         for line in (v["detail"], v["skipped"]):
             if line:
-                table.add_row(f"[dim]  {escape(line)}[/]")
+                table.add_row(Text(f"  {line}", "dim"))
     console = open_console()
     console.print(table)
     broken, warned = sum(v["broken"] for v in results), sum(not v["ok"] and not v["broken"] for v in results)

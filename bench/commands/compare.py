@@ -89,6 +89,7 @@ def compare(
 def print_comparison(result: Mapping[str, Any]) -> None:
     """Print a table per task, one line per run: its change by a held-out and by the training scorer; then the failures."""
     from rich.table import Table
+    from rich.text import Text
 
     from ..evaluation.record import Difference
 
@@ -103,7 +104,8 @@ def print_comparison(result: Mapping[str, Any]) -> None:
             flags = [flag for flag in ("hack", "invalid") if row.get("flags", {}).get(flag)]
             flags += ["fault"] * bool(row.get("fault"))
             table.add_row(short_name(row["method"]), str(row["seed"]), ", ".join([row["state"], *flags]), *cells)
-        console.print(f"\n[bold]{short_name(task)}[/], {result['model']}", highlight=False)
+        title = Text.assemble((f"\n{short_name(task)}", "bold"), f", {result['model']}")
+        console.print(title, highlight=False)
         console.print(table, markup=False)
     console.print(
         "after minus before with 95 % intervals, one training seed each; * held out: never trained on",

@@ -26,14 +26,14 @@ def clean_stdout() -> Generator[Callable[[Any], None]]:
 
 
 def open_console(stderr: bool = False) -> Any:
-    """Return a rich console that a closed pipe does not end."""
+    """Return a rich console that a closed pipe does not end, and to which text is text: `[/]` in a name is no markup, `:cat:` no emoji."""
     from rich.console import Console
 
     class PipeSafeConsole(Console):
         def on_broken_pipe(self) -> None:  # rich ends the process here
             discard_stderr()
 
-    return PipeSafeConsole(stderr=True) if stderr else Console()
+    return PipeSafeConsole(stderr=stderr, markup=False, emoji=False)
 
 
 def discard_stderr() -> None:
@@ -90,13 +90,13 @@ def terminal_progress() -> Generator[TerminalProgress]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=16),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     console = open_console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

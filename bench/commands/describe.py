@@ -14,6 +14,7 @@ from .console import open_console
 def list_() -> None:
     """List all methods, tasks, models, scorers and recipes."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("kind", "name", "what it is", box=None, pad_edge=False, header_style="bold")
     for kind in ("method", "task", "model", "scorer", "embedder", "recipe"):
@@ -21,8 +22,11 @@ def list_() -> None:
             if registry.canonical(kind, name) == name:
                 line = _model_line(name) if kind == "model" else registry.summary_line(kind, name)
                 table.add_row(kind, name, line + _other_names(kind, name))
-    open_console().print(table)
-    open_console().print("\nFields, defaults and source of one: [bold]gpobench show NAME[/]", highlight=False)
+    console = open_console()
+    console.print(table)
+    console.print(
+        Text.assemble("\nFields, defaults and source of one: ", ("gpobench show NAME", "bold")), highlight=False
+    )
 
 
 SHOW_EPILOG = "Example: `gpobench show gpo`"
@@ -45,7 +49,7 @@ def _other_names(kind: str, name: str) -> str:
 
     parts = [f"alias {alias}" for alias in registry.aliases(kind, name)]
     parts += [f"{name}:{variant}" for variant in (variants(name) if kind == "method" else ())]
-    return f" [{', '.join(parts)}]".replace("[", "\\[") if parts else ""
+    return f" [{', '.join(parts)}]" if parts else ""
 
 
 def _model_line(name: str) -> str:
@@ -53,8 +57,7 @@ def _model_line(name: str) -> str:
     from ..model_spec import find_model_spec
 
     model_spec = find_model_spec(name)
-    licence = model_spec.licence.replace("[", "\\[")  # no markup
-    return f"{model_spec.pipeline}, {model_spec.width}x{model_spec.height}, prompts of the domain {model_spec.domain}; {licence}"
+    return f"{model_spec.pipeline}, {model_spec.width}x{model_spec.height}, prompts of the domain {model_spec.domain}; {model_spec.licence}"
 
 
 def _kind(reference: str) -> str:
@@ -78,6 +81,7 @@ def print_part(kind: str, name: str) -> None:
     import inspect
 
     from rich.table import Table
+    from rich.text import Text
 
     from ..experiments.config import preset_path
 
@@ -85,7 +89,7 @@ def print_part(kind: str, name: str) -> None:
     part = registry.load(kind, name)
     source = part if inspect.isclass(part) or inspect.isfunction(part) else type(part)
     module = inspect.getmodule(source)
-    console.print(f"[bold]{name}[/] ({kind})", highlight=False)
+    console.print(Text.assemble((name, "bold"), f" ({kind})"), highlight=False)
     if kind != "model" and module:
         console.print(_reflow(inspect.cleandoc(module.__doc__ or "")), highlight=False, markup=False)
     if dataclasses.is_dataclass(part):

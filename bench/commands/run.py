@@ -127,8 +127,11 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def print_run_result(r: Record) -> None:
     """Print a run's numbers before and after, their differences, its flags and what it spent."""
+    from rich.text import Text
+
     console = open_console()
-    console.print(f"\n[bold]{r.method}[/] on {r.task}, {r.model}, seed {r.seed}: ended by {r.stop}", highlight=False)
+    title = Text.assemble((f"\n{r.method}", "bold"), f" on {r.task}, {r.model}, seed {r.seed}: ended by {r.stop}")
+    console.print(title, highlight=False)
     fits_on_one_line = max(len(key + _role_sign(r, key)) for key in r.delta) <= 17
     table, scorer_above = before_after_table("scorer"), ""
     for key, d in r.delta.items():

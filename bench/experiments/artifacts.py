@@ -179,8 +179,10 @@ def config_toml(config: Config) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    """A TOML value: as in JSON, but for numbers that are not finite."""
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else json.dumps(value)
+    """A TOML value: as in JSON, but for numbers that are not finite and for characters that JSON would split in halves."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _write_text(path: Path, text: str) -> None:

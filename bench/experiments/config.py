@@ -15,12 +15,14 @@ from typing import Any
 from .. import registry
 from ..budget import CURRENCIES, Budget, load_budget
 from ..errors import UserError
+from ..files import content_digest, utf_8_name
 from ..files import digest as file_digest
 from ..model_spec import Adapter, ModelSpec, find_model_spec
 from ..scoring.references import ScorerLocation, ScorerReference
 from ..scoring.references import scorer_locations as parse_locations
 
 Table = dict[str, Any]
+DEEPEST = 16  # levels of nested settings
 # Fields of a model spec that a run may set: they change memory and speed, and results only by rounding.
 EXECUTION = ("rows", "checkpointing", "offload", "compile")
 
@@ -147,7 +149,7 @@ def resolve(request: RunRequest) -> Config:
     tuned = _tuned(table.pop("tuned", {}))
     prompt_files = parse_option(request.prompts)
     for path in prompt_files.values():
-        if not path.is_file():
+        if not path.exists():
             raise UserError(f"--prompts: there is no file {path}")
     locations = parse_locations(request.scorer_locations, _table("scorer", table.pop("scorer", {})))
     precision = table.pop("precision", model_spec.precision)
@@ -209,7 +211,10 @@ def _build_group(kind: type, name: str, defaults: Mapping[str, Any], table: Any)
 
 def _prompt_hashes(files: Mapping[Any, Path]) -> dict[Any, str]:
     """Return split -> NAME@HASH, 12 hex digits."""
-    return {split: f"{path.name}@{file_digest(path)[:12]}" for split, path in files.items()}
+    try:
+        return {split: f"{utf_8_name(path.name)}@{content_digest(path)[:12]}" for split, path in files.items()}
+    except OSError as error:
+        raise UserError(f"--prompts: cannot read {error.filename}: {error.strerror or error}") from None
 
 
 def _source_hashes(method: str, task: str, reward: str) -> dict[str, str]:
@@ -362,9 +367,12 @@ def _read_toml(path: Path | None) -> Table:
     if path is None:
         return {}
     try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: no TOML, no UTF-8, or a path that no file can have
         raise UserError(f"cannot read config {path}: {error}") from None
+    except RecursionError:
+        raise UserError(f"cannot read config {path}: it is nested too deeply") from None
+    return _shallow(table, str(path))
 
 
 def parse_settings(sets: Iterable[str]) -> Table:
@@ -382,11 +390,29 @@ def _parse_setting(text: str) -> Table:
         raise UserError(f"--set needs key=value, got {text!r}")
     try:
         parsed = tomllib.loads(f"x = {value.strip()}")["x"]
-    except tomllib.TOMLDecodeError:
+    except RecursionError:
+        raise UserError(f"--set {key}: the value is nested too deeply") from None
+    except ValueError:
         parsed = value.strip()  # a bare word is a string
     table: Any = parsed
     for part in reversed(key.strip().split(".")):
         table = {part: table}
+    return _shallow(table, f"--set {key[:40]}")
+
+
+def _shallow(table: Table, source: str) -> Table:
+    """Return the table; UserError where it is nested deeper than any setting, or where a text is not UTF-8."""
+    pending: list[tuple[Any, int]] = [(table, 0)]
+    while pending:
+        value, depth = pending.pop()
+        if depth > DEEPEST:
+            raise UserError(f"{source}: nested deeper than {DEEPEST} levels")
+        if isinstance(value, Mapping):
+            pending += [(inner, depth + 1) for pair in value.items() for inner in pair]  # type: ignore[arg-type]
+        elif isinstance(value, list | tuple):
+            pending += [(inner, depth + 1) for inner in value]  # type: ignore[arg-type]
+        elif isinstance(value, str) and value != utf_8_name(value):
+            raise UserError(f"{source}: {utf_8_name(value)!r} is not UTF-8, which settings are written in")
     return table
 
 

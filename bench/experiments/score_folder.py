@@ -20,7 +20,7 @@ import numpy as np
 from .. import registry
 from ..errors import Interrupted, UserError
 from ..evaluation.estimates import invalid
-from ..files import write_atomically
+from ..files import utf_8_name, write_atomically
 from ..images import UnsupportedPixels, read_header, upright_pixels
 from ..progress import NullProgress, Progress
 from ..scoring.scorers import ask, close_scorers, open_scorer
@@ -146,8 +146,12 @@ class ImageFile:
 
 def _inspect(folder: Path, image: PromptedImage) -> ImageFile:
     """Hash a file and read its header."""
+    path = folder / image.file
+    if not path.is_file():  # reading a pipe would wait for its other end
+        reason = "the link leads nowhere" if path.is_symlink() else "this is no file"
+        return ImageFile(image, "", (0, 0), False, error=reason)
     try:
-        raw = (folder / image.file).read_bytes()
+        raw = path.read_bytes()
     except OSError as error:
         return ImageFile(image, "", (0, 0), False, error=f"the file cannot be read: {error.strerror}")
     digest, jpeg = sha256(raw).hexdigest(), raw.startswith(b"\xff\xd8\xff")
@@ -322,7 +326,7 @@ def _table(
         {
             "prompt": number,
             "ordinal": ordinal,
-            "file": file.image.file,
+            "file": utf_8_name(file.image.file),
             "text": file.image.prompt.text,
             "stratum": file.image.prompt.stratum,
             "scorer": scorer.name,

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from gpobench.bench import spec
 from gpobench.bench.errors import UserError
 from gpobench.bench.spec import (
     EvaluationSettings,
@@ -18,6 +21,7 @@ from gpobench.bench.spec import (
     Transitions,
     assign_advantages,
     batch_size,
+    fold_text,
     select_rows,
 )
 
@@ -96,3 +100,43 @@ def test_credit_finds_images_that_were_sampled_in_parts() -> None:
 def test_a_curve_without_an_eval_point_is_refused() -> None:
     with pytest.raises(UserError, match="at least one eval point"):
         EvaluationSettings(eval_points=0)
+
+
+# Texts that are the same
+
+
+TOLD_APART = [
+    ("की", "का"), ("กา", "กี"), ("كَتَبَ", "كُتِبَ"), ("a cat 🐱", "a cat 🐶"), ("👍🏻", "👍🏿"), ("C", "C++"), ("C", "C#"), ("C++", "C#"),
+    ("-5 degrees", "5 degrees"), ("x = (-5)", "x = (5)"), ("+5", "5"), ("1.5 m", "15 m"), (".5 m", "5 m"), ("1/2", "12"), ("1:5", "15"),
+    ("1-5 dogs", "15 dogs"), ("5 %", "5"), ("R&B", "RB"), ("2 < 3", "2 > 3"), ("$5", "5"), ("x²", "x2"), ("café", "cafe"), ("−5", "5"),
+]  # fmt: skip
+SAME = [
+    ("A cat!", "a  CAT"), ("a top-5 list", "a top 5 list"), ("it's 5.", "its 5"), ('a "cat", `red`', "a cat red"), ("a – b", "a-b"),
+    ("cafe\u0301", "CAFÉ"), ("−5", "-5"), ("❤\ufe0f", "❤"), ("STRASSE", "straße"), ("a_b | c", "ab c"), ("I saw 5. 6 ran", "i saw 5 6 ran"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("one, other", TOLD_APART)
+def test_texts_that_ask_for_something_else_are_not_the_same(one: str, other: str) -> None:
+    assert fold_text(one) != fold_text(other)
+
+
+@pytest.mark.parametrize("one, other", SAME)
+def test_case_punctuation_and_spacing_make_no_other_text(one: str, other: str) -> None:
+    assert fold_text(one) == fold_text(other)
+
+
+@given(st.text(st.characters(max_codepoint=127), max_size=20))
+@settings(max_examples=200)
+def test_the_fold_of_ascii_is_that_of_any_text(text: str) -> None:
+    """The pattern of ASCII texts is a shorter way to the same result."""
+    folded = text.casefold()
+    kept = "".join(c for i, c in enumerate(folded) if spec._tells_apart(folded, i))  # pyright: ignore[reportPrivateUsage]
+    assert fold_text(text) == (kept or "".join(folded.split()))
+
+
+@given(st.text(max_size=20))
+@settings(max_examples=100)
+def test_a_folded_text_folds_to_itself_in_any_case(text: str) -> None:
+    assert fold_text(text.upper().lower()) == fold_text(text.lower().upper().lower())
+    assert " " not in fold_text(text)

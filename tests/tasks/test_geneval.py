@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,24 @@ def test_own_prompts_may_bring_their_facts() -> None:
     assert prompt.meta == {"tag": "two_object", "include": facts["include"]} and prompt.stratum == "two_object"
     with pytest.raises(UserError, match="unknown GenEval tag"):
         geneval.GenEval().read("Rex", {"include": facts["include"]}, "open")
+
+
+def test_facts_without_include_are_not_dropped() -> None:
+    """The text of a row that also states facts is read by the grammar only where they agree."""
+    read: Callable[[dict[str, Any]], Prompt] = lambda facts: geneval_open.read("a photo of a dog", facts, lambda: NAMES)
+    for facts in (
+        {"tag": "single_object", "exclude": [{"class": "bus", "count": 1}]},
+        {"exclude": '[{"class": "bus", "count": 1}]'},
+    ):
+        with pytest.raises(UserError, match="have an `exclude` but no `include`"):
+            read(facts)
+    with pytest.raises(
+        UserError, match="the fact `tag` of 'a photo of a dog' is 'counting', but the text is one of 'single_object'"
+    ):
+        read({"tag": "counting"})
+    assert read({"tag": "single_object"}) == read({"Tag": ""}) == read({})
+    with pytest.raises(UserError, match="is no JSON"):
+        read({"tag": "counting", "include": "[" * 100_000})
 
 
 def test_own_facts_come_from_a_table_too() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gpobench.bench.assets.glyphs import VOCABULARY, split_of
+from gpobench.bench.assets.prompts import blob_id, with_own_prompts
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.splits import prompts_hash, refuse_overlap
 from gpobench.bench.spec import Prompt, SupportsColumns, SupportsOwnPrompts
@@ -110,6 +113,73 @@ def test_own_prompts_quote_their_target_or_name_it() -> None:
     for text in ("a mug", 'a "mug', 'a " " mug'):
         with pytest.raises(UserError, match=f"a fact `target`: {re.escape(repr(text))}"):
             task.read(text, {}, "open")
+
+
+@pytest.mark.parametrize(
+    ("text", "facts", "target"),
+    [
+        ("a mug", {"target": 0}, "0"),
+        ("a mug", {"Target": "TEA"}, "TEA"),
+        ("a mug", {"target": 5.0}, "5"),
+        ("a mug", {"target": 1.5}, "1.5"),
+        ('a "mug"', {"target": None}, "mug"),
+        ('a "mug"', {"target": ""}, "mug"),
+        ('A 12" tall sign', {"target": "HELLO"}, "HELLO"),
+        ('a sign "HELLO" and a sign "WORLD"', {}, "HELLO"),
+        ('写着"你好"的牌子', {}, "你好"),
+        ('a label "C:\\"', {}, "C:\\"),
+    ],
+)
+def test_the_target_is_what_the_prompt_states(text: str, facts: dict[str, Any], target: str) -> None:
+    prompt = ocr.OCR().read(text, facts, "open")
+    assert prompt.meta["target"] == target and prompt.text == text
+
+
+def test_escaped_quotation_marks_are_plain_ones() -> None:
+    assert ocr.OCR().read('a sign that says \\"HELLO\\"', {}, "glyphs") == Prompt(
+        'a sign that says "HELLO"', {"target": "HELLO"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "facts", "reason"),
+    [
+        ('A 12" tall sign that says "HELLO"', {}, "3 quotation marks do not pair"),
+        ('A 12" by 14" sign', {}, "the first quotation marks seem not to quote"),
+        ('A 12"x14" sign that says "HI"', {}, "the first quotation marks seem not to quote"),
+        ('a sign ""', {}, "the first quotation marks seem not to quote"),
+        ('a sign "HI"', {"target": math.nan}, "is nan, which is neither text nor a number"),
+        ('a sign "HI"', {"target": math.inf}, "neither text nor a number"),
+        ('a sign "HI"', {"target": True}, "neither text nor a number"),
+        ('a sign "HI"', {"target": ["HI"]}, "neither text nor a number"),
+    ],
+)
+def test_an_unclear_target_is_refused(text: str, facts: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        ocr.OCR().read(text, facts, "open")
+
+
+def test_a_published_list_keeps_its_rule_in_a_persons_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    line = 'a 12" ruler that says "HELLO'
+    path = tmp_path / "train.txt"
+    path.write_text(line, "utf-8")
+    with pytest.raises(UserError, match="line 1: the first quotation marks"):
+        with_own_prompts(ocr.OCR(), {"train": path}, "open")
+    monkeypatch.setattr(ocr, "PUBLISHED_LISTS", (blob_id(path),))
+    (prompt,) = with_own_prompts(ocr.OCR(), {"train": path}, "open").prompts("train", "open")
+    assert prompt == Prompt(line, {"target": " ruler that says "})
+
+
+def test_the_published_test_list_is_known_by_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    path = Path(os.environ.get("GPOBENCH_DATA", "")) / ocr.PUBLISHED.path
+    if not path.is_file():
+        pytest.skip("GPOBENCH_DATA does not name a folder with the published list")
+    assert blob_id(path) in ocr.OCR().published_lists
+    assert [ocr.OCR().read(p.text, {}, "open") for p in ocr.OCR().prompts("test", "open")] == ocr.OCR().prompts(
+        "test", "open"
+    )
 
 
 @pytest.mark.parametrize(

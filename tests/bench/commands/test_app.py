@@ -143,6 +143,38 @@ def test_other_commands_refuse_as_well(gpobench: Any, redness: str, tiny_pipe: P
         assert len(ended.err.strip().splitlines()) == 1, ended.err
 
 
+def test_text_is_printed_as_it_stands_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    """A stratum `[/]`, a metric `[/bold]`, a folder `o [/] x`: to rich they are markup that it cannot close, after all the work."""
+    from rich.table import Table
+
+    from gpobench.bench.commands.console import open_console, terminal_progress
+    from gpobench.bench.commands.score import print_scores
+
+    console = open_console()
+    table = Table("[/] :cat:", box=None)
+    table.add_row("[bold]x[/bold] [/i]")
+    console.print("o [/] x")
+    console.print(table)
+    number = {"mean": 1.0, "ci": [0.5, 1.5], "n": 2, "images": 2, "failed": 0}
+    notes = ["1 images of [/x]"]
+    print_scores(
+        {
+            "scores": {"s/[/bold]": number},
+            "summary": {"[/]": 1.0},
+            "notes": notes,
+            "invalid": True,
+            "path": "o [/] x.csv",
+        }
+    )
+    with terminal_progress() as progress:
+        progress.phase("scoring with [/]", 1)
+        progress.about("[/bold]")
+    printed = capsys.readouterr()
+    for text in ("o [/] x", "[/] :cat:", "[bold]x[/bold] [/i]", "s/[/bold]", "[/] 1", notes[0], "see o [/] x.csv"):
+        assert text in printed.out
+    assert "scoring with [/]" in printed.err
+
+
 def test_an_option_nobody_knows_is_exit_code_two(gpobench: Any) -> None:
     ended = gpobench("run", "--mehtod", "gpo")
     assert ended.code == 2 and ended.out == "" and "Traceback" not in ended.err

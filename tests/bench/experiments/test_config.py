@@ -119,6 +119,40 @@ def test_an_unreadable_config_is_refused(tiny_pipe: Path, redness: str, tmp_path
             plan("gpo", f"{redness}:Paint", tiny_pipe, config=tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    "content", ["x = " + "[" * 100_000, ".".join(["a"] * 5_000) + " = 1", "x = " + "[" * 40 + "]" * 40]
+)
+def test_settings_that_are_nested_too_deeply_are_one_line(tiny_pipe: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "deep.toml").write_text(content)
+    key, _, value = content.partition(" = ")
+    for request in (
+        RunRequest("gpo", "ocr", str(tiny_pipe), config=tmp_path / "deep.toml"),
+        RunRequest("gpo", "ocr", str(tiny_pipe), sets=[f"{key}={value}"]),
+    ):
+        with pytest.raises(UserError, match="nested") as error:
+            resolve(request)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_a_text_that_is_not_utf_8_is_no_setting(mine: str, named: Path) -> None:
+    with pytest.raises(UserError, match=r"is not UTF-8, which settings are written in"):
+        resolve(RunRequest(mine, "ocr", str(named), sets=["c=caf\udce9"]))
+
+
+def test_a_folder_of_prompts_is_part_of_the_runs_name(tiny_pipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    digests: set[str] = set()
+    for name, text in (("a.txt", "a red sky"), ("b.txt", "a red sky"), ("b.txt", "a red sea")):
+        (folder / name).write_text(text)
+        digests.add(resolve(RunRequest("gpo", "ocr", str(tiny_pipe), prompts=[str(folder)])).digest())
+    assert len(digests) == 3
+    (folder / ".hidden").write_text("x")
+    assert resolve(RunRequest("gpo", "ocr", str(tiny_pipe), prompts=[str(folder)])).digest() in digests
+    with pytest.raises(UserError, match="there is no file"):
+        resolve(RunRequest("gpo", "ocr", str(tiny_pipe), prompts=[str(tmp_path / "none")]))
+
+
 def test_a_negative_seed_is_refused(tiny_pipe: Path, redness: str) -> None:
     with pytest.raises(UserError, match="--seed"):
         plan("gpo", f"{redness}:Paint", tiny_pipe, seed=-1)
