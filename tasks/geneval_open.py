@@ -191,6 +191,8 @@ def _clauses(text: str, key: str, value: Any) -> list[dict[str, Any]]:
         if colour is not None and colour not in COLOURS:
             raise registry.unknown(f"colour in the fact `{key}` of {text!r}:", str(colour), COLOURS)
         if place is not None:
+            if key == "exclude":
+                raise wrong("places an object, which only `include` may")
             if not isinstance(place, Sequence) or isinstance(place, str) or len(place) != 2:  # pyright: ignore
                 raise wrong('places an object as ["left of", 0]: a relation and which clause it is placed by')
             if place[0] not in RELATIONS:

@@ -25,7 +25,9 @@ def eval(
     images: Annotated[int | None, typer.Option(min=1, help="Images per prompt; default: the task's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write scores.parquet and samples.png there.")] = None,
     scorer_at: ScorerLocations = None,
-    prompts: Annotated[Path | None, typer.Option(help="Your prompts (txt, jsonl, csv) instead of the split's.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Your prompts (txt, json, csv, parquet ...) instead of the split's.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a base model, with or without an adapter, on a task."""

@@ -46,7 +46,9 @@ def run(
     scorer_at: ScorerLocations = None,
     prompts: Annotated[
         list[str] | None,
-        typer.Option(help="Train on FILE's prompts (txt, jsonl, csv); SPLIT=FILE for another split; repeatable."),
+        typer.Option(
+            help="Train on FILE's prompts (txt, json, csv, parquet ...); SPLIT=FILE for another split; repeatable."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Where run directories are made.")] = Path("runs"),
     fresh: Annotated[

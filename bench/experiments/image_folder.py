@@ -98,9 +98,11 @@ def read_image_folder(
         raise UserError(f"no such folder: {folder}")
     listing = _list(folder)
     if not listing.images:
-        raise UserError("; ".join([f"there are no images in {folder} ({', '.join(SUFFIXES)})", *listing.notes]))
+        raise UserError("; ".join([f"there are no images in {folder} ({', '.join(SUFFIXES)})", *listing.notes()]))
     image_folder = _layout(listing, _Reading(task, domain), prompts, ignore)
-    return replace(image_folder, notes=[*image_folder.notes, *listing.notes])
+    return replace(
+        image_folder, notes=[*image_folder.notes, *listing.notes({image.file for image in image_folder.images})]
+    )
 
 
 # What the folder holds
@@ -117,16 +119,12 @@ class _Listing:
     unread: list[str] = field(default_factory=list[str])  # pictures of a kind that is not read
     dead: list[str] = field(default_factory=list[str])  # links that lead nowhere, but for those called like an image
 
-    @property
-    def notes(self) -> list[str]:
-        """What is left out, a line for each kind."""
-        kinds = ", ".join(sorted({PurePosixPath(name).suffix.lower() for name in self.unread}))
+    def notes(self, matched: Collection[str] = ()) -> list[str]:
+        """What is left out, a line for each kind; matched: files that a table names all the same."""
+        unread = [name for name in self.unread if name not in matched]
+        kinds = ", ".join(sorted({PurePosixPath(name).suffix.lower() for name in unread}))
         return [
-            *(
-                [_count(self.unread, f"pictures of a kind that is not read ({kinds}) were left out")]
-                if self.unread
-                else []
-            ),
+            *([_count(unread, f"pictures of a kind that is not read ({kinds}) were left out")] if unread else []),
             *([_count(self.dead, "links lead nowhere")] if self.dead else []),
         ]
 

@@ -19,6 +19,7 @@ from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.splits import prompts_hash, refuse_overlap
 from gpobench.bench.registry import DOMAINS
 from gpobench.bench.spec import Prompt, SupportsColumns, SupportsOwnPrompts, SupportsSummary
+from gpobench.rewards.geneval_rules import asked
 from gpobench.tasks import counting, geneval, geneval_open
 from gpobench.tasks.base import SPLITS
 
@@ -183,8 +184,39 @@ def test_facts_without_include_are_not_dropped() -> None:
     ):
         read({"tag": "counting"})
     assert read({"tag": "single_object"}) == read({"Tag": ""}) == read({})
+    dogs = [{"class": "dog", "count": 1}, {"class": "dog", "count": 2, "position": ["above", 0]}]
+    with pytest.raises(UserError, match="the fact `exclude` of .* places an object, which only `include` may"):
+        read({"tag": "position", "include": dogs, "exclude": dogs})
     with pytest.raises(UserError, match="is no JSON"):
         read({"tag": "counting", "include": "[" * 100_000})
+
+
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 3)
+    | st.floats()
+    | st.sampled_from(["dog", "red", "left of", "counting", "[", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["class", "count", "color", "position"]), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+
+
+@given(
+    st.dictionaries(st.sampled_from(["tag", "include", "exclude"]), VALUES),
+    st.sampled_from(["a photo of a dog", "two dogs"]),
+)
+@settings(max_examples=60)
+def test_any_facts_are_a_prompt_of_the_rule_or_refused(facts: dict[str, Any], text: str) -> None:
+    try:
+        prompt = geneval_open.read(text, facts, lambda: NAMES)
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        assert asked(prompt).include and prompt.stratum in geneval_open.TAGS
 
 
 def test_own_facts_come_from_a_table_too() -> None:

@@ -63,6 +63,17 @@ def test_what_is_not_read_is_named(folder: Path) -> None:
     ]
 
 
+def test_a_picture_that_is_not_read_but_named_by_a_table_is_a_row_without_a_score(
+    folder: Path, tmp_path: Path, redness: str
+) -> None:
+    draw(folder / "a.png")
+    (folder / "b.heic").write_bytes(b"x")
+    (folder / "t.csv").write_text("file,prompt\na.png,a cat\nb.heic,a dog\n")
+    done = score_folder(FolderRequest(folder, [f"{redness}:Redness"], out=tmp_path / "s.csv"))
+    assert (done["images"], done["failed"], done["reasons"]) == (2, 1, {"this is no image": 1})
+    assert done["notes"] == ["1 files could not be opened as images"]
+
+
 def test_a_folder_of_pictures_that_are_not_read_says_which(folder: Path) -> None:
     (folder / "b.heic").write_text("x")
     with pytest.raises(UserError, match=r"there are no images in .*; 1 pictures of a kind that is not read \(\.heic\)"):
