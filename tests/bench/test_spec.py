@@ -116,14 +116,14 @@ SAME = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("one, other", TOLD_APART)
-def test_texts_that_ask_for_something_else_are_not_the_same(one: str, other: str) -> None:
-    assert fold_text(one) != fold_text(other)
+@pytest.mark.parametrize("text, other", TOLD_APART)
+def test_texts_that_ask_for_something_else_are_not_the_same(text: str, other: str) -> None:
+    assert fold_text(text) != fold_text(other)
 
 
-@pytest.mark.parametrize("one, other", SAME)
-def test_case_punctuation_and_spacing_make_no_other_text(one: str, other: str) -> None:
-    assert fold_text(one) == fold_text(other)
+@pytest.mark.parametrize("text, other", SAME)
+def test_case_punctuation_and_spacing_make_no_other_text(text: str, other: str) -> None:
+    assert fold_text(text) == fold_text(other)
 
 
 @given(st.text(st.characters(max_codepoint=127), max_size=20))
@@ -131,8 +131,8 @@ def test_case_punctuation_and_spacing_make_no_other_text(one: str, other: str) -
 def test_the_fold_of_ascii_is_that_of_any_text(text: str) -> None:
     """The pattern of ASCII texts is a shorter way to the same result."""
     folded = text.casefold()
-    kept = "".join(c for i, c in enumerate(folded) if spec._tells_apart(folded, i))  # pyright: ignore[reportPrivateUsage]
-    assert fold_text(text) == (kept or "".join(folded.split()))
+    by_character = "".join(c for i, c in enumerate(folded) if spec._tells_apart(folded, i))  # pyright: ignore[reportPrivateUsage]
+    assert fold_text(text) == (by_character or "".join(folded.split()))
 
 
 @given(st.text(max_size=20))
