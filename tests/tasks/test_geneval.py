@@ -19,7 +19,7 @@ from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.splits import prompts_hash, refuse_overlap
 from gpobench.bench.registry import DOMAINS
 from gpobench.bench.spec import Prompt, SupportsColumns, SupportsOwnPrompts, SupportsSummary
-from gpobench.rewards.geneval_rules import asked
+from gpobench.rewards.geneval_rules import target_of
 from gpobench.tasks import counting, geneval, geneval_open
 from gpobench.tasks.base import SPLITS
 
@@ -216,7 +216,7 @@ def test_any_facts_are_a_prompt_of_the_rule_or_refused(facts: dict[str, Any], te
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert asked(prompt).include and prompt.stratum in geneval_open.TAGS
+        assert target_of(prompt).include and prompt.stratum in geneval_open.TAGS
 
 
 def test_own_facts_come_from_a_table_too() -> None:
