@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-import time
 import tomllib
 from collections import Counter
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from time import perf_counter as _now
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from .process_group import ProcessGroup
 
 CURRENCIES = ("nfe", "images", "reward_calls", "updates", "seconds", "flops")
+STATED = ("nfe", "images", "reward_calls")  # the currencies in which a data set may state what making it cost
+DATA = "data"  # the role, and the scorer's name, under which that is charged
 
 
 class Spent(Exception):
@@ -58,40 +61,86 @@ class Budget:
         return {c: getattr(self, c) for c in CURRENCIES if getattr(self, c) is not None}
 
 
-@dataclass
 class Meter:
-    """Counts what a run has spent; every cost goes through `charge` or `charge_scorer`."""
+    """Counts what a run has spent, and only ever upwards; every cost goes through one of the `charge` methods.
 
-    budget: Budget
-    flops_a_forward: float = 0.0
-    roles: Counter[str] = field(default_factory=Counter[str])  # nfe by role: rollout, policy, ref, old ...
-    scorers: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])  # calls, seconds, errors
-    images: int = 0
-    updates: int = 0
-    _before: float = 0.0  # seconds of earlier stretches of the clock
-    _since: float | None = None  # when the clock was last started; None while it stands
-    _together: bool = False  # one of several processes
+    What it counted is read through properties that return copies. A charge is a whole number of at least 0; the clock is bound
+    when this module is imported, so that a later change of the module `time` does not reach it.
+    """
+
+    __slots__ = (
+        "_before", "_budget", "_flops_a_forward", "_images", "_roles", "_scorers", "_since", "_stated", "_together", "_updates"
+    )  # fmt: skip
+
+    def __init__(self, budget: Budget, flops_a_forward: float = 0.0):
+        """Open a meter at zero. flops_a_forward: floating-point operations of one forward of one latent."""
+        self._budget, self._flops_a_forward = budget, flops_a_forward
+        self._roles: Counter[str] = Counter()
+        self._scorers: dict[str, dict[str, float]] = {}
+        self._images = self._updates = 0
+        self._stated: Counter[str] = Counter()  # by currency: the part of the spend that data sets stated
+        self._before = 0.0  # seconds of earlier stretches of the clock
+        self._since: float | None = None  # when the clock was last started; None while it stands
+        self._together = False  # one of several processes
+
+    @property
+    def budget(self) -> Budget:
+        """The bounds."""
+        return self._budget
+
+    @property
+    def flops_a_forward(self) -> float:
+        """Floating-point operations of one forward of one latent."""
+        return self._flops_a_forward
+
+    @property
+    def roles(self) -> Counter[str]:
+        """nfe by role: rollout, policy, ref, old ..."""
+        return Counter(self._roles)
+
+    @property
+    def scorers(self) -> dict[str, dict[str, float]]:
+        """calls, seconds and errors by the scorer's name."""
+        return {name: dict(use) for name, use in self._scorers.items()}
+
+    @property
+    def stated(self) -> dict[str, int]:
+        """The part of the spend that was charged because a data set stated it as its cost, by currency."""
+        return {currency: self._stated[currency] for currency in STATED}
 
     @property
     def nfe(self) -> int:
-        return sum(self.roles.values())
+        return sum(self._roles.values())
+
+    @property
+    def images(self) -> int:
+        return self._images
+
+    @property
+    def updates(self) -> int:
+        return self._updates
 
     @property
     def reward_calls(self) -> int:
-        return int(sum(s["calls"] for s in self.scorers.values()))
+        return int(sum(s["calls"] for s in self._scorers.values()))
 
     @property
     def errors(self) -> int:
         """Number of images that a scorer could not score."""
-        return int(sum(s["errors"] for s in self.scorers.values()))
+        return int(sum(s["errors"] for s in self._scorers.values()))
 
     @property
     def flops(self) -> float:
-        return self.nfe * self.flops_a_forward
+        return self.nfe * self._flops_a_forward
 
     @property
     def seconds(self) -> float:
-        return self._before + (0.0 if self._since is None else time.perf_counter() - self._since)
+        return self._before + (0.0 if self._since is None else _now() - self._since)
+
+    @property
+    def running(self) -> bool:
+        """Whether the clock runs."""
+        return self._since is not None
 
     def agree(self, processes: ProcessGroup) -> None:
         """Take over the main process's clock.
@@ -104,46 +153,69 @@ class Meter:
     def start(self) -> None:
         """Start the clock of training."""
         if self._since is None:
-            self._since = time.perf_counter()
+            self._since = _now()
 
     def stop(self) -> None:
         """Stop the clock, for an evaluation or a checkpoint."""
         self._before, self._since = self.seconds, None
 
     def charge(self, *, nfe: int = 0, role: str = "", images: int = 0, updates: int = 0) -> None:
-        """Charge a cost, or raise Spent and charge nothing."""
+        """Charge a cost, or raise Spent and charge nothing. Raises ValueError on an amount that is no whole number from 0 up."""
         self._refuse(nfe=nfe, images=images, updates=updates)
         if nfe:
-            self.roles[role] += nfe
-        self.images += images
-        self.updates += updates
+            self._roles[role] += nfe
+        self._images += images
+        self._updates += updates
 
-    def charge_scorer(self, name: str, calls: int) -> None:
-        """Charge reward calls, before the scorer is called; raises Spent as `charge` does."""
-        self._refuse(reward_calls=calls)
-        self.scorers.setdefault(name, {"calls": 0, "seconds": 0.0, "errors": 0})["calls"] += calls
+    def charge_scorer(self, name: str, calls: int, *, images: int = 0) -> None:
+        """Charge reward calls, before the scorer is called, and the images that are decoded for it; raises as `charge` does."""
+        self._refuse(images=images, reward_calls=calls)
+        self._images += images
+        self._use(name)["calls"] += calls
+
+    def charge_stated(self, spent: Mapping[str, int]) -> None:
+        """Charge what a data set states as the cost of making it, under the role and the scorer "data"; raises as `charge` does.
+
+        spent: amounts of nfe, images and reward_calls.
+        """
+        amounts = {currency: spent.get(currency, 0) for currency in STATED}
+        self._refuse(**amounts)
+        self._stated.update(amounts)
+        if amounts["nfe"]:
+            self._roles[DATA] += amounts["nfe"]
+        self._images += amounts["images"]
+        if amounts["reward_calls"]:
+            self._use(DATA)["calls"] += amounts["reward_calls"]
 
     def note_scorer(self, name: str, seconds: float, errors: int) -> None:
         """Add a scorer's seconds and the number of images that it could not score."""
-        self.scorers[name]["seconds"] += seconds
-        self.scorers[name]["errors"] += errors
+        _check_amount("errors", errors)
+        if not (math.isfinite(seconds) and seconds >= 0):
+            raise ValueError(f"a scorer takes a finite number of seconds from 0 up, got {seconds!r}")
+        self._use(name)["seconds"] += seconds
+        self._use(name)["errors"] += errors
+
+    def _use(self, name: str) -> dict[str, float]:
+        return self._scorers.setdefault(name, {"calls": 0, "seconds": 0.0, "errors": 0})
 
     def _refuse(self, **spend: int) -> None:
-        for currency, bound in self.budget.bounds().items():
+        for currency, amount in spend.items():
+            _check_amount(currency, amount)
+        for currency, bound in self._budget.bounds().items():
             if currency == "seconds":
                 if (self._before if self._together else self.seconds) >= bound:
                     raise Spent(currency)
                 continue
-            more = spend.get("nfe", 0) * self.flops_a_forward if currency == "flops" else spend.get(currency, 0)
+            more = spend.get("nfe", 0) * self._flops_a_forward if currency == "flops" else spend.get(currency, 0)
             if more and getattr(self, currency) + more > bound:
                 raise Spent(currency)
 
     def affords(self, **each: float) -> int:
         """How many times these costs, by currency, still fit under every bound; seconds cannot be foreseen."""
-        each = {**each, "flops": each.get("nfe", 0) * self.flops_a_forward}
+        each = {**each, "flops": each.get("nfe", 0) * self._flops_a_forward}
         fits = [
             int((bound - getattr(self, currency)) // each[currency])
-            for currency, bound in self.budget.bounds().items()
+            for currency, bound in self._budget.bounds().items()
             if each.get(currency)
         ]
         if not fits:
@@ -152,7 +224,7 @@ class Meter:
 
     def fraction(self) -> float:
         """Fraction of the tightest bound that is spent, from 0 to 1."""
-        return min(1.0, max(getattr(self, currency) / bound for currency, bound in self.budget.bounds().items()))
+        return min(1.0, max(getattr(self, currency) / bound for currency, bound in self._budget.bounds().items()))
 
     def spent(self) -> dict[str, float]:
         """The amount spent in every currency."""
@@ -161,19 +233,29 @@ class Meter:
     def state(self) -> dict[str, Any]:
         """The meter's state as JSON values, for a checkpoint."""
         return {
-            "roles": dict(self.roles),
-            "scorers": {name: dict(s) for name, s in self.scorers.items()},
-            "images": self.images,
-            "updates": self.updates,
+            "roles": dict(self._roles),
+            "scorers": self.scorers,
+            "images": self._images,
+            "updates": self._updates,
+            "stated": self.stated,
             "seconds": self.seconds,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Set the meter to a `state`."""
-        self.roles = Counter(state["roles"])
-        self.scorers = {name: dict(s) for name, s in state["scorers"].items()}
-        self.images, self.updates = state["images"], state["updates"]
+        """Set a meter that has counted nothing yet to a `state`. Raises ValueError on another one: a meter never goes back."""
+        if self.nfe or self._images or self._updates or self._scorers or self._since is not None:
+            raise ValueError("a meter that has begun to count cannot be set to another state")
+        self._roles = Counter(state["roles"])
+        self._scorers = {name: dict(s) for name, s in state["scorers"].items()}
+        self._images, self._updates = state["images"], state["updates"]
+        self._stated = Counter(state["stated"])
         self._before, self._since = state["seconds"], None
+
+
+def _check_amount(currency: str, amount: Any) -> None:
+    """Raise ValueError on an amount that is no whole number from 0 up: nothing is ever given back."""
+    if isinstance(amount, bool) or not isinstance(amount, int) or amount < 0:
+        raise ValueError(f"a charge of {currency} is a whole number from 0 up, got {amount!r}")
 
 
 def named_budgets() -> dict[str, Path]:

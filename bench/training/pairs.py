@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from ..budget import STATED
 from ..errors import UserError
 from ..images import UnsupportedPixels, fitted_pixels
 from ..losses import margin_mask
@@ -95,9 +96,8 @@ class PairSet:
         return len(self.place)
 
     def spent(self) -> dict[str, int]:
-        """What making the set cost by currency, {} where it does not state that."""
-        spent = self.statement.get("spent", {})
-        return {key: int(spent[key]) for key in ("nfe", "images", "reward_calls") if spent.get(key)}
+        """What making the set cost by currency, {} where it does not state that. Raises UserError on what is no cost."""
+        return stated_cost(self.statement, self.chunks[0][0])
 
     def images(self, row: int, height: int, width: int) -> Images | str:
         """(2, H, W, 3): the winner and the loser of a usable row, cropped and resized; or why it cannot be used after all."""
@@ -122,6 +122,36 @@ class PairSet:
         return self._cached[number]
 
 
+def stated_cost(statement: Mapping[str, Any], file: Path) -> dict[str, int]:
+    """The cost by currency that a set states in its metadata: whole numbers from 0 up. Raises UserError on anything else.
+
+    file: the file whose metadata state it. What it says is charged to every run that learns from the set, so a number below
+    zero would buy budget.
+    """
+    spent: Any = statement.get("spent", {})
+    if not isinstance(spent, Mapping):
+        raise UserError(
+            f"pairs: {file} states spent as {_shown(spent)}; wanted amounts by currency ({', '.join(STATED)})"
+        )
+    amounts: dict[str, int] = {}
+    for currency in STATED:
+        amount: Any = spent.get(currency, 0)
+        whole = isinstance(amount, int | float) and not isinstance(amount, bool) and amount >= 0 and amount % 1 == 0
+        if not whole:
+            raise UserError(
+                f"pairs: {file} states spent.{currency} as {_shown(amount)}; wanted a whole number from 0 up: make the set "
+                "again, or correct its metadata"
+            )
+        amounts[currency] = int(amount)
+    return {currency: amount for currency, amount in amounts.items() if amount}
+
+
+def _shown(value: Any) -> str:
+    """A value of the metadata as JSON, cut to 40 characters."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
 def open_pairs(reference: str) -> PairSet:
     """Read a data set once from beginning to end: which rows can be used, why the others cannot, and its hash.
 
@@ -135,7 +165,9 @@ def open_pairs(reference: str) -> PairSet:
     total, statement = hashlib.sha256(), dict[str, Any]()
     for file in _files(reference):
         schema = _schema(reference, file)
-        statement = statement or _statement(schema)
+        if not statement:
+            statement = _statement(schema)
+            stated_cost(statement, file)
         columns = [*COLUMNS, *(["has_label"] if "has_label" in schema.names else [])]
         for part in range(_parts(reference, file)):
             for chunk_row, row in enumerate(_rows(reference, file, part, columns)):

@@ -469,10 +469,7 @@ class MeteredRig:
                 )
             memory = self.state.get(f"pairs/{reference}")
             if memory is None:
-                spent = pair_set.spent()
-                self.meter.charge(nfe=spent.get("nfe", 0), images=spent.get("images", 0), role="data")
-                if spent.get("reward_calls"):
-                    self.meter.charge_scorer("data", spent["reward_calls"])
+                self.meter.charge_stated(pair_set.spent())
                 self.state[f"pairs/{reference}"] = {"sha256": pair_set.sha256, "bad": {}}
             elif memory["sha256"] != pair_set.sha256:
                 raise UserError(f"pairs {reference}: the set changed since this run was begun; --fresh starts over")
@@ -510,8 +507,7 @@ class MeteredRig:
         return None if self._computed_elsewhere else self._start_scoring(to_uint8(self.model.decode(x0)), prompt_ids)
 
     def _charge_scoring(self, images: int) -> None:
-        self.meter.charge(images=images)
-        self.meter.charge_scorer(self.scorer.name, images)
+        self.meter.charge_scorer(self.scorer.name, images, images=images)
 
     def _start_scoring(self, images: Images, prompt_ids: Tensor) -> Future[TimedScores]:
         return self._scoring.submit(timed_scores, self.scorer, images, self.texts(prompt_ids))

@@ -108,14 +108,60 @@ def test_a_meter_survives_its_checkpoint(charges: list[tuple[str, int]]) -> None
     meter.start()
     for currency, n in charges:
         spend(meter, currency, n)
-    meter.scorers.setdefault("judge", {"calls": 0, "seconds": 0.0, "errors": 0})
+    meter.charge_stated({"nfe": 7, "images": 2, "reward_calls": 1})
     meter.note_scorer("judge", 0.5, 2)
     meter.stop()
     other = Meter(Budget(nfe=10_000), flops_a_forward=3)
     other.restore(json.loads(json.dumps(meter.state())))  # as it lies on disk
     assert other.state() == meter.state() and other.spent() == meter.spent() and other.errors == 2
     other.charge(nfe=1, role="rollout")  # the copy is its own
-    assert other.nfe == meter.nfe + 1
+    assert other.nfe == meter.nfe + 1 and other.stated == {"nfe": 7, "images": 2, "reward_calls": 1}
+
+
+@pytest.mark.parametrize("amount", [-1, -150, True, 1.0, 2.5, float("nan"), float("inf"), "5", None])
+def test_a_charge_that_is_no_whole_number_from_zero_up_is_an_error(amount: Any) -> None:
+    meter = Meter(Budget(nfe=100))
+    meter.charge(nfe=50, images=5, updates=2, role="rollout")
+    before = meter.state()
+    for currency in ("nfe", "images", "updates"):
+        with pytest.raises(ValueError, match=f"a charge of {currency}"):
+            meter.charge(role="rollout", **{currency: amount})
+    with pytest.raises(ValueError, match="a charge of reward_calls"):
+        meter.charge_scorer("judge", amount)
+    with pytest.raises(ValueError, match="a charge of nfe"):
+        meter.charge_stated({"nfe": amount})
+    with pytest.raises(ValueError, match="a charge of errors"):
+        meter.note_scorer("judge", 0.0, amount)
+    assert meter.state() == before
+
+
+def test_what_a_meter_shows_cannot_be_written_back() -> None:
+    meter: Any = Meter(Budget(nfe=100))
+    meter.charge(nfe=50, role="rollout")
+    meter.charge_scorer("judge", 3)
+    meter.roles.clear()
+    meter.scorers["judge"]["calls"] = 0
+    assert meter.nfe == 50 and meter.reward_calls == 3
+    for name in ("roles", "scorers", "images", "updates", "nfe", "budget", "seconds", "stated"):
+        with pytest.raises(AttributeError):
+            setattr(meter, name, 0)
+    with pytest.raises(ValueError, match="begun to count"):
+        meter.restore(Meter(Budget(nfe=100)).state())
+
+
+def test_the_clock_runs_whatever_becomes_of_the_time_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    meter = Meter(Budget(nfe=1))
+    meter.start()
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    time.sleep(0.01)
+    assert meter.seconds >= 0.01
+
+
+def test_images_and_the_calls_that_score_them_are_charged_together_or_not_at_all() -> None:
+    meter = Meter(Budget(reward_calls=3))
+    with pytest.raises(Spent, match="reward_calls"):
+        meter.charge_scorer("judge", 4, images=4)
+    assert meter.images == meter.reward_calls == 0
 
 
 @pytest.mark.parametrize("currency", CURRENCIES)

@@ -259,14 +259,13 @@ def test_who_collects(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_given_pairs_cost_no_rollout(make: Any, dataset: str) -> None:
     rig, method = make(), DiffusionDPO(pairs=dataset, prompts=8, optim=Optim(epochs=2, minibatches=2, micro=3))
     numbers = go(method, rig, optimiser(method, rig), 2)
-    data = rig.meter.roles.pop("data")
+    roles = rig.meter.roles
+    data = roles.pop("data")
     assert (
         data == 24 * 6 * 4 and rig.meter.images == rig.meter.reward_calls == 24 * 6
     )  # what the set said it cost, once
     per_image = method.cost(rig.model.steps, rig.model.guidance)
-    assert dict(rig.meter.roles) == {
-        role: 2 * 16 * each for role, each in per_image.items()
-    }  # 2 iterations, 8 pairs each
+    assert dict(roles) == {role: 2 * 16 * each for role, each in per_image.items()}  # 2 iterations, 8 pairs each
     assert all(n["pairs/usable"] == 24 and n["pairs/skipped"] == 0 and n["batch/rows"] == 8 for n in numbers)
 
 

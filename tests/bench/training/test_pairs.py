@@ -459,6 +459,17 @@ def test_a_set_that_states_no_cost_costs_nothing(make: Any, tmp_path: Path, said
     assert rig.meter.nfe == rig.meter.images == 0
 
 
+@pytest.mark.parametrize(
+    "spent", ['{"nfe": -1000}', '{"images": "-5e3"}', '{"nfe": [1, 2]}', '{"reward_calls": null}', '{"nfe": Infinity}',
+              '{"nfe": NaN}', '{"nfe": true}', '{"nfe": 1.5}', "[1, 2]", "null", '"much"'],
+)  # fmt: skip
+def test_a_cost_that_is_none_is_one_line_that_names_the_file(tmp_path: Path, spent: str) -> None:
+    place = write(tmp_path / "a.parquet", rows(), {pairs.STATEMENT: f'{{"spent": {spent}}}'.encode()})
+    with pytest.raises(UserError, match=r"a\.parquet states spent") as caught:
+        pairs.open_pairs(str(place))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_set_that_changed_is_refused_on_resume(make: Any, tmp_path: Path) -> None:
     place, folder, method = write(tmp_path / "a.parquet", rows()), tmp_path / "checkpoints", DiffusionDPO()
     rig = make()

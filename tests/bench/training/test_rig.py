@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -394,7 +393,7 @@ def test_rewards_do_not_depend_on_how_many_images_are_sampled_at_once(make: Make
 
 def test_a_budget_of_another_kind_binds_as_well(make: Make) -> None:
     rig = make()
-    rig.meter = replace(rig.meter, budget=Budget(images=4))
+    rig.meter = Meter(Budget(images=4))
     rig.groups(2, 2, steps=1)
     with pytest.raises(Spent, match="images"):
         rig.groups(1, 2, steps=1)
