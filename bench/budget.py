@@ -138,9 +138,9 @@ class Meter:
         return self._before + (0.0 if self._since is None else _now() - self._since)
 
     @property
-    def running(self) -> bool:
-        """Whether the clock runs."""
-        return self._since is not None
+    def since(self) -> float | None:
+        """When the clock was last started, in seconds of its own; None while it stands."""
+        return self._since
 
     def agree(self, processes: ProcessGroup) -> None:
         """Take over the main process's clock.

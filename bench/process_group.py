@@ -10,7 +10,9 @@ more processes make the same run faster as long as there are enough parts, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,6 +20,12 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+_DIVIDED: ContextVar[bool] = ContextVar("divided", default=False)
+
+
+def dividing() -> bool:
+    """Whether the present work is a part of what several processes divide, and not repeated by each of them."""
+    return _DIVIDED.get()
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,15 @@ class ProcessGroup:
     def owns(self, part: int) -> bool:
         """True where this process computes this part."""
         return part % self.size == self.rank
+
+    @contextmanager
+    def part(self, number: int) -> Generator[bool]:
+        """Inside the block part `number` of a batch is done; yields whether this process computes it."""
+        token = _DIVIDED.set(self.size > 1)
+        try:
+            yield self.owns(number)
+        finally:
+            _DIVIDED.reset(token)
 
     def broadcast_parts(self, parts: Sequence[Tensor]) -> None:
         """Broadcast every part from its owner, in place; process k modulo size owns part k."""

@@ -112,6 +112,18 @@ class Model(PolicyModel, Protocol):
     prediction: Prediction  # what the network predicts: errors are measured in these units
     shape: tuple[int, ...]  # of one latent, (C, h, w)
     device: torch.device
+    network: Any  # the torch module that is trained, and the autoencoder: their calls are counted from outside
+    vae: Any
+
+    @property
+    def current_weights(self) -> str:
+        """The name of the weights that the network computes with."""
+        ...
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        ...
 
     @property
     def path(self) -> Path:

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from gpobench.bench.budget import Spent
 from gpobench.bench.losses import informative
-from gpobench.bench.spec import Choice, Groups, LogUniform, Optim, Range, select_rows
-from gpobench.bench.training.rig import MeteredRig
+from gpobench.bench.spec import Choice, Groups, LogUniform, Optim, Range, Rig, select_rows
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,14 @@ class Sound:
     def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
         return {"rollout": steps * (1 if guidance == 1 else 2), "policy": 3}
 
-    def collect(self, rig: MeteredRig) -> Groups:
+    def collect(self, rig: Rig) -> Groups:
         groups = rig.groups(self.prompts, self.group)
         return select_rows(groups, informative(groups.reward))
 
     def weights(self, reward: Tensor) -> Tensor:
         return (reward / 0.1).nan_to_num(nan=-torch.inf).softmax(1)
 
-    def loss(self, rig: MeteredRig, batch: Groups) -> Tensor:
+    def loss(self, rig: Rig, batch: Groups) -> Tensor:
         n = batch.reward.numel()
         t, eps, prompt_ids = (
             rig.uniform(n, 0.02, 0.98),
@@ -47,7 +46,7 @@ class Sound:
 
 @dataclass(frozen=True)
 class Sums(Sound):
-    def loss(self, rig: MeteredRig, batch: Groups) -> Tensor:
+    def loss(self, rig: Rig, batch: Groups) -> Tensor:
         return Sound.loss(self, rig, batch) * len(batch.prompt_ids)
 
 
@@ -55,13 +54,13 @@ class Sums(Sound):
 class Compares(Sound):
     """Weights each row by the other rows of the batch."""
 
-    def loss(self, rig: MeteredRig, batch: Groups) -> Tensor:
+    def loss(self, rig: Rig, batch: Groups) -> Tensor:
         return Sound.loss(self, rig, batch) * batch.reward.nan_to_num().std().detach()
 
 
 @dataclass(frozen=True)
 class LearnsTies(Sound):
-    def collect(self, rig: MeteredRig) -> Groups:
+    def collect(self, rig: Rig) -> Groups:
         return rig.groups(self.prompts, self.group)
 
     def weights(self, reward: Tensor) -> Tensor:
@@ -82,21 +81,21 @@ class KeepsNaN(Sound):
 
 @dataclass(frozen=True)
 class Ratio(Sound):
-    def loss(self, rig: MeteredRig, batch: Groups) -> Tensor:
+    def loss(self, rig: Rig, batch: Groups) -> Tensor:
         rig.note("policy/ratio", 1.00001)
         return Sound.loss(self, rig, batch)
 
 
 @dataclass(frozen=True)
 class Accuracy(Sound):
-    def loss(self, rig: MeteredRig, batch: Groups) -> Tensor:
+    def loss(self, rig: Rig, batch: Groups) -> Tensor:
         rig.note("policy/accuracy", 0.51)
         return Sound.loss(self, rig, batch)
 
 
 @dataclass(frozen=True)
 class Drift(Sound):
-    def loss(self, rig: MeteredRig, batch: Groups) -> Tensor:
+    def loss(self, rig: Rig, batch: Groups) -> Tensor:
         rig.note("policy/kl", 1e-6)
         return Sound.loss(self, rig, batch)
 
@@ -105,30 +104,9 @@ class Drift(Sound):
 class Chance(Sound):
     """Uses the process's global random generator, which no checkpoint holds."""
 
-    def collect(self, rig: MeteredRig) -> Groups:
+    def collect(self, rig: Rig) -> Groups:
         groups = Sound.collect(self, rig)
         return Groups(torch.nn.Dropout(0.3)(groups.x0), groups.prompt_ids, groups.reward)
-
-
-@dataclass(frozen=True)
-class Smuggles(Sound):
-    """Evaluates the network without charging the budget."""
-
-    def collect(self, rig: MeteredRig) -> Groups:
-        with torch.no_grad():
-            rig.model.velocity(torch.ones(1, *rig.model.shape), torch.ones(1), rig.model.encode(["a sign"]))
-        return Sound.collect(self, rig)
-
-
-@dataclass(frozen=True)
-class Peeks(Sound):
-    """Calls the scorer without charging the budget."""
-
-    def collect(self, rig: MeteredRig) -> Groups:
-        groups = Sound.collect(self, rig)
-        images = torch.zeros(len(groups.prompt_ids), 16, 16, 3, dtype=torch.uint8).numpy()
-        rig.scorer(images, rig.texts(groups.prompt_ids))
-        return groups
 
 
 @dataclass(frozen=True)
@@ -137,7 +115,7 @@ class Remembers(Sound):
 
     memory: ClassVar[list[int]] = []
 
-    def collect(self, rig: MeteredRig) -> Groups:
+    def collect(self, rig: Rig) -> Groups:
         self.memory.append(rig.iteration)
         return Sound.collect(self, rig)
 
@@ -148,7 +126,7 @@ class Counts(Sound):
 
     seen: dict[str, float] = field(default_factory=dict[str, float])
 
-    def collect(self, rig: MeteredRig) -> Groups:
+    def collect(self, rig: Rig) -> Groups:
         groups = Sound.collect(self, rig)
         self.seen["rounds"] = self.seen.get("rounds", 0.0) + 1
         return Groups(groups.x0 * self.seen["rounds"], groups.prompt_ids, groups.reward)
@@ -164,11 +142,11 @@ class Lies(Sound):
 class GoesOn(Sound):
     """Catches the end of the budget and goes on."""
 
-    def collect(self, rig: MeteredRig) -> Groups:
+    def collect(self, rig: Rig) -> Groups:
         try:
             return Sound.collect(self, rig)
         except Spent:
-            x = torch.zeros(0, self.group, *rig.model.shape)
+            x = torch.zeros(0, self.group, *rig.noise(1).shape[1:])
             return Groups(x, torch.zeros(0, dtype=torch.long), torch.zeros(0, self.group))
 
 
@@ -205,7 +183,7 @@ class First:
 
     space: ClassVar[Mapping[str, Range]] = {}
 
-    def answer(self, rig: MeteredRig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
+    def answer(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
         return rig.sample(noise, prompt_ids, weights="ref")
 
 
@@ -215,6 +193,6 @@ class Overwrites:
 
     space: ClassVar[Mapping[str, Range]] = {}
 
-    def answer(self, rig: MeteredRig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
+    def answer(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
         x: Any = rig.sample(noise, prompt_ids, weights="ref")
         return noise.copy_(x)

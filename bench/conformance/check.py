@@ -44,6 +44,7 @@ LAWS: list[Law] = [
     run_laws.resumes_exactly,
     run_laws.cost_matches_meter,
     run_laws.spends_through_rig,
+    run_laws.same_in_a_real_run,
     run_laws.keeps_budget,
     run_laws.learns,
     search_laws.answers_are_latents,

@@ -39,7 +39,7 @@ def fits_model(harness: Harness) -> None:
         try:
             if isinstance(method, Search):
                 return
-            batch = method.collect(rig)
+            batch = method.collect(rig.view)
             if batch_size(batch):
                 loss_and_gradient(method, rig, batch, row_keys(batch))
             return
@@ -81,7 +81,7 @@ def equal_rewards_teach_nothing(harness: Harness) -> None:
     """Equal rewards say nothing about which image is better, so their gradient must vanish."""
     rig, method = harness.rig(equal_rewards, nfe=2e5), harness.method
     try:
-        batch = method.collect(rig)
+        batch = method.collect(rig.view)
     except Spent:
         return
     _require_scored(rig)
@@ -143,7 +143,7 @@ def unscored_images_leave_no_trace(harness: Harness) -> None:
         rig, method = harness.rig(unscored_first_image, scale=PERTURBATION), harness.method
         velocity = rig.velocity
         setattr(rig, "velocity", partial(_shifted_velocity, velocity, offset))  # noqa: B010 - a method of the rig
-        batch = method.collect(rig)
+        batch = method.collect(rig.view)
         _require_scored(rig)
         setattr(rig, "velocity", velocity)  # noqa: B010
         if not batch_size(batch):
@@ -186,7 +186,7 @@ def _check_all_unscored(harness: Harness) -> None:
     """Raise LawBroken where a batch without any score has a gradient."""
     rig, method = harness.rig(unscored_everywhere, nfe=2e5), harness.method
     try:
-        batch = method.collect(rig)
+        batch = method.collect(rig.view)
     except Spent:
         return
     if batch_size(batch):

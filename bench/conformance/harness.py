@@ -8,7 +8,7 @@ import io
 import random
 import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,9 @@ from torch import Tensor
 
 from ..budget import Budget, Meter
 from ..spec import Images, Prompt, Scores, batch_size
+from ..training.observation import Observer
 from ..training.rig import MeteredRig
+from ..training.tampering import Seal
 from ..training.train import optimiser, train
 from .law import LawBroken
 
@@ -31,6 +33,9 @@ FAST_OPTIM = {"lr": 3e-3, "warmup": 0, "weight_decay": 0.0, "ema": 0.0}
 # Standard deviation of the step that moves trained weights away from the reference.
 PERTURBATION = 0.05
 AMPLE_NFE = 1e9
+# The words and places of 320 prompts.
+WORDS = [a + b for a in "SA MO TI RE LU KA BO NI".split() for b in "LE ON MA RT ST".split()]
+PLACES = ["sign", "poster", "card", "mug", "shirt", "banner", "book", "door"]
 PROMPTS = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle", "a photo"]
 
 
@@ -116,15 +121,6 @@ class MethodSource:
     make: Callable[..., Any]
 
 
-@dataclass(frozen=True)
-class CallCounts:
-    """Calls of the network and the autoencoder, counted outside the rig, and the meter that should show them."""
-
-    meter: Meter
-    nfe: list[int] = field(default_factory=list[int])  # of each call of the network
-    decoded: list[int] = field(default_factory=list[int])  # images of each call of the decoder
-
-
 class Harness:
     """A method and a model of one family: makes fresh rigs for each law and keeps the runs that several laws check."""
 
@@ -137,16 +133,23 @@ class Harness:
         """Make a fresh instance, so that no law depends on what another changed."""
         return self.make()
 
-    def rig(self, rule: Any = redness, *, seed: int = 0, scale: float = 0.0, **bounds: float) -> Any:
+    def rig(
+        self, rule: Any = redness, *, seed: int = 0, scale: float = 0.0, real: bool = False, **bounds: float
+    ) -> Any:
         """Make a rig around a copy of the model.
 
-        rule: the reward function. scale: standard deviation of the step away from the reference weights. bounds: of the budget.
+        Args:
+            rule: the reward function.
+            seed: of the rig's random numbers.
+            scale: standard deviation of the step away from the reference weights.
+            real: with as many prompts, a scorer of that name and a flop count as in a run on the task ocr.
+            bounds: of the budget.
         """
         limits: Any = bounds or {"nfe": AMPLE_NFE}
-        rig: Any = MeteredRig(
-            copy.deepcopy(self.model), [Prompt(text) for text in PROMPTS], ToyScorer(rule),
-            Meter(Budget(**limits)), seed=seed, rows=64,
-        )  # fmt: skip
+        prompts = real_prompts() if real else [Prompt(text) for text in PROMPTS]
+        scorer = ToyScorer(rule, id="rapidocr-v1", name="rapidocr") if real else ToyScorer(rule)
+        meter = Meter(Budget(**limits), flops_a_forward=2e9 if real else 0.0)
+        rig: Any = MeteredRig(copy.deepcopy(self.model), prompts, scorer, meter, seed=seed, rows=64)
         perturb_weights(rig, scale)
         self.rigs.append(rig)
         return rig
@@ -154,14 +157,14 @@ class Harness:
     def trained(self, *, seed: int = 0, global_seed: int = 0) -> TrainedRun:
         """Train a fresh instance for two iterations. global_seed: of the random states that a method must not use."""
         rig, method = self.rig(seed=seed), self.make()
-        count = count_calls(rig)
-        run = TrainedRun(rig, method, optimiser(method, rig), count)
+        run = TrainedRun(rig, method, optimiser(method, rig))
         before = run.snapshots(self.kind)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(global_seed)
             np.random.seed(global_seed)
             random.seed(global_seed)
-            train_iterations(method, rig, 2, run.adam)
+            with observed(rig, run.adam, run.differences) as watched:
+                train_iterations(method, rig, 2, run.adam, watched=watched)
         run.weights, run.spent = all_weights(rig), rig.meter.spent()
         run.changed = [
             f"{owner}: {key}"
@@ -189,7 +192,7 @@ class TrainedRun:
     rig: Any
     method: Any
     adam: torch.optim.Optimizer
-    count: CallCounts
+    differences: list[str] = field(default_factory=list[str])  # of what was computed from what was charged
     weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     spent: dict[str, float] = field(default_factory=dict[str, float])
     changed: list[str] = field(default_factory=list[str])  # names outside the rig whose value the run changed
@@ -229,22 +232,36 @@ def perturb_weights(rig: Any, scale: float) -> None:
             p.add_(scale * torch.randn(p.shape, generator=generator))
 
 
-def count_calls(rig: Any) -> CallCounts:
-    """Count every later call of the network and the decoder, whether it comes through the rig or not."""
-    count, network, decode = CallCounts(rig.meter), rig.model.lora.module, rig.model.decode
+@contextmanager
+def observed(
+    rig: Any, optimizer: torch.optim.Optimizer | None, differences: list[str]
+) -> Generator[Callable[[], AbstractContextManager[None]]]:
+    """Count what is computed in the block, as a run does, and add to `differences` what is not as charged.
 
-    def count_network(module: Any, args: Any, kwargs: Any) -> None:
-        # One row an image, whether the network takes images or token sequences.
-        x = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
-        count.nfe.append(len(x) * (3 if torch.is_grad_enabled() else 1))
+    Args:
+        rig: whose model, scorer and meter are watched.
+        optimizer: which alone may change the weights; None where nothing trains.
+        differences: gets one line for each difference.
+    Yields the context around what is counted as training.
+    """
+    meter, budget, texts = rig.meter, rig.meter.budget, {prompt.text for prompt in rig.train_prompts}
+    seal = Seal({"training": rig.train_prompts}, [type(rig.scorer)])
+    seal.add(rig, "model", "train_prompts", "scorer", "meter", "rng", "processes", "evaluation_texts")
+    observer = Observer(rig.model, [rig.scorer])
+    observer.install()
+    try:
+        if optimizer is not None:
+            observer.watch_weights(rig.model.parameters(), optimizer)
+        yield observer.training
+        observation = observer.observe(meter, budget, {"", *texts, *rig.captions})
+    finally:
+        observer.close()
+    differences += [*observation.differences, *seal.evidence()]
 
-    def count_decode(x0: Tensor) -> Tensor:
-        count.decoded.append(len(x0) if bool(x0.any()) else 0)  # an all-zero latent only serves to find the image size
-        return decode(x0)
 
-    network.register_forward_pre_hook(count_network, with_kwargs=True)
-    rig.model.decode = count_decode
-    return count
+def real_prompts() -> list[Prompt]:
+    """As many training prompts as a small task has, worded as those of the task ocr."""
+    return [Prompt(f'a {place} that says "{word}"', {"target": word}) for word in WORDS for place in PLACES]
 
 
 def train_iterations(
@@ -253,6 +270,7 @@ def train_iterations(
     iterations: int,
     adam: torch.optim.Optimizer | None = None,
     after: Callable[[dict[str, float]], None] = lambda numbers: None,
+    watched: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> str:
     """Train until so many iterations are done.
 
@@ -262,6 +280,7 @@ def train_iterations(
         iterations: the iteration at which training stops.
         adam: the optimiser to go on with; None makes a fresh one.
         after: called with the metrics of each iteration.
+        watched: entered around each iteration, as `observed` yields it.
 
     Returns:
         Why training stopped: "interrupted" or "budget: CURRENCY".
@@ -271,7 +290,7 @@ def train_iterations(
     """
     stop = train(
         method, rig, adam or optimiser(method, rig), after=after,
-        interrupted=lambda: rig.iteration >= iterations,
+        interrupted=lambda: rig.iteration >= iterations, watched=watched,
     )  # fmt: skip
     if stop != "interrupted" and not stop.startswith("budget"):
         raise LawBroken(f"training ended by itself: {stop}")
@@ -281,7 +300,7 @@ def train_iterations(
 def collect_rows(method: Any, rig: Any) -> Any:
     """Collect a batch with rows. Raises LawBroken when three collections bring none, though the rewards differ."""
     for _ in range(3):
-        batch = method.collect(rig)
+        batch = method.collect(rig.view)
         if batch_size(batch):
             return batch
     raise LawBroken("collect brought no rows in three iterations, though the rewards of all images differ")
@@ -290,7 +309,7 @@ def collect_rows(method: Any, rig: Any) -> Any:
 def loss_and_gradient(method: Any, rig: Any, batch: Any, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss of a batch whose rows draw from these keys, and its gradient as one vector."""
     with rig.keyed(keys):
-        loss = method.loss(rig, batch)
+        loss = method.loss(rig.view, batch)
     if not isinstance(loss, Tensor) or loss.ndim:
         raise LawBroken(f"loss must be one number, got {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss)}")
     parameters = rig.model.parameters()
@@ -338,15 +357,7 @@ def _data_snapshot(values: Mapping[str, Any]) -> dict[str, str]:
     }  # fmt: skip
 
 
-def check_meter(rig: Any, count: CallCounts) -> None:
-    """Raise LawBroken where the meter shows other numbers than were counted outside the rig."""
-    if rig.meter is not count.meter:
-        raise LawBroken("the meter was replaced")
-    scored = sum(len(images) for images in rig.scorer.images)
-    for what, counted, shown in (
-        ("network evaluations", sum(count.nfe), count.meter.nfe),
-        ("decoded images", sum(count.decoded), count.meter.images),
-        ("scored images", scored, count.meter.reward_calls),
-    ):
-        if counted != shown:
-            raise LawBroken(f"{what}: {counted} really, {shown} on the meter")
+def require_as_charged(differences: Sequence[str]) -> None:
+    """Raise LawBroken where something was computed that was not charged."""
+    if differences:
+        raise LawBroken("; ".join(differences[:4]))

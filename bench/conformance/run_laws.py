@@ -20,8 +20,9 @@ from .harness import (
     PROMPTS,
     Harness,
     all_weights,
-    check_meter,
     differing_keys,
+    observed,
+    require_as_charged,
     scaled_redness,
     train_iterations,
 )
@@ -110,8 +111,25 @@ def cost_matches_meter(harness: Harness) -> None:
 
 @law("nothing is spent outside the rig")
 def spends_through_rig(harness: Harness) -> None:
-    """The meter shows every call of the network, the decoder and the scorer, counted outside the rig."""
-    check_meter(harness.first.rig, harness.first.count)
+    """The meter shows every call of network, decoder, scorer and optimiser, counted beside the rig, and nothing was replaced."""
+    require_as_charged(harness.first.differences)
+
+
+@law("a bench as large as that of a real run changes nothing", families=("sd3",))
+def same_in_a_real_run(harness: Harness) -> None:
+    """What is computed is what was charged also with 320 prompts, a real scorer's name and a budget that ends the run.
+
+    A method that cheats only where it believes itself in a real run is caught here, unless it looks at more than a rig shows;
+    every run counts in the same way, so there it is caught too.
+    """
+    bound, differences = math.ceil(2.2 * harness.first.spent["nfe"]), list[str]()
+    rig, method = harness.rig(real=True, nfe=bound), harness.make()
+    adam = optimiser(method, rig)
+    with observed(rig, adam, differences) as watched:
+        stop = train_iterations(method, rig, 8, adam, watched=watched)
+    require_as_charged(differences)
+    if stop != "budget: nfe":
+        raise LawBroken(f"a budget of {bound:,} nfe did not end the run: {stop} after {rig.iteration} iterations")
 
 
 @law("no budget is passed, and the last complete update stays")

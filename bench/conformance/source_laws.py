@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
@@ -16,7 +17,7 @@ from ..model_spec import Adapter
 from ..spec import Choice, LogUniform, Optim, Search, Uniform
 from .harness import STEP_COUNTS, MethodSource
 from .law import LawBroken, law
-from .source_rules import rule_violations
+from .source_rules import local_files, rule_violations
 
 
 @law("it is a frozen dataclass with annotated fields", "source")
@@ -103,9 +104,22 @@ def _with_nested(table: Mapping[str, Any], path: Sequence[str], value: Any) -> d
 
 @law("its source touches no optimiser, device, file, other method or model family", "source")
 def source_is_restricted(source: MethodSource) -> None:
-    """Exact resume, device placement and the budget hold only where a method leaves them to the rig."""
+    """Exact resume, device placement and the budget hold only where a method leaves them to the rig.
+
+    The rules hold for the method's file and for the files beside it that it imports.
+    """
     module = sys.modules[source.kind.__module__]
+    file = Path(str(inspect.getsourcefile(module)))
     violations = list(rule_violations(inspect.getsource(module), module.__name__))
+    waiting, visited = [(module.__name__, file)], {file.resolve()}
+    while waiting:
+        name, path = waiting.pop()
+        for imported, helper in local_files(path.read_text("utf-8"), name, path).items():
+            if helper.resolve() not in visited:
+                visited.add(helper.resolve())
+                waiting.append((imported, helper))
+                text = helper.read_text("utf-8")
+                violations += [f"{helper.name} {violation}" for violation in rule_violations(text, imported)]
     if violations:
         more = f"; and {len(violations) - 4} more" if len(violations) > 4 else ""
         raise LawBroken("; ".join(violations[:4]) + more)

@@ -82,6 +82,30 @@ class ScorerUse(_Part):
     unscored: int = Field(default=0, description="images of the evaluations before and after without a score")
 
 
+class ObservedCounts(_Part):
+    """Calls that were counted from beside the rig, in rows of a batch, images and steps."""
+
+    nfe: int = Field(description="forward-equivalents: a row without a gradient 1, with one 3")
+    nfe_by_weights: dict[str, int] = Field(description="policy, ref, or the name of another copy")
+    forwards: int = Field(description="rows through the network without a gradient; two-pass guidance has two an image")
+    gradient_forwards: int = Field(description="rows with a gradient")
+    backwards: int = Field(description="rows whose gradient came back through the network")
+    images: int = Field(description="decoded")
+    scored: dict[str, int] = Field(description="images given to each scorer and embedder")
+    updates: int = Field(description="steps of any optimiser")
+
+
+class Observed(_Part):
+    """What was really computed, counted where it happens and not where it is charged."""
+
+    training: ObservedCounts
+    evaluation: ObservedCounts
+    seconds: float = Field(description="of training, by a clock beside the meter's")
+    differences: list[str] = Field(
+        description="what was computed and not charged, and what changed that nothing may change; any makes the run a fault"
+    )
+
+
 class Record(_Part):
     """The outcome of one (method, task, model, budget, seed)."""
 
@@ -101,6 +125,7 @@ class Record(_Part):
     spent: dict[str, float] = Field(description="nfe, images, reward_calls, updates, seconds, flops")
     run_dir: str
     nfe_by_role: dict[str, int] = Field(default_factory=dict)
+    observed: Observed | None = Field(default=None, description="the same as `spent`, counted from beside the rig")
     flags: Flags
     scorers: dict[str, ScorerUse]
     curve: list[Point] = Field(default_factory=list)

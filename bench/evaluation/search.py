@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,7 @@ from ..training.rig import MeteredRig
 from . import evaluator
 from .request import ImageIndex, image_indices
 
-# Keys of rig.state, so that a checkpoint keeps them: the latents found, and the currency that ran out.
+# Keys of rig.bookkeeping, so that a checkpoint keeps them: the latents found, and the currency that ran out.
 ANSWERS, BOUND = "search/answers", "search/bound"
 
 
@@ -39,6 +40,7 @@ def search(
     *,
     after: Callable[[float, dict[str, float]], None] = lambda fraction, numbers: None,
     interrupted: Callable[[], bool] = lambda: False,
+    watched: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> str:
     """Search the images of every prompt of rig.train_prompts, from the evaluation noise; returns why the search ended.
 
@@ -46,40 +48,44 @@ def search(
 
     Args:
         method: finds latents for a batch of prompts.
-        rig: latents gather in rig.state[ANSWERS] (N, C, h, w), in the order of `image_indices`; those of a checkpoint stay.
+        rig: latents gather in rig.bookkeeping[ANSWERS] (N, C, h, w), in the order of `image_indices`; those of a checkpoint stay.
         settings: images and seeds.
         after: called after each batch, the clock stopped, with the fraction of images done and the method's notes.
         interrupted: asked after each batch whether to stop.
+        watched: entered around all that the budget pays for: `Observer.training`.
     """
     indices = image_indices(rig.train_prompts, settings.images)
     while (start := len(answers(rig))) < len(indices):
         batch = indices[start : start + rig.rows]
         noise = evaluator.initial_noise(rig.model, rig.train_prompts, batch, settings.noise_seed)
         rig.meter.agree(rig.processes)
-        rig.meter.start()
-        try:
-            with torch.no_grad(), rig.keyed(keys(rig, batch, settings)):
-                x0 = method.answer(rig, noise, torch.tensor([i for i, _ in batch]), len(indices))
-        except Spent as spent:
-            rig.meter.stop()
-            rig.state[BOUND] = spent.currency
+        x0: Tensor | None = None
+        with watched():
+            rig.meter.start()
+            try:
+                with torch.no_grad(), rig.keyed(keys(rig, batch, settings)):
+                    x0 = method.answer(rig.view, noise, torch.tensor([i for i, _ in batch]), len(indices))
+            except Spent as spent:
+                rig.bookkeeping[BOUND] = spent.currency
+            finally:
+                rig.drain()
+                rig.meter.stop()
+        if x0 is None:
             prompts = [rig.train_prompts[i] for i, _ in batch]
             x0 = evaluator.sample_protocol(rig.model, noise, prompts, weights="ref")
-        finally:
-            rig.meter.stop()
-        rig.state[ANSWERS] = torch.cat([answers(rig), x0.cpu()])
+        rig.bookkeeping[ANSWERS] = torch.cat([answers(rig), x0.cpu()])
         rig.iteration += 1
         after(len(answers(rig)) / len(indices), rig.notes())
         if rig.processes.any(interrupted()):
             return "interrupted"
-    if BOUND in rig.state:
-        return f"budget: {rig.state[BOUND]}"
+    if BOUND in rig.bookkeeping:
+        return f"budget: {rig.bookkeeping[BOUND]}"
     return f"search: {rig.meter.images / len(indices):.4g} candidates an image"
 
 
 def answers(rig: MeteredRig) -> Tensor:
     """(N, C, h, w): the latents found so far, on the CPU."""
-    return rig.state.get(ANSWERS, torch.empty(0, *rig.model.shape)).cpu()
+    return rig.bookkeeping.get(ANSWERS, torch.empty(0, *rig.model.shape)).cpu()
 
 
 def keys(rig: MeteredRig, batch: Sequence[ImageIndex], settings: SearchSettings) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from ..evaluation.estimates import Evaluation, estimates
 from ..evaluation.evaluator import Evaluator
 from ..spec import Prompt, fold_text
 from ..training import checkpoint
+from ..training.observation import Observation
 from ..training.rig import MeteredRig
 from .context import RunContext
 
@@ -50,6 +52,7 @@ class BudgetedStage(ABC):
         self._scaler = torch.amp.GradScaler(context.model.device.type, enabled=context.config.precision == "fp16")
         restored = checkpoint.restore(context.files.checkpoint, self.rig, self._optimizer, context.progress.message)
         facts: dict[str, Any] = restored or {"curve": [], "milestone": -1}
+        self._watch(facts.get("observed"))
         self.curve: list[dict[str, Any]] = facts["curve"]  # points {spent, scores}; the base is the first
         # Eval points passed in training, tenths saved in a search; -1 before the base is evaluated.
         self._milestone: int = facts["milestone"]
@@ -78,6 +81,22 @@ class BudgetedStage(ABC):
         if stop == "interrupted":
             raise Interrupted(f"stopped after {self._position()}; the same command goes on from there")
         return stop
+
+    def _watch(self, observed: dict[str, Any] | None) -> None:
+        """Go on from what a checkpoint says was observed, and remember what nothing may change from now on."""
+        observer, seal = self.context.observer, self.context.seal
+        if observed is not None:
+            observer.restore(Observation(**observed))
+        observer.watch_weights(self.context.model.parameters(), self._optimizer)
+        seal.add(self.rig, "model", "train_prompts", "scorer", "meter", "rng", "processes", "evaluation_texts")
+        seal.add(self.context.model, "network", "vae")
+
+    def observe(self) -> Observation:
+        """What was computed so far, counted from beside the rig, and how it differs from what was charged."""
+        context = self.context
+        texts = {"", context.model_spec.negative_prompt or "", *self.rig.captions}
+        texts.update(prompt.text for prompt in self._prompts())
+        return context.observer.observe(self.meter, context.config.budget, texts, context.processes)
 
     # What the evaluation of the result samples
 
@@ -134,7 +153,7 @@ class BudgetedStage(ABC):
     def _save(self) -> None:
         """Write a checkpoint."""
         self._saved = int(self.meter.fraction() * SAVES)
-        facts: dict[str, Any] = {"milestone": self._milestone, "curve": self.curve}
+        facts: dict[str, Any] = {"milestone": self._milestone, "curve": self.curve, "observed": asdict(self.observe())}
         if self._scaler.is_enabled():
             facts["scaler"] = self._scaler.state_dict()
         with self.context.timer("checkpoint"):

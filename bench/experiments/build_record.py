@@ -7,9 +7,21 @@ from typing import Any
 
 from ..evaluation import record
 from ..evaluation.estimates import by_stratum, differences, estimates, invalid, task_summary, unscored_images
-from ..evaluation.record import Flags, Record, ScorerUse
+from ..evaluation.record import Flags, Observed, ObservedCounts, Record, ScorerUse
 from ..evaluation.scorer_set import ScorerSet
 from ..evaluation.splits import prompts_hash
+from ..training.observation import (
+    BACKWARDS,
+    DECODED,
+    FORWARDS,
+    GRADIENT_FORWARDS,
+    MISMATCH,
+    SCORED,
+    UPDATES,
+    WEIGHTS,
+    by_name,
+    forward_equivalents,
+)
 from ..training.train import COLLAPSED, PLANNED
 from .artifacts import RunResult
 from .budgeted_stage import BudgetedStage
@@ -24,19 +36,23 @@ def build_record(context: RunContext, stage: BudgetedStage, result: RunResult) -
     config, scorers, meter = context.config, context.scorers, stage.meter
     before, after = result.before, result.after
     delta = differences(before, after)
+    observed = _observed(context, stage)
     return Record(
         method=config.method,
         task=config.task,
         model=config.model,
         seed=config.seed,
         stop=result.stop,
-        fault=_fault(scorers, stage, result, delta),
+        fault=_fault(scorers, stage, result, delta)
+        if not observed.differences
+        else f"{MISMATCH} {'; '.join(observed.differences[:3])}",
         before=estimates(before),  # type: ignore[arg-type]
         after=estimates(after),  # type: ignore[arg-type]
         delta=delta,  # type: ignore[arg-type]
         spent=meter.spent(),
         run_dir=str(context.launch.run_dir),
         nfe_by_role=dict(meter.roles),
+        observed=observed,
         flags=Flags(
             hack=record.hacked(
                 delta, scorers.training_key, [s.name for s in scorers.held_out], [s.name for s in scorers.quality]
@@ -64,6 +80,32 @@ def build_record(context: RunContext, stage: BudgetedStage, result: RunResult) -
         ),
         checksums=context.files.checksums(),
         tuning=config.tuned,
+    )
+
+
+def _observed(context: RunContext, stage: BudgetedStage) -> Observed:
+    """What was computed, with every difference from what was charged and every change that nothing may make."""
+    observation = stage.observe()
+    context.observer.close()  # the code is compared as it was before the counters came
+    differences = [*observation.differences, *context.seal.evidence()]
+    return Observed(
+        training=_observed_counts(observation.training),
+        evaluation=_observed_counts(observation.evaluation),
+        seconds=observation.seconds,
+        differences=list(dict.fromkeys(differences)),
+    )
+
+
+def _observed_counts(counts: Mapping[str, int]) -> ObservedCounts:
+    return ObservedCounts(
+        nfe=forward_equivalents(counts),
+        nfe_by_weights=by_name(counts, WEIGHTS),
+        forwards=counts.get(FORWARDS, 0),
+        gradient_forwards=counts.get(GRADIENT_FORWARDS, 0),
+        backwards=counts.get(BACKWARDS, 0),
+        images=counts.get(DECODED, 0),
+        scored=by_name(counts, SCORED),
+        updates=counts.get(UPDATES, 0),
     )
 
 

@@ -24,7 +24,9 @@ from ..models.open import open_model
 from ..process_group import ProcessGroup
 from ..progress import Progress
 from ..spec import Model, Prompt, Task, counted_guidance
+from ..training.observation import Observer
 from ..training.pairs import open_pairs
+from ..training.tampering import Seal
 from .artifacts import RunFiles
 from .config import Config
 
@@ -73,6 +75,8 @@ class RunContext:
     train_prompts: Sequence[Prompt]
     plan: EvaluationPlan
     timer: PhaseTimer
+    observer: Observer  # counts what is computed, from beside the rig
+    seal: Seal  # knows the code and the prompts of the start
 
     @property
     def config(self) -> Config:
@@ -140,6 +144,15 @@ def open_run(launch: Launch) -> Generator[RunContext]:
             )
             RunFiles(launch.run_dir).write_config(config)
             _check_settings(config.settings, model)
+        train_prompts = task.prompts("train", model_spec.domain)
+        plan = EvaluationPlan.of_task(task, model_spec.domain, config.evaluation)
+        parts = [*scorers.all, *scorers.diversity, *scorers.drift]
+        seal = Seal(
+            {"training": train_prompts, "validation": plan.validation, "evaluation": plan.result}, map(type, parts)
+        )
+        observer = Observer(model, parts)
+        stack.callback(observer.close)
+        observer.install()
         yield RunContext(
             launch=launch,
             model_spec=model_spec,
@@ -147,9 +160,11 @@ def open_run(launch: Launch) -> Generator[RunContext]:
             model=model,
             scorers=scorers,
             accelerator=accelerator,
-            train_prompts=task.prompts("train", model_spec.domain),
-            plan=EvaluationPlan.of_task(task, model_spec.domain, config.evaluation),
+            train_prompts=train_prompts,
+            plan=plan,
             timer=timer,
+            observer=observer,
+            seal=seal,
         )
 
 

@@ -56,11 +56,12 @@ class Searcher(BudgetedStage):
             SearchSettings(context.plan.images, context.plan.settings.seed, context.config.seed),
             after=self._after_batch,
             interrupted=context.interrupted,
+            watched=context.observer.training,
         )
 
     def _after_batch(self, fraction: float, notes: dict[str, float]) -> None:
         self._report(fraction, notes)
-        if int(fraction * SAVES) > self._milestone or self.context.interrupted():
+        if int(fraction * SAVES) > self._milestone or self.context.processes.any(self.context.interrupted()):
             self._milestone = int(fraction * SAVES)
             self._save()
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..spec import Prompt
-from ..training.train import Gradients, optimiser, train
+from ..training.observation import MISMATCH
+from ..training.train import Gradients, Stop, optimiser, train
 from .budgeted_stage import SAVES, BudgetedStage
 
 
@@ -51,11 +52,15 @@ class Trainer(BudgetedStage):
             after=self._after_iteration,
             gradients=Gradients(self.context.accelerator.backward, self._scaler),
             interrupted=self.context.interrupted,
+            watched=self.context.observer.training,
         )
 
     def _after_iteration(self, notes: dict[str, float]) -> None:
         fraction = self.meter.fraction()
         self._report(fraction, notes)
+        context = self.context
+        if differences := context.observer.differences_now(self.meter, context.config.budget, context.processes):
+            raise Stop(f"{MISMATCH} {differences[0]}")
         if int(fraction * self.context.config.evaluation.eval_points) > self._milestone:
             self._add_eval_point()
         elif int(fraction * SAVES) > self._saved or self.context.processes.any(self.context.interrupted()):

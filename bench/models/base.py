@@ -169,6 +169,16 @@ class PipelineModel(ABC):
             output = self.forward(x, t, cond, guidance)
         return output
 
+    @property
+    def current_weights(self) -> str:
+        """The name of the weights that the network computes with."""
+        return self.lora.current if self.lora else "ref"
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        return self.spec.height, self.spec.width
+
     def unconditional(self) -> Cond:
         """The embedding (1, ...) that guidance leads away from: that of the negative prompt, encoded once.
 

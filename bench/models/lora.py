@@ -34,6 +34,11 @@ class LoraCopies:
             parameter.requires_grad_(True)
             parameter.data = parameter.data.float()  # the trained part is float32 whatever the base is
 
+    @property
+    def current(self) -> str:
+        """The name of the weights that the module computes with."""
+        return self._current
+
     def parameters(self) -> list[torch.nn.Parameter]:
         """The trained parameters, in a fixed order."""
         return list(self._policy.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def save(folder: Path, number: int, rig: MeteredRig, optimiser: torch.optim.Opti
         optimiser: its moments are saved.
         facts: JSON values of the caller's own.
     """
-    tensors, memory = _tensors(rig, optimiser), {k: v for k, v in rig.state.items() if not isinstance(v, Tensor)}
+    tensors = _tensors(rig, optimiser)
     for unfinished in folder.glob(".*.tmp"):  # by a process that was killed
         shutil.rmtree(unfinished, ignore_errors=True)
     temporary = folder / f".{number}.tmp"
@@ -40,7 +40,8 @@ def save(folder: Path, number: int, rig: MeteredRig, optimiser: torch.optim.Opti
         payload: dict[str, Any] = {
             "iteration": rig.iteration,
             "meter": rig.meter.state(),
-            "memory": memory,
+            "memory": _values(rig.state),
+            "bookkeeping": _values(rig.bookkeeping),
             "facts": facts,
             "iterations_without_signal": rig.iterations_without_signal,
             "failures": rig.failures,
@@ -68,7 +69,14 @@ def _tensors(rig: MeteredRig, optimiser: torch.optim.Optimizer) -> dict[str, Ten
     tensors["rng"] = rig.rng.get_state()
     for i, moments in optimiser.state_dict()["state"].items():
         tensors |= {f"optim/{i}/{key}": torch.as_tensor(value).cpu() for key, value in moments.items()}
-    return tensors | {f"memory/{k}": v.cpu() for k, v in rig.state.items() if isinstance(v, Tensor)}
+    for prefix, values in (("memory/", rig.state), ("bookkeeping/", rig.bookkeeping)):
+        tensors |= {f"{prefix}{k}": v.cpu() for k, v in values.items() if isinstance(v, Tensor)}
+    return tensors
+
+
+def _values(memory: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a memory is no tensor."""
+    return {key: value for key, value in memory.items() if not isinstance(value, Tensor)}
 
 
 def numbers(folder: Path) -> list[int]:
@@ -95,7 +103,10 @@ def restore(
         rig.iteration, rig.failures = payload["iteration"], payload["failures"]
         rig.iterations_without_signal = payload["iterations_without_signal"]
         rig.meter.restore(payload["meter"])
-        rig.state = {**payload["memory"], **{k: v.to(rig.model.device) for k, v in _under("memory/", tensors).items()}}
+        rig.state, rig.bookkeeping = (
+            {**payload[name], **{k: v.to(rig.model.device) for k, v in _under(f"{name}/", tensors).items()}}
+            for name in ("memory", "bookkeeping")
+        )
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in _under("optim/", tensors).items():
             i, _, name = key.partition("/")

@@ -8,9 +8,11 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import fields, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +25,8 @@ from ..flow import Kernel, Path, Step, dpm2, error_scale, like, mix, ode, split
 from ..losses import flow_error, informative
 from ..process_group import ProcessGroup
 from ..scoring.scorers import ask
-from ..spec import Cond, Groups, Images, Model, Pairs, Prompt, Scorer, Scores, Transitions, fold_text
+from ..spec import Cond, Groups, Images, Model, Pairs, Prompt, Rig, Scorer, Scores, Transitions, fold_text
+from .method_view import method_view
 from .pairs import PairSet, open_pairs
 
 TimedScores = tuple[Scores, float]  # scores, and the latency in seconds
@@ -60,20 +63,26 @@ class MeteredRig:
         self.processes = processes
         self._computed_elsewhere = False  # another process computes the current part: it is only charged here
         self.rng = torch.Generator().manual_seed(seed)
-        self.state: dict[str, Any] = {}
+        self.state: dict[str, Any] = {}  # the method's memory
+        self.bookkeeping: dict[str, Any] = {}  # of rig and search, out of the method's reach; checkpoints hold both
         self.iteration = 0
         self.iterations_without_signal = 0  # iterations in a row in which no group's rewards differed
         self.failures: list[str] = []  # why images could not be scored, the last 20
         self._cache: dict[int, Cond] = {}  # prompt id -> embedding
         self.evaluation_texts: frozenset[str] = frozenset()  # folded evaluation prompts: no data set may teach them
         self._captions: list[Prompt] = []  # of sets of pairs: their ids begin at len(train_prompts)
-        self._size: tuple[int, int] | None = None  # height and width of an image in pixels
         self._sets: dict[str, tuple[PairSet, int]] = {}  # opened sets of pairs, with the id of their first caption
         self._keys: Tensor | None = None  # of the rows whose loss is being computed
         self._draws = 0
         self._notes: dict[str, list[Tensor | float]] = defaultdict(list)
         # Scores images while the next ones are sampled.
         self._scoring = ThreadPoolExecutor(1, thread_name_prefix="scorer")
+        self._submitted: list[Future[TimedScores]] = []  # charged, and perhaps not scored yet
+
+    @cached_property
+    def view(self) -> Rig:
+        """The rig as a method gets it: what `spec.Rig` names, and nothing else."""
+        return method_view(self)
 
     @property
     def path(self) -> Path:
@@ -125,17 +134,23 @@ class MeteredRig:
     @contextmanager
     def turn(self, part: int) -> Generator[bool]:
         """Inside the block part number `part` of a batch is done; yields whether this process computes it."""
-        self._computed_elsewhere = not self.processes.owns(part)
-        try:
-            yield not self._computed_elsewhere
-        finally:
-            self._computed_elsewhere = False
+        with self.processes.part(part) as computed_here:
+            self._computed_elsewhere = not computed_here
+            try:
+                yield computed_here
+            finally:
+                self._computed_elsewhere = False
 
     # The model
 
     def texts(self, prompt_ids: Tensor) -> list[Prompt]:
         """The prompts behind the ids (B,)."""
         return [self._prompt(i) for i in prompt_ids.tolist()]
+
+    @property
+    def captions(self) -> list[str]:
+        """The captions of the sets of pairs that were opened."""
+        return [caption.text for caption in self._captions]
 
     def _prompt(self, i: int) -> Prompt:
         return self.train_prompts[i] if i < len(self.train_prompts) else self._captions[i - len(self.train_prompts)]
@@ -423,7 +438,7 @@ class MeteredRig:
         """
         pair_set, first = self._open_pairs(reference)
         rows, images = self._draw_pairs(pair_set, reference, n)
-        self._note_skipped(pair_set, self.state[f"pairs/{reference}"]["bad"])
+        self._note_skipped(pair_set, self.bookkeeping[f"pairs/{reference}"]["bad"])
         train_cache = {i: cond for i, cond in self._cache.items() if i < len(self.train_prompts)}
         if len(self._cache) > len(train_cache) + CAPTIONS:  # a set may have more captions than memory holds embeddings
             self._cache = train_cache
@@ -435,16 +450,13 @@ class MeteredRig:
 
     def _draw_pairs(self, pair_set: PairSet, reference: str, n: int) -> tuple[list[int], list[Images]]:
         """n usable rows of a set, and the images (2, H, W, 3) of each; rows that cannot serve are remembered."""
-        if self._size is None:
-            blank = self.model.decode(torch.zeros(1, *self.model.shape, device=self.model.device))
-            self._size = blank.shape[2], blank.shape[3]
-        unusable: dict[str, str] = self.state[f"pairs/{reference}"]["bad"]
+        unusable: dict[str, str] = self.bookkeeping[f"pairs/{reference}"]["bad"]
         rows: list[int] = []
         images: list[Images] = []
         while len(rows) < n:
             before = len(rows)
             for row in torch.randperm(len(pair_set), generator=self.rng).tolist():
-                pair = unusable.get(str(row)) or pair_set.images(row, *self._size)
+                pair = unusable.get(str(row)) or pair_set.images(row, *self.model.image_size)
                 if isinstance(pair, str):
                     unusable[str(row)] = pair
                 else:
@@ -467,10 +479,10 @@ class MeteredRig:
                 raise UserError(
                     f"pairs {reference}: {len(leaked)} of its captions are evaluation prompts, such as {leaked[0]!r}"
                 )
-            memory = self.state.get(f"pairs/{reference}")
+            memory = self.bookkeeping.get(f"pairs/{reference}")
             if memory is None:
                 self.meter.charge_stated(pair_set.spent())
-                self.state[f"pairs/{reference}"] = {"sha256": pair_set.sha256, "bad": {}}
+                self.bookkeeping[f"pairs/{reference}"] = {"sha256": pair_set.sha256, "bad": {}}
             elif memory["sha256"] != pair_set.sha256:
                 raise UserError(f"pairs {reference}: the set changed since this run was begun; --fresh starts over")
             self._sets[reference] = pair_set, len(self.train_prompts) + len(self._captions)
@@ -510,7 +522,10 @@ class MeteredRig:
         self.meter.charge_scorer(self.scorer.name, images, images=images)
 
     def _start_scoring(self, images: Images, prompt_ids: Tensor) -> Future[TimedScores]:
-        return self._scoring.submit(timed_scores, self.scorer, images, self.texts(prompt_ids))
+        # In the context of this call: whether the images are a part that processes divide.
+        call = copy_context().run
+        self._submitted.append(self._scoring.submit(call, timed_scores, self.scorer, images, self.texts(prompt_ids)))
+        return self._submitted[-1]
 
     def _reward(self, timed: TimedScores) -> Tensor:
         """(B,): the reward metric; latency, errors and reasons are kept."""
@@ -538,6 +553,11 @@ class MeteredRig:
         parts = self.processes.gather({name: [float(v) for v in values] for name, values in notes.items()})
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: float(np.mean([v for part in parts for v in part.get(name, [])])) for name in names}
+
+    def drain(self) -> None:
+        """Wait until everything that was charged is scored, also what nobody asks for any more."""
+        wait(self._submitted)
+        self._submitted.clear()
 
     def close(self) -> None:
         """Stop the scoring thread."""

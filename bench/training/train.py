@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from ..budget import Spent
 from ..spec import Method, batch_size, select_rows
+from .observation import MISMATCH
 from .rig import MeteredRig
 
 PATIENCE = 25  # iterations in which no group's rewards differ, after which a run counts as collapsed
@@ -51,6 +53,7 @@ def train(
     after: Callable[[dict[str, float]], None],
     gradients: Gradients | None = None,
     interrupted: Callable[[], bool] = lambda: False,
+    watched: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> str:
     """Train until the budget is spent; returns why training stopped. The weights are those of the last complete update.
 
@@ -62,21 +65,23 @@ def train(
             saves checkpoints.
         gradients: how they are computed; None is `loss.backward()` without scaling.
         interrupted: asked after every iteration whether to stop.
+        watched: entered around all that the budget pays for, as the clock is started and stopped: `Observer.training`.
     """
     try:
         rig.meter.agree(rig.processes)
         while True:
-            rig.meter.start()
-            batch = method.collect(rig)
-            rows = batch_size(batch)
-            rig.note("batch/rows", rows)
-            rig.iterations_without_signal = rig.iterations_without_signal + 1 if rows == 0 else 0
-            if rig.iterations_without_signal >= PATIENCE:
-                raise Stop(f"{COLLAPSED} the rewards of every group were equal for {PATIENCE} iterations")
-            if rows:
-                _fit(method, rig, optimizer, gradients or Gradients(), batch, rows)
-            rig.iteration += 1
-            rig.meter.stop()
+            with watched():
+                rig.meter.start()
+                since = rig.meter.since
+                try:
+                    _iterate(method, rig, optimizer, gradients or Gradients())
+                except Spent:
+                    rig.drain()  # what was charged before is still scored
+                    raise
+                rig.drain()
+                if rig.meter.since != since:
+                    raise Stop(f"{MISMATCH} the clock was stopped inside an iteration")
+                rig.meter.stop()
             rig.meter.agree(rig.processes)
             after(rig.notes())
             if rig.processes.any(interrupted()):
@@ -88,6 +93,19 @@ def train(
     finally:
         rig.meter.stop()
         optimizer.zero_grad(set_to_none=True)  # drops the gradients of an unfinished update
+
+
+def _iterate(method: Method, rig: MeteredRig, optimizer: torch.optim.Optimizer, gradients: Gradients) -> None:
+    """Collect a batch and update the weights on it."""
+    batch = method.collect(rig.view)
+    rows = batch_size(batch)
+    rig.note("batch/rows", rows)
+    rig.iterations_without_signal = rig.iterations_without_signal + 1 if rows == 0 else 0
+    if rig.iterations_without_signal >= PATIENCE:
+        raise Stop(f"{COLLAPSED} the rewards of every group were equal for {PATIENCE} iterations")
+    if rows:
+        _fit(method, rig, optimizer, gradients, batch, rows)
+    rig.iteration += 1
 
 
 def _fit(
@@ -111,7 +129,7 @@ def _differentiate(method: Method, rig: MeteredRig, gradients: Gradients, batch:
     infinite_loss: float | None = None
     for k, rows in enumerate(torch.arange(len(minibatch)).split(method.optim.micro or len(minibatch))):
         with rig.keyed(keys[rows]), rig.turn(k) as computed_here:
-            loss = method.loss(rig, select_rows(batch, minibatch[rows]))
+            loss = method.loss(rig.view, select_rows(batch, minibatch[rows]))
             rig.note("policy/loss", loss)
         if computed_here and not bool(loss.isfinite()):
             infinite_loss = float(loss.detach())
