@@ -328,9 +328,7 @@ class Optim:
     micro: int = 0  # rows per backward pass; 0 takes a whole minibatch at once
     clip: float = 1.0  # of the gradient's norm
     warmup: int = 0  # updates over which the learning rate rises linearly from 0
-    ema: float = (
-        0.0  # decay of the averaged weights, which are evaluated instead of the last ones; 0 evaluates the last
-    )
+    ema: float = 0.0  # decay of the averaged weights, which are evaluated in place of the last ones; 0: the last
     ema_warmup: int = 10  # the decay after update k is at most (1 + k) / (ema_warmup + k); 1: the decay from the start
     ema_interval: int = 1  # updates from one averaging to the next
 
@@ -459,7 +457,7 @@ class Rig(Protocol):
 
     @property
     def path(self) -> Path:
-        """The model's path between data and noise."""
+        """The model's path between data and noise, with the shift of the model's schedule (`flow.training_times`)."""
         ...
 
     @property

@@ -57,9 +57,7 @@ class DGPO:
     prompts: int = 8  # prompts per iteration, one group each
     group: int = 24  # images per prompt
     timesteps: int = 4  # timesteps per group, M
-    trunc_steps: int = (
-        6  # times are drawn from the sampler's first trunc_steps + 1: late ones would teach few-step blur
-    )
+    trunc_steps: int = 6  # times are of the sampler's first trunc_steps + 1: late ones would teach few-step blur
     beta: float = 100.0  # how soon the sigmoid saturates: the strength of the trust region
     clip_range: float = 1e-2  # clip of the ratio exp(e_old - e); 0: none, which saves the old copy's evaluations
     adv_clip_max: float = 5.0  # advantages are clamped to [-adv_clip_max, adv_clip_max]

@@ -64,9 +64,7 @@ class DiffusionNFT:
     adv_clip_max: float = 5.0  # an image with this advantage is optimal with probability 1
     std: Literal["group", "global", "none"] = "global"  # standard deviation that divides the rewards
     kl: float = 1e-4  # weight of mean (v - v_ref)^2; 0 saves its evaluations
-    decay_type: Literal[0, 1, 2] = (
-        1  # of the copy "old": no decay; slow to 0.5; none until update 75, then fast to 0.999
-    )
+    decay_type: Literal[0, 1, 2] = 1  # of the copy "old": none; slow to 0.5; none for 75 updates, then fast to 0.999
     steps: int = 0  # sampler steps of the rollout; 0: the protocol's
     guidance: float = 1.0  # guidance of the rollout, 1 as published; 0: the protocol's
 

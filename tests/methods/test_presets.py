@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.commands.app import app
+from gpobench.bench.commands.describe import _fields  # pyright: ignore[reportPrivateUsage]
 from gpobench.bench.experiments.config import RunRequest, preset, preset_path, resolve, variants
 from gpobench.bench.experiments.cost_estimate import estimate_cost, guidance_branches
 from gpobench.bench.flow import ddim_grid, ddpm, ode, sde, to_velocity
@@ -134,6 +135,13 @@ def test_every_section_says_which_code_it_follows_and_show_prints_it(method: str
             assert re.search(r"[\w-]+/[\w-]+|no code|arXiv", follows[name]), name
     printed = CliRunner().invoke(app, ["show", method]).output
     assert all(" ".join(source.split()) in " ".join(printed.split()) for source in follows.values())
+
+
+@EVERY
+def test_show_says_what_every_field_means(method: str) -> None:
+    kind = registry.load("method", method)
+    unexplained = [name for name, _, meaning in _fields(kind()) if not meaning]
+    assert unexplained == []
 
 
 @EVERY
