@@ -27,6 +27,13 @@ class UnsupportedPixels(ValueError):
     """The pixels of an image cannot be taken: not of 8 bits a colour, or too many."""
 
 
+def read_only_copy(pixels: Pixels) -> Pixels:
+    """A copy that raises ValueError where it is written on: for code that must not change what others read."""
+    copy = pixels.copy()
+    copy.flags.writeable = False
+    return copy
+
+
 @dataclass(frozen=True)
 class ImageHeader:
     """What the header of an image file says."""

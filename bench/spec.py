@@ -151,7 +151,10 @@ class Model(PolicyModel, Protocol):
         ...
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> images (B, 3, H, W) in [0, 1]."""
+        """Latents (B, C, h, w) -> images (B, 3, H, W), 0 black and 1 white. What lies outside is clamped where pixels are made.
+
+        An image with a value that is not finite is not scored: do not hide one by clamping.
+        """
         ...
 
     def latents(self, images: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class Mask2Former:
         import torch.nn.functional as F
 
         height, width = self.framing.size(*image.shape[:2])
-        planes = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)[None].float()
+        planes = torch.from_numpy(np.array(image)).movedim(-1, 0)[None].float()
         planes = F.interpolate(planes, (height, width), mode="bilinear").round()
         below, right = -height % self.framing.multiple, -width % self.framing.multiple
         planes = F.pad(planes, (0, right, 0, below), value=GREY)

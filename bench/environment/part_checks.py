@@ -13,7 +13,7 @@ import numpy as np
 from .. import registry
 from ..assets import downloads
 from ..errors import Missing, UserError
-from ..scoring.scorers import close_scorers, open_scorer
+from ..scoring.scorers import close_scorers, open_scorer, part_behind
 from ..spec import Task
 from .check_result import BINDING_LICENCE_WORDS, Check, CheckVerdict, first_line, format_gb
 from .model_checks import read_safetensors_header
@@ -109,10 +109,11 @@ def check_part(need: Need, deep: bool, offline: bool, fetch_command: str) -> Ite
 def _test_scorer(name: str) -> str:
     """Make a scorer and run its self-test; returns the result in words."""
     scorer = open_scorer(name)
+    part = part_behind(scorer)
     try:
-        if not isinstance(scorer, SupportsSelfTest):
+        if not isinstance(part, SupportsSelfTest):
             return f"{scorer.id}: opens; it has no self-test"
-        scorer.self_test()
+        part.self_test()
         return f"{scorer.id}: self-test passed"
     finally:
         close_scorers([scorer])

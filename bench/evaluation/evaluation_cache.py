@@ -26,7 +26,7 @@ from ..assets.weight_store import settings_hash
 from ..files import digest, write_atomically
 from ..model_spec import ModelSpec
 from ..process_group import ProcessGroup
-from ..scoring.scorers import Blend
+from ..scoring.scorers import Blend, part_behind
 from ..spec import Embedder, Scorer, Task
 from . import record
 from .estimates import Evaluation, invalid
@@ -158,6 +158,6 @@ def _unblended(parts: Sequence[Scorer | Embedder]) -> list[Scorer | Embedder]:
 def source(part: object) -> str:
     """sha256 of the file that defines the part's class: a third party's scorer may be edited without a new id."""
     try:
-        return digest(Path(inspect.getfile(type(part))))
+        return digest(Path(inspect.getfile(type(part_behind(part)))))
     except (OSError, TypeError):
         return ""

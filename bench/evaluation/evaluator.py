@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from ..flow import ode
+from ..images import read_only_copy
 from ..model_spec import ModelSpec
 from ..process_group import ProcessGroup
 from ..progress import Progress
+from ..rendering import RenderedImages, render
 from ..spec import Embedder, EvaluationSettings, Images, Model, Prompt, Scores, Split, Task
 from ..stats.distances import siblings
-from ..training.rig import SINGLE_PROCESS, timed_scores, to_uint8, walk
+from ..training.rig import SINGLE_PROCESS, timed_scores, walk
 from .estimates import COLUMNS, Evaluation, Vectors
 from .evaluation_cache import RunConditions, cache_key, cached_evaluation
 from .request import EvaluationRequest, ImageIndex, image_indices
@@ -129,12 +131,12 @@ def _score_batches(
         for k, batch in enumerate(batches):
             if processes.owns(k):
                 prompts = [request.prompts[i] for i, _ in batch]
-                images = to_uint8(model.decode(_latents(model, request, batch, k * request.rows)))
+                images = render(model.decode, _latents(model, request, batch, k * request.rows))
                 pending.append(
                     _Pending(
-                        images[[index in shown for index in batch]],
+                        images.pixels[[index in shown for index in batch]],
                         {s.name: threads[s.name].submit(timed_scores, s, images, prompts) for s in request.scorers},
-                        {e.name: threads[e.name].submit(embed, e, images) for e in embedders},
+                        {e.name: threads[e.name].submit(embed_rendered, e, images) for e in embedders},
                     )
                 )
             else:
@@ -157,7 +159,7 @@ def _latents(model: Model, request: EvaluationRequest, batch: Sequence[ImageInde
 def embed(embedder: Embedder, images: Images) -> Embedded:
     """(B, D) float32, and row -> reason; an embedder that raises or returns nonsense gives rows of NaN."""
     try:
-        vectors = np.asarray(embedder(images), dtype=np.float32)
+        vectors = np.asarray(embedder(read_only_copy(images)), dtype=np.float32)
         if vectors.ndim != 2 or len(vectors) != len(images):
             raise ValueError(f"returned {vectors.shape} for {len(images)} images")
         infinite = np.flatnonzero(~np.isfinite(vectors).all(1))
@@ -167,6 +169,18 @@ def embed(embedder: Embedder, images: Images) -> Embedded:
         if len(images) > 1:
             return _joined([embed(embedder, images[row : row + 1]) for row in range(len(images))])
         return np.full((1, 1), np.nan, np.float32), {0: f"{embedder.name}: {type(error).__name__}: {error}"}
+
+
+def embed_rendered(embedder: Embedder, images: RenderedImages) -> Embedded:
+    """`embed` the images that are finite; the others are rows of NaN with the reason."""
+    if not images.faults:
+        return embed(embedder, images.pixels)
+    rows = images.sound_rows
+    sound, failures = embed(embedder, images.pixels[rows]) if rows else (np.zeros((0, 1), np.float32), {})
+    vectors = np.full((len(images), sound.shape[1]), np.nan, np.float32)
+    vectors[rows] = sound
+    reasons = {row: f"{embedder.name}: {fault}" for row, fault in images.faults.items()}
+    return vectors, reasons | {rows[k]: reason for k, reason in failures.items()}
 
 
 def _joined(parts: Sequence[Embedded]) -> Embedded:

@@ -23,6 +23,7 @@ from ..model_spec import ModelSpec, find_model_spec
 from ..models.open import open_model
 from ..process_group import ProcessGroup
 from ..progress import Progress
+from ..scoring.scorers import part_behind
 from ..spec import Model, Prompt, Task, counted_guidance
 from ..training.observation import Observer
 from ..training.pairs import open_pairs
@@ -146,7 +147,7 @@ def open_run(launch: Launch) -> Generator[RunContext]:
             _check_settings(config.settings, model)
         train_prompts = task.prompts("train", model_spec.domain)
         plan = EvaluationPlan.of_task(task, model_spec.domain, config.evaluation)
-        parts = [*scorers.all, *scorers.diversity, *scorers.drift]
+        parts = [part_behind(part) for part in (*scorers.all, *scorers.diversity, *scorers.drift)]
         seal = Seal(
             {"training": train_prompts, "validation": plan.validation, "evaluation": plan.result}, map(type, parts)
         )

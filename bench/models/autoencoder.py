@@ -30,10 +30,10 @@ def _scale_and_shift(vae: Any) -> tuple[float, float]:
 
 @torch.no_grad()
 def decode(vae: Any, x0: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, 3, H, W) in [0, 1], as the pipelines decode."""
+    """(B, C, h, w) -> (B, 3, H, W), 0 black and 1 white, as the pipelines decode; `rendering` clamps it."""
     scale, shift = _scale_and_shift(vae)
     images = vae.decode((x0 / scale + shift).to(vae.dtype), return_dict=False)[0]
-    return (images.float() / 2 + 0.5).clamp(0, 1)
+    return images.float() / 2 + 0.5  # not clamped: an infinite value would look like a white one
 
 
 @torch.no_grad()

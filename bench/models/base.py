@@ -193,7 +193,7 @@ class PipelineModel(ABC):
         return self._unconditional
 
     def decode(self, x0: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, 3, H, W) in [0, 1], as the pipeline decodes."""
+        """(B, C, h, w) -> (B, 3, H, W), 0 black and 1 white, as the pipeline decodes before it clamps."""
         self.encoders.unload()
         return autoencoder.decode(self.vae, x0)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -15,6 +16,8 @@ import numpy as np
 
 from .. import registry
 from ..errors import UserError
+from ..images import read_only_copy
+from ..rendering import RenderedImages
 from ..spec import Images, Prompt, Scorer, Scores, Values
 from .references import ScorerLocation, ScorerReference, blend_name
 from .remote import RemoteScorer, connect, start
@@ -37,7 +40,7 @@ def open_scorer(reference: str, locations: Mapping[str, ScorerLocation] | None =
 def _open(reference: ScorerReference, locations: Mapping[str, ScorerLocation]) -> Scorer:
     if not reference.terms:
         location = reference.at(locations)
-        return _open_at(location, reference) if location else registry.scorer(reference.text)
+        return _open_at(location, reference) if location else InProcessScorer(registry.scorer(reference.text))
     opened: list[tuple[Scorer, float]] = []
     try:
         for scorer, weight in reference.terms:
@@ -71,6 +74,35 @@ def close_scorers(scorers: Iterable[Scorer]) -> None:
 
 
 # Scoring
+
+
+class ScorerChanged(Exception):
+    """A scorer is not the one that was opened."""
+
+
+class InProcessScorer:
+    """A scorer of this process under the id, name and metrics it was opened with.
+
+    Once its id is another one, it gives no more scores: numbers of two scorers do not stand in one column. A scorer behind a
+    URL is treated in the same way (`RemoteScorer`).
+    """
+
+    def __init__(self, scorer: Scorer) -> None:
+        self.id, self.name = scorer.id, scorer.name
+        self.metrics: Sequence[str] = tuple(scorer.metrics)
+        self.part = scorer
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        """Map (B, H, W, 3) and B prompts to every metric (B,). Raises ScorerChanged, and what the scorer raises."""
+        scores = self.part(images, prompts)
+        if self.part.id != self.id:
+            raise ScorerChanged(f"its id is {self.part.id} now, was {self.id}")
+        return scores
+
+
+def part_behind(part: object) -> object:
+    """The object that a scorer of this process was made of; anything else is returned as it is."""
+    return part.part if isinstance(part, InProcessScorer) else part
 
 
 class Blend:
@@ -116,16 +148,50 @@ class Blend:
 def ask(scorer: Scorer, images: Images, prompts: Sequence[Prompt]) -> Scores:
     """Call a scorer; any failure becomes NaN with a reason. Every metric of the result is a new (B,) float64.
 
-    A prompt that a scorer refuses does not affect the others of its batch: each is then scored by itself.
+    A prompt that a scorer refuses does not affect the others of its batch: each is then scored by itself. The scorer gets copies,
+    and the images cannot be written on: nothing it does to them reaches another scorer.
     """
     try:
-        return _checked(scorer, scorer(images, prompts), len(images))
+        scores = scorer(read_only_copy(images), [_private_prompt(prompt) for prompt in prompts])
+        return _checked(scorer, scores, len(images))
     except UserError as error:
         if len(images) == 1:
             return _all_missing(scorer, 1, error)
         return _concatenated(scorer, [ask(scorer, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))])
     except (Exception, SystemExit) as error:  # a scorer is foreign code: nothing it does may end or falsify a run
         return _all_missing(scorer, len(images), error)
+
+
+def ask_rendered(scorer: Scorer, images: RenderedImages, prompts: Sequence[Prompt]) -> Scores:
+    """`ask` about the images that may be scored; the others are NaN with the reason."""
+    if not images.faults:
+        return ask(scorer, images.pixels, prompts)
+    rows = images.sound_rows
+    value = {metric: np.full(len(images), np.nan) for metric in scorer.metrics}
+    reasons = {row: f"{scorer.name}: {fault}" for row, fault in images.faults.items()}
+    notes = [""] * len(images)
+    if rows:
+        scores = ask(scorer, images.pixels[rows], [prompts[row] for row in rows])
+        for metric, column in value.items():
+            column[rows] = scores.value[metric]
+        reasons |= {rows[k]: reason for k, reason in scores.reasons.items()}
+        for row, note in zip(rows, scores.notes or (), strict=False):
+            notes[row] = note
+    return Scores(value, reasons, notes if any(notes) else None)
+
+
+def _private_prompt(prompt: Prompt) -> Prompt:
+    """The prompt with a copy of its facts."""
+    try:
+        return replace(prompt, meta=_copied(prompt.meta))
+    except Exception:  # facts that cannot be copied, such as ones that contain themselves, are the scorer's to refuse
+        return prompt
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(each) for key, each in value.items()}
+    return [_copied(each) for each in value] if isinstance(value, list) else value
 
 
 def _all_missing(scorer: Scorer, n: int, error: BaseException) -> Scores:
@@ -166,13 +232,20 @@ def _checked(scorer: Scorer, scores: Any, n: int) -> Scores:
         column = _numbers(scores.value[metric], metric)
         if column.shape != (n,):
             raise ValueError(f"returned {metric} of shape {column.shape} for {n} images")
-        for row in np.flatnonzero(~np.isfinite(column)):
+        unusable = ~_finite_in_float32(column)
+        for row in np.flatnonzero(unusable):
             reasons.setdefault(int(row), f"{scorer.name}: returned {column[row]} for {metric}")
-        column[~np.isfinite(column)] = np.nan
+        column[unusable] = np.nan
         value[metric] = column
     if scores.notes is not None and len(scores.notes) != n:
         raise ValueError(f"returned {len(scores.notes)} notes for {n} images")
     return Scores(value, reasons, None if scores.notes is None else [_text(note) for note in scores.notes])
+
+
+def _finite_in_float32(column: Values) -> Any:
+    """(B,) bool: the finite numbers that float32 holds too. Rewards are trained on in float32, where 1e39 is infinite."""
+    with np.errstate(over="ignore"):
+        return np.isfinite(column.astype(np.float32))
 
 
 def _text(message: Any) -> str:

@@ -24,6 +24,7 @@ from .. import registry
 from ..budget import DATA, Budget, Meter
 from ..errors import UserError
 from ..process_group import ProcessGroup, dividing
+from ..scoring.scorers import part_behind
 from .tampering import WeightGuard
 
 # Keys of counts, in rows, images and steps. A scorer's images are counted under SCORED + its name, and forward-equivalents of the
@@ -83,7 +84,7 @@ class Observer:
             scorers: scorers and embedders of every role; calls of any object of their classes are counted.
         """
         self._model = model
-        self._classes = list(dict.fromkeys(type(scorer) for scorer in scorers))
+        self._classes = list(dict.fromkeys(type(part_behind(scorer)) for scorer in scorers))
         self._training, self._evaluation = _Phase(), _Phase()
         self._now = self._evaluation
         self._earlier = Observation()  # before a resume

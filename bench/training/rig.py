@@ -24,7 +24,8 @@ from ..errors import UserError
 from ..flow import Kernel, Path, Step, dpm2, error_scale, like, mix, ode, split
 from ..losses import flow_error, informative
 from ..process_group import ProcessGroup
-from ..scoring.scorers import ask
+from ..rendering import RenderedImages, render
+from ..scoring.scorers import ask_rendered
 from ..spec import Cond, Groups, Images, Model, Pairs, Prompt, Rig, Scorer, Scores, Transitions, fold_text
 from .method_view import method_view
 from .pairs import PairSet, open_pairs
@@ -315,8 +316,8 @@ class MeteredRig:
         """
         assert not self._computed_elsewhere, "a method never scores inside `turn`"
         self._charge_scoring(len(x0))
-        images = to_uint8(self.model.decode(x0))
-        return self._reward(self._start_scoring(images, prompt_ids).result()), images
+        images = render(self.model.decode, x0)
+        return self._reward(self._start_scoring(images, prompt_ids).result()), images.pixels
 
     @torch.no_grad()
     def groups(
@@ -444,8 +445,12 @@ class MeteredRig:
             self._cache = train_cache
         stacked = np.stack(images, 1).reshape(2 * n, *images[0].shape[1:])  # the winners, then the losers
         flat = torch.from_numpy(stacked).permute(0, 3, 1, 2)
-        x0 = [self.model.latents(part.to(self.model.device) / 255) for part in flat.split(self.rows)]
-        win, lose = torch.cat(x0).chunk(2)
+        x0 = torch.cat([self.model.latents(part.to(self.model.device) / 255) for part in flat.split(self.rows)])
+        if not bool(x0.isfinite().all()):
+            raise UserError(
+                f"pairs {reference}: the model's autoencoder makes latents of its images that are not finite; try --precision bf16"
+            )
+        win, lose = x0.chunk(2)
         return Pairs(win, lose, torch.as_tensor(pair_set.caption[rows]) + first)
 
     def _draw_pairs(self, pair_set: PairSet, reference: str, n: int) -> tuple[list[int], list[Images]]:
@@ -516,12 +521,12 @@ class MeteredRig:
     def _submit(self, x0: Tensor, prompt_ids: Tensor) -> Future[TimedScores] | None:
         """Charge and start the scoring of images; None where another process scores them."""
         self._charge_scoring(len(x0))
-        return None if self._computed_elsewhere else self._start_scoring(to_uint8(self.model.decode(x0)), prompt_ids)
+        return None if self._computed_elsewhere else self._start_scoring(render(self.model.decode, x0), prompt_ids)
 
     def _charge_scoring(self, images: int) -> None:
         self.meter.charge_scorer(self.scorer.name, images, images=images)
 
-    def _start_scoring(self, images: Images, prompt_ids: Tensor) -> Future[TimedScores]:
+    def _start_scoring(self, images: RenderedImages, prompt_ids: Tensor) -> Future[TimedScores]:
         # In the context of this call: whether the images are a part that processes divide.
         call = copy_context().run
         self._submitted.append(self._scoring.submit(call, timed_scores, self.scorer, images, self.texts(prompt_ids)))
@@ -616,13 +621,8 @@ def stochastic(kernel: Kernel) -> bool:
     return kernel not in (ode, dpm2)
 
 
-def to_uint8(images: Tensor) -> Images:
-    """(B, 3, H, W) in [0, 1] -> (B, H, W, 3) uint8, rounded as a PNG of the pipeline would be."""
-    return (images.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).cpu().numpy()
-
-
-def timed_scores(scorer: Scorer, images: Images, prompts: Sequence[Prompt]) -> TimedScores:
+def timed_scores(scorer: Scorer, images: RenderedImages, prompts: Sequence[Prompt]) -> TimedScores:
     """Score images; whatever the scorer does wrong becomes NaN with a reason. Returns scores and latency in seconds."""
     start = time.perf_counter()
-    scores = ask(scorer, images, prompts)
+    scores = ask_rendered(scorer, images, prompts)
     return scores, time.perf_counter() - start

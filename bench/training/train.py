@@ -141,7 +141,7 @@ def _differentiate(method: Method, rig: MeteredRig, gradients: Gradients, batch:
 
 
 def _update(method: Method, rig: MeteredRig, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Clip the gradient and step the optimiser, unless half precision overflowed."""
+    """Clip the gradient and step the optimiser, unless half precision overflowed. Raises Stop where a number is not finite."""
     o = method.optim
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(rig.model.parameters(), o.clip)
@@ -160,11 +160,16 @@ def _update(method: Method, rig: MeteredRig, optimizer: torch.optim.Optimizer, s
         group["lr"] = o.lr * min(1.0, rig.meter.updates / o.warmup if o.warmup else 1.0)
     if o.ema and "ema" not in rig.model.copies:
         rig.model.update_copy("ema", 0.0)  # the average begins at the untrained weights, as in the published code
+    parameters = rig.model.parameters()
+    previous = [parameter.detach().clone() for parameter in parameters]
     scaler.step(optimizer)
+    if not bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all()):
+        with torch.no_grad():
+            for parameter, value in zip(parameters, previous, strict=True):
+                parameter.copy_(value)
+        raise Stop(f"the weights are not finite after {rig.meter.updates} updates: the last one was undone")
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    if not bool(torch.stack([parameter.isfinite().all() for parameter in rig.model.parameters()]).all()):
-        raise Stop(f"the weights are not finite after {rig.meter.updates} updates")
     # The meter's updates are in every checkpoint, so that a resumed run averages with the same decay.
     if o.ema and (rig.meter.updates + 1) % o.ema_interval == 0:
         rig.model.update_copy("ema", o.ema_decay(rig.meter.updates))

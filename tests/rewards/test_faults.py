@@ -22,6 +22,7 @@ from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import UserError
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
+from gpobench.bench.rendering import RenderedImages
 from gpobench.bench.scoring import remote
 from gpobench.bench.scoring.remote import Limits, RemoteScorer, connect, start
 from gpobench.bench.spec import Prompt, Scorer, Scores
@@ -118,7 +119,7 @@ def test_a_thousand_faults(bench: Bench) -> None:
             prompts = prompts[: int(rng.integers(0, n))]
         scorer = bench.scorer(fault, bad)
         bench.pictures(fault, bad if fault.family == "picture" else ())
-        scores, seconds = timed_scores(scorer, images, prompts)
+        scores, seconds = timed_scores(scorer, RenderedImages(images), prompts)
         try:
             check(scores, sound, bad, n)
         except (AssertionError, KeyError) as error:
@@ -194,7 +195,8 @@ def test_another_process_gives_the_same_bits(child: RemoteScorer, local: Scorer,
     assert len(set(here.value["soft"])) > 3
     images, prompts = words
     same(
-        timed_scores(local, images[:, :16], prompts)[0], timed_scores(child, images[:, :16], prompts)[0]
+        timed_scores(local, RenderedImages(images[:, :16]), prompts)[0],
+        timed_scores(child, RenderedImages(images[:, :16]), prompts)[0],
     )  # its own refusal, word for word
 
 
@@ -222,7 +224,7 @@ def test_a_killed_process_is_started_again(child: RemoteScorer, local: Scorer, w
     began = time.perf_counter()
     with ThreadPoolExecutor(1) as pool:
         before = child.pid
-        asked = pool.submit(timed_scores, child, images, prompts)
+        asked = pool.submit(timed_scores, child, RenderedImages(images), prompts)
         time.sleep(0.05)
         os.kill(before, signal.SIGKILL)
         scores, _ = asked.result(timeout=120)
@@ -239,7 +241,7 @@ def test_a_closed_one_says_so(local: Scorer, words: Any) -> None:
         opened = connect(url)
         same(local(images[:3], prompts[:3]), opened(images[:3], prompts[:3]))
     opened.timeout = 5
-    scores, _ = timed_scores(opened, images[:3], prompts[:3])
+    scores, _ = timed_scores(opened, RenderedImages(images[:3]), prompts[:3])
     assert (
         np.isnan(scores.value["soft"]).all()
         and "ConnectionRefusedError" in scores.reasons[0]

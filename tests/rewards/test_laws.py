@@ -10,7 +10,8 @@ import pytest
 from gpobench.bench import registry
 from gpobench.bench.assets.glyphs import PAPERS, SHAPE_COLOURS, draw_shapes, draw_word, shapes_prompt, word_prompt
 from gpobench.bench.errors import Missing
-from gpobench.bench.scoring.scorers import open_scorer
+from gpobench.bench.rendering import RenderedImages
+from gpobench.bench.scoring.scorers import open_scorer, part_behind
 from gpobench.bench.spec import Prompt, Scores
 from gpobench.bench.training.rig import timed_scores
 
@@ -48,7 +49,9 @@ def pictures() -> tuple[Any, list[Prompt]]:
         meta["exclude"] = [{"class": "circle", "count": 4}]
         text = shapes_prompt("circle", 3, "red") if i % 2 else word_prompt("CAT", ink="red")
         prompts.append(Prompt(text, meta))
-    return np.stack(drawn), prompts
+    images = np.stack(drawn)
+    images.flags.writeable = False  # as every scorer gets them
+    return images, prompts
 
 
 @pytest.fixture(scope="module", params=REFERENCES)
@@ -83,7 +86,7 @@ def test_a_score_belongs_to_its_picture(scorer: Any) -> None:
 
 def test_images_and_prompts_that_do_not_match_are_the_callers_mistake(scorer: Any) -> None:
     images, prompts = pictures()
-    answer, _ = timed_scores(scorer, images[:3], prompts[:2])
+    answer, _ = timed_scores(scorer, RenderedImages(images[:3]), prompts[:2])
     assert all(np.isnan(column).all() for column in answer.value.values())
     assert len(answer.reasons) == 3 and all("3 images" in why and "2 prompts" in why for why in answer.reasons.values())
 
@@ -91,4 +94,4 @@ def test_images_and_prompts_that_do_not_match_are_the_callers_mistake(scorer: An
 def test_it_knows_its_own_name_and_its_known_answers(scorer: Any) -> None:
     assert scorer.id and scorer.name and " " not in scorer.name and len(set(scorer.metrics)) == len(scorer.metrics)
     if not scorer.id.startswith("blend("):  # whose parts are tried by themselves
-        scorer.self_test()
+        part_behind(scorer).self_test()

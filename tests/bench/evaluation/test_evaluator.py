@@ -28,6 +28,7 @@ from gpobench.bench.flow import ode
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import load, scorer
+from gpobench.bench.rendering import IMAGE_FAULT
 from gpobench.bench.spec import Prompt
 
 SHAPE = (16, 4, 4)
@@ -240,6 +241,44 @@ def test_drift_is_nothing_against_oneself_and_the_distance_against_another(model
     assert differences(before, after)["drift-colour/paired"]["mean"] == pytest.approx(gone.mean())
     assert cmmd_by_embedder(base, base, ["colour"])["colour"]["mean"] == pytest.approx(0, abs=1e-9)
     assert cmmd_by_embedder(base, other, ["colour"])["colour"]["mean"] > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_image_that_is_not_finite_is_judged_by_nobody(
+    model: Any, scorers: list[Any], monkeypatch: pytest.MonkeyPatch, value: float
+) -> None:
+    """No scorer and no embedder gets it; it is missing with the reason, and every other number stands."""
+    parts: Any = {"diversity": [MeanColour()], "drift": [MeanColour()]}
+    sound = evaluated(model, scorers, rows=4, **parts)
+    decode = model.decode
+
+    def damaged(x0: torch.Tensor) -> torch.Tensor:
+        images = decode(x0)
+        images[3 if len(images) == 4 else slice(None), 1, 2, 3] = value  # the last batch, of two, as a whole
+        return images
+
+    monkeypatch.setattr(model, "decode", damaged)
+    spoilt = evaluated(model, scorers, rows=4, **parts)
+    lost = [(1, 1), (3, 1), (4, 0), (4, 1)]  # rows 3 and 7, and the last two
+    for key in ("redness/mean", "warmth/mean"):
+        before, after = sound.matrix(key), spoilt.matrix(key)
+        assert [tuple(place) for place in np.argwhere(np.isnan(after))] == lost
+        assert np.array_equal(before[~np.isnan(after)], after[~np.isnan(after)])
+    assert np.isnan(spoilt.vectors["colour"]).all(1).nonzero()[0].tolist() == [3, 7, 8, 9]
+    assert spoilt.reasons() == [f"{name}: {IMAGE_FAULT}" for name in ("redness", "warmth", "colour")]
+    assert invalid(spoilt.table)
+
+
+def test_an_embedder_gets_images_that_it_cannot_write_on() -> None:
+    class Vandal(MeanColour):
+        def __call__(self, images: Any) -> Any:
+            images[:] = 0
+            return super().__call__(images)
+
+    images = np.full((2, 4, 4, 3), 9, np.uint8)
+    vectors, reasons = embed(Vandal(), images)
+    assert np.isnan(vectors).all() and (images == 9).all()
+    assert reasons == dict.fromkeys((0, 1), "colour: ValueError: assignment destination is read-only")
 
 
 def test_an_embedder_that_fails_costs_its_own_rows(model: Any, scorers: list[Any]) -> None:

@@ -23,8 +23,9 @@ from gpobench.bench.models.adapters import LORA_FILE
 from gpobench.bench.models.mini import write_sd15
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
+from gpobench.bench.rendering import to_uint8
 from gpobench.bench.spec import Prompt
-from gpobench.bench.training.rig import MeteredRig, to_uint8
+from gpobench.bench.training.rig import MeteredRig
 
 PROMPTS = ["a red circle", "two blue squares", "a photo of five green triangles"]
 SMALL = Adapter(rank=4, alpha=16, targets=UNET_ATTENTION)
@@ -230,9 +231,8 @@ def test_decode_undoes_latents_as_the_autoencoder_can(tiny_unet: Path, tmp_path:
     assert z.shape == (2, *model.shape) and z.dtype == torch.float32
     mode = model.vae.encode(images * 2 - 1).latent_dist.mode()
     assert torch.allclose(z / scale, mode, atol=1e-5)
-    expected = (model.vae.decode(mode).sample / 2 + 0.5).clamp(0, 1)
+    expected = model.vae.decode(mode).sample / 2 + 0.5
     assert torch.allclose(model.decode(z), expected, atol=1e-5)
-    assert model.decode(100 * z).min() >= 0 and model.decode(100 * z).max() <= 1
 
 
 # The adapter

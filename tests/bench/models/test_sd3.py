@@ -26,8 +26,9 @@ from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.adapters import LORA_FILE
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
+from gpobench.bench.rendering import to_uint8
 from gpobench.bench.spec import Prompt
-from gpobench.bench.training.rig import MeteredRig, to_uint8
+from gpobench.bench.training.rig import MeteredRig
 
 PROMPTS = ["a red circle", "two blue squares", "a photo of five green triangles"]
 
@@ -183,9 +184,8 @@ def test_decode_undoes_latents_as_the_autoencoder_can(tiny_pipe: Path, tmp_path:
     assert z.shape == (2, *model.shape) and z.dtype == torch.float32
     mode = model.vae.encode(images * 2 - 1).latent_dist.mode()
     assert torch.allclose(z / 1.7 + 0.3, mode, atol=1e-5)
-    expected = (model.vae.decode(mode).sample / 2 + 0.5).clamp(0, 1)
+    expected = model.vae.decode(mode).sample / 2 + 0.5
     assert torch.allclose(model.decode(z), expected, atol=1e-5)
-    assert model.decode(100 * z).min() >= 0 and model.decode(100 * z).max() <= 1
 
 
 def test_the_empty_prompt_is_encoded_once_and_a_training_prompt_once(

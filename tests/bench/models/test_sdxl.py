@@ -20,8 +20,8 @@ from gpobench.bench.model_spec import UNET_ATTENTION, Adapter, find_model_spec
 from gpobench.bench.models.adapters import LORA_FILE
 from gpobench.bench.models.mini import write_sdxl
 from gpobench.bench.models.open import open_model
+from gpobench.bench.rendering import to_uint8
 from gpobench.bench.spec import Prompt
-from gpobench.bench.training.rig import to_uint8
 
 PROMPTS = ["a red circle", "two blue squares", "a photo of five green triangles"]
 BOOK = [Prompt(p) for p in PROMPTS]

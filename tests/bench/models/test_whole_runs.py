@@ -18,8 +18,8 @@ from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.progress import NullProgress
+from gpobench.bench.rendering import to_uint8
 from gpobench.bench.spec import Prompt
-from gpobench.bench.training.rig import to_uint8
 
 FAMILIES = ("tiny_pipe", "tiny_flux", "tiny_sdxl", "tiny_unet")
 SETS = ["prompts=2", "group=4", "optim.lr=3e-3", "optim.micro=0", "optim.ema=0", "evaluation.eval_points=2"]

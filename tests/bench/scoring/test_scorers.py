@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +30,7 @@ from gpobench.bench.scoring.references import (
 from gpobench.bench.scoring.remote import RemoteScorer
 from gpobench.bench.scoring.scorers import (
     Blend,
+    InProcessScorer,
     ask,
     close_scorers,
     open_scorer,
@@ -290,6 +292,73 @@ def test_real_ones_blend() -> None:
 def test_what_merely_looks_like_numbers_is_none(values: Any, why: str) -> None:
     scores = ask(faulty.Spoilt(faulty.column(lambda v: values), ()), np.zeros((2, 4, 4, 3), np.uint8), PROMPTS[:2])
     assert np.isnan(scores.value["mean"]).all() and all(why in scores.reasons[row] for row in range(2)), scores
+
+
+@pytest.mark.parametrize("value", [1e39, -1e39, 1e308, 3.5e38])
+def test_a_score_that_is_infinite_in_float32_is_no_score(value: float) -> None:
+    """Rewards are trained on in float32; the largest number there is 3.4e38."""
+    scores = ask(
+        faulty.Spoilt(faulty.column(lambda v: [value, 3.4e38]), ()), np.zeros((2, 4, 4, 3), np.uint8), PROMPTS[:2]
+    )
+    assert np.isnan(scores.value["mean"][0]) and scores.value["mean"][1] == 3.4e38
+    assert scores.reasons == {0: f"sound: returned {value} for mean"}
+
+
+def painting_numpy(images: Images) -> None:
+    images[:] = 0
+
+
+def painting_torch(images: Images) -> None:
+    torch.from_numpy(images).zero_()  # torch does not know that an array is read-only
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize(
+    ("paint", "why"),
+    [(painting_numpy, "vandal: ValueError: assignment destination is read-only"), (painting_torch, "")],
+)
+def test_a_scorer_that_writes_on_its_input_changes_no_other(paint: Any, why: str) -> None:
+    """Neither its pixels nor the facts of its prompts are what the next scorer gets."""
+
+    class Vandal(faulty.Sound):
+        def __call__(self, images: Images, prompts: Any) -> Scores:
+            for prompt in prompts:
+                prompt.meta["target"] = "changed"
+                prompt.meta["boxes"][0].append(9)
+            paint(images)
+            return super().__call__(images, prompts)
+
+    images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    prompts = [Prompt(str(row), {"target": "X", "boxes": [[1, 2]]}) for row in range(4)]
+    whole, vandal = images.copy(), replace(Vandal(), name="vandal", id="vandal-v1")
+    scores = ask(Blend([(vandal, 1.0), (faulty.Sound(), 1.0)]), images, prompts)
+    assert np.array_equal(images, whole) and all(p.meta == {"target": "X", "boxes": [[1, 2]]} for p in prompts)
+    np.testing.assert_array_equal(scores.value["sound.mean"], faulty.Sound()(whole, prompts).value["mean"])
+    assert scores.reasons == (dict.fromkeys(range(4), why) if why else {})
+    assert np.isnan(scores.value["blend"]).all() == bool(why)
+
+
+def test_a_scorer_whose_id_changes_gives_no_more_scores() -> None:
+    """As one behind a URL: numbers of two scorers never stand in one column."""
+
+    class Restless:
+        id, name, metrics = "restless-v1", "sound", ("mean", "spread")
+
+        def __call__(self, images: Images, prompts: Any) -> Scores:
+            return faulty.Sound()(images, prompts)
+
+    images, part = np.zeros((2, 4, 4, 3), np.uint8), Restless()
+    scorer = InProcessScorer(part)
+    blend = Blend([(scorer, 1.0)])
+    assert np.isfinite(ask(scorer, images, PROMPTS[:2]).value["mean"]).all()
+    part.id = "restless-v2"
+    for _ in range(2):
+        scores = ask(scorer, images, PROMPTS[:2])
+        assert scorer.id == "restless-v1" and all(np.isnan(column).all() for column in scores.value.values())
+        why = "sound: ScorerChanged: its id is restless-v2 now, was restless-v1"
+        assert scores.reasons == dict.fromkeys((0, 1), why)
+        assert np.isnan(ask(blend, images, PROMPTS[:2]).value["blend"]).all()
+    assert isinstance(open_scorer(f"{FAULTY}:Sound"), InProcessScorer)
 
 
 @pytest.mark.parametrize(

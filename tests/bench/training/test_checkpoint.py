@@ -234,7 +234,7 @@ def terminate(): os.kill(os.getpid(), signal.SIGTERM)
 STEP = "torch.optim.AdamW, 'step'"  # two in each iteration; a mark falls on every other iteration
 MOMENTS = [
     ("before anything is on disk", "os, 'fsync', 1"),
-    ("while the base is evaluated", "evaluator, 'to_uint8', 1"),
+    ("while the base is evaluated", "evaluator, 'render', 1"),
     ("between the base's pictures and their table", "os, 'fsync', 3"),
     ("when the first checkpoint waits for its name", "Path, 'rename', 1"),
     ("in the first update", f"{STEP}, 1"),

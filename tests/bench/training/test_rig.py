@@ -16,8 +16,9 @@ from gpobench.bench.flow import cps, dpm2, ode, sde
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
+from gpobench.bench.rendering import IMAGE_FAULT, LATENT_FAULT, RenderedImages
 from gpobench.bench.spec import Prompt, select_rows
-from gpobench.bench.training.rig import MeteredRig, stochastic, timed_scores, to_uint8
+from gpobench.bench.training.rig import MeteredRig, stochastic, timed_scores
 
 BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle"]
 Make = Callable[..., MeteredRig]
@@ -341,6 +342,37 @@ def test_one_image_that_cannot_be_scored_spoils_no_other(make: Make) -> None:
     assert torch.equal(reward[2:], sound[2:])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_image_that_is_not_finite_is_not_scored(make: Make, monkeypatch: pytest.MonkeyPatch, value: float) -> None:
+    """Neither a rollout nor a search nor a set of pairs gets a reward for it; it is counted, and no other image changes."""
+    rig, images = make(rows=6), make(rows=6).groups(2, 3, steps=1)
+    decode = rig.model.decode
+
+    def damaged(x0: torch.Tensor) -> torch.Tensor:
+        decoded = decode(x0)
+        decoded[4, 0, 0, 0] = value
+        return decoded
+
+    monkeypatch.setattr(rig.model, "decode", damaged)
+    reward = rig.groups(2, 3, steps=1).reward.flatten()
+    assert reward.isnan().tolist() == [False, False, False, False, True, False]
+    assert torch.equal(reward[:4], images.reward.flatten()[:4])
+    assert rig.meter.errors == 1 and rig.meter.reward_calls == 6 and rig.failures == [f"redness: {IMAGE_FAULT}"]
+    reward, _ = rig.score_images(images.x0.flatten(0, 1), torch.arange(6) % 5)
+    assert reward.isnan().nonzero().tolist() == [[4]]
+    x0 = images.x0.flatten(0, 1).clone()
+    x0[1] = value
+    assert rig.score(x0, torch.arange(6) % 5).isnan().nonzero().tolist() == [[1], [4]]
+    assert f"redness: {LATENT_FAULT}" in rig.failures
+
+
+def test_a_batch_without_one_finite_image_asks_no_scorer(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = make(rows=6, name="Raises")
+    monkeypatch.setattr(rig.model, "decode", lambda x0: torch.full((len(x0), 3, 8, 8), float("nan")))
+    assert bool(rig.groups(1, 6, steps=1).reward.isnan().all())
+    assert set(rig.failures) == {f"redness: {IMAGE_FAULT}"} and rig.meter.errors == 6
+
+
 def test_only_the_last_failures_are_kept(make: Make) -> None:
     rig = make(rows=4, name="Raises")
     for _ in range(8):
@@ -362,13 +394,13 @@ def test_a_scorer_cannot_rewrite_its_answer(redness: str) -> None:
             return scores
 
     images = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), np.uint8)
-    scores, seconds = timed_scores(Sly(), images, [Prompt("x")] * 3)
+    scores, seconds = timed_scores(Sly(), RenderedImages(images), [Prompt("x")] * 3)
     before = scores.value["mean"].copy()
     kept[0][:] = 9
     assert np.array_equal(scores.value["mean"], before) and seconds >= 0
 
 
-# Notes and pictures
+# Notes
 
 
 def test_notes_are_averaged_and_taken_once(make: Make) -> None:
@@ -378,11 +410,6 @@ def test_notes_are_averaged_and_taken_once(make: Make) -> None:
     rig.note("c", 5.0)
     assert rig.mean("a/b") == 1.5 and np.isnan(rig.mean("nothing"))
     assert rig.notes() == {"a/b": 1.5, "c": 5.0} and rig.notes() == {}
-
-
-def test_pixels_are_rounded_not_cut() -> None:
-    values = torch.tensor([0.0, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.0])
-    assert to_uint8(values.expand(1, 3, 1, 5)).tolist() == [[[[v] * 3 for v in (0, 0, 1, 255, 255)]]]
 
 
 def test_rewards_do_not_depend_on_how_many_images_are_sampled_at_once(make: Make) -> None:

@@ -128,6 +128,58 @@ def test_a_gradient_that_is_not_finite_moves_nothing(make: Make) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, rig.model.parameters(), strict=True))
 
 
+def test_an_update_that_makes_weights_that_are_not_finite_is_undone(make: Make) -> None:
+    """Loss and gradient are finite, and the third step overflows in one number: the weights are those of the second."""
+    method = Shrink(optim=Optim(minibatches=2, ema=0.5))
+    other = make(updates=2)
+    go(method, other)
+    rig = make(updates=100)
+    optimizer = optimiser(method, rig)
+    step = optimizer.step
+
+    def overflow(*arguments: Any) -> None:
+        step(*arguments)
+        if rig.meter.updates == 3:
+            with torch.no_grad():
+                rig.model.parameters()[-1].view(-1)[-1] = math.inf
+
+    optimizer.step = overflow  # type: ignore[method-assign, assignment]
+    why = train(method, rig, optimizer, after=lambda numbers: None)
+    assert why == "the weights are not finite after 3 updates: the last one was undone"
+    assert all(torch.equal(a, b) for a, b in zip(other.model.parameters(), rig.model.parameters(), strict=True))
+    assert all(bool(tensor.isfinite().all()) for tensor in rig.model.weight_state().values())
+
+
+class Poisoned(torch.autograd.Function):
+    """The identity, whose gradient is NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return torch.full_like(gradients[0], math.nan)
+
+
+@dataclass(frozen=True)
+class PoisonedShrink(Shrink):
+    """A finite loss whose gradient is NaN, in the second micro-batch only."""
+
+    def loss(self, rig: MeteredRig, batch: InitialNoise) -> Tensor:
+        loss = super().loss(rig, batch)
+        rig.state["parts"] = rig.state.get("parts", 0) + 1
+        return Poisoned.apply(loss) if rig.state["parts"] == 2 else loss  # type: ignore[no-any-return]
+
+
+def test_one_micro_batch_whose_gradient_is_not_finite_stops_the_update(make: Make) -> None:
+    rig = make(updates=100)
+    before = [p.detach().clone() for p in rig.model.parameters()]
+    why, _ = go(PoisonedShrink(optim=Optim(minibatches=1, micro=1)), rig)
+    assert why == "the gradient's norm is nan after 0 updates" and rig.state["parts"] == 4
+    assert all(torch.equal(a, b) for a, b in zip(before, rig.model.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("factor", [2.0**16, 2.0**127])
 def test_scaled_losses_make_the_same_updates(make: Make, factor: float) -> None:
     """A power of two rounds nothing; where it makes gradients overflow, the update is skipped and the factor halved until they do not."""
