@@ -182,8 +182,8 @@ class Model(PolicyModel, Protocol):
         """Write the adapter with these weights in diffusers format, so that `pipe.load_lora_weights(folder)` takes it."""
         ...
 
-    def load_adapter(self, folder: FilePath) -> None:
-        """Load an adapter in diffusers format; "policy" then computes with it. Raises UserError where it does not fit."""
+    def load_adapter(self, folder: FilePath) -> Sequence[str]:
+        """Load an adapter; "policy" then computes with it. Returns notes on how it was read. Raises UserError where it does not fit."""
         ...
 
     def flops_a_forward(self) -> float:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..bench.assets import weight_store
+from ..bench.assets.finite import check_finite
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images, Prompt, Scores, Values, check_images
 from .two_towers import Crop, Sight, chunk, hub_towers
@@ -64,6 +65,7 @@ def load(path: Path) -> nn.Sequential:
     except Exception as error:  # pickle's errors have no common parent
         message = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} does not hold the aesthetic predictor's weights: {message}") from error
+    check_finite(mlp.state_dict(), path)
     return mlp
 
 
@@ -117,6 +119,9 @@ def make(variant: str | None = None) -> Aesthetic:
         ) from None
     mlp = load(path)
     towers, weights = hub_towers(TOWER)
+    # The predictor's code takes the preprocessing of OpenAI's clip, which is torchvision's.
     return Aesthetic(
-        Sight(towers, Crop(towers.size[0]), chunk()), mlp, f"mlp@{weight_store.short_digest(path)}/{weights}"
+        Sight(towers, Crop(towers.size[0], corner="torchvision"), chunk()),
+        mlp,
+        f"mlp@{weight_store.short_digest(path)}/{weights}",
     )

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..bench.assets import weight_store
+from ..bench.assets.finite import check_finite
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images
 from .detectors import RENAMED, Detection
@@ -55,6 +56,7 @@ class MMDet:
         except (KeyError, RuntimeError) as error:
             lines = [line.strip() for line in str(error).strip().splitlines()]
             raise UserError(f"{weights} does not hold the weights of {CONFIG}: {' '.join(lines[:2])[:200]}") from error
+        check_finite(self._network.state_dict(), weights)
         dataset_meta: Any = checkpoint.get("meta", {}).get("dataset_meta") or self._network.dataset_meta
         names: list[str] = list(dataset_meta.get("classes", dataset_meta.get("CLASSES", ())))
         self.labels = [RENAMED.get(name, name) for name in names]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..bench.assets.finite import check_finite
 from ..bench.assets.glyphs import SHAPES
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images
@@ -102,6 +103,7 @@ class ShapesDetector:
             raise UserError(
                 f"{weights} does not hold the weights of the shape detector: {str(error).splitlines()[0]}"
             ) from error
+        check_finite({CALIBRATION: self.calibration, **self.network.state_dict()}, weights)
         self.id = f"shapes-1/centres@{sha256(raw).hexdigest()[:8]}"
 
     def maps(self, images: Images) -> "Tensor":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..bench.assets import weight_store
+from ..bench.assets.finite import check_finite
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images
 from .detectors import RENAMED, Detection
@@ -226,6 +227,7 @@ def load(name: str, architecture: str, folder: Path) -> Any:
     absent += sorted(str(key) for key in loading_info["mismatched_keys"])
     if absent:
         raise UserError(f"{folder} lacks {len(absent)} weights of a {architecture}, the first is {absent[0]}")
+    check_finite(network.state_dict(), folder)
     return network.eval().requires_grad_(False).to(weight_store.device())
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..bench.assets import weight_store
+from ..bench.assets.finite import check_finite
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Embedder, Images
 from . import two_towers
@@ -193,6 +194,7 @@ def _load(kind: Any, repository: str) -> tuple[Any, str]:
     lacking = sorted([*facts["missing_keys"], *(str(key) for key in facts["mismatched_keys"])])
     if lacking:
         raise UserError(f"{weights} lacks weights of {repository}: {', '.join(lacking[:3])}")
+    check_finite(network.state_dict(), weights)
     return network.to(weight_store.device()).eval().requires_grad_(False), weight_store.short_digest(weights)
 
 
@@ -218,3 +220,4 @@ def _fill(network: Any, weights: Mapping[str, Tensor], file: Path) -> None:
         network.load_state_dict(weights)
     except (RuntimeError, TypeError) as error:
         raise UserError(f"{file} does not hold the weights of AlexNet: {' '.join(str(error).split())[:200]}") from error
+    check_finite(network.state_dict(), file)

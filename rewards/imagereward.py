@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..bench.assets import weight_store
+from ..bench.assets.finite import check_finite
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images, Prompt, Scores, check_images
 from . import two_towers
@@ -235,6 +236,7 @@ def _fill(empty: Any, file: Path) -> None:
         empty.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{file} does not hold ImageReward's weights: {' '.join(str(error).split())[:300]}") from error
+    check_finite(weights, file)
 
 
 def make(variant: str | None = None) -> ImageReward:

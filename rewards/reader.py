@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..bench.assets.finite import check_finite
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images, Prompt, Scores, check_images
 from . import rules
@@ -93,6 +94,7 @@ class Reader:
             raise UserError(
                 f"{weights} does not hold the weights of the held-out reader: {str(error).splitlines()[0]}"
             ) from error
+        check_finite(self.network.state_dict(), weights)
         self.id = f"reader-1/ctc@{sha256(raw).hexdigest()[:8]}/{rules.RULE}"
 
     def logits(self, images: Images) -> "Tensor":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from ..bench.assets import weight_store
+from ..bench.assets.finite import check_finite
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images, Prompt, Scores, check_images
 
@@ -55,10 +56,13 @@ class Crop:
 
     `pil-bicubic` is CLIP's own preprocessing; `bilinear` resizes a tensor with torchvision's current defaults (antialiased),
     which is what Flow-GRPO's and DiffusionNFT's CLIPScore do.
+    Where an odd number of pixels is cut off, `transformers` cuts the smaller half first (PickScore's processor), `torchvision`
+    rounds the half to even (OpenAI's clip, and the code that took its preprocessing): one pixel apart for a quarter of all shapes.
     """
 
     size: int = 224
     how: Literal["pil-bicubic", "bilinear"] = "pil-bicubic"
+    corner: Literal["transformers", "torchvision"] = "transformers"
 
     def __call__(self, image: np.ndarray) -> Tensor:
         import torch.nn.functional as F
@@ -71,14 +75,14 @@ class Crop:
             x = F.interpolate(_tensor(image)[None], (h, w), mode="bilinear", antialias=True)[0]
         else:
             x = _tensor(np.asarray(Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC)))
-        # torchvision rounds the odd pixel's half to even, transformers rounds it down
         top, left = (
-            (round((side - self.size) / 2) if self.how == "bilinear" else (side - self.size) // 2) for side in (h, w)
+            round(cut / 2) if self.corner == "torchvision" else cut // 2 for cut in (h - self.size, w - self.size)
         )
         return x[:, top : top + self.size, left : left + self.size]
 
     def __str__(self) -> str:
-        return f"crop{self.size}-{self.how}"
+        named = self.corner == "torchvision" and self.how != "bilinear"  # which is torchvision's as a whole
+        return f"crop{self.size}-{self.how}{'-torchvision' if named else ''}"
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,7 @@ class HubTowers:
         lacking = sorted([*facts["missing_keys"], *(str(key) for key in facts["mismatched_keys"])])
         if lacking:
             raise UserError(f"{model} does not hold all weights of a CLIP model: {', '.join(lacking[:3])} ... missing")
+        check_finite(network.state_dict(), model)
         self._network: Any = network.to(device).eval().requires_grad_(False)
         self._device = device
         self.scale = math.exp(float(network.logit_scale))
@@ -226,7 +231,8 @@ class OpenTowers:
 
 
 def _fill(network: Any, weights: dict[str, Tensor], where: Path) -> None:
-    """Load a state dict that must fit exactly; half precision becomes single."""
+    """Load a state dict that must fit exactly and be finite; half precision becomes single."""
+    check_finite(weights, where)
     try:
         network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
     except RuntimeError as error:
@@ -455,7 +461,7 @@ class ClipScore:
 
     name: str
     repository: str
-    how: Literal["pil-bicubic", "bilinear"]
+    crop: Crop  # of the source's own convention; the size is the tower's
     formula: Formula
     prefix: str = ""
     activation: str = "gelu"  # what the weights were trained with; with another one they load and score wrongly
@@ -465,17 +471,21 @@ CLIP_SCORES = {
     "b32": ClipScore(  # Hessel et al. 2021, jmhessel/clipscore
         "clip_b32_w2.5",
         "openai/clip-vit-base-patch32",
-        "pil-bicubic",
+        Crop(corner="torchvision"),
         "2.5*max(cos,0)",
         prefix="A photo depicts ",
         activation="quick_gelu",
     ),
     "l14": ClipScore(  # DiffusionNFT and newer Flow-GRPO
-        "clip_l14_cos", "openai/clip-vit-large-patch14", "bilinear", "cos", activation="quick_gelu"
+        "clip_l14_cos",
+        "openai/clip-vit-large-patch14",
+        Crop(how="bilinear", corner="torchvision"),
+        "cos",
+        activation="quick_gelu",
     ),
-    "h14": ClipScore(  # DanceGRPO, MixGRPO
-        "clip_h14_cos", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "pil-bicubic", "cos"
-    ),
+    # LAION's H/14 by its own processor. No published table is known to be made with it: the CLIP score in MixGRPO's code is that
+    # of apple/DFN5B-CLIP-ViT-H-14-384, and DanceGRPO's code has none.
+    "h14": ClipScore("clip_h14_cos", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", Crop(), "cos"),
 }
 
 
@@ -490,7 +500,7 @@ def clipscore(variant: str | None = None) -> TwoTowers:
             f"the config of {chosen.repository} says the activation {towers.activation!r}, but its weights were "
             f"trained with {chosen.activation!r}"
         )
-    sight = Sight(towers, Crop(towers.size[0], chosen.how), chunk())
+    sight = Sight(towers, replace(chosen.crop, size=towers.size[0]), chunk())
     return TwoTowers(chosen.name, sight, chosen.formula, f"{weights}-{chosen.activation}", chosen.prefix)
 
 

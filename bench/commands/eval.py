@@ -20,7 +20,9 @@ EPILOG = "Example: `gpobench eval --task ocr --model tiny --adapter runs/NAME/ad
 def eval(
     task: TaskName,
     model: ModelName,
-    adapter: Annotated[Path | None, typer.Option(help="A LoRA folder; without it the base model is evaluated.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A LoRA of diffusers or PEFT; without it the base is evaluated.")
+    ] = None,
     split: Annotated[str, typer.Option(help="test | validation | train")] = "test",
     images: Annotated[int | None, typer.Option(min=1, help="Images per prompt; default: the task's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write scores.parquet and samples.png there.")] = None,

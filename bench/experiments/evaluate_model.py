@@ -51,7 +51,8 @@ def evaluate_model(what: ModelEvaluation, progress: Progress, out: Path | None =
     try:
         model = open_model(model_spec, device=open_accelerator(model_spec.precision).device)
         if what.adapter is not None:
-            model.load_adapter(what.adapter)
+            for note in model.load_adapter(what.adapter):
+                progress.message(note)
         settings = task.evaluation(model_spec.domain)
         prompts = task.prompts(what.split, model_spec.domain)
         images = what.images or images_per_prompt(settings, what.split)

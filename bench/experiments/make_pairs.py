@@ -113,7 +113,7 @@ def make_pairs(request: PairsRequest, out: Path, progress: Progress) -> dict[str
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write {out}: {error.strerror}") from None
-        rig = _open_rig(request, model_spec, task, scorer)
+        rig = _open_rig(request, model_spec, task, scorer, progress)
         try:
             table = _sample_pairs(request, rig, progress)
         finally:
@@ -125,11 +125,14 @@ def make_pairs(request: PairsRequest, out: Path, progress: Progress) -> dict[str
         close_scorers([scorer])
 
 
-def _open_rig(request: PairsRequest, model_spec: ModelSpec, task: Task, scorer: Scorer) -> MeteredRig:
+def _open_rig(
+    request: PairsRequest, model_spec: ModelSpec, task: Task, scorer: Scorer, progress: Progress
+) -> MeteredRig:
     """A rig on the model, whose budget is the images of all groups."""
     model = open_model(model_spec, device=_device())
     if request.adapter is not None:
-        model.load_adapter(request.adapter)
+        for note in model.load_adapter(request.adapter):
+            progress.message(note)
     meter = Meter(Budget(images=request.prompts * request.group))
     prompts = task.prompts("train", model_spec.domain)
     return MeteredRig(model, prompts, scorer, meter, seed=request.seed, rows=model_spec.rows)

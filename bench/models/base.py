@@ -75,6 +75,7 @@ class PipelineModel(ABC):
         )
         self.encoders = loading.TextEncoders(self.pipe, self.device, model_spec.offload)
         loading.move_to_device(self.pipe, self.device, self.encoders)
+        loading.check_weights(self.pipe, model_spec, self.dtype)
         self.network: Any = getattr(self.pipe, self.network_name)
         self.vae: Any = self.pipe.vae
         self.configure()
@@ -227,9 +228,9 @@ class PipelineModel(ABC):
         """Write the LoRA so that plain `pipe.load_lora_weights(folder)` loads it."""
         adapters.save_adapter(self.pipe, self.network, self._trained().adapter(weights), self.network_name, folder)
 
-    def load_adapter(self, folder: Path) -> None:
-        """Load a LoRA from a run's `adapter` folder, or any in diffusers format."""
-        adapters.load_adapter(self.pipe, self.network, self.network_name, folder, self.name)
+    def load_adapter(self, folder: Path) -> Sequence[str]:
+        """Load a LoRA from a run's `adapter` folder, or any in diffusers' or PEFT's format; returns notes on how it was read."""
+        return adapters.load_adapter(self.pipe, self.network, self.network_name, folder, self.name)
 
     def _trained(self) -> LoraCopies:
         assert self.lora is not None, f"{self.name} was opened without an adapter: it has no trained weights"

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..assets import weight_store
+from ..assets.finite import damaged_file, first_infinite
 from ..errors import Missing, UserError
 from ..model_spec import ModelSpec
 from ..spec import Cond
@@ -81,6 +82,25 @@ def move_to_device(pipe: Any, device: torch.device, encoders: TextEncoders) -> N
         if isinstance(module, torch.nn.Module) and module not in encoders.modules:
             module.to(device)
     encoders.unload()
+
+
+def check_weights(pipe: Any, model_spec: ModelSpec, dtype: torch.dtype) -> None:
+    """Raise UserError where a network of the pipeline has a number that is not finite, naming file and tensor.
+
+    It is called with the networks on their device, where the check is quickest.
+    """
+    folder = weight_store.local(model_spec.source, model_spec.revision)
+    for part, module in pipe.components.items():
+        name = first_infinite(module.state_dict()) if isinstance(module, torch.nn.Module) else None
+        if name is None:
+            continue
+        in_file = damaged_file(folder / part) if folder is not None else None
+        if in_file is not None:
+            raise UserError(f"{in_file[0]} is damaged: its tensor {in_file[1]} has numbers that are not finite")
+        raise UserError(
+            f"the tensor {name} of {part} of {model_spec.name} has numbers that are not finite in {str(dtype).partition('.')[2]}: "
+            "it is damaged, or needs another --precision"
+        )
 
 
 def load_pipeline(

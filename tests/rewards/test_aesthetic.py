@@ -102,7 +102,7 @@ def test_laws_of_a_scorer(scorer: aesthetic.Aesthetic) -> None:
 
 
 def test_the_id_names_both_weights(scorer: aesthetic.Aesthetic) -> None:
-    assert scorer.id.startswith("aesthetic-1/mlp@") and scorer.id.endswith("/crop32-pil-bicubic/float32")
+    assert scorer.id.startswith("aesthetic-1/mlp@") and scorer.id.endswith("/crop32-pil-bicubic-torchvision/float32")
     assert "/clip-vit-large-patch14@" in scorer.id
     assert (scorer.name, tuple(scorer.metrics)) == ("aesthetic", ("score",))
 

@@ -119,7 +119,36 @@ def test_the_bilinear_crop_is_torchvisions(high: int, wide: int) -> None:
 
     image = pictures(1, high, wide)[0]
     want = v2.CenterCrop(SIDE)(v2.Resize(SIDE)(torch.from_numpy(image).movedim(-1, 0).float() / 255))
-    torch.testing.assert_close(towers.Crop(SIDE, "bilinear")(image), want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(towers.Crop(SIDE, "bilinear", "torchvision")(image), want, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_crop_of_openais_clip_is_torchvisions(seed: int) -> None:
+    """Resize, CenterCrop and ToTensor on a PIL image, as clip.load returns them; transformers' corner differs on some shapes."""
+    from torchvision import transforms
+
+    rng = np.random.default_rng(seed)
+    shapes = [(int(high), int(wide)) for high, wide in rng.integers(SIDE, 4 * SIDE, (30, 2))]
+    bicubic = transforms.InterpolationMode.BICUBIC
+    reference = transforms.Compose(
+        [transforms.Resize(SIDE, bicubic), transforms.CenterCrop(SIDE), transforms.ToTensor()]
+    )
+    apart = 0
+    for high, wide in shapes:
+        image = rng.integers(0, 256, (high, wide, 3), dtype=np.uint8)
+        want = reference(Image.fromarray(image))
+        torch.testing.assert_close(towers.Crop(SIDE, corner="torchvision")(image), want, atol=0, rtol=0)
+        apart += not torch.equal(towers.Crop(SIDE)(image), want)
+    assert 0 < apart < len(shapes)
+
+
+def test_each_source_crops_by_its_own_convention() -> None:
+    crops = {name: str(settings.crop) for name, settings in towers.CLIP_SCORES.items()}
+    assert crops == {
+        "b32": "crop224-pil-bicubic-torchvision",
+        "l14": "crop224-bilinear",
+        "h14": "crop224-pil-bicubic",
+    }
 
 
 @pytest.mark.parametrize("antialias", [True, False])

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.model_spec import Adapter, find_model_spec
@@ -63,3 +64,36 @@ def test_a_cut_off_file_is_missing(tiny_pipe: Path, tmp_path: Path) -> None:
 def test_a_target_the_model_lacks_is_refused(tiny_pipe: Path) -> None:
     with pytest.raises(UserError, match="no module 'to_nowhere'"):
         open_model(find_model_spec(str(tiny_pipe)), device="cpu", adapter=Adapter(targets=("to_q", "to_nowhere")))
+
+
+def damage(file: Path, name: str, value: float) -> None:
+    """Set the last number of one tensor."""
+    tensors = load_file(file)
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[-1] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2"])
+def test_weights_that_are_not_finite_are_refused(tiny_pipe: Path, tmp_path: Path, part: str, value: float) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_pipe, folder)
+    (file,) = sorted((folder / part).glob("*.safetensors"))
+    name = sorted(load_file(file))[-1]
+    damage(file, name, value)
+    with pytest.raises(UserError) as caught:
+        open_model(find_model_spec(str(folder)), device="cpu")
+    assert str(caught.value) == f"{file} is damaged: its tensor {name} has numbers that are not finite"
+
+
+def test_weights_that_overflow_in_the_chosen_precision_are_refused(tiny_pipe: Path, tmp_path: Path) -> None:
+    """The largest number of float32 is infinite in bfloat16: the file is whole, the loaded model is not."""
+    folder = tmp_path / "large"
+    shutil.copytree(tiny_pipe, folder)
+    damage(folder / "transformer" / "diffusion_pytorch_model.safetensors", "proj_out.bias", 3.4028e38)
+    open_model(find_model_spec(str(folder)), device="cpu", precision="fp32")
+    with pytest.raises(
+        UserError, match=r"the tensor proj_out\.bias of transformer of large .* in bfloat16: .* --precision"
+    ):
+        open_model(find_model_spec(str(folder)), device="cpu", precision="bf16")
