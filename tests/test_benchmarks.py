@@ -67,8 +67,15 @@ def run_seeds(folders: list[Path]) -> None:
     script("seeds").main(folders[:2])
 
 
+def run_guards(_: list[Path]) -> None:
+    guards = script("guards")
+    guards.SETTINGS = ["prompts=2", "group=2", "steps=2", "t_min=0"]
+    guards.main(2, "tiny")
+
+
 MINIATURES: dict[str, tuple[Callable[[list[Path]], None], str]] = {  # file -> what runs it, what it prints
     "board": (run_board, "resample"),
+    "guards": (run_guards, "counted / not counted, 2 pairs"),
     "overhead": (run_overhead, " s\n"),
     "own_numbers": (run_own_numbers, "| method-1 |"),
     "sampling": (run_sampling, "rig / bare: median"),
