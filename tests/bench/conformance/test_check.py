@@ -127,7 +127,7 @@ def test_every_variant_keeps_the_laws(name: str) -> None:
         ("Counts", {LEAKS, RESUME}),
         ("Chance", {SEED, LEAKS, RESUME, UNSCORED}),  # nothing that is done twice comes out the same
         ("Lies", {COST}),
-        ("GoesOn", {BUDGET}),
+        ("GoesOn", {BUDGET, REAL}),
         ("Wide", {DECLARED}),
         ("Loose", {FROZEN}),
         ("Soft", {FROZEN, DECLARED}),
