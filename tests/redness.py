@@ -239,3 +239,19 @@ class Bait(Paint):
 
     def held_out(self, domain: str) -> Sequence[str]:
         return [f"{HERE}:Balance"]
+
+
+@dataclass(frozen=True)
+class Blind(Warmth):
+    """A held-out scorer that can read no image."""
+
+    def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
+        raise ValueError("images of 16 x 16 are too small")
+
+
+@dataclass(frozen=True)
+class Unread(Paint):
+    """Its held-out scorer can read no image."""
+
+    def held_out(self, domain: str) -> Sequence[str]:
+        return [f"{HERE}:Blind"]

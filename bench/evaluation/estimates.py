@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from ..errors import UserError
 from ..spec import Embedder, Images, SupportsSummary, Task
 from ..stats import intervals
 from ..stats.distances import cmmd_ci, paired
@@ -137,6 +138,26 @@ def invalid(table: pd.DataFrame) -> bool:
     """Return whether more than INVALID of the images of some scorer could not be scored."""
     missing = table.groupby(["scorer", "metric"]).value.apply(lambda column: column.isna().mean())
     return bool((missing > INVALID).any())
+
+
+def check_base(base: Evaluation, message: Callable[[str], None]) -> None:
+    """Raise UserError where a metric has no score on any image of the base: whatever was trained would be no result.
+
+    message: called with one line where so many scores are missing that the run will be invalid.
+    """
+    groups: Any = base.table.groupby(["scorer", "metric"], sort=False)
+    for (scorer, metric), rows in groups:
+        missing, reasons = int(rows.value.isna().sum()), [str(reason) for reason in rows.reason if reason]
+        why = f" ({reasons[0]})" if reasons else ""
+        if missing == len(rows):
+            raise UserError(
+                f"{scorer} gave none of the {missing:,} images of the base a score by {metric}{why}: nothing was trained; "
+                "once it does, the same command goes on"
+            )
+        if missing > INVALID * len(rows):
+            message(
+                f"{scorer} left {missing:,} of {len(rows):,} images of the base without {metric}{why}: the run will be marked invalid"
+            )
 
 
 def unscored_images(table: pd.DataFrame, scorer: str) -> tuple[int, int]:

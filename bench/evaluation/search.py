@@ -17,6 +17,7 @@ from torch import Tensor
 from ..budget import Budget, Spent
 from ..spec import Search
 from ..training.rig import MeteredRig
+from ..training.unscored import expect_scores
 from . import evaluator
 from .request import ImageIndex, image_indices
 
@@ -53,6 +54,9 @@ def search(
         after: called after each batch, the clock stopped, with the fraction of images done and the method's notes.
         interrupted: asked after each batch whether to stop.
         watched: entered around all that the budget pays for: `Observer.training`.
+
+    Raises:
+        Unscored: when the scorer gave no image of a batch a score.
     """
     indices = image_indices(rig.train_prompts, settings.images)
     while (start := len(answers(rig))) < len(indices):
@@ -63,7 +67,7 @@ def search(
         with watched():
             rig.meter.start()
             try:
-                with torch.no_grad(), rig.keyed(keys(rig, batch, settings)):
+                with expect_scores(rig), torch.no_grad(), rig.keyed(keys(rig, batch, settings)):
                     x0 = method.answer(rig.view, noise, torch.tensor([i for i, _ in batch]), len(indices))
             except Spent as spent:
                 rig.bookkeeping[BOUND] = spent.currency

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from ..budget import Meter
-from ..errors import Interrupted
-from ..evaluation.estimates import Evaluation, estimates
+from ..errors import Interrupted, UserError
+from ..evaluation.estimates import Evaluation, check_base, estimates
 from ..evaluation.evaluator import Evaluator
 from ..spec import Prompt, fold_text
 from ..training import checkpoint
 from ..training.observation import Observation
 from ..training.rig import MeteredRig
+from ..training.unscored import Unscored
 from .context import RunContext
 
 SAVES = 10  # checkpoints in the course of a budget, beside those at the eval points
@@ -72,7 +73,7 @@ class BudgetedStage(ABC):
                 self._add_eval_point()
             context.progress.phase(self.phase, 1.0)
             with context.timer(self.timed_as):
-                stop = self._spend()
+                stop = self._spend_or_pause()
             if stop != "interrupted":
                 self._finish()
         finally:
@@ -97,6 +98,17 @@ class BudgetedStage(ABC):
         texts = {"", context.model_spec.negative_prompt or "", *self.rig.captions}
         texts.update(prompt.text for prompt in self._prompts())
         return context.observer.observe(self.meter, context.config.budget, texts, context.processes)
+
+    def _spend_or_pause(self) -> str:
+        """Spend the budget. Raises UserError where the training scorer stopped giving scores."""
+        try:
+            return self._spend()
+        except Unscored as error:
+            scorer = self.context.scorers.training.name
+            raise UserError(
+                f"{scorer} gave no image of one iteration a score ({error}): the run is stopped and nothing of it is charged; "
+                "once it does, the same command goes on from the last checkpoint"
+            ) from None
 
     # What the evaluation of the result samples
 
@@ -145,6 +157,8 @@ class BudgetedStage(ABC):
             point: Evaluation = (
                 self.evaluator.base_point() if self._milestone < 0 else self.evaluator.point(self.weights)
             )
+        if self._milestone < 0:
+            check_base(point, self.context.progress.message)
         self.context.files.write_curve_point(len(self.curve), point)
         self.curve.append({"spent": self.meter.spent(), "scores": estimates(point)})
         self._milestone = int(self.meter.fraction() * self.context.config.evaluation.eval_points)

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from .. import registry
 from ..assets.weight_store import settings_hash, weights_hash
 from ..evaluation import evaluation_cache, record
-from ..evaluation.estimates import Evaluation, add_drift, cmmd_by_embedder, estimates
+from ..evaluation.estimates import Evaluation, add_drift, check_base, cmmd_by_embedder, estimates
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.record import Record
 from ..evaluation.scorer_set import ScorerSet
@@ -114,6 +114,7 @@ def _complete(launch: Launch) -> Record:
             _check_scorers(launch.run_dir, context.scorers)
         with context.timer("evaluate"):
             before = evaluator.base(context.files.base_evaluation)
+        check_base(before, context.progress.message)
         searching = isinstance(context.config.settings, Search)
         stage: BudgetedStage = (Searcher if searching else Trainer)(context, evaluator)
         stop = stage.run()

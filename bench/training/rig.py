@@ -68,6 +68,7 @@ class MeteredRig:
         self.bookkeeping: dict[str, Any] = {}  # of rig and search, out of the method's reach; checkpoints hold both
         self.iteration = 0
         self.iterations_without_signal = 0  # iterations in a row in which no group's rewards differed
+        self.images_sent = self.images_scored = 0  # to the scorer in this iteration; of these, with a reward
         self.failures: list[str] = []  # why images could not be scored, the last 20
         self._cache: dict[int, Cond] = {}  # prompt id -> embedding
         self.evaluation_texts: frozenset[str] = frozenset()  # folded evaluation prompts: no data set may teach them
@@ -537,6 +538,8 @@ class MeteredRig:
         scores, seconds = timed
         value = scores.value[self.scorer.metrics[0]]
         self.meter.note_scorer(self.scorer.name, seconds, int(np.isnan(value).sum()))
+        self.images_sent += len(value)
+        self.images_scored += int(np.isfinite(value).sum())
         self.failures = [*self.failures, *scores.reasons.values()][-20:]
         return torch.as_tensor(value, dtype=torch.float32, device=self.model.device)
 

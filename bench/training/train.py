@@ -14,6 +14,7 @@ from ..budget import Spent
 from ..spec import Method, batch_size, select_rows
 from .observation import MISMATCH
 from .rig import MeteredRig
+from .unscored import expect_scores
 
 PATIENCE = 25  # iterations in which no group's rewards differ, after which a run counts as collapsed
 PLANNED = ("budget:", "search:")  # how the stop reason of a run begins that ended as planned
@@ -66,6 +67,9 @@ def train(
         gradients: how they are computed; None is `loss.backward()` without scaling.
         interrupted: asked after every iteration whether to stop.
         watched: entered around all that the budget pays for, as the clock is started and stopped: `Observer.training`.
+
+    Raises:
+        Unscored: when the scorer gave no image of an iteration a score.
     """
     try:
         rig.meter.agree(rig.processes)
@@ -97,7 +101,8 @@ def train(
 
 def _iterate(method: Method, rig: MeteredRig, optimizer: torch.optim.Optimizer, gradients: Gradients) -> None:
     """Collect a batch and update the weights on it."""
-    batch = method.collect(rig.view)
+    with expect_scores(rig):
+        batch = method.collect(rig.view)
     rows = batch_size(batch)
     rig.note("batch/rows", rows)
     rig.iterations_without_signal = rig.iterations_without_signal + 1 if rows == 0 else 0

@@ -281,9 +281,8 @@ def test_a_kill_and_a_ctrl_c_on_the_command_line(gpobench: Any, redness: str, ti
     assert shown.code == 0 and "adapter/" not in shown.out and "search: 10 candidates" in " ".join(shown.out.split())
 
 
-def test_broken_and_shaky_scorers_end_in_a_record(plan: Any, tmp_path: Path) -> None:
-    done = start(plan("n=3", task="Broken"), tmp_path)
-    assert done.flags.invalid and done.scorers["redness"].errors == 36
-    assert done.delta["warmth/mean"].mean == 0  # nothing was scored: every image is the base's
+def test_a_broken_scorer_stops_a_search_and_a_shaky_one_is_counted(plan: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="redness gave none of the 12 images of the base a score"):
+        start(plan("n=3", task="Broken"), tmp_path)
     done = start(plan("n=3", task="Shaky"), tmp_path)
     assert done.flags.invalid and 0 < done.scorers["redness"].errors < done.scorers["redness"].calls

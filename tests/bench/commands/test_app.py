@@ -207,15 +207,17 @@ def test_json_is_one_object_and_all_else_is_on_stderr(gpobench: Any, argv: Any, 
     )
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_a_missing_score_is_printed_as_not_scored(
-    gpobench: Any, argv: Any, redness: str, again: bool, tmp_path: Path
-) -> None:
-    command = argv(task=f"{redness}:Broken", budget="nfe=100")
-    for _ in range(1 + again):  # just made, and read from disk
+def test_an_invalid_run_is_not_exit_code_zero(gpobench: Any, argv: Any, redness: str) -> None:
+    command = argv(task=f"{redness}:Shaky", budget="nfe=100")
+    for _ in range(2):  # just made, and read from disk
         ended = gpobench(*command)
-    assert ended.code == NO_RESULT, ended.err
-    assert "not scored" in ended.out and "nan" not in ended.out and "INVALID" in ended.out and "on fire" in ended.out
+        assert ended.code == NO_RESULT, ended.err
+        assert "INVALID" in ended.out and "it is too dark" in ended.out and "images not scored: 0" not in ended.out
+
+
+def test_a_scorer_that_reads_nothing_is_one_line(gpobench: Any, argv: Any, redness: str) -> None:
+    ended = gpobench(*argv(task=f"{redness}:Unread", budget="nfe=100"))
+    assert ended.code == 2 and ended.out == "" and "warmth gave none of the 12 images" in ended.err.splitlines()[-1]
 
 
 def test_eval_evaluates_a_base_and_an_adapter(
