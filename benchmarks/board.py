@@ -27,6 +27,7 @@ def make(run_dir: Path, runs: int, prompts: int, images: int, seeds: int) -> Non
 
     from gpobench.bench.evaluation import record
     from gpobench.bench.evaluation.record import Difference, Flags, Number, Record, ScorerUse
+    from gpobench.bench.files import digest
 
     rng = np.random.default_rng(0)
     number = Number(mean=0.5, ci=(0.4, 0.6), n=prompts)
@@ -66,7 +67,7 @@ def make(run_dir: Path, runs: int, prompts: int, images: int, seeds: int) -> Non
                 before=dict.fromkeys(keys, number), after=dict.fromkeys(keys, number), delta=dict.fromkeys(keys, change),
                 spent={"nfe": 1000.0}, run_dir=str(folder), flags=Flags(hack=False, invalid=False), scorers=use,
                 config={"budget": {"nfe": 1000.0}, "evaluation": {}, "settings": {}}, task_version="1", prompts={}, wall={},
-                provenance={},
+                provenance={}, checksums={"scores.parquet": digest(folder / "scores.parquet")},
             ),
         )  # fmt: skip
 

@@ -127,7 +127,8 @@ class RowRuns:
 
     def gains(self, key: str) -> list[np.ndarray]:
         """For each seed (prompts,): after minus before of one `scorer/metric`."""
-        return [_gain(pd.read_parquet(f / "scores.parquet"), key, "phase", "after", "before") for f in self.folders]
+        paths = [record.verified(f, r, "scores.parquet") for f, r in zip(self.folders, self.records, strict=True)]
+        return [_gain(pd.read_parquet(path), key, "phase", "after", "before") for path in paths]
 
     def gains_at(self, key: str, currency: str, spend: float) -> list[np.ndarray]:
         """For each seed (prompts,): the gain at an equal spend, between the two eval points around it."""
@@ -146,7 +147,7 @@ def _gain(table: pd.DataFrame, key: str, column: str, after: object, before: obj
 
 
 def _between(folder: Path, r: record.Record, key: str, currency: str, spend: float) -> np.ndarray:
-    curve = pd.read_parquet(folder / "curve.parquet")
+    curve = pd.read_parquet(record.verified(folder, r, "curve.parquet"))
     at = np.array([point.spent[currency] for point in r.curve])
     right = int(np.searchsorted(at, spend).clip(1, len(at) - 1))
     share = float(np.clip((spend - at[right - 1]) / max(at[right] - at[right - 1], 1e-9), 0, 1))

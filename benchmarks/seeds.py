@@ -17,7 +17,7 @@ from gpobench.bench.stats import intervals
 def per_prompt(folder: Path, key: str) -> np.ndarray:
     """(prompts,): after minus before of one `scorer/metric`, images of a prompt averaged."""
     scorer, metric = key.split("/")
-    table = pd.read_parquet(folder / "scores.parquet")
+    table = pd.read_parquet(record.verified(folder, record.read(folder / "record.json"), "scores.parquet"))
     table = table[(table.scorer == scorer) & (table.metric == metric)]
     means = table.groupby(["phase", "prompt"]).value.mean().unstack("phase")
     return (means["after"] - means["before"]).to_numpy()

@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bench.errors import UserError
+from ..bench.evaluation import record
 from .run_files import scorer_notes
 from .runs import LoadedRun
 
+IMAGES = "samples/images.npz"  # of a run: the images before and after, and their noises
 MAX_ORIGINAL = 160  # pixels of the longer side: images up to this size are stored unchanged as PNG, larger ones as JPEG
 MAX_SIDE = 320  # pixels: the longer side of a larger image in a page
 MAX_BYTES = 3_000_000  # of all images in a page
@@ -55,7 +57,7 @@ def make_album(
     """
     first_runs = {label: next((r for r in group if _file(r).is_file()), None) for label, group in rows.items()}
     runs = {label: run for label, run in first_runs.items() if run is not None}
-    stored = {label: _read_images(_file(run)) for label, run in runs.items()}
+    stored = {label: _read_images(record.verified(run.folder, run.record, IMAGES)) for label, run in runs.items()}
     indices = {
         label: {(int(p), int(o)): k for k, (p, o) in enumerate(zip(each["prompt"], each["ordinal"], strict=True))}
         for label, each in stored.items()
@@ -94,7 +96,7 @@ def _place(stored: Mapping[str, NDArray[Any]], at: int | None, pictures: dict[st
 
 
 def _file(run: LoadedRun) -> Path:
-    return run.folder / "samples" / "images.npz"
+    return run.folder / IMAGES
 
 
 def _read_images(path: Path) -> dict[str, NDArray[Any]]:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..bench.evaluation import record
 from ..bench.stats import intervals
 from ..bench.stats.curves import area, time_to_target
 from ..bench.stats.intervals import Contrast, Estimate
 from .run_files import RESAMPLES, read_table
 from .runs import Array, LoadedRun, strata_or_none
+
+CURVE = "curve.parquet"  # every validation score of a run
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,10 @@ def pace(
 
 def _validation_scores(run: LoadedRun) -> _ValidationScores | None:
     """Return the scores at the evaluation points of a run; None where it has none."""
-    path, count = run.folder / "curve.parquet", len(run.record.curve)
-    if not path.is_file() or not count:
+    count = len(run.record.curve)
+    if not (run.folder / CURVE).is_file() or not count:
         return None
-    table = read_table(path)
+    table = read_table(record.verified(run.folder, run.record, CURVE))
     table = table[table.eval_point < count]
     prompts = int(table.prompt.max()) + 1 if len(table) else 0
     if not prompts:

@@ -18,6 +18,7 @@ from ..bench.evaluation import record
 from ..bench.evaluation.record import Record
 
 Array = NDArray[np.float64]
+SCORES = "scores.parquet"  # every score of a run
 WORD_COLUMNS = ("stratum", "scorer", "metric", "phase")  # of scores.parquet; stratum is optional
 
 
@@ -125,7 +126,7 @@ def _read_run(folder: Path) -> LoadedRun:
     loaded = record.read(folder / "record.json")
     if loaded.kind != "run":
         raise UserError(f"{folder} is no run but an {loaded.kind}: a table is made of runs")
-    return LoadedRun(folder, loaded, *_read_scores(folder / "scores.parquet"))
+    return LoadedRun(folder, loaded, *_read_scores(record.verified(folder, loaded, SCORES)))
 
 
 def _read_scores(path: Path) -> tuple[dict[str, Array], dict[str, Array], tuple[str, ...]]:

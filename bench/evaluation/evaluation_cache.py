@@ -79,17 +79,22 @@ def cached_evaluation(
 ) -> Evaluation:
     """The evaluation stored at STEM.parquet, .npy and .npz, or what `compute` returns, stored there.
 
+    STEM.sha256 holds their checksums, in the form that sha256sum reads, and is written last: files that do not match it, because
+    they were changed or cut, or a write was cut short, are computed again with a message.
+
     A second process that asks meanwhile waits. An evaluation in which too many scores are missing is not stored: whatever
     failed may work the next time.
 
     Args:
-        stem: the path of the three files, without suffix.
+        stem: the path of the files, without suffix.
         compute: makes the evaluation.
         drift: the embedders whose vectors the stored evaluation must have; others cause a new one.
         processes: one of them reads and writes.
         message: called with one line when stored files are damaged.
     """
-    table, images, vectors = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("parquet", "npy", "npz"))
+    table, images, vectors, checksums = (
+        stem.with_name(f"{stem.name}.{suffix}") for suffix in ("parquet", "npy", "npz", "sha256")
+    )
 
     def read() -> Evaluation:
         with np.load(vectors, allow_pickle=False) as arrays:
@@ -98,6 +103,9 @@ def cached_evaluation(
 
     def is_stored() -> bool:
         if not (table.is_file() and images.is_file() and vectors.is_file()):
+            return False
+        if damage := _damage((table, images, vectors), checksums):
+            message(damage)
             return False
         try:
             return set(read().vectors) == {e.name for e in drift}  # an embedder may have been installed since
@@ -110,10 +118,25 @@ def cached_evaluation(
             return read()
         evaluation = compute()
         if processes.is_main and not invalid(evaluation.table):
+            checksums.unlink(missing_ok=True)
             _save(images, lambda file: np.save(file, evaluation.images))
             _save(vectors, lambda file: np.savez(file, **evaluation.vectors))  # type: ignore[arg-type]
             write_atomically(table, lambda path: evaluation.table.to_parquet(path, index=False))
+            lines = "".join(f"{digest(path)}  {path.name}\n" for path in (table, images, vectors))
+            write_atomically(checksums, lambda path: path.write_text(lines, "utf-8"))
         return evaluation
+
+
+def _damage(files: Sequence[Path], checksums: Path) -> str:
+    """What is wrong with stored files, in words; "" where each matches its line in the file of checksums."""
+    try:
+        lines = checksums.read_text("utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return f"{files[0]} has no checksum beside it and is computed again"
+    for file in files:
+        if f"{digest(file)}  {file.name}" not in lines:
+            return f"{file} is damaged and is computed again: it does not match its checksum in {checksums.name}"
+    return ""
 
 
 @contextmanager

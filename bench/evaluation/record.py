@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -15,9 +16,10 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import UserError
-from ..files import write_atomically
+from ..files import digest, write_atomically
 
 INVALID = 0.005  # share of images that could not be scored above which a row is invalid
+RECORD = "record.json"  # the record's own name among its checksums
 SCHEMA = 4  # the version that is written, and the only one that is read
 SIGNIFICANT = 1.96  # standard errors of a two-sided test at 5 %
 # How the libraries under torch are told to use fewer instructions; torch's own limit shows in the instruction set it names.
@@ -224,19 +226,59 @@ def _counterpart(delta: Mapping[str, Any], scorer: str, metric: str) -> str | No
 
 
 def write(path: Path, record: Record) -> None:
-    """Write a record, whole or not at all."""
-    write_atomically(path, lambda p: p.write_text(record.model_dump_json(indent=1) + "\n", "utf-8"))
+    """Write a record, whole or not at all, with a checksum of its own content among its checksums."""
+    table = json.loads(record.model_dump_json())
+    table["checksums"][RECORD] = _content_hash(table)
+    text = json.dumps(table, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda p: p.write_text(text, "utf-8"))
+
+
+def _content_hash(table: Mapping[str, Any]) -> str:
+    """sha256 of the content of a record's JSON without its own checksum; layout and order of keys do not count."""
+    others = {name: value for name, value in table["checksums"].items() if name != RECORD}
+    return hashlib.sha256(json.dumps({**table, "checksums": others}, sort_keys=True).encode()).hexdigest()
+
+
+def verified(run_dir: Path, record: Record, name: str) -> Path:
+    """The path of a file of a finished run, which holds what the run wrote.
+
+    Args:
+        run_dir: the run's directory, wherever it lies now.
+        record: of that run.
+        name: relative path of the file.
+
+    Raises:
+        UserError: where the file is missing, or was changed or cut after the run, or the run did not write it.
+    """
+    path, remedy = run_dir / name, "restore it, or do the run again with --fresh"
+    try:
+        actual = digest(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {remedy}") from None
+    if name not in record.checksums:
+        raise UserError(f"{path} is not of this run: its record names no such file; {remedy}")
+    if actual != record.checksums[name]:
+        raise UserError(f"{path} was changed or cut after the run wrote it (its checksum differs): {remedy}")
+    return path
 
 
 def read(path: Path) -> Record:
-    """Read a record from disk. Raises UserError when it is unreadable, of another schema version, or not a record."""
+    """Read a record from disk.
+
+    Raises UserError when it is unreadable, of another schema version, not a record, or was changed after it was written.
+    """
     try:
         table = json.loads(path.read_text("utf-8"))
         version = table.get("schema_version", SCHEMA) if isinstance(table, dict) else SCHEMA
         if version != SCHEMA:
             remedy = "update gpobench" if isinstance(version, int) and version > SCHEMA else "do the run again"
             raise UserError(f"{path} has schema version {version}; this gpobench reads version {SCHEMA}: {remedy}")
-        return Record.model_validate(table)
+        record = Record.model_validate(table)
+        if record.checksums.pop(RECORD, "") != _content_hash(table):
+            raise UserError(
+                f"{path} was changed or cut after the run wrote it (its checksum differs): restore it, or do the run again"
+            )
+        return record
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a record: {str(error).splitlines()[0]}") from None
 

@@ -6,6 +6,7 @@ Beside these a run directory holds `checkpoint/` (training/checkpoint.py), `befo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
+from ..errors import UserError
 from ..evaluation import plots, record
 from ..evaluation.estimates import Evaluation
 from ..evaluation.ranking import BINARY_METRICS
@@ -25,7 +28,8 @@ from ..spec import Scorer
 from .config import Config
 
 # The files whose content tables, reports and exports believe: they are bound to the record by checksums.
-BELIEVED = ("scores.parquet", "curve.parquet", "samples/*", "adapter/*", "config.toml")
+CURVE = "curve.parquet"  # every score of the points of the curve
+BELIEVED = ("scores.parquet", CURVE, "samples/*", "adapter/*", "config.toml")
 
 
 @dataclass(frozen=True)
@@ -79,16 +83,38 @@ class RunFiles:
         truncate_metrics(self.metrics, iteration)
         return MetricsLog(self.metrics)
 
-    def write_curve_point(self, number: int, evaluation: Evaluation) -> None:
-        """Write every score of point `number` of the curve behind the points before it; later ones are of an earlier start."""
-        path = self.run_dir / "curve.parquet"
+    def write_curve_point(self, number: int, evaluation: Evaluation, stored: str) -> str:
+        """Write every score of point `number` of the curve behind the points before it; later ones are of an earlier start.
+
+        Args:
+            number: of the point, from 0.
+            evaluation: the scores of the point.
+            stored: what the call for the point before returned.
+
+        Returns:
+            A hash of the scores of all points up to this one, for the next call and for the checkpoint.
+
+        Raises:
+            UserError: where the points before this one are not those that were written.
+        """
         scores = evaluation.table.drop(columns=["text", "reason", "note"]).assign(eval_point=number)
+        tables: list[Any] = [self.read_curve(number, stored), scores] if number else [scores]
+        table = pd.concat(tables, ignore_index=True)
+        _write_parquet(self.run_dir / CURVE, table)
+        return _table_hash(table)
+
+    def read_curve(self, points: int, stored: str) -> pd.DataFrame:
+        """The scores of the first points of the curve. Raises UserError where their hash is not the stored one."""
+        path = self.run_dir / CURVE
         try:
-            old = pd.read_parquet(path) if number and path.is_file() else None
-        except (ValueError, OSError):  # damaged: the means of the points are in the checkpoint
-            old = None
-        tables: list[Any] = [scores] if old is None else [old[old.eval_point < number], scores]
-        _write_parquet(path, pd.concat(tables, ignore_index=True))
+            table = pd.read_parquet(path)
+            table = table.loc[table.eval_point < points]
+            if _table_hash(table) == stored:
+                return table
+            reason = "its scores do not match the checksum in the checkpoint"
+        except (ValueError, OSError, AttributeError, pa.ArrowException) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} was changed or cut ({reason}): restore it, or --fresh starts over")
 
     def write_scores(self, before: Evaluation, after: Evaluation) -> None:
         """Write scores.parquet: every score before and after."""
@@ -183,6 +209,11 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _table_hash(table: pd.DataFrame) -> str:
+    """sha256 of the rows of a table; floats are written with all their digits."""
+    return hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()
 
 
 def _write_text(path: Path, text: str) -> None:

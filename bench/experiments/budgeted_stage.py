@@ -52,9 +52,12 @@ class BudgetedStage(ABC):
         # The gradient of a mean over a latent's elements is below what fp16 can hold; bf16 has the range of float32.
         self._scaler = torch.amp.GradScaler(context.model.device.type, enabled=context.config.precision == "fp16")
         restored = checkpoint.restore(context.files.checkpoint, self.rig, self._optimizer, context.progress.message)
-        facts: dict[str, Any] = restored or {"curve": [], "milestone": -1}
+        facts: dict[str, Any] = restored or {"curve": [], "curve_hash": "", "milestone": -1}
         self._watch(facts.get("observed"))
         self.curve: list[dict[str, Any]] = facts["curve"]  # points {spent, scores}; the base is the first
+        self.curve_hash: str = facts.get("curve_hash", "")  # of every score behind the curve, in curve.parquet
+        if self.curve:
+            context.files.read_curve(len(self.curve), self.curve_hash)
         # Eval points passed in training, tenths saved in a search; -1 before the base is evaluated.
         self._milestone: int = facts["milestone"]
         if "scaler" in facts:
@@ -159,7 +162,7 @@ class BudgetedStage(ABC):
             )
         if self._milestone < 0:
             check_base(point, self.context.progress.message)
-        self.context.files.write_curve_point(len(self.curve), point)
+        self.curve_hash = self.context.files.write_curve_point(len(self.curve), point, self.curve_hash)
         self.curve.append({"spent": self.meter.spent(), "scores": estimates(point)})
         self._milestone = int(self.meter.fraction() * self.context.config.evaluation.eval_points)
         self._save()
@@ -167,7 +170,12 @@ class BudgetedStage(ABC):
     def _save(self) -> None:
         """Write a checkpoint."""
         self._saved = int(self.meter.fraction() * SAVES)
-        facts: dict[str, Any] = {"milestone": self._milestone, "curve": self.curve, "observed": asdict(self.observe())}
+        facts: dict[str, Any] = {
+            "milestone": self._milestone,
+            "curve": self.curve,
+            "curve_hash": self.curve_hash,
+            "observed": asdict(self.observe()),
+        }
         if self._scaler.is_enabled():
             facts["scaler"] = self._scaler.state_dict()
         with self.context.timer("checkpoint"):

@@ -66,9 +66,12 @@ def export(run: Path, to: Path, *, repo: str | None = None, benchmark: str | Non
     adapter = run / "adapter" / ADAPTER
     if not searched:
         _check_adapter(adapter)
+    record.verified(run, run_record, "scores.parquet")  # the numbers of the card are estimates of these scores
     warnings = tuple(_warnings(run_record, searched))
     sources = {ADAPTER: adapter, "config.toml": run / "config.toml", "samples.png": run / "samples" / "pairs.png"}
     files = {name: path for name, path in sources.items() if path.is_file() and not (searched and name == ADAPTER)}
+    for path in files.values():
+        record.verified(run, run_record, path.relative_to(run).as_posix())
     card = _ModelCard(run_record, model_spec, repo, warnings, searched, "samples.png" in files)
     texts = {"README.md": _readme(card)}
     if benchmark is not None:

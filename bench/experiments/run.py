@@ -94,6 +94,10 @@ def _read_complete(launch: Launch) -> Record:
     """The record of a run that is complete, with the price of its settings where that became known since."""
     config, path = launch.config, RunFiles(launch.run_dir).record
     finished = record.read(path)
+    for name in finished.checksums:
+        if (launch.run_dir / name).is_file() or name == "scores.parquet":
+            record.verified(launch.run_dir, finished, name)
+    finished = finished.model_copy(update={"run_dir": str(launch.run_dir)})  # it may have been moved
     hint = (
         "; scores are missing in it: without its record.json only the last evaluation is made again"
         if finished.flags.invalid
@@ -133,7 +137,7 @@ def _evaluate_result(
         after = evaluator.result(stage.weights, stage.latents)
         last = evaluator.last_point(after, stage.weights, stage.validation_latents)
     scores = {key: number for key, number in estimates(last).items() if key in stage.curve[0]["scores"]}
-    context.files.write_curve_point(len(stage.curve), last)
+    context.files.write_curve_point(len(stage.curve), last, stage.curve_hash)
     curve = [*stage.curve, {"spent": stage.meter.spent(), "scores": scores}]
     drift = context.scorers.drift
     cmmd = cmmd_by_embedder(before, after, [embedder.name for embedder in drift])

@@ -12,6 +12,7 @@ import pytest
 
 from gpobench.bench.evaluation import record
 from gpobench.bench.evaluation.record import Difference, Flags, Number, Point, Record, ScorerUse
+from gpobench.bench.files import digest
 
 KEYS = ("engine/exact", "other/exact")
 USES = {
@@ -77,7 +78,22 @@ def make_run(
     table = pd.concat(parts, ignore_index=True).drop(columns=list(columns))
     table.to_parquet(run_dir / "scores.parquet", index=False)
     record.write(run_dir / "record.json", Record(**facts))
+    return seal(run_dir)
+
+
+def seal(run_dir: Path) -> Path:
+    """Bind the files of a run directory to its record, as a run does when it ends."""
+    files = sorted(path for path in run_dir.rglob("*") if path.is_file() and path.name != "record.json")
+    checksums = {path.relative_to(run_dir).as_posix(): digest(path) for path in files}
+    file = run_dir / "record.json"
+    record.write(file, record.read(file).model_copy(update={"checksums": checksums}))
     return run_dir
+
+
+@pytest.fixture(scope="session")
+def sealed() -> Callable[[Path], Path]:
+    """sealed(RUN_DIR): the directory, with the checksums of its files in its record."""
+    return seal
 
 
 @pytest.fixture
@@ -124,7 +140,7 @@ def make_full_run(
     rows = np.arange(6)
     noises = {"prompt": rows // 2, "ordinal": rows % 2}
     np.savez_compressed(run_dir / "samples" / "images.npz", before=before, after=after, **noises)
-    return run_dir
+    return seal(run_dir)
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -124,7 +125,7 @@ def test_what_is_no_finished_run_is_said(make: Make, tmp_path: Path) -> None:
         tmp_path / "empty": "no finished run in",
         tmp_path / "begun": "is not finished",
         tmp_path / "gone": "is no folder of runs",
-        cut: "cannot read",
+        cut: "was changed or cut after the run wrote it",
         newer: "has schema version 99",
         lost: "cannot read",
         make("bare", columns=["value"]): "has no column 'value'",
@@ -349,6 +350,14 @@ def test_more_than_half_a_percent_without_a_score_is_no_rank(
     assert row(b, "awm").rank == (1 if invalid else 2)
 
 
+def test_scores_that_were_edited_are_not_believed(make: Make) -> None:
+    folder = make("one")
+    table = pd.read_parquet(folder / "scores.parquet")
+    table.assign(value=table.value + (table.phase == "after")).to_parquet(folder / "scores.parquet", index=False)
+    with pytest.raises(UserError, match="scores.parquet was changed or cut after the run wrote it.*--fresh"):
+        load_runs([folder])
+
+
 def test_a_run_that_ended_by_a_fault_is_never_ranked(make: Make) -> None:
     """However high its scores: the seeds of its row that ended well do not rank it either."""
     runs = [make("a", "gpo", 0, 0.5), make("b", "gpo", 1, 0.5, fault="the loss is nan"), make("c", "awm", 0, 0.1)]
@@ -472,15 +481,13 @@ def test_a_few_changed_prompts_are_no_second_rank(make: Make) -> None:
     )
 
 
-def test_two_scores_of_one_image_are_refused(make: Make) -> None:
-    import pandas as pd
-
+def test_two_scores_of_one_image_are_refused(make: Make, sealed: Callable[[Path], Path]) -> None:
     path = make("one") / "scores.parquet"
     once = pd.read_parquet(path)
     again = once[once.phase == "after"].assign(value=lambda t: t.value + 0.5)
     pd.concat([once, again]).to_parquet(path, index=False)
     with pytest.raises(UserError, match="two scores of one image after training by"):
-        load_runs([path.parent])
+        load_runs([sealed(path.parent)])
 
 
 def test_a_scorer_that_one_run_lacks_leaves_a_gap(make: Make, before_and_after: Any) -> None:

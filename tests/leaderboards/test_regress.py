@@ -17,6 +17,7 @@ import typer
 from typer.testing import CliRunner
 
 from gpobench.bench.errors import UserError
+from gpobench.bench.evaluation import record
 from gpobench.bench.evaluation.record import Flags, ScorerUse
 from gpobench.bench.stats.significance import holm
 from gpobench.leaderboards import render_regression
@@ -355,7 +356,7 @@ def test_what_cannot_be_read_is_refused(baseline: Path, make: Make, tmp_path: Pa
     whole = (cut / "scores.parquet").read_bytes()
     (cut / "scores.parquet").write_bytes(whole[: len(whole) // 2])
     for folder, message in (
-        (cut, "cannot read"),
+        (cut, "was changed or cut after the run wrote it"),
         (empty, "no finished run"),
         (tmp_path / "gone", "is no folder of runs"),
     ):
@@ -434,8 +435,8 @@ def test_runs_of_other_methods_are_left_out(baseline: Path, make: Make, tmp_path
 def test_a_key_that_is_not_there_is_missing(baseline: Path, make: Make, before_and_after: Any) -> None:
     engine = ScorerUse(id="engine-1", role="training", calls=9, seconds=1.0, errors=0)
     folder = make("new", "gpo", 0, scores_by_key={"engine/exact": before_and_after(0.2, 0)})
-    text = json.loads((folder / "record.json").read_text())
-    (folder / "record.json").write_text(json.dumps(text | {"scorers": {"engine": engine.model_dump()}}))
+    file = folder / "record.json"
+    record.write(file, record.read(file).model_copy(update={"scorers": {"engine": engine}}))
     report = check_runs(baseline, folder)
     assert ("gpo", KEY) in report.missing and verdict_of(report)["gpo", "engine/exact"] == "same"
 

@@ -82,13 +82,13 @@ def test_it_asks_the_network_for_nothing(make_full: Make) -> None:
     assert "@import" not in made(make_full("b")) and "url(http" not in made(make_full("c"))
 
 
-def test_what_looks_like_markup_is_shown_not_obeyed(make_full: Make) -> None:
+def test_what_looks_like_markup_is_shown_not_obeyed(make_full: Make, sealed: Callable[[Path], Path]) -> None:
     plain = Seen(made(make_full("a")))
     run_dir = make_full("b", failures=[EVIL], stop=EVIL, provenance={"machine": EVIL})
     table = pd.read_parquet(run_dir / "scores.parquet")
     table["text"], table["note"] = EVIL, EVIL
     table.to_parquet(run_dir / "scores.parquet", index=False)
-    text = made(run_dir)
+    text = made(sealed(run_dir))
     evil = Seen(text)
     assert evil.scripts[1] == plain.scripts[1] and len(evil.scripts) == len(plain.scripts) == 2
     assert [tag for tag, _ in evil.tags].count("img") == [tag for tag, _ in plain.tags].count("img") == 0
@@ -156,12 +156,12 @@ def test_the_command_writes_page_and_plots(make: Make, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), 0.0])
-def test_scores_that_are_not_there_are_no_error(make_full: Make, value: float) -> None:
+def test_scores_that_are_not_there_are_no_error(make_full: Make, sealed: Callable[[Path], Path], value: float) -> None:
     run_dir = make_full("a")
     table = pd.read_parquet(run_dir / "scores.parquet")
     table.loc[(table.scorer == "engine") & (table.phase == "after"), "value"] = value
     table.to_parquet(run_dir / "scores.parquet", index=False)
-    json.dumps(data(made(run_dir)), allow_nan=False)
+    json.dumps(data(made(sealed(run_dir))), allow_nan=False)
 
 
 def test_a_method_has_one_colour_in_table_and_curves(make_full: Make) -> None:

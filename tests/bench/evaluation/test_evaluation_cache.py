@@ -146,6 +146,44 @@ def test_a_damaged_evaluation_is_reported_and_computed_again(tmp_path: Path, kin
     )
 
 
+@pytest.mark.parametrize("kind", ["parquet", "npy", "npz", "sha256"])
+def test_an_edited_evaluation_is_reported_and_computed_again(tmp_path: Path, kind: str) -> None:
+    """Each file is a sound one of another evaluation: nothing but its checksum tells."""
+    said: list[str] = []
+    get = lambda stem, value: evaluation_cache.cached_evaluation(
+        tmp_path / stem, lambda: evaluation(value, "a"), [Named("a")], ProcessGroup(), said.append
+    )
+    get("x", 0.25), get("y", -4.75)
+    other = (tmp_path / f"y.{kind}").read_bytes()
+    (tmp_path / f"x.{kind}").write_bytes(other[:-1] + b"0" if kind == "npy" else other)  # their images are equal
+    assert get("x", 0.5).table.value.iloc[0] == 0.5
+    assert len(said) == 1 and "computed again" in said[0]
+    assert get("x", 0.75).table.value.iloc[0] == 0.5 and len(said) == 1
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_an_evaluation_whose_writing_was_cut_short_is_computed_again(
+    tmp_path: Path, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it replaces an older one, whose checksums must not stand beside new files."""
+    get = lambda value, *names: evaluation_cache.cached_evaluation(
+        tmp_path / "x", lambda: evaluation(value, *names), [Named(name) for name in names], ProcessGroup()
+    )
+    get(0.25)
+    write, left = evaluation_cache.write_atomically, [written]
+
+    def killed(*args: Any) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        write(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluation_cache, "write_atomically", killed)
+        get(0.5, "a")
+    assert get(0.75, "a").table.value.iloc[0] == 0.75 and get(1.0, "a").table.value.iloc[0] == 0.75
+
+
 def test_what_was_seen_is_found_again_to_the_last_digit(tmp_path: Path) -> None:
     drift, asked = [Named("a"), Named("b")], 0
 

@@ -16,6 +16,7 @@ import pytest
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation import record
 from gpobench.bench.evaluation.record import Difference, Flags, Number, Record, ScorerUse, flagged, hacked
+from gpobench.bench.files import digest
 
 PUBLISHED = Path(record.__file__).with_name("record.schema.json")
 CLEAN = {key: value for key, value in os.environ.items() if key not in ("ATEN_CPU_CAPABILITY", *record.LIMITS)}
@@ -87,6 +88,50 @@ def test_what_is_no_record_is_refused(tmp_path: Path, content: bytes) -> None:
         record.read(file)
     with pytest.raises(UserError, match="is not a record"):
         record.read(tmp_path / "gone.json")
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [("\"seed\": 0", "\"seed\": 1"), ("\"invalid\": false", "\"invalid\": true"), ("\"mean\": 0.5", "\"mean\": 0.6"),
+     ("\"fault\": \"the loss is nan\"", "\"fault\": \"\"")],
+)  # fmt: skip
+def test_a_record_that_was_edited_is_not_believed(tmp_path: Path, edit: tuple[str, str]) -> None:
+    file = tmp_path / "record.json"
+    record.write(file, example(fault="the loss is nan"))
+    text = file.read_text()
+    assert edit[0] in text
+    file.write_text(text.replace(*edit, 1))
+    with pytest.raises(UserError, match="record.json was changed or cut after the run wrote it") as caught:
+        record.read(file)
+    assert "\n" not in str(caught.value)
+    table = json.loads(text)
+    file.write_text(json.dumps(dict(sorted(table.items()))))  # the same content
+    assert record.read(file) == example(fault="the loss is nan")
+    del table["checksums"]["record.json"]
+    file.write_text(json.dumps(table))
+    with pytest.raises(UserError, match="was changed or cut"):
+        record.read(file)
+
+
+def test_a_file_of_a_run_is_believed_only_as_the_run_wrote_it(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "scores.parquet"
+    file.parent.mkdir()
+    file.write_bytes(b"scores")
+    of_run = example(checksums={"deep/scores.parquet": digest(file)})
+    assert record.verified(tmp_path, of_run, "deep/scores.parquet") == file
+    for content, said in (
+        (b"score", "was changed or cut"),
+        (b"scorez", "was changed or cut"),
+        (b"", "was changed or cut"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=f"deep/scores.parquet {said} after the run wrote it.*--fresh"):
+            record.verified(tmp_path, of_run, "deep/scores.parquet")
+    with pytest.raises(UserError, match="is not of this run"):
+        record.verified(tmp_path, example(), "deep/scores.parquet")
+    file.unlink()
+    with pytest.raises(UserError, match="cannot read .*deep/scores.parquet"):
+        record.verified(tmp_path, of_run, "deep/scores.parquet")
 
 
 @pytest.mark.parametrize("key", sorted(ISSUE))

@@ -19,6 +19,7 @@ from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation import record
 from gpobench.bench.evaluation.record import Difference, Flags, Number, Record, ScorerUse
 from gpobench.bench.experiments.export import ADAPTER, RESULTS, Exported, export, push
+from gpobench.bench.files import digest
 from gpobench.leaderboards.commands import export as command
 
 Make = Callable[..., Path]
@@ -28,7 +29,7 @@ Make = Callable[..., Path]
 def make(tmp_path: Path) -> Make:
     """A finished run's directory; change: of its record."""
 
-    def made(name: str = "run", *, adapter: bool = True, **change: Any) -> Path:
+    def made(name: str = "run", *, adapter: bool = True, samples: bool = False, **change: Any) -> Path:
         run_dir = tmp_path / name
         run_dir.mkdir()
         number, nothing = Number(mean=1 / 3, ci=(0.1, 0.6), n=40), Number(mean=None, ci=(None, None), n=0)
@@ -44,12 +45,18 @@ def make(tmp_path: Path) -> Make:
             "prompts": {"train": "aa", "test": "bb"}, "embedders": {"clip": "clip-1"},
             "provenance": {"revision": "abc", "weights": "w", "machine": "m", "dtype": "fp32", "versions": {"torch": "2.6"}},
         }  # fmt: skip
-        record.write(run_dir / "record.json", Record(**(facts | change)))
+        (run_dir / "scores.parquet").write_bytes(b"scores")
         (run_dir / "config.toml").write_text("group = 8\n")
         (run_dir / "README.md").write_text("the run's own")
         if adapter:
             (run_dir / "adapter").mkdir()
             save_file({"transformer.a.lora_A.weight": np.zeros((2, 3), np.float32)}, run_dir / "adapter" / ADAPTER)
+        (run_dir / "samples").mkdir()
+        if samples:
+            (run_dir / "samples" / "pairs.png").write_bytes(b"png")
+        names = [path.relative_to(run_dir).as_posix() for path in run_dir.rglob("*") if path.is_file()]
+        facts["checksums"] = {name: digest(run_dir / name) for name in names if name != "README.md"}
+        record.write(run_dir / "record.json", Record(**(facts | change)))
         return run_dir
 
     return made
@@ -97,10 +104,22 @@ def test_a_base_from_the_hub_is_named_with_its_licence(make: Make, tmp_path: Pat
     assert data["license_name"].startswith("Stability AI") and data["license_link"].endswith("/" + data["base_model"])
 
 
+@pytest.mark.parametrize(
+    "name", ["scores.parquet", "config.toml", "samples/pairs.png", f"adapter/{ADAPTER}", "record.json"]
+)
+def test_a_file_that_was_edited_is_not_exported(make: Make, tmp_path: Path, name: str) -> None:
+    run_dir = make(samples=True)
+    content = (run_dir / name).read_bytes()
+    (run_dir / name).write_bytes(
+        content[:-1] + bytes([content[-1] ^ 1]) if name != "record.json" else content.replace(b"0.1", b"0.9")
+    )
+    with pytest.raises(UserError, match=f"{name} was changed or cut after the run wrote it"):
+        export(run_dir, tmp_path / "card")
+    assert not (tmp_path / "card").exists()
+
+
 def test_samples_are_exported(make: Make, tmp_path: Path) -> None:
-    run_dir = make()
-    (run_dir / "samples").mkdir()
-    (run_dir / "samples" / "pairs.png").write_bytes(b"png")
+    run_dir = make(samples=True)
     done = export(run_dir, tmp_path / "card")
     assert (done.folder / "samples.png").read_bytes() == b"png" and "(samples.png)" in model_card(done.folder).text
 

@@ -264,7 +264,7 @@ def test_a_scorer_that_dies_pauses_the_run_and_costs_nothing(
     here, flag = tmp_path / "mine.py", tmp_path / "dead"
     here.write_text(DYING.format(redness=redness, flag=flag, here=here))
     sets = ["n=2"] if method == "best-of-n" else ["optim.minibatches=2", "prompts=4", "group=6"]
-    sets += ["t_min=0"] if method == "nft" else []
+    sets += {"nft": ["t_min=0"], "awm": ["timesteps=1"]}.get(method, [])
     request = RunRequest(method, f"{here}:Mine", plan().model, budget="nfe=1500", sets=[*sets, "rows=4"])
     config, iterations = resolve(request), list[int]()
 
@@ -288,6 +288,57 @@ def test_a_scorer_that_dies_pauses_the_run_and_costs_nothing(
     same = [name for name in whole.checksums if name != "config.toml"]  # that names the folder
     assert [again.checksums[name] for name in same] == [whole.checksums[name] for name in same]
     assert again.scorers["redness"].calls == whole.scorers["redness"].calls and again.scorers["redness"].errors == 0
+
+
+def test_files_of_a_finished_run_that_were_edited_are_not_shown(plan: Any, tmp_path: Path) -> None:
+    config = plan(budget="nfe=300")
+    done = running.run(config, runs=tmp_path, progress=NullProgress())
+    assert running.run(config, runs=tmp_path, progress=NullProgress()) == done
+    moved = tmp_path / "elsewhere"
+    shutil.move(done.run_dir, moved / config.slug())
+    assert running.run(config, runs=moved, progress=NullProgress()).run_dir == str(moved / config.slug())
+    curve = moved / config.slug() / "curve.parquet"
+    pd.read_parquet(curve).iloc[:-1].to_parquet(curve, index=False)
+    with pytest.raises(UserError, match="curve.parquet was changed or cut"):
+        running.run(config, runs=moved, progress=NullProgress())
+
+
+@pytest.mark.parametrize("damage", ["edited", "cut", "gone"])
+def test_scores_that_were_edited_under_an_unfinished_run_are_not_believed(
+    plan: Any, tmp_path: Path, damage: str
+) -> None:
+    """The base is evaluated again; a point of the curve cannot be."""
+    config, shown = plan(budget="nfe=1500"), RecordingProgress()
+    whole = running.run(config, runs=tmp_path / "whole", progress=NullProgress())
+    asked: list[int] = []
+
+    def soon() -> bool:
+        asked.append(1)
+        return len(asked) >= 3
+
+    with pytest.raises(Interrupted):
+        running.run(config, runs=tmp_path / "cut", progress=NullProgress(), interrupted=soon)
+    run_dir = tmp_path / "cut" / config.slug()
+    sound = (run_dir / "curve.parquet").read_bytes()
+    for name in (
+        "before.parquet",
+        "curve.parquet",
+        *(path.name for path in (tmp_path / "cut" / ".bases").glob("*.parquet")),
+    ):
+        path = (run_dir if (run_dir / name).exists() else tmp_path / "cut" / ".bases") / name
+        table = pd.read_parquet(path)
+        table.assign(value=table.value - 5).to_parquet(path, index=False)
+        if damage == "cut":
+            table.iloc[:-1].to_parquet(path, index=False)
+        if damage == "gone":
+            path.unlink()
+    with pytest.raises(UserError, match="curve.parquet was changed or cut.*restore it, or --fresh starts over"):
+        running.run(config, runs=tmp_path / "cut", progress=shown)
+    (run_dir / "curve.parquet").write_bytes(sound)
+    again = running.run(config, runs=tmp_path / "cut", progress=NullProgress())
+    assert again.before == whole.before and again.after == whole.after
+    assert again.checksums["curve.parquet"] == whole.checksums["curve.parquet"]
+    assert damage == "gone" or sum("before.parquet is damaged" in line for line in shown.said) == 1
 
 
 def test_a_flat_reward_is_a_collapse_and_a_fault(plan: Any, tmp_path: Path) -> None:
