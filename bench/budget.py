@@ -36,7 +36,8 @@ class Budget:
     nfe: denoiser evaluations in forward-equivalents (forward 1, twice where guidance takes a second one, backward +2; what is
     recomputed to save memory is not counted and shows in seconds only);
     images: generated for training, discarded ones included; reward_calls: images given to scorers;
-    updates: optimiser steps; seconds: of training on the device, evaluation and checkpoints excluded;
+    updates: optimiser steps; seconds: of training on the device, evaluation and checkpoints excluded; time that passes cannot be
+    refused, so this bound is passed by as much as the operation takes that is under way (with several processes the iteration);
     flops: nfe times the model's measured cost of one forward.
     """
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+DAY = 86_400  # seconds
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]  # in the names of temporary files
 MIN_FREE_DISK = 200 * 2**20  # bytes below which no run or download begins
 
 
@@ -49,9 +54,46 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def temporary_name(path: Path) -> Path:
+    """Where this process writes a file before it is moved to `path`; two processes may write the same file."""
+    return path.with_name(f".{path.name}.{_HOST}.{os.getpid()}.tmp")
+
+
+def delete_leftovers(path: Path) -> None:
+    """Delete the temporary files for this path that a killed process left beside it.
+
+    A process of another machine, which may share the folder, cannot be asked whether it lives: its files go after a day.
+    """
+    head = f".{path.name}."
+    try:
+        names = [name for name in os.listdir(path.parent) if name.startswith(head) and name.endswith(".tmp")]
+    except OSError:
+        return
+    for name in names:
+        host, _, process = name.removeprefix(head).removesuffix(".tmp").rpartition(".")
+        if not process.isascii() or not process.isdigit() or "." in host:
+            continue  # of another file, whose name begins with this one's
+        leftover = path.with_name(name)
+        with contextlib.suppress(OSError):
+            if time.time() - leftover.stat().st_mtime > DAY or (host in ("", _HOST) and not _lives(int(process))):
+                leftover.unlink()
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this machine exists."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return process > 0
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file and move it over `path` when it is on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
+    delete_leftovers(path)
+    temporary = temporary_name(path)
     try:
         write(temporary)
         sync(temporary)

@@ -17,10 +17,9 @@ from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from ..errors import Missing, UserError
-from ..files import digest, full, sync, write_atomically
+from ..files import delete_leftovers, digest, full, sync, temporary_name, write_atomically
 from ..model_spec import ModelSpec
 from . import downloads
 from .downloads import DownloadRequest, log_download, offline, open_url
@@ -190,7 +189,8 @@ class PublishedWeights:
         """Fetch the file and move it to `target` once its hash is right; returns its size and sha256."""
         lock = locked_repository(self.place, self.url)
         expected = str(lock.files.get(self.name, {}).get("sha256", "")) if lock else ""
-        temporary = target.with_name(f".{uuid4().hex}.tmp")  # another run may be fetching it too
+        delete_leftovers(target)
+        temporary = temporary_name(target)  # another run may be fetching it too
         try:
             size, total = 0, hashlib.sha256()
             with open_url(self.url, timeout=60) as answer, temporary.open("wb") as out:

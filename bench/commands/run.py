@@ -98,8 +98,10 @@ def run(
 
 def _dry_run(config: Config, device: str, out: Path, as_json: bool) -> str | Callable[[], None]:
     """Return the settings and the cost estimate of a run as JSON, or a function that prints them."""
+    from ..experiments.context import check_data
     from ..experiments.cost_estimate import estimate_cost
 
+    check_data(config)
     estimate = estimate_cost(config, device)
     settings, lines = config.mapping(), estimate.pop("lines")
     if as_json:
@@ -174,10 +176,9 @@ def print_run_result(r: Record) -> None:
     console.print(f"spent: {spent}\nnfe by role: {roles} · images not scored: {errors}", highlight=False)
     for failure in dict.fromkeys(r.failures[-3:]):
         console.print(f"  {failure}", highlight=False, markup=False)
-    adapter = "adapter/, " if Path(r.run_dir, "adapter").is_dir() else ""  # a search trains none
-    console.print(
-        f"see {r.run_dir}/: samples/pairs.png, curve.png, {adapter}record.json", highlight=False, soft_wrap=True
-    )
+    names = ("samples/pairs.png", "curve.png", "adapter", "record.json")  # a search trains no adapter
+    present = [name + "/" * Path(r.run_dir, name).is_dir() for name in names if Path(r.run_dir, name).exists()]
+    console.print(f"see {r.run_dir}/: {', '.join(present)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _role_sign(r: Record, key: str) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ from ..evaluation.ranking import BINARY_METRICS
 from ..evaluation.record import Record
 from ..files import digest, write_atomically
 from ..spec import Scorer
-from .config import Config
+from .config import EXECUTION, Config, RunRequest, resolve
 
 # The files whose content tables, reports and exports believe: they are bound to the record by checksums.
 CURVE = "curve.parquet"  # every score of the points of the curve
 BELIEVED = ("scores.parquet", CURVE, "samples/*", "adapter/*", "config.toml")
+REQUIRED = ("config.toml", "metrics.jsonl", "scores.parquet", CURVE)  # in the directory of every finished run
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,14 @@ class RunFiles:
         plots.curve(self.run_dir / "curve.png", curve, keys, currency)
 
     def checksums(self) -> dict[str, str]:
-        """The sha256 of each file of a finished run that readers believe, by its path in the run directory."""
+        """The sha256 of each file of a finished run that readers believe, by its path in the run directory.
+
+        Raises UserError where a file that every run has was removed while the run was at work.
+        """
+        if gone := [name for name in REQUIRED if not (self.run_dir / name).is_file()]:
+            raise UserError(
+                f"{self.run_dir / gone[0]} was removed while the run was at work; the same command goes on and writes it again"
+            )
         paths = sorted(path for pattern in BELIEVED for path in self.run_dir.glob(pattern))
         return {path.relative_to(self.run_dir).as_posix(): digest(path) for path in paths}
 
@@ -185,14 +194,45 @@ def truncate_metrics(path: Path, iteration: int) -> None:
     _write_text(path, "".join(line + "\n" for line in lines))
 
 
+def command(config: Config) -> str:
+    """The command line, quoted for a shell, that makes the same run; it depends on no file of the run's directory.
+
+    Relative paths in it start from the folder in which the run was started. Where a scorer is served is no part of a run.
+    """
+    request = RunRequest(
+        config.method,
+        config.task,
+        config.model,
+        seed=config.seed,
+        budget=",".join(f"{currency}={bound!r}" for currency, bound in config.budget.bounds().items()),
+        reward=config.reward,
+        prompts=[f"{split}={path}" for split, path in config.prompts.items()],
+    )
+    preset, wanted = _set_values(resolve(request)), _set_values(config)
+    sets = [f"{key}={_toml_value(value)}" for key, value in wanted.items() if key not in preset or preset[key] != value]
+    if config.tuned:
+        price = {key: value for key, value in config.tuned.items() if key != "spent"}
+        sets.append(f"tuned={_toml_value({**price, **config.tuned['spent']})}")
+    return shlex.join(["gpobench", *replace(request, sets=sets).words()])
+
+
+def _set_values(config: Config) -> dict[str, Any]:
+    """Every value that --set can give a run, by its key."""
+    mapping, model_spec = config.mapping(), config.model_spec()
+    values: dict[str, Any] = {"precision": config.precision, **{key: getattr(model_spec, key) for key in EXECUTION}}
+    groups = {"": mapping["settings"], "adapter": mapping["adapter"], "evaluation": mapping["evaluation"]}
+    groups |= {key: value for key, value in mapping["settings"].items() if is_dataclass(getattr(config.settings, key))}
+    for group, table in groups.items():
+        prefix = f"{group}." if group else ""
+        values |= {f"{prefix}{key}": value for key, value in table.items() if prefix or key not in groups}
+    return {key: value for key, value in values.items() if value is not None}
+
+
 def config_toml(config: Config) -> str:
-    """The settings as a TOML file that --config reads."""
-    mapping = config.mapping()
-    budget = ",".join(f"{k}={v!r}" for k, v in config.budget.bounds().items())
-    lines = [
-        f"# gpobench run --method {config.method} --task {config.task} --model {config.model} "
-        f"--reward {config.reward} --seed {config.seed} --budget {budget} --config config.toml"
-    ]
+    """The settings as a TOML file that --config reads; the first line is the run's own command."""
+    mapping, own_command = config.mapping(), command(config)
+    printable = all(character == "\t" or character.isprintable() for character in own_command)
+    lines = [f"# {own_command if printable else 'a name in the command of this run cannot be printed'}"]
     top = {**mapping["settings"], "precision": config.precision, **config.execution}
     tables = {"": top, "adapter": mapping["adapter"], "evaluation": mapping["evaluation"]}
     if config.tuned:
@@ -200,14 +240,21 @@ def config_toml(config: Config) -> str:
     tables |= {key: top.pop(key) for key in [k for k, v in top.items() if isinstance(v, dict)]}
     for name, table in tables.items():
         lines += ["", f"[{name}]"] if name else [""]
-        lines += [f"{key} = {_toml_value(value)}" for key, value in table.items() if value is not None]
+        lines += [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in table.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 
+def _toml_key(key: str) -> str:
+    """A TOML key, quoted where it holds other characters than letters, digits, - and _."""
+    return key if key.isascii() and key.replace("-", "").replace("_", "").isalnum() else _toml_value(key)
+
+
 def _toml_value(value: Any) -> str:
-    """A TOML value: as in JSON, but for numbers that are not finite and for characters that JSON would split in halves."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+    """A TOML value; strings keep every character, in which JSON's escapes of the higher planes are no TOML."""
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_toml_key(str(k))} = {_toml_value(v)}" for k, v in value.items()) + " }"  # type: ignore[arg-type]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_toml_value, value))}]"  # type: ignore[arg-type]
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

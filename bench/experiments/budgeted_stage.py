@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..budget import Meter
 from ..errors import Interrupted, UserError
-from ..evaluation.estimates import Evaluation, check_base, estimates
+from ..evaluation.estimates import Evaluation, estimates
 from ..evaluation.evaluator import Evaluator
 from ..spec import Prompt, fold_text
 from ..training import checkpoint
@@ -160,8 +160,7 @@ class BudgetedStage(ABC):
             point: Evaluation = (
                 self.evaluator.base_point() if self._milestone < 0 else self.evaluator.point(self.weights)
             )
-        if self._milestone < 0:
-            check_base(point, self.context.progress.message)
+        self.context.launch.check_run_dir()
         self.curve_hash = self.context.files.write_curve_point(len(self.curve), point, self.curve_hash)
         self.curve.append({"spent": self.meter.spent(), "scores": estimates(point)})
         self._milestone = int(self.meter.fraction() * self.context.config.evaluation.eval_points)
@@ -169,6 +168,7 @@ class BudgetedStage(ABC):
 
     def _save(self) -> None:
         """Write a checkpoint."""
+        self.context.launch.check_run_dir()
         self._saved = int(self.meter.fraction() * SAVES)
         facts: dict[str, Any] = {
             "milestone": self._milestone,

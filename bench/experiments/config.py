@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -264,6 +265,7 @@ def _tuned(value: Any) -> Table:
             )
         if not isinstance(amount, int | float) or isinstance(amount, bool):
             raise UserError(f"tuned.{key} must be a number, got {amount!r}")
+        _refuse_infinite(f"tuned.{key}", amount)
     return {"trials": trials, "command": command, "spent": table}
 
 
@@ -290,6 +292,7 @@ def build(kind: Any, table: Mapping[str, Any], *, prefix: str = "", extra: Itera
         if is_dataclass(defaults[key]) and not isinstance(defaults[key], type):
             inner = {**asdict(defaults[key]), **_table(prefix + key, value)}
             value = build(type(defaults[key]), inner, prefix=f"{prefix}{key}.")
+        _refuse_infinite(prefix + key, value)
         values[key] = value
     complete = {**{name: value for name, value in defaults.items() if name not in values}, **values}
     try:
@@ -299,6 +302,19 @@ def build(kind: Any, table: Mapping[str, Any], *, prefix: str = "", extra: Itera
         first = error.errors()[0]
         key = prefix + ".".join(str(part) for part in first["loc"])
         raise UserError(f"setting {key}: {first['msg']}, got {first['input']!r}") from None
+
+
+def _refuse_infinite(key: str, value: Any) -> None:
+    """Raise UserError on a number, or one in a list or table, that is infinite or NaN: 1e400 is one."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"setting {key} must be a finite number, got {value}")
+    if isinstance(value, str):
+        return
+    inner: Iterable[Any] = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, Iterable) else ()
+    )  # type: ignore[reportUnknownMemberType]
+    for part in inner:
+        _refuse_infinite(key, part)
 
 
 def preset_path(method: str) -> Path | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ class Launch:
     progress: Progress
     track: str | None  # a tracker of accelerate's
     interrupted: Callable[[], bool]
+    check_run_dir: Callable[[], None] = lambda: None  # raises UserError where the run directory was removed
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,15 @@ def open_run(launch: Launch) -> Generator[RunContext]:
         )
 
 
+def check_data(config: Config) -> None:
+    """Raise UserError where a person's prompts or pairs cannot be read, or one of these test prompts stands in the train split."""
+    task = open_task(config)
+    if config.prompts:
+        with suppress(Missing):  # prompts of the task that a run would fetch
+            refuse_overlap(task, config.model_spec().domain)
+    _open_pairs(config.settings)
+
+
 def open_task(config: Config) -> Task:
     """The task of a configuration, with the user's own prompts where they are given."""
     task = registry.load("task", config.task)()
@@ -215,6 +225,11 @@ def _check_settings(settings: Any, model: Any) -> None:
     cost = getattr(type(settings), "cost", None)  # a third party's method may lack it; `gpobench check` asks for it
     if cost is not None:
         cost(settings, model.steps, counted_guidance(model))
+    _open_pairs(settings)
+
+
+def _open_pairs(settings: Any) -> None:
+    """Raise UserError where the data set of pairs that a method learns from cannot be read."""
     pairs = asdict(settings).get("pairs")
     if isinstance(pairs, str) and pairs:
         open_pairs(pairs)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .. import registry
 from ..budget import Budget, Meter
 from ..errors import UserError
 from ..evaluation.splits import refuse_overlap
-from ..files import write_atomically
+from ..files import delete_leftovers, write_atomically
 from ..losses import informative
 from ..model_spec import ModelSpec, find_model_spec
 from ..models.open import open_model
@@ -31,7 +32,7 @@ from ..spec import Images, Scorer, Task
 from ..training.pairs import STATEMENT, Choose, compare
 from ..training.rig import MeteredRig
 
-FILE = "pairs.parquet"
+FILE, README = "pairs.parquet", "README.md"
 CHUNK = 32  # rows of a row group: a reader of one pair reads so many
 TYPES = {
     "caption": pa.string(),
@@ -60,10 +61,10 @@ class PairsRequest:
     adapter: Path | None = None  # a LoRA folder; None samples the base
 
     def __post_init__(self) -> None:
-        if self.prompts < 1 or self.group < 2 or self.margin < 0 or self.seed < 0:
+        if self.prompts < 1 or self.group < 2 or not 0 <= self.margin < math.inf or self.seed < 0:
             values = f"prompts={self.prompts}, group={self.group}, margin={self.margin}, seed={self.seed}"
             raise UserError(
-                f"pairs: prompts must be at least 1, group at least 2, margin and seed not negative, got {values}"
+                f"pairs: prompts must be at least 1, group at least 2, margin and seed finite and not negative, got {values}"
             )
 
     def settings(self, model_spec: ModelSpec, task: Task, scorer: Scorer) -> dict[str, Any]:
@@ -101,6 +102,8 @@ def make_pairs(request: PairsRequest, out: Path, progress: Progress) -> dict[str
     the spend, and the file's path.
     Raises UserError on another set in `out`, or when there is not one pair.
     """
+    for name in (FILE, README):
+        delete_leftovers(out / name)
     model_spec, task = find_model_spec(request.model), registry.load("task", request.task)()
     refuse_overlap(task, model_spec.domain)
     scorer = open_scorer(request.scorer or task.reward(model_spec.domain))
@@ -211,7 +214,7 @@ def _write(out: Path, columns: dict[str, list[Any]], statement: dict[str, Any]) 
     schema = pa.schema(list(TYPES.items()), metadata={STATEMENT: json.dumps(statement).encode()})
     table = pa.table(columns, schema=schema)
     try:
-        write_atomically(out / "README.md", lambda p: p.write_text(_readme(statement), "utf-8"))
+        write_atomically(out / README, lambda p: p.write_text(_readme(statement), "utf-8"))
         write_atomically(out / FILE, lambda p: pq.write_table(table, p, row_group_size=CHUNK))
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error

@@ -65,11 +65,12 @@ def run(
     with report_disk_errors(run_dir), advise_on_oom(config):
         config.refuse_changed_files()
         run_dir.mkdir(parents=True, exist_ok=True)
-        with lock_run_dir(run_dir):
+        with lock_run_dir(run_dir) as check_run_dir:
             delete_unfinished(run_dir)
             if fresh:
                 clear_run_dir(run_dir)
-            launch = replace(launch, weights_hash=_check_inputs(config, run_dir))
+            weights = _check_inputs(config, run_dir)
+            launch = replace(launch, weights_hash=weights, check_run_dir=check_run_dir)
             complete = RunFiles(run_dir).record.is_file()
             processes.from_main(lambda: (complete, launch.weights_hash))
             if complete:
@@ -123,7 +124,9 @@ def _complete(launch: Launch) -> Record:
         stage: BudgetedStage = (Searcher if searching else Trainer)(context, evaluator)
         stop = stage.run()
         result = _evaluate_result(context, evaluator, stage, before, stop)
+        launch.check_run_dir()
         _write_artifacts(context, stage, result)
+        launch.check_run_dir()
         finished = build_record(context, stage, result)
         context.files.write_record(finished, run_readme(finished, context.model_spec, stage.has_adapter))
         return finished

@@ -6,9 +6,10 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -78,8 +79,12 @@ def fingerprint(folder: Path) -> str:
 
 
 @contextmanager
-def lock_run_dir(run_dir: Path) -> Generator[None]:
-    """Hold the lock of a run directory: two processes never write one. Raises UserError where another one holds it."""
+def lock_run_dir(run_dir: Path) -> Generator[Callable[[], None]]:
+    """Hold the lock of a run directory: two processes never write one. Raises UserError where another one holds it.
+
+    Yields a function that raises UserError where the directory was removed or replaced since: what is written then is lost, or
+    belongs to another process.
+    """
     with (run_dir / ".lock").open("w") as lock:
         for _ in range(LOCK_ATTEMPTS):  # `is_locked` holds the lock for a moment
             if _acquire(lock, fcntl.LOCK_EX):
@@ -87,7 +92,21 @@ def lock_run_dir(run_dir: Path) -> Generator[None]:
             time.sleep(LOCK_PAUSE)
         else:
             raise UserError(f"another process is at work on {run_dir}")
-        yield
+        yield lambda: _check_same_dir(run_dir, lock)
+
+
+def _check_same_dir(run_dir: Path, lock: IO[str]) -> None:
+    """Raise UserError where the file of the lock that is held is not in the run directory any more."""
+    try:
+        same = os.path.samestat(os.fstat(lock.fileno()), os.stat(run_dir / ".lock"))
+    except OSError:
+        same = False
+    if not same:
+        raise _removed(run_dir)
+
+
+def _removed(run_dir: Path) -> UserError:
+    return UserError(f"{run_dir} was removed while the run was at work on it; the same command starts it anew")
 
 
 def _acquire(lock: IO[str], kind: int) -> bool:
@@ -123,6 +142,8 @@ def report_disk_errors(run_dir: Path) -> Generator[None]:
             raise UserError(
                 f"no space left at {run_dir}: the last checkpoint is whole, the same command goes on from it"
             ) from error
+        if isinstance(error, FileNotFoundError) and not run_dir.exists():
+            raise _removed(run_dir) from error
         place = getattr(error, "filename", None) or run_dir
         if isinstance(error, OSError) and error.errno in NOT_WRITABLE:
             raise UserError(f"cannot write {place}: {error.strerror}") from error

@@ -34,7 +34,8 @@ def save(folder: Path, number: int, rig: MeteredRig, optimiser: torch.optim.Opti
     for unfinished in folder.glob(".*.tmp"):  # by a process that was killed
         shutil.rmtree(unfinished, ignore_errors=True)
     temporary = folder / f".{number}.tmp"
-    temporary.mkdir(parents=True)
+    folder.mkdir(exist_ok=True)  # without parents: a run directory that was removed is not made again
+    temporary.mkdir()
     try:
         save_file({key: value.contiguous().clone() for key, value in tensors.items()}, temporary / TENSORS)
         payload: dict[str, Any] = {

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from gpobench.bench import files
 from gpobench.bench.files import digest, write_atomically
 
 
@@ -32,6 +35,26 @@ for i in range(300):
     assert [process.wait() for process in both] == [0, 0]
     assert (tmp_path / "file").read_text() in ("a" * 1000, "b" * 1000)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_what_killed_processes_left_is_deleted_and_nothing_else(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    file, old = tmp_path / "a[1].txt", time.time() - 2 * 86_400
+    leftovers = [f".a[1].txt.{ended.pid}.tmp", f".a[1].txt.{files._HOST}.{ended.pid}.tmp"]  # pyright: ignore[reportPrivateUsage]
+    leftovers.append(f".a[1].txt.0a0a0a0a.{os.getpid()}.tmp")  # of another machine, and old
+    others = [f".a[1].txt.{files._HOST}.{os.getppid()}.tmp", f".a[1].txt.0b0b0b0b.{ended.pid}.tmp"]  # pyright: ignore[reportPrivateUsage]
+    others += [
+        ".a[1].txt.tmp",
+        f".a[1].txt.more.{files._HOST}.{ended.pid}.tmp",
+        f".b.{ended.pid}.tmp",
+        "a[1].txt.1.tmp",
+    ]  # pyright: ignore[reportPrivateUsage]
+    for name in (*leftovers, *others):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / leftovers[-1], (old, old))
+    write_atomically(file, lambda path: path.write_text("x"))
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, *others}
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -188,6 +188,24 @@ def test_dry_run_shows_everything_and_does_nothing(gpobench: Any, argv: Any, tmp
     assert json.loads(ended.out)["settings"]["optim"]["lr"] == 0.125 and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [("a.txt", b"", "a.txt holds no prompts"), ("a.txt", b"a \xff\n", "a.txt, line 1: this is not UTF-8"),
+     ("a.doc", b"a sign", "a file of prompts ends in"), ("a.txt", b"a red triangle\n", "stands in the train split")],
+)  # fmt: skip
+def test_a_dry_run_refuses_prompts_that_a_run_would_refuse(
+    gpobench: Any, argv: Any, tmp_path: Path, name: str, content: bytes, said: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    ended = gpobench(*argv(**{"dry-run": True, "prompts": tmp_path / name}))
+    assert ended.code == 2 and ended.out == "" and said in ended.err and len(ended.err.strip().splitlines()) == 1
+
+
+def test_a_dry_run_refuses_pairs_that_cannot_be_read(gpobench: Any, argv: Any) -> None:
+    ended = gpobench(*argv(**{"dry-run": True, "method": "dpo", "set": "pairs=nowhere"}))
+    assert ended.code == 2 and "nowhere" in ended.err and len(ended.err.strip().splitlines()) == 1
+
+
 def test_json_is_one_object_and_all_else_is_on_stderr(gpobench: Any, argv: Any, tmp_path: Path) -> None:
     ended = gpobench(*argv(json=True))
     assert ended.code == 0, ended.err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import subprocess
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -127,6 +129,22 @@ def test_not_one_pair_is_an_error_and_no_file(make: Any, tmp_path: Path, task: s
     with pytest.raises(UserError, match=said) as error:
         make(task=task)
     assert "\n" not in str(error.value) and not list((tmp_path / "a").iterdir())
+
+
+def test_what_a_killed_start_left_is_deleted(make: Any, tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    make()
+    leftover = tmp_path / "a" / f".pairs.parquet.{ended.pid}.tmp"
+    leftover.touch()
+    make()  # the set is there: nothing is written
+    assert not leftover.exists() and (tmp_path / "a" / "pairs.parquet").is_file()
+
+
+@pytest.mark.parametrize("margin", [math.nan, math.inf])
+def test_a_margin_that_is_not_finite_is_refused(margin: float) -> None:
+    with pytest.raises(UserError, match="margin and seed finite and not negative"):
+        PairsRequest("tiny", "ocr", margin=margin)
 
 
 def test_a_set_that_is_there_is_left_alone(make: Any, tmp_path: Path) -> None:

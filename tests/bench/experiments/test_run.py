@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -285,8 +283,7 @@ def test_a_scorer_that_dies_pauses_the_run_and_costs_nothing(
     timeless = lambda spent: {currency: amount for currency, amount in spent.items() if currency != "seconds"}
     assert timeless(again.spent) == timeless(whole.spent) and again.nfe_by_role == whole.nfe_by_role
     assert again.after == whole.after and again.failures == [] and again.checksums.keys() == whole.checksums.keys()
-    same = [name for name in whole.checksums if name != "config.toml"]  # that names the folder
-    assert [again.checksums[name] for name in same] == [whole.checksums[name] for name in same]
+    assert again.checksums == whole.checksums
     assert again.scorers["redness"].calls == whole.scorers["redness"].calls and again.scorers["redness"].errors == 0
 
 
@@ -616,9 +613,32 @@ def test_what_changed_since_it_was_planned_is_not_run(plan: Any, tmp_path: Path)
         running.run(config, runs=tmp_path / "runs", progress=NullProgress())
 
 
-def test_a_clip_without_bound_is_toml(plan: Any, tmp_path: Path) -> None:
-    done = running.run(plan("optim.clip=inf", budget="nfe=300"), runs=tmp_path, progress=NullProgress())
-    assert tomllib.loads((Path(done.run_dir) / "config.toml").read_text())["optim"]["clip"] == math.inf
+@pytest.mark.parametrize("how", ["removed", "replaced", "metrics"])
+def test_what_is_removed_under_a_run_is_an_error_and_the_same_command_makes_it(
+    plan: Any, tmp_path: Path, how: str
+) -> None:
+    config, asked = plan(budget="nfe=1500"), list[int]()
+    run_dir = tmp_path / config.slug()
+
+    def remove() -> bool:
+        asked.append(1)
+        if len(asked) == 3 and how == "metrics":
+            (run_dir / "metrics.jsonl").unlink()
+        elif len(asked) == 3:
+            shutil.rmtree(run_dir)
+        if len(asked) == 3 and how == "replaced":
+            run_dir.mkdir()
+            (run_dir / ".lock").touch()
+        return False
+
+    with pytest.raises(UserError, match="was removed while the run was at work.*the same command") as caught:
+        running.run(config, runs=tmp_path, progress=NullProgress(), interrupted=remove)
+    assert "\n" not in str(caught.value) and not (run_dir / "record.json").exists()
+    assert how == "metrics" or not [
+        path for path in tmp_path.glob("*/*") if path.name not in (".lock",) and path.parent == run_dir
+    ]
+    done = running.run(config, runs=tmp_path, progress=NullProgress())
+    assert (run_dir / "metrics.jsonl").is_file() and done.spent["updates"] > 0
 
 
 def test_on_the_validation_split_no_test_prompt_is_touched(
