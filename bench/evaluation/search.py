@@ -32,6 +32,7 @@ class SearchSettings:
     images: int  # a prompt
     noise_seed: int  # of the evaluation noise
     seed: int  # of the method's own draws
+    on_budget: bool = True  # what is spent counts: a batch without a single score ends the search
 
 
 def search(
@@ -67,7 +68,8 @@ def search(
         with watched():
             rig.meter.start()
             try:
-                with expect_scores(rig), torch.no_grad(), rig.keyed(keys(rig, batch, settings)):
+                expected = expect_scores(rig) if settings.on_budget else nullcontext()
+                with expected, torch.no_grad(), rig.keyed(keys(rig, batch, settings)):
                     x0 = method.answer(rig.view, noise, torch.tensor([i for i, _ in batch]), len(indices))
             except Spent as spent:
                 rig.bookkeeping[BOUND] = spent.currency

@@ -83,7 +83,7 @@ class Searcher(BudgetedStage):
             stop = search(
                 context.config.settings,
                 rig,
-                SearchSettings(plan.settings.curve_images, plan.settings.seed, context.config.seed),
+                SearchSettings(plan.settings.curve_images, plan.settings.seed, context.config.seed, on_budget=False),
                 after=lambda fraction, notes: context.progress.advance(rig.rows),
                 interrupted=context.interrupted,
             )
