@@ -20,7 +20,7 @@ MARGINS := --margin .08 --margin rapidocr/soft=.04 --margin reader/soft=.04
 NUMERIC := $(BIN)/pytest -q -m 'numeric and not slow'
 TWO_THREADS := OMP_NUM_THREADS=2 OMP_THREAD_LIMIT=2 HF_HUB_OFFLINE=1
 
-.PHONY: run test regress portable slow bench board clean help
+.PHONY: run test regress portable slow calibration bench board clean help
 
 run: .venv/core.stamp  ## train GPO on OCR with the embedded model under a budget, and evaluate it (more flags: ARGS="--seed 1")
 	$(BIN)/gpobench run --method gpo --task ocr --model tiny $(ARGS)
@@ -48,6 +48,9 @@ portable: .venv/dev.stamp  ## the numeric tests as other processors compute them
 slow: .venv/dev.stamp  ## the tests that take minutes
 	$(QUIET) $(BIN)/pytest -m slow --timeout 3600
 
+calibration: .venv/core.stamp  ## the simulation behind docs/statistics.md, written into it: minutes
+	$(QUIET) $(BIN)/python benchmarks/calibration.py
+
 bench: .venv/core.stamp  ## the measurements in benchmarks/ that take minutes, printed
 	@for name in sampling overhead board hostile_server; do echo "== benchmarks/$$name.py"; $(BIN)/python "benchmarks/$$name.py" || exit 1; done
 
@@ -56,6 +59,7 @@ board: .venv/core.stamp  ## make leaderboards/tiny.* and short.* anew, from a cl
 	$(QUIET) $(BIN)/gpobench compare $(FULL) --jobs $(JOBS) --out runs/tiny
 	$(BIN)/gpobench regress runs/short --against leaderboards/short.toml --update $(MARGINS)
 	$(BIN)/gpobench regress runs/tiny --against leaderboards/tiny.toml --update $(MARGINS)
+	$(BIN)/python benchmarks/seed_library.py
 	$(BIN)/python benchmarks/own_numbers.py
 
 clean:  ## remove the environment and the caches; runs/ stays

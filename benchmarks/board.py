@@ -1,7 +1,7 @@
-"""Measures the time of a large table: 30 runs of 10,000 prompts x 4 images, read, resampled 10,000 times and rendered.
+"""Measures the time of a large table: 30 runs of 10,000 prompts x 4 images, read, estimated and rendered.
 
     python benchmarks/board.py                              # the size of a large study, a few minutes to make its runs
-    python benchmarks/board.py --seeds 1                    # thirty methods of one seed: 465 pairs of rows, sign flips
+    python benchmarks/board.py --seeds 1                    # thirty methods of one seed: 465 pairs of rows
     python benchmarks/board.py --runs 6 --prompts 553       # a smaller one
 
 The runs are synthetic: ten methods with three seeds by default, a training and a held-out scorer. Each of the two measurements
@@ -83,7 +83,7 @@ def measure(run_dir: Path) -> None:
     runs = load_runs([run_dir])
     spans.append(("read", spans[-1][2], time.perf_counter()))
     board = build_board(runs)
-    spans.append(("resample", spans[-1][2], time.perf_counter()))
+    spans.append(("estimate", spans[-1][2], time.perf_counter()))
     text = render(board)
     spans.append(("render", spans[-1][2], time.perf_counter()))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

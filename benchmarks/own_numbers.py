@@ -59,7 +59,7 @@ def short(table: Board, roles: Sequence[str] = SHOWN_ROLES) -> list[str]:
     for row in table.rows:
         if row.kind == "base":
             continue
-        line = [rank(row, table.rows), row.label, cell(row.versus, sign=True), p_value(row.holm)]
+        line = [rank(row), row.label, cell(row.versus, sign=True), p_value(row.holm)]
         line += [cell(row.cells[key].delta, sign=True) if key in row.cells else "" for key in shown]
         line += [cell(row.cmmd.get(drift))] if drift else []
         line += [spend(c, row.spent[c]) for c in ("images", "updates", "seconds")]

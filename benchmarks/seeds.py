@@ -1,6 +1,6 @@
 """Prints the seeds of one run as a Markdown table: per seed and over seeds, before, after and their paired difference.
 
-The last row resamples seeds and prompts (two-level bootstrap).
+The last rows are over seeds and prompts.
 Run: python benchmarks/seeds.py runs/gpo-ocr-tiny-s*
 """
 

@@ -71,7 +71,7 @@ def aggregate(
     if len(models := sorted({run.record.model for run in runs})) > 1:
         raise UserError(f"these runs are of several models, {', '.join(models)}: a table never mixes them")
     parts = {task: [run for run in runs if run.record.task == task] for task in tasks}
-    boards = {task: build_board(part, resamples=1) for task, part in parts.items()}
+    boards = {task: build_board(part) for task, part in parts.items()}
     gains = {task: _gains(boards[task], part) for task, part in parts.items()}
     labels = dict.fromkeys(label for by_label in gains.values() for label in by_label)
     by_label = {label: [gains[task].get(label, {}) for task in tasks] for label in labels}
@@ -134,10 +134,11 @@ def _task_gains(
     for k, task in enumerate(tasks):
         seeds = {label: [by[k][seed] for seed in sorted(by[k])] for label, by in complete.items()}
         columns = [vector for vectors in seeds.values() for vector in vectors]
-        means = iter(intervals.crossed([Contrast([x]) for x in columns], resamples=1, strata=strata[task]))
+        means = iter(intervals.crossed([Contrast([x], spreads=[None]) for x in columns], strata=strata[task]))
         redrawn = iter(resampling.resampled_means(np.stack(columns, axis=1), resamples, strata=strata[task]).T)
+        spreads = intervals.table_spreads(seeds, strata[task])
         estimates = intervals.crossed(
-            [Contrast(vectors) for vectors in seeds.values()], resamples=resamples, strata=strata[task]
+            [Contrast(vectors, spreads=[spreads[label]]) for label, vectors in seeds.items()], strata=strata[task]
         )
         for (label, vectors), estimate in zip(seeds.items(), estimates, strict=True):
             by_task[label][task] = estimate

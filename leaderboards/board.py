@@ -9,18 +9,21 @@ from typing import Any, Literal
 
 from ..bench.evaluation.ranking import RANK_RULE
 from ..bench.stats.intervals import Estimate
+from ..bench.stats.law import RankInterval
 from .paper_numbers import PaperNumber
 
 Role = Literal["training", "held-out", "auxiliary", "quality", "diversity", "drift"]
 ROLES: tuple[Role, ...] = ("training", "held-out", "auxiliary", "quality", "diversity", "drift")
 SCORED_ROLES: tuple[Role, ...] = ROLES[:4]  # more is better; diversity and drift are distances between images
 BASE = "base"  # the label of the row of the base model
+SeedSource = Literal["own", "table", "library", "unknown", ""]  # "": no seeds, as the base
 RULES = (
-    "Intervals are 95 %: bootstrap over prompts, images of a prompt clustered, and over training seeds where a row has two or more.",
+    "Intervals are 95 %, of prompts, images of a prompt clustered, and of training seeds; the variance between seeds is moderated over "
+    "the rows (limma's way, guarded). They, p and ranks are by one law (docs/statistics.md).",
     RANK_RULE,
-    "p: against the baseline, by sign flips over prompts where both have one seed, from the interval's draws where one of them has "
-    "more (as against the base), else Student's at Welch-Satterthwaite degrees of freedom; corrected over the rows (Holm). A row of one "
-    "seed borrows the spread of seeds of the row it is compared with; between two such rows that spread is unknown.",
+    "p: against the baseline, corrected over the rows (Holm). A row of one seed is lent the variance between seeds from the rows with "
+    "several, else from the library of seed variances; where neither knows it, the row has no p and is ranked neither above nor below "
+    "another.",
 )
 
 
@@ -57,7 +60,8 @@ class BoardRow:
     cmmd: Mapping[str, Estimate] = field(default_factory=dict[str, Estimate])
     versus: Estimate | None = None  # minus the baseline, in the key; p before correction
     holm: float = math.nan  # that p, Holm-corrected
-    rank: int | None = None  # None: not ranked
+    rank: RankInterval | None = None  # None: not ranked
+    seed_source: SeedSource = ""  # where the variance between its seeds comes from
     spent: Mapping[str, float] = field(default_factory=dict[str, float])  # by currency, the mean over seeds
     hacked: int = 0  # seeds whose record has the hack flag
     invalid: bool = False

@@ -10,12 +10,11 @@ import numpy as np
 
 from ..bench.stats import intervals
 from ..bench.stats.intervals import Contrast, Estimate
+from ..bench.stats.law import MIN_PROMPTS
 from .board import BASE
-from .run_files import RESAMPLES
 from .runs import LoadedRun
 
 MAX_RANGES = 6  # parts by length, at most
-MIN_PROMPTS = 5  # of a part that is shown
 NUMBERS = {word: n for n, word in enumerate("one two three four five six seven eight nine ten".split(), start=1)}
 
 
@@ -104,15 +103,23 @@ def _breakdown(name: str, labels: Sequence[str | None], key: str, rows: Mapping[
     with_base = [run for group in rows.values() for run in group if key in run.before]
     for part in parts if len(parts) > 1 else []:
         members = np.flatnonzero([label == part for label in labels])
+        after = {
+            label: [run.after[key][members] for run in group if run.has(key)]
+            for label, group in rows.items()
+            if any(run.has(key) for run in group)
+        }
+        spreads = intervals.table_spreads(after)
         contrasts: dict[str, Contrast] = {}
         for label, group in rows.items():
             scored = [run for run in group if run.has(key)]
             if label == BASE and not group:
-                contrasts[f"after {label}"] = Contrast([with_base[0].before[key][members]])
+                base = with_base[0].before[key][members]
+                contrasts[f"after {label}"] = Contrast([base], share=intervals.is_share(base))
             elif scored:
-                contrasts[f"after {label}"] = Contrast([run.after[key][members] for run in scored])
-                contrasts[f"gain {label}"] = Contrast([run.gain(key)[members] for run in scored])
-        estimates = dict(zip(contrasts, intervals.crossed(list(contrasts.values()), resamples=RESAMPLES), strict=True))
+                own, share = [spreads[label]], all(map(intervals.is_share, after[label]))
+                contrasts[f"after {label}"] = Contrast(after[label], spreads=own, share=share)
+                contrasts[f"gain {label}"] = Contrast([run.gain(key)[members] for run in scored], spreads=own)
+        estimates = dict(zip(contrasts, intervals.crossed(list(contrasts.values())), strict=True))
         for label in rows:
             if f"after {label}" in estimates:
                 cells.setdefault(label, []).append((estimates[f"after {label}"], estimates.get(f"gain {label}")))

@@ -1,4 +1,4 @@
-"""Builds a leaderboard from finished runs: an interval on every number, and a shared rank where rows do not differ significantly."""
+"""Builds a leaderboard from finished runs: an interval on every number, and on every rank."""
 
 from __future__ import annotations
 
@@ -24,8 +24,6 @@ def build_board(
     baseline: str = BASE,
     key: str | None = None,
     *,
-    resamples: int = 10_000,
-    seed: int = 0,
     notes: Sequence[str] = (),
 ) -> Board:
     """Build the leaderboard of these runs; their order does not matter.
@@ -34,8 +32,6 @@ def build_board(
         runs: finished runs of one task, model, budget and evaluation protocol.
         baseline: the row that others are compared with, a method or a row's label.
         key: the scorer/metric that ranks; by default that of the first held-out scorer.
-        resamples: of prompts and seeds; 1 gives means without intervals.
-        seed: of the resampling.
         notes: put before the board's own notes.
 
     Returns:
@@ -55,7 +51,7 @@ def build_board(
     scores = BoardScores(columns, group_runs(runs), bases, key)
     unranked = [base_row(bases)] + [method_row(label, group) for label, group in scores.groups.items()]
     baseline = find_row(unranked, baseline).label
-    rows = _ranked(unranked, scores, baseline, resamples, seed)
+    rows = _ranked(unranked, scores, baseline)
     first = runs[0].record
     return Board(
         task=first.task,
@@ -76,10 +72,10 @@ def build_board(
     )
 
 
-def _ranked(rows: Sequence[BoardRow], scores: BoardScores, baseline: str, resamples: int, seed: int) -> list[BoardRow]:
+def _ranked(rows: Sequence[BoardRow], scores: BoardScores, baseline: str) -> list[BoardRow]:
     """Return the rows with cells, tests and ranks; ranked ones first, by falling mean, then the others by label."""
     order = row_order(rows, scores)
-    estimates = estimate_all(scores, baseline, order, resamples, seed)
+    estimates = estimate_all(scores, baseline, order)
     differences = {pair: estimates[pair[1], scores.key, f"below {pair[0]}"] for pair in combinations(order, 2)}
     rank_by_label = ranks(order, significant_pairs(differences))
     holm = corrected_p(order, scores.key, estimates)
@@ -91,6 +87,7 @@ def _ranked(rows: Sequence[BoardRow], scores: BoardScores, baseline: str, resamp
             versus=estimates.get((row.label, scores.key, "versus")),
             rank=rank_by_label.get(row.label),
             holm=holm.get(row.label, math.nan),
+            seed_source=scores.seed_source(row.label),
         )
         for row in sorted(rows, key=lambda r: (place.get(r.label, len(rows)), r.label))
     ]

@@ -26,7 +26,7 @@ from itertools import combinations
 
 import numpy as np
 
-from ..bench.stats import intervals, significance
+from ..bench.stats import intervals, law
 from ..bench.stats.significance import Verdict
 from .baseline import mean_over_prompts
 from .runs import Array
@@ -69,7 +69,7 @@ def change(
     trained: whether seeds can differ; False for the base, which is not trained.
     """
     difference = np.mean(new, axis=0) - np.mean(old, axis=0)
-    prompts = intervals.mean_ci(difference, resamples=1, strata=strata)
+    prompts = intervals.mean_ci(difference, strata=strata)
     parts = [(prompts.se**2, prompts.n - len(set(strata or [""])))]
     spread = _seed_variance(new, old, strata) if trained else None
     if spread is not None:
@@ -81,7 +81,7 @@ def change(
 def verdicts(changes: Sequence[Change], margins: Sequence[float]) -> list[tuple[Verdict, float]]:
     """Return the verdict on each change and its p, Holm-corrected over all of them; margins in units of each score."""
     p = [c.p(0.0 if c.seeds else margin) for c, margin in zip(changes, margins, strict=True)]
-    holm = significance.holm(p)
+    holm = law.holm(p)
     return [
         (_verdict(c, margin, adjusted), adjusted) for c, margin, adjusted in zip(changes, margins, holm, strict=True)
     ]
@@ -94,7 +94,7 @@ def expected_half_width(seeds: Sequence[Array], strata: Sequence[str] | None = N
     """
     if len(seeds) < 2:
         return None
-    pairs = [intervals.mean_ci(a - b, resamples=1, strata=strata) for a, b in combinations(seeds, 2)]
+    pairs = [intervals.mean_ci(a - b, strata=strata) for a, b in combinations(seeds, 2)]
     spread = _seed_variance(seeds, seeds, strata)
     assert spread is not None
     parts = [

@@ -1,22 +1,26 @@
-"""Contrasts of a board: estimates means and differences of all rows and columns from one set of resampled prompts."""
+"""Contrasts of a board: estimates means and differences of all rows and columns, the spread of seeds moderated over the rows."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import combinations
 
 import numpy as np
 
-from ..bench.evaluation.ranking import SIGNIFICANCE, order_by_mean
-from ..bench.stats import intervals, significance
+from ..bench.evaluation import seed_library
+from ..bench.evaluation.ranking import order_by_mean
+from ..bench.stats import intervals
 from ..bench.stats.intervals import Contrast, Estimate
-from .board import BASE, BoardRow, Cell, Column
+from ..bench.stats.law import SeedVariance, holm
+from .board import BASE, BoardRow, Cell, Column, SeedSource
+from .comparable import budget_bounds
 from .runs import Array, LoadedRun, strata_or_none
 
 Question = tuple[str, str, str]  # row, column, and "before", "after", "delta", "versus" or "below LABEL"
 Groups = Mapping[str, Sequence[LoadedRun]]  # label -> the runs of that row
+BASE_SPREADS = (None,)  # the base is not trained: it has no seeds
 
 
 class ContrastSet:
@@ -29,8 +33,9 @@ class ContrastSet:
 
     def add(self, question: Question, contrast: Contrast) -> None:
         """Register a contrast under the question that it answers."""
-        single = len(contrast.ours) == 1 and not contrast.theirs and not contrast.test
-        content = np.ascontiguousarray(contrast.ours[0]).tobytes() if single else None
+        # The base's scores stand before every row.
+        shared = len(contrast.ours) == 1 and not contrast.theirs and contrast.spreads == BASE_SPREADS
+        content = np.ascontiguousarray(contrast.ours[0]).tobytes() if shared else None
         if content is not None and content in self._index_by_bytes:
             self._indices[question] = self._index_by_bytes[content]
             return
@@ -39,9 +44,9 @@ class ContrastSet:
             self._index_by_bytes[content] = len(self._contrasts)
         self._contrasts.append(contrast)
 
-    def estimate(self, resamples: int, seed: int, strata: Sequence[str] | None) -> dict[Question, Estimate]:
+    def estimate(self, strata: Sequence[str] | None) -> dict[Question, Estimate]:
         """Return the estimate of each question."""
-        estimates = intervals.crossed(self._contrasts, resamples=resamples, seed=seed, strata=strata)
+        estimates = intervals.crossed(self._contrasts, strata=strata)
         return {question: estimates[i] for question, i in self._indices.items()}
 
 
@@ -59,38 +64,67 @@ class BoardScores:
         """Return the stratum of each prompt, (prompts,), where there are several."""
         return strata_or_none(self.bases[self.key].strata)
 
+    @cached_property
+    def spreads(self) -> Mapping[str, Mapping[str, SeedVariance]]:
+        """Map scorer/metric, then label, to the variance between the seeds of a row, moderated over the rows; NaN: unknown.
+
+        Where no row has several seeds, the library of seed variances is asked.
+        """
+        spreads: dict[str, Mapping[str, SeedVariance]] = {}
+        for c in self.columns:
+            scored = {label: self._scored(label, c.key) for label in self.groups}
+            of_column = intervals.table_spreads(
+                {label: [r.after[c.key] for r in group] for label, group in scored.items() if group}, self.strata
+            )
+            spreads[c.key] = {
+                label: own if np.isfinite(own.variance) else self._library_variance(scored[label][0], c.key) or own
+                for label, own in of_column.items()
+            }
+        return spreads
+
+    def seed_source(self, label: str) -> SeedSource:
+        """Return where the variance between the seeds of a row comes from, by the key."""
+        scored = self._scored(label, self.key) if label != BASE else []
+        if not scored:
+            return ""
+        if len(scored) > 1:
+            return "own"
+        if not np.isfinite(self.spreads[self.key][label].variance):
+            return "unknown"
+        several = any(len(self._scored(other, self.key)) > 1 for other in self.groups)
+        return "table" if several else "library"
+
+    @staticmethod
+    def _library_variance(run: LoadedRun, key: str) -> SeedVariance | None:
+        r = run.record
+        entry = seed_library.find_entry(r.method, r.task, r.model, key, budget_bounds(r))
+        return entry.variance() if entry else None
+
     def results(self) -> dict[str, list[Array]]:
         """Map label to the (prompts, images) scores of each seed by the key; the base has its own."""
         results = {BASE: [self.bases[self.key].before[self.key]]}
-        return results | {label: [r.after[self.key] for r in self._scored(label)] for label in self.groups}
+        return results | {label: [r.after[self.key] for r in self._scored(label, self.key)] for label in self.groups}
 
     def between(self, ours: str, theirs: str) -> Contrast:
         """Return the contrast of two rows by the key. Each run evaluated the base itself, so a row is compared with its own base."""
+        spreads = self.spreads[self.key]
         if theirs == BASE:
-            return Contrast([r.gain(self.key) for r in self._scored(ours)], test=True)
+            gains = [r.gain(self.key) for r in self._scored(ours, self.key)]
+            return Contrast(gains, test=True, spreads=[spreads[ours]])
         if ours == BASE:
-            return Contrast([-r.gain(self.key) for r in self._scored(theirs)], test=True)
-        a, b = ([r.after[self.key] for r in self._scored(label)] for label in (ours, theirs))
-        return Contrast(a, b, test=True, lend=True)
+            losses = [-r.gain(self.key) for r in self._scored(theirs, self.key)]
+            return Contrast(losses, test=True, spreads=[spreads[theirs]])
+        a, b = ([r.after[self.key] for r in self._scored(label, self.key)] for label in (ours, theirs))
+        return Contrast(a, b, test=True, spreads=[spreads[ours], spreads[theirs]])
 
-    def _scored(self, label: str) -> list[LoadedRun]:
-        return [r for r in self.groups[label] if r.has(self.key)]
+    def _scored(self, label: str, key: str) -> list[LoadedRun]:
+        return [r for r in self.groups[label] if r.has(key)]
 
 
-def estimate_all(
-    scores: BoardScores, baseline: str, order: Sequence[str], resamples: int, seed: int
-) -> dict[Question, Estimate]:
+def estimate_all(scores: BoardScores, baseline: str, order: Sequence[str]) -> dict[Question, Estimate]:
     """Every cell, every row against the baseline, and every pair of ranked rows.
 
     scores: of the board. baseline: the label that others are compared with. order: the ranked labels by falling mean.
-    resamples: of prompts and seeds; 1 for the means alone. seed: of the resampling.
-
-    Args:
-        scores: of the board.
-        baseline: the label of the row that others are compared with.
-        order: the ranked labels by falling mean.
-        resamples: of prompts and seeds; 1 for the means alone.
-        seed: of the resampling.
     """
     contrasts = ContrastSet()
     _add_cells(contrasts, scores)
@@ -101,10 +135,7 @@ def estimate_all(
     pairs = list(combinations(order, 2))
     for above, label in pairs:
         contrasts.add((label, scores.key, f"below {above}"), scores.between(above, label))
-    # Sign flips give no p below 1 / resamples, and the correction over many pairs must be able to reach significance.
-    if resamples > 1:
-        resamples = max(resamples, math.ceil(2 * len(pairs) / SIGNIFICANCE))
-    return contrasts.estimate(resamples if resamples > 1 else 1, seed, scores.strata)
+    return contrasts.estimate(scores.strata)
 
 
 def row_order(rows: Sequence[BoardRow], scores: BoardScores) -> list[str]:
@@ -112,8 +143,8 @@ def row_order(rows: Sequence[BoardRow], scores: BoardScores) -> list[str]:
     results = scores.results()
     labels = [r.label for r in rows if r.is_result and results[r.label]]
     whole = np.isfinite(np.stack([x for label in labels for x in results[label]])).all(0) if labels else np.array(True)
-    shared = [Contrast([np.where(whole, x, np.nan) for x in results[label]]) for label in labels]
-    means = intervals.crossed(shared, resamples=1, strata=scores.strata)  # one resample: only the means are used
+    shared = [Contrast([np.where(whole, x, np.nan) for x in results[label]], spreads=BASE_SPREADS) for label in labels]
+    means = intervals.crossed(shared, strata=scores.strata)  # only the means are used
     return order_by_mean({label: e.mean for label, e in zip(labels, means, strict=True)})
 
 
@@ -131,19 +162,25 @@ def corrected_p(order: Sequence[str], key: str, estimates: Mapping[Question, Est
     """Map label to p against the baseline, Holm-corrected over the ranked rows."""
     versus = {label: estimates[label, key, "versus"] for label in order if (label, key, "versus") in estimates}
     p = {label: e.p for label, e in versus.items() if e.p is not None}
-    return dict(zip(p, significance.holm(list(p.values())), strict=True))
+    return dict(zip(p, holm(list(p.values())), strict=True))
 
 
 def _add_cells(contrasts: ContrastSet, scores: BoardScores) -> None:
     """Add before, after and difference of every row in every column."""
     for c in scores.columns:
-        contrasts.add((BASE, c.key, "after"), Contrast([scores.bases[c.key].before[c.key]]))
+        base = scores.bases[c.key].before[c.key]
+        contrasts.add((BASE, c.key, "after"), Contrast([base], spreads=BASE_SPREADS, share=intervals.is_share(base)))
         for label, group in scores.groups.items():
             scored = [r for r in group if r.has(c.key)]
             if scored:
-                contrasts.add((label, c.key, "after"), Contrast([r.after[c.key] for r in scored]))
-                contrasts.add((label, c.key, "before"), Contrast([scored[0].before[c.key]]))
-                contrasts.add((label, c.key, "delta"), Contrast([r.gain(c.key) for r in scored], test=True))
+                spreads = [scores.spreads[c.key][label]]
+                before, after = scored[0].before[c.key], [r.after[c.key] for r in scored]
+                share = all(map(intervals.is_share, [before, *after]))
+                contrasts.add((label, c.key, "after"), Contrast(after, spreads=spreads, share=share))
+                own_base = Contrast([before], spreads=BASE_SPREADS, share=intervals.is_share(before))
+                contrasts.add((label, c.key, "before"), own_base)
+                gains = [r.gain(c.key) for r in scored]
+                contrasts.add((label, c.key, "delta"), Contrast(gains, test=True, spreads=spreads))
 
 
 def _image_counts(group: Sequence[LoadedRun], key: str, base: bool) -> tuple[int, int]:

@@ -69,7 +69,7 @@ def curve(label: str, runs: Sequence[LoadedRun], clock: str) -> Curve | None:
     tables = {key: [v.scores[key] @ w for v, w in zip(validations, weights, strict=True)] for key in keys}
     contrasts = [Contrast([t[:, k] for t in tables[key]]) for key in keys for k in range(len(at))]
     strata = strata_or_none(validations[0].strata)
-    estimates = iter(intervals.crossed(contrasts, resamples=RESAMPLES, strata=strata))
+    estimates = iter(intervals.crossed(contrasts, strata=strata))
     return Curve(
         label,
         {c: [float(x) for x in xs] for c, xs in spent.items()},
@@ -106,7 +106,7 @@ def pace(
         present = [(validation, spent) for validation, spent in points_by_run if validation is not None]
         seeds = [(spent, v.scores[key] - v.scores[key][:, :1]) for v, spent in present]
         strata = strata_or_none(present[0][0].strata)
-        over = area(seeds, bound, resamples=RESAMPLES, strata=strata)
+        over = area(seeds, bound, strata=strata)
         estimates[label] = (over, time_to_target(seeds, target, resamples=RESAMPLES, strata=strata))
     return Pace(key, clock, target, estimates)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
 
 from ..bench.stats.intervals import Estimate
 from .board import Board, BoardRow
@@ -55,11 +54,9 @@ def plain(text: str) -> str:
     return "".join("?" if unicodedata.category(c).startswith("C") else c for c in " ".join(text.split()))
 
 
-def rank(row: BoardRow, rows: Sequence[BoardRow]) -> str:
-    """Format a rank as 2, or 2= where several rows share it."""
-    if row.rank is None:
-        return "-"
-    return f"{row.rank}{'=' if sum(r.rank == row.rank for r in rows) > 1 else ''}"
+def rank(row: BoardRow) -> str:
+    """Format the interval of a rank as 2-5, or 2 where both ends are the same."""
+    return "-" if row.rank is None else str(row.rank)
 
 
 def flags(row: BoardRow) -> dict[str, str]:

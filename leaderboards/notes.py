@@ -21,7 +21,7 @@ def notes_on(rows: Sequence[BoardRow], columns: Sequence[Column], key: str, runs
     missing = sorted(name for name in MANDATORY_BASELINES if name not in methods)
     if missing:
         notes.append(f"Rows that every table should have and this one lacks: {', '.join(missing)}.")
-    notes += _seed_notes(rows) + _row_notes(rows, runs) + _scorer_notes(rows, columns)
+    notes += _seed_notes(rows) + _lending_notes(rows) + _row_notes(rows, runs) + _scorer_notes(rows, columns)
     role = next(c.role for c in columns if c.key == key)
     if role == "training" and "best-of-n" in methods:
         notes.append(
@@ -41,6 +41,20 @@ def _seed_notes(rows: Sequence[BoardRow]) -> list[str]:
     joined = lambda numbers: ", ".join(map(str, numbers))
     others = "; ".join(f"{r.label} {joined(r.seeds)}" for r in rows if r.kind != "base" and r.seeds != usual)
     return [f"Not all rows have the seeds {joined(usual)}: {others}."]
+
+
+def _lending_notes(rows: Sequence[BoardRow]) -> list[str]:
+    """Return what the intervals and ranks of the rows of one seed rest on."""
+    texts = {
+        "table": "the variance between their seeds is lent from the rows with several seeds.",
+        "library": "the variance between their seeds is that of the shipped library, of the same method, task, model and budget.",
+        "unknown": (
+            "the variance between their seeds is unknown, so their intervals do not contain what another seed would change, and "
+            "they are ranked neither above nor below another row."
+        ),
+    }
+    labels = {source: [r.label for r in rows if r.single_seed and r.seed_source == source] for source in texts}
+    return [f"One seed, {', '.join(labels[source])}: {text}" for source, text in texts.items() if labels[source]]
 
 
 def _row_notes(rows: Sequence[BoardRow], runs: Sequence[LoadedRun]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -58,7 +57,6 @@ def _board_values(board: Board) -> dict[str, Any]:
         "columns": sorted(board.columns, key=lambda c: c.key != board.key),
         "embedders": list(dict.fromkeys(name for r in board.rows for name in r.cmmd)),
         "currencies": list(dict.fromkeys(c for r in board.rows for c in r.spent)),
-        "ranks": Counter(r.rank for r in board.rows),
         "reported": _reported(board),
         "strips": _strips(board),
         "colours": {label: colour for label, (colour, _) in _line_styles(board).items()},

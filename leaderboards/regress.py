@@ -202,7 +202,7 @@ def _compare(against: LoadedBaseline, runs: Sequence[LoadedRun], notes: Sequence
     b = against.baseline
     if not runs:
         return _Comparison(against, missing=[(c.label, n.key) for c in b.row for n in c.number], notes=notes)
-    table = build_board(runs, resamples=1)  # refuses runs that do not belong together
+    table = build_board(runs)  # refuses runs that do not belong together
     _check_same_inputs(against, table, runs)
     notes = [*notes, *(note for note in table.notes if note.startswith(BASE_DIFFERS))]
     matches: list[_Match] = []

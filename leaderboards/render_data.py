@@ -20,7 +20,16 @@ def as_csv(board: Board) -> str:
     ends = lambda e: ["" if e is None or not math.isfinite(x) else f"{x:.6g}" for x in _ends(e)]
     currencies = list(dict.fromkeys(c for r in board.rows for c in r.spent))
     embedders = list(dict.fromkeys(name for r in board.rows for name in r.cmmd))
-    head = ["provenance", "rank", "label", "method", *three(f"{board.key} minus {board.baseline}"), "p", "p holm"]
+    head = [
+        "provenance",
+        "rank",
+        "rank worst",
+        "label",
+        "method",
+        *three(f"{board.key} minus {board.baseline}"),
+        "p",
+        "p holm",
+    ]
     for c in board.columns:
         head += [*three(f"{c.key} before"), *three(f"{c.key} after"), *three(f"{c.key} difference")]
     head += [part for name in embedders for part in three(f"cmmd {name}")]
@@ -38,7 +47,8 @@ def as_csv(board: Board) -> str:
     write = csv.writer(out, lineterminator="\n")
     write.writerow(map(plain, head))
     for r in board.rows:
-        line = ["measured", "" if r.rank is None else str(r.rank), r.label, r.method, *ends(r.versus)]
+        ranks = ("", "") if r.rank is None else (str(r.rank.best), str(r.rank.worst))
+        line = ["measured", *ranks, r.label, r.method, *ends(r.versus)]
         line += ["" if x is None or not math.isfinite(x) else f"{x:.6g}" for x in (r.versus and r.versus.p, r.holm)]
         for c in board.columns:
             scores = r.cells.get(c.key)
@@ -51,7 +61,7 @@ def as_csv(board: Board) -> str:
         line += ["; ".join(r.faults), str(r.trials)]
         write.writerow([plain(x) for x in line] + [""] * (len(head) - len(line)))
     for paper in board.reported:
-        line = ["reported", "", paper.method, paper.method]
+        line = ["reported", "", "", paper.method, paper.method]
         tail = [
             paper.metric,
             f"{paper.value:g}",
@@ -102,9 +112,11 @@ def _json_row(board: Board, r: BoardRow) -> dict[str, Any]:
         "label": r.label,
         "method": r.method,
         "kind": r.kind,
-        "rank": r.rank,
+        "rank": r.rank.best if r.rank else None,
+        "rank_worst": r.rank.worst if r.rank else None,
         "settings": dict(r.settings),
         "train_seeds": list(r.seeds),
+        "seed_variance": r.seed_source or None,
         "metrics": metrics,
         "cmmd": {name: _estimate(e) for name, e in r.cmmd.items()},
         "versus_baseline": {**_estimate(r.versus), "p_holm": r.holm} if r.versus else None,
@@ -120,7 +132,7 @@ def _json_row(board: Board, r: BoardRow) -> dict[str, Any]:
 def _estimate(e: Estimate) -> dict[str, Any]:
     """Return the keys of a number; an untested one has no p."""
     tested = {"p": e.p, "mde": e.mde} if e.p is not None else {}
-    estimator = "bootstrap over seeds and prompts" if e.seeds > 1 else "bootstrap over prompts"
+    estimator = "t over seeds and prompts" if e.seeds > 1 else "t over prompts"
     numbers = {"value": e.mean, "stderr": e.se, "ci_low": e.low, "ci_high": e.high, "n_prompts": e.n}
     return {**numbers, **tested, "estimator": estimator}
 

@@ -19,7 +19,7 @@ def _table(board: Board) -> list[list[str]]:
     head += [*(f"CMMD to the base ({name})" for name in embedders), *currencies, "seeds", "marks"]
     lines = [head]
     for r in board.rows:
-        line = [rank(r, board.rows), r.label, cell(r.versus, sign=True), p_value(r.holm)]
+        line = [rank(r), r.label, cell(r.versus, sign=True), p_value(r.holm)]
         for c in columns:
             mine = r.cells.get(c.key)
             before = f"{cell(mine.before)} {ARROW} " if mine and mine.before else ""

@@ -39,7 +39,7 @@ def _required_columns(board: Board) -> list[ColumnText]:
     """Return the columns rank, row, key, difference, p and marks."""
     rows = board.rows
     return [
-        ("", [rank(r, rows) for r in rows]),
+        ("", [rank(r) for r in rows]),
         ("", [plain(r.label) for r in rows]),
         (board.key, _scores(board, board.key)),
         (f"minus {plain(board.baseline)}", [cell(r.versus, sign=True) for r in rows]),

@@ -9,7 +9,7 @@ from typing import Any
 from ..bench.errors import UserError
 from .runs import LoadedRun
 
-RESAMPLES = 2_000  # for intervals of curves and parts, by which nothing is ranked or tested
+RESAMPLES = 2_000  # for intervals of times to a target, by which nothing is ranked or tested
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> Any:

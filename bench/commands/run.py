@@ -155,6 +155,9 @@ def print_run_result(r: Record) -> None:
         style="dim",
         highlight=False,
     )
+    from ..evaluation.seed_library import seed_note
+
+    console.print(seed_note(r), style="dim", highlight=False, markup=False)
     if r.strata:
         console.print()
         console.print(_strata_table(r))

@@ -1,21 +1,22 @@
-"""Ranking: which scorer/metric ranks a table, which rows every table must have, and how rows that tie share a rank."""
+"""Ranking: which scorer/metric ranks a table, which rows every table must have, and between which ranks a row lies."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..stats import significance
 from ..stats.intervals import Estimate
+from ..stats.law import RankInterval, holm, rank_intervals
 
 # A method that does not beat these needs no reinforcement learning. The base model itself is evaluated in every run.
 MANDATORY_BASELINES = ("sft", "best-of-n")
 BINARY_METRICS = ("exact", "correct")  # 1 = right, 0 = wrong
-SIGNIFICANCE = 0.05  # the probability that a table of equal methods has a second rank
+SIGNIFICANCE = 0.05  # the probability that a table of equal methods tells two of them apart
 RANK_RULE = (
-    "Rank: rows sorted by mean; one more than the number of rows that beat a row: the paired difference, by prompt and image on the "
-    "same noise, is significant at 5 %, corrected over all pairs of rows (Holm); never before the row above. Of tables of equal methods "
-    "5 % at most have a second rank. Rows of one rank do not differ significantly; neighbours of different ranks need not either."
+    "Rank: an interval. At best one more than the number of rows that beat a row, at worst the number of rows less those that it "
+    "beats. One row beats another where the paired difference, by prompt and image on the same noise, is significant at 5 %, corrected "
+    "over all pairs of rows (Holm); who beats a winner beats the loser. In 95 % of tables all true ranks lie in their intervals. Rows are "
+    "sorted by mean."
 )
 
 
@@ -53,23 +54,12 @@ def order_by_mean(means: Mapping[str, float]) -> list[str]:
 
 def significant_pairs(differences: Mapping[tuple[str, str], Estimate]) -> set[tuple[str, str]]:
     """The pairs (above, below) of which the first is significantly better; p is Holm-corrected over all pairs."""
-    corrected = significance.holm([math.nan if e.p is None else e.p for e in differences.values()])
+    corrected = holm([math.nan if e.p is None else e.p for e in differences.values()])
     return {
         pair for (pair, e), p in zip(differences.items(), corrected, strict=True) if e.mean > 0 and p < SIGNIFICANCE
     }
 
 
-def ranks(order: Sequence[str], better: set[tuple[str, str]]) -> dict[str, int]:
-    """Rank of each label: one more than the number of rows that beat it, behind each of them, never before the row above.
-
-    All pairs count, not only neighbours: in a long table no row may differ significantly from the next one while the first
-    differs from the last.
-
-    order: labels by falling mean. better: the pairs (above, below) that differ significantly.
-    """
-    by_label: dict[str, int] = {}
-    for place, label in enumerate(order):
-        above = [other for other in order[:place] if (other, label) in better]
-        least = by_label[order[place - 1]] if place else 1
-        by_label[label] = max(least, 1 + len(above), *(1 + by_label[other] for other in above))
-    return by_label
+def ranks(order: Sequence[str], better: set[tuple[str, str]]) -> dict[str, RankInterval]:
+    """Return the interval of each label's rank; better: the pairs (above, below) that differ significantly."""
+    return rank_intervals(order, better)

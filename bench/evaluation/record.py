@@ -43,7 +43,7 @@ class Number(_Part):
 class Difference(Number):
     """After minus before, paired by prompt on the same noise."""
 
-    p: float | None = Field(description="two-sided sign-flip permutation p")
+    p: float | None = Field(description="two-sided, of the paired t-test over prompts; null below five prompts")
     mde: float | None = Field(description="smallest difference this many prompts would show with 80 % power")
 
 

@@ -295,7 +295,7 @@ def _body(card: _ModelCard) -> str:
             "|---|---|---|---|---|---|",
             *rows,
             "",
-            f"Means over the {split} prompts with 95 % intervals (bootstrap over prompts, images of a prompt clustered); differences are "
+            f"Means over the {split} prompts with 95 % intervals (images of a prompt clustered); differences are "
             "paired by prompt on the same noise. Methods are trained on the training scorer alone. One training seed: the intervals do "
             "not cover what another seed would change.",
             "",

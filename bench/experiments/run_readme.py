@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..evaluation.record import Difference, Number, Record, disqualification
+from ..evaluation.seed_library import seed_note
 from ..model_spec import ModelSpec
 from ..models.open import usage
 
@@ -34,9 +35,9 @@ def run_readme(record: Record, model_spec: ModelSpec, has_adapter: bool) -> str:
         "|---|---|---|---|---|",
         *rows,
         "",
-        f"Means over {record.config['evaluation']['split']} prompts with 95 % intervals (clustered bootstrap); "
+        f"Means over {record.config['evaluation']['split']} prompts with 95 % intervals, images of a prompt clustered; "
         "differences are paired by prompt on the same noise.",
-        f"One training seed: the interval does not cover what another seed would change.{selection}",
+        f"{seed_note(record)}{selection}",
         "",
     ]
     if has_adapter:

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from ..errors import UserError
 from .intervals import Estimate, two_level
+from .law import MIN_PROMPTS
 from .resampling import Array, resample_within, weigh
 from .small_samples import stretch, variance_of_mean
 
@@ -42,7 +43,8 @@ def time_to_target(
     (`smooth`), take the last evaluation below the target and the one after it, and read between them along a straight line. A curve
     that is never below needs what its first evaluation had spent. Several seeds are first read, along straight lines, at as many
     evenly spaced spends as the one with fewest evaluations has, up to where the first of them ends.
-    The interval: the curve is resampled as in `two_level`, its deviations stretched evaluation by evaluation, and the rule applied to each.
+    The interval: prompts and seeds of the curve are resampled, its deviations stretched evaluation by evaluation to Student's
+    quantile, and the rule applied to each.
     Prompts without a score at some evaluation are dropped.
 
     Args:
@@ -78,7 +80,7 @@ def time_to_target(
     mean = runs.mean(0)
     at = float(_last_crossing(spent, smooth(mean)[None], target)[0]) if n else math.nan
     v_prompt, k = variance_of_mean(prompts, groups)
-    if not np.isfinite(v_prompt).all():
+    if not np.isfinite(v_prompt).all() or n < MIN_PROMPTS:
         return Estimate(at, math.nan, math.nan, n, math.nan, level, dropped, s)
     off = (resample_within(prompts, groups, resamples, rng) - mean) * math.sqrt(n / (n - k) if s == 1 else 1)
     v_seed = runs.var(0, ddof=1) / s if s > 1 else np.zeros_like(mean)
@@ -99,8 +101,6 @@ def area(
     curves: Sequence[Curve],
     budget: float,
     level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
     strata: Sequence[object] | None = None,
 ) -> Estimate:
     """The mean score over the whole budget: the area under the curve by the trapezoid rule over spend, divided by the budget.
@@ -112,9 +112,7 @@ def area(
         curves: one curve per seed: spends (evaluations,) and scores (n, evaluations).
         budget: in units of the spends.
         level: the coverage of the interval.
-        resamples: number of bootstrap resamples.
-        seed: of the resampling.
-        strata: (n,) labels, e.g. GenEval's tags; the mean is then the mean of the strata's means, prompts are resampled within.
+        strata: (n,) labels, e.g. GenEval's tags; the mean is then the mean of the strata's means.
     """
     if not budget > 0:
         raise UserError(f"a budget must be positive, not {budget}")
@@ -124,7 +122,7 @@ def area(
         grid = np.concatenate([[0.0], spent[inside], [budget]])
         heights = scores @ _interpolation(spent, grid)
         areas.append((heights[:, 1:] + heights[:, :-1]) @ np.diff(grid) / (2 * budget))
-    return two_level(areas, level, resamples, seed, strata)
+    return two_level(areas, level, strata)
 
 
 def _curve(curve: Curve) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Resampling: bootstrap means of prompts within strata, and sign-flip tests; seeded, in chunks of a few MB."""
+"""Resampling: bootstrap means of prompts within strata; seeded, in chunks of a few MB."""
 
 from __future__ import annotations
 
@@ -79,21 +79,3 @@ def single_blas_thread() -> Any:
 def draw_counts(pick: NDArray[np.int32], n: int) -> Array:
     """(resamples, n): how often each of n rows stands in pick (resamples, draws)."""
     return np.stack([np.bincount(row, minlength=n) for row in pick]).astype(np.float64)
-
-
-def sign_flips(x: Array, parts: Array, resamples: int, rng: np.random.Generator) -> list[float]:
-    """Two-sided p of the sums of the columns of x @ parts under random signs of the rows; x (n, m), parts (m, columns).
-
-    Exact for few rows, else (1 + as extreme) / (1 + drawn).
-    """
-    n, total = len(x), x.sum(0) @ parts
-    bar = np.abs(total) - 1e-12 * (np.abs(x).sum(0) @ np.abs(parts))  # the last bits of a sum are no difference
-    if 2**n <= resamples:
-        signs = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
-        return [float(p) for p in (np.abs((2.0 * signs - 1) @ x @ parts) >= bar).mean(0)]
-    rows, extreme = max(1, 1_000_000 // n), np.zeros(parts.shape[1], np.int64)
-    with single_blas_thread():
-        for i in range(0, resamples, rows):
-            signs = np.unpackbits(rng.integers(0, 256, (min(rows, resamples - i), -(-n // 8)), np.uint8), axis=1)[:, :n]
-            extreme += (np.abs(2 * (signs.astype(np.float64) @ x @ parts) - total) >= bar).sum(0)
-    return [float(p) for p in (1 + extreme) / (1 + resamples)]

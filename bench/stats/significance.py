@@ -1,4 +1,4 @@
-"""Significance: McNemar's test, equivalence within a margin, and Holm's correction for many tests."""
+"""Significance: McNemar's test and equivalence within a margin."""
 
 from __future__ import annotations
 
@@ -16,18 +16,8 @@ from .intervals import Estimate, paired
 Verdict = Literal["same", "better", "worse", "cannot tell"]
 
 
-def mcnemar(
-    before: ArrayLike, after: ArrayLike, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Estimate:
-    """Yes or no, one image a prompt (n,): the difference of the shares, p by McNemar's exact test on the changed prompts.
-
-    Args:
-        before: (n,) of 0 and 1.
-        after: (n,) of 0 and 1, in the same order.
-        level: the coverage of the interval.
-        resamples: number of bootstrap resamples.
-        seed: of the resampling.
-    """
+def mcnemar(before: ArrayLike, after: ArrayLike, level: float = 0.95) -> Estimate:
+    """Yes or no, one image a prompt (n,): the difference of the shares, p by McNemar's exact test on the changed prompts."""
     from scipy.stats import binomtest
 
     d = np.asarray(after, np.float64) - np.asarray(before, np.float64)
@@ -35,7 +25,7 @@ def mcnemar(
         raise UserError("McNemar's test takes one yes (1) or no (0) a prompt")
     gained, lost = int((d == 1).sum()), int((d == -1).sum())
     p = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    return replace(paired(before, after, level, resamples, seed), p=p)
+    return replace(paired(before, after, level), p=p)
 
 
 @dataclass(frozen=True)
@@ -53,8 +43,6 @@ def equivalence(
     after: ArrayLike,
     margin: float,
     level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
     strata: Sequence[object] | None = None,
 ) -> Equivalence:
     """Is after the same as before, to within margin (in units of the score)? Two one-sided tests on per-prompt differences.
@@ -70,9 +58,7 @@ def equivalence(
         after: (n,) or (n, images), in the same order.
         margin: in units of the score, above 0.
         level: the coverage of the interval.
-        resamples: number of bootstrap resamples.
-        seed: of the resampling.
-        strata: (n,) labels, e.g. GenEval's tags; the mean is then the mean of the strata's means, prompts are resampled within.
+        strata: (n,) labels, e.g. GenEval's tags; the mean is then the mean of the strata's means.
 
     Raises:
         UserError: when margin <= 0 or the shapes differ.
@@ -81,7 +67,7 @@ def equivalence(
 
     if not margin > 0:
         raise UserError(f"a margin of equivalence must be positive, not {margin}")
-    d = paired(before, after, level, resamples, seed, strata)
+    d = paired(before, after, level, strata)
     if math.isnan(d.se):
         return Equivalence("cannot tell", d, margin, math.nan)
     inside = margin - abs(d.mean)
@@ -89,14 +75,3 @@ def equivalence(
     if p < 1 - level:
         return Equivalence("same", d, margin, p)
     return Equivalence("better" if d.low > 0 else "worse" if d.high < 0 else "cannot tell", d, margin, p)
-
-
-def holm(p: Sequence[float]) -> list[float]:
-    """p values adjusted for being many (Holm 1979): max over smaller ones of (m - rank) p, at most 1; NaN stays, uncounted."""
-    ps = np.asarray(p, np.float64)
-    order = [int(i) for i in np.argsort(ps, kind="stable") if not np.isnan(ps[i])]
-    out, worst = [math.nan] * len(ps), 0.0
-    for rank, i in enumerate(order):
-        worst = max(worst, (len(order) - rank) * float(ps[i]))
-        out[i] = min(worst, 1.0)
-    return out

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpobench.bench.errors import UserError
+from gpobench.bench.evaluation import seed_library
 from gpobench.bench.evaluation.record import Flags, Number, ScorerUse
-from gpobench.bench.stats import intervals, significance
+from gpobench.bench.stats import intervals, law
+from gpobench.bench.stats.intervals import Contrast
 from gpobench.leaderboards.board import Board, BoardRow
 from gpobench.leaderboards.build_board import build_board
 from gpobench.leaderboards.runs import LoadedRun, excluded_runs, load_runs
@@ -31,8 +32,12 @@ def row(b: Board, label: str) -> BoardRow:
     return next(r for r in b.rows if r.label == label)
 
 
+def ranks_of(b: Board) -> dict[str, str]:
+    return {r.label: str(r.rank) for r in b.rows}
+
+
 def table(*folders: Path, **more: Any) -> Board:
-    return build_board(load_runs(folders), resamples=400, **more)
+    return build_board(load_runs(folders), **more)
 
 
 # Reading
@@ -84,7 +89,7 @@ def test_failed_and_unfinished_runs_are_named(make: Make, tmp_path: Path) -> Non
     failed = "gpo on ocr with seed 2 (failed: loss is NaN); gpo on ocr with seed 2 (waiting)"
     assert excluded_runs([file]) == [f"Not in this table: {failed}."] and excluded_runs([file], "counting") == []
     assert excluded_runs([tmp_path / "grid" / "one"]) == []
-    b = build_board(load_runs([tmp_path / "grid"]), resamples=10, notes=excluded_runs([tmp_path / "grid"]))
+    b = build_board(load_runs([tmp_path / "grid"]), notes=excluded_runs([tmp_path / "grid"]))
     assert b.notes[0].startswith("Not in this table") and any("Not all rows have the seeds" in note for note in b.notes)
 
 
@@ -92,7 +97,7 @@ def test_one_task_of_several_is_taken(make: Make, tmp_path: Path) -> None:
     for task in ("ocr", "counting"):
         make(f"both/{task}", "gpo", 0, 0.1, task=task)
     with pytest.raises(UserError, match=r"differ in task: .*\(--task selects one, --across"):
-        build_board(load_runs([tmp_path / "both"]), resamples=10)
+        build_board(load_runs([tmp_path / "both"]))
     assert {r.record.task for r in load_runs([tmp_path / "both"], "counting")} == {"counting"}
     with pytest.raises(UserError, match="did you mean 'ocr'"):
         load_runs([tmp_path / "both"], "orc")
@@ -144,7 +149,7 @@ def test_a_planted_difference_is_ranked(make: Make) -> None:
         make(f"{m}{s}", m, s, gain) for m, gain in (("gpo", 0.2), ("awm", 0.1), ("sft", 0.0001)) for s in range(3)
     ]
     b = table(*folders)
-    assert {r.label: r.rank for r in b.rows} == {"gpo": 1, "awm": 2, "sft": 3, "base": 3}
+    assert ranks_of(b) == {"gpo": "1", "awm": "2", "sft": "3-4", "base": "3-4"}
     assert [r.label for r in b.rows[:2]] == ["gpo", "awm"]
     gpo = row(b, "gpo")
     assert gpo.seeds == (0, 1, 2) and gpo.spent["nfe"] == 1001 and not gpo.single_seed and gpo.kind == "method"
@@ -156,34 +161,61 @@ def test_a_planted_difference_is_ranked(make: Make) -> None:
 
 
 def test_numbers_are_those_of_stats(make: Make) -> None:
+    """Every cell and test is that of its contrast with the variance between seeds moderated over the rows; one seed is lent it."""
     folders = [make(f"{m}{s}", m, s, gain) for m, gain in (("gpo", 0.2), ("awm", 0.1)) for s in range(3)]
     runs = load_runs([*folders, make("sft", "sft")])
-    b = build_board(runs, baseline="awm", resamples=500)
+    b = build_board(runs, baseline="awm")
     after = {m: [r.after[KEY] for r in runs if r.record.method == m] for m in ("gpo", "awm", "sft")}
-    mean = intervals.two_level([intervals.per_prompt(a) for a in after["gpo"]], resamples=500)
-    cell = row(b, "gpo").cells[KEY]
-    assert (cell.after.mean, cell.after.low, cell.after.high) == pytest.approx((mean.mean, mean.low, mean.high))
-    alone = intervals.mean_ci(after["sft"][0], resamples=500)
-    cell = row(b, "sft").cells[KEY]
-    assert (cell.after.low, cell.after.high) == pytest.approx((alone.low, alone.high))
-    gain = intervals.paired(runs[-1].before[KEY], after["sft"][0], resamples=500)
-    assert cell.delta is not None and (cell.delta.low, cell.delta.p) == pytest.approx((gain.low, gain.p))
-    versus = row(b, "gpo").versus
-    alone = intervals.crossed([intervals.Contrast(after["gpo"], after["awm"], test=True)])[0]
-    assert versus is not None and (versus.mean, versus.p) == pytest.approx((alone.mean, alone.p))
-    assert (versus.low, versus.high) == pytest.approx((alone.low, alone.high), abs=0.1 * alone.se)
+    spreads = intervals.table_spreads(after)
+    gain = [runs[-1].after[KEY] - runs[-1].before[KEY]]
+    share = all(map(intervals.is_share, after["gpo"]))
+    expected = intervals.crossed(
+        [
+            Contrast(after["gpo"], spreads=[spreads["gpo"]], share=share),
+            Contrast(gain, test=True, spreads=[spreads["sft"]]),
+            Contrast(after["gpo"], after["awm"], test=True, spreads=[spreads["gpo"], spreads["awm"]]),
+        ]
+    )
+    measured = [row(b, "gpo").cells[KEY].after, row(b, "sft").cells[KEY].delta, row(b, "gpo").versus]
+    for own, alone in zip(measured, expected, strict=True):
+        assert own is not None
+        assert (own.mean, own.low, own.high) == pytest.approx((alone.mean, alone.low, alone.high))
+        assert own.p == (None if alone.p is None else pytest.approx(alone.p))
+    assert expected[1].se > intervals.paired(runs[-1].before[KEY], after["sft"][0]).se
     tested = [r for r in b.rows if r.versus is not None]
     assert row(b, "awm") not in tested and len(tested) == 3
-    assert [r.holm for r in tested] == significance.holm(
-        [r.versus.p for r in tested if r.versus and r.versus.p is not None]
-    )
+    assert [r.holm for r in tested] == law.holm([r.versus.p for r in tested if r.versus and r.versus.p is not None])
+    assert {r.label: r.seed_source for r in b.rows} == {"gpo": "own", "awm": "own", "sft": "table", "base": ""}
+    assert any("sft: the variance between their seeds is lent from the rows" in note for note in b.notes)
 
 
-def test_identical_methods_tie_at_the_top(make: Make, before_and_after: Any) -> None:
-    scores_by_key = {key: before_and_after(0.2, 1) for key in ("engine/exact", KEY)}
-    b = table(*(make(m, m, scores_by_key=scores_by_key) for m in ("gpo", "awm", "dgpo")))
-    assert {r.label: r.rank for r in b.rows} == {"gpo": 1, "awm": 1, "dgpo": 1, "base": 4}
-    assert all(r.single_seed for r in b.rows if r.label != "base")
+def test_rows_of_one_seed_are_never_ranked_without_a_seed_variance(make: Make) -> None:
+    """However large the gain: what another seed would change is unknown, and the table says so."""
+    b = table(*(make(m, m, 0, gain) for m, gain in (("gpo", 0.9), ("awm", 0.5), ("dgpo", 0.0))))
+    assert set(ranks_of(b).values()) == {"1-4"} and all(r.single_seed for r in b.rows if r.label != "base")
+    assert all(r.versus is None or (r.versus.p is None and math.isnan(r.holm)) for r in b.rows)
+    assert any("awm, dgpo" in note and "neither above nor below" in note for note in b.notes)
+
+
+def test_the_library_lends_where_no_row_has_several_seeds(make: Make, before_and_after: Any) -> None:
+    """The shipped entry of the same method, task, model, budget and scorer; another budget has none."""
+    entry = next(e for e in seed_library.entries() if e.method == "gpo" and e.key == "reader/exact" and e.task == "ocr")
+    uses = {"reader": ScorerUse(id="reader-1", role="held-out", calls=0, seconds=0, errors=0)}
+    more: dict[str, Any] = {"scores_by_key": {entry.key: before_and_after(0.3, 1)}, "scorers": uses}
+    lent = table(make("a", config={"budget": {"name": "x", **entry.budget}}, **more))
+    assert row(lent, "gpo").seed_source == "library" and ranks_of(lent) == {"gpo": "1", "base": "2"}
+    versus = row(lent, "gpo").versus
+    assert versus is not None and versus.se >= entry.sd and any("shipped library" in note for note in lent.notes)
+    other = table(make("b", config={"budget": {"name": "x", "nfe": 77.0}}, **more))
+    assert row(other, "gpo").seed_source == "unknown" and set(ranks_of(other).values()) == {"1-2"}
+
+
+def test_below_five_prompts_nothing_is_ranked(make: Make, before_and_after: Any) -> None:
+    scores = {s: {KEY: before_and_after(0.5, s, prompts=4)} for s in range(3)}
+    b = table(*(make(f"a{s}", "gpo", s, scores_by_key=scores[s]) for s in range(3)))
+    versus = row(b, "gpo").versus
+    assert versus is not None and versus.mean > 0.4 and math.isnan(versus.low) and versus.p is None
+    assert set(ranks_of(b).values()) == {"1-2"}
 
 
 def test_settings_make_rows_of_their_own(make: Make) -> None:
@@ -217,9 +249,9 @@ def test_order_changes_nothing(data: st.DataObject, make: Make, tmp_path: Path) 
         )
         for r in runs
     ]  # fmt: skip
-    first = build_board(runs, resamples=100)
-    assert build_board(shuffled, resamples=100) == first
-    other = build_board(moved, resamples=100)
+    first = build_board(runs)
+    assert build_board(shuffled) == first
+    other = build_board(moved)
     assert [(r.label, r.rank) for r in other.rows] == [(r.label, r.rank) for r in first.rows]
     assert [r.cells[KEY].after.mean for r in other.rows] == pytest.approx([r.cells[KEY].after.mean for r in first.rows])
 
@@ -232,7 +264,7 @@ def in_memory(run: LoadedRun, method: str, seed: int, after: np.ndarray) -> Load
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(gains=st.lists(st.sampled_from([0.0, 0.005, 0.1, 0.5]), min_size=1, max_size=6), data=st.data())
 def test_ranks_and_holm_are_laws(gains: list[float], data: st.DataObject, make: Make, tmp_path: Path) -> None:
-    """Ranks rise with falling means and are no later than places; who is beaten, corrected over all pairs, stands behind.
+    """Means fall, every interval of ranks holds the row's place, and who is beaten cannot be first.
 
     A smaller p is never corrected to a larger one.
     """
@@ -243,30 +275,15 @@ def test_ranks_and_holm_are_laws(gains: list[float], data: st.DataObject, make: 
         for k, gain in enumerate(gains)
         for s in range(seeds)
     ]
-    b = build_board(runs, resamples=100)
+    b = build_board(runs)
     means = [r.cells[KEY].after.mean for r in b.rows]
-    ranks = [r.rank for r in b.rows if r.rank is not None]
-    assert (
-        means == sorted(means, reverse=True) and ranks == sorted(ranks) and ranks[0] == 1 and len(ranks) == len(b.rows)
-    )
-    assert all(rank <= place for place, rank in enumerate(ranks, start=1))
-    ends = {r.label: [x.after[KEY] for x in runs if x.record.method == r.label] or [run.before[KEY]] for r in b.rows}
-    order = [r.label for r in b.rows]
-    pairs = list(combinations(order, 2))
-    differences = [
-        intervals.crossed(
-            [intervals.Contrast(ends[first], ends[second], test=True, lend="base" not in (first, second))],
-            resamples=max(100, 40 * len(pairs)),
-        )[0]
-        for first, second in pairs
-    ]
-    corrected = significance.holm([d.p for d in differences if d.p is not None])
-    significant = {pair for pair, d, p in zip(pairs, differences, corrected, strict=True) if d.mean > 0 and p < 0.05}
-    for k, below in enumerate(b.rows):
-        better = [above for above in b.rows[:k] if (above.label, below.label) in significant]
-        assert all(above.rank < below.rank for above in better)
-        assert below.rank == max([1 + len(better), *ranks[:k], *(1 + above.rank for above in better)])
+    assert means == sorted(means, reverse=True)
+    for place, r in enumerate(b.rows, start=1):
+        assert r.rank is not None and 1 <= r.rank.best <= place <= r.rank.worst <= len(b.rows)
+        if seeds == 1:
+            assert (r.rank.best, r.rank.worst) == (1, len(b.rows))
     tested = sorted((r.versus.p, r.holm) for r in b.rows if r.versus and r.versus.p is not None)
+    assert bool(tested) is (seeds > 1)
     assert [h for _, h in tested] == sorted(h for _, h in tested) and all(p <= h <= 1 for p, h in tested)
 
 
@@ -305,7 +322,7 @@ def test_columns_are_ordered_by_role(make: Make, before_and_after: Any) -> None:
     for bad in ("drift-clip/paired", "engine/exakt"):
         with pytest.raises(UserError, match="unknown scorer/metric"):
             build_board(load_runs([Path(b.rows[0].folders[0])]), key=bad)
-    assert build_board(load_runs([Path(b.rows[0].folders[0])]), key="engine/soft", resamples=50).key == "engine/soft"
+    assert build_board(load_runs([Path(b.rows[0].folders[0])]), key="engine/soft").key == "engine/soft"
 
 
 def test_cmmd_of_several_seeds(make: Make) -> None:
@@ -345,9 +362,9 @@ def test_more_than_half_a_percent_without_a_score_is_no_rank(
     )
     gpo = row(b, "gpo")
     assert gpo.invalid is invalid and (gpo.rank is None) is invalid and gpo.cells[KEY].errors == holes
-    assert math.isnan(gpo.holm) is invalid
+    assert (gpo.seed_source, gpo.single_seed) == ("unknown", True)
     assert any("gpo" in note and "not ranked" in note for note in b.notes) is invalid
-    assert row(b, "awm").rank == (1 if invalid else 2)
+    assert ranks_of(b)["awm"] == ("1-2" if invalid else "1-3")
 
 
 def test_scores_that_were_edited_are_not_believed(make: Make) -> None:
@@ -442,7 +459,7 @@ def test_another_machines_last_bits_are_noted_on_any_scale(scale: float, make: M
     assert any("rounding on another machine" in note for note in b.notes)
     assert any("2 machines" in note for note in b.notes)
     # it changed nothing, so it is no better than the base that it had
-    assert (versus := row(b, "awm").versus) and versus.mean == 0 and versus.p == 1
+    assert (versus := row(b, "awm").versus) and (versus.mean, versus.low, versus.high) == (0, 0, 0)
     with pytest.raises(UserError, match="the base's other/exact"):
         table(first, make("c", "awm", scores_by_key={KEY: (far, far)}))
 
@@ -456,7 +473,7 @@ def test_equal_methods_share_a_rank(make: Make, tables: int, most: int) -> None:
     for _ in range(tables):
         seeds = [(f"m{k}", s, rng.normal(0, 0.02)) for k in range(11) for s in range(3)]
         runs = [in_memory(run, m, s, run.before[KEY] + gain + rng.normal(0, 0.1, (40, 2))) for m, s, gain in seeds]
-        second += max(r.rank or 1 for r in build_board(runs, resamples=100).rows) > 1
+        second += any(r.rank is not None and r.rank.best > 1 for r in build_board(runs).rows)
     assert second <= most
 
 
@@ -465,20 +482,19 @@ def test_what_did_not_change_is_not_told_from_the_base(make: Make) -> None:
     run = load_runs([make("one")])[0]
     soft = np.random.default_rng(1).choice([0.1, 0.2, 0.4, 0.6, 0.8], (328, 2))
     run = replace(run, before={KEY: soft}, after={KEY: soft}, strata=("",) * 328)
-    b = build_board([in_memory(run, m, s, soft.copy()) for m in ("a", "b") for s in range(3)], resamples=100)
-    assert {r.rank for r in b.rows} == {1}
+    b = build_board([in_memory(run, m, s, soft.copy()) for m in ("a", "b") for s in range(3)])
+    assert set(ranks_of(b).values()) == {"1-3"}
     assert all(r.versus and (r.versus.mean, r.versus.p) == (0, 1) for r in b.rows if r.kind != "base")
 
 
 def test_a_few_changed_prompts_are_no_second_rank(make: Make) -> None:
-    """Two prompts gained and none lost have a sign-flip p of .5, whatever a bootstrap of them never leaves."""
+    """Two prompts gained and none lost, the same under three seeds."""
     run = load_runs([make("one")])[0]
     after = run.before[KEY].copy()
     after[:2] += 0.5
-    b = build_board([in_memory(run, "a", 0, after)], resamples=1000)
-    assert (
-        {r.rank for r in b.rows} == {1} and (versus := row(b, "a").versus) and versus.p == pytest.approx(0.5, abs=0.06)
-    )
+    b = build_board([in_memory(run, "a", s, after) for s in range(3)])
+    versus = row(b, "a").versus
+    assert set(ranks_of(b).values()) == {"1-2"} and versus is not None and versus.p is not None and versus.p > 0.1
 
 
 def test_two_scores_of_one_image_are_refused(make: Make, sealed: Callable[[Path], Path]) -> None:
@@ -493,6 +509,6 @@ def test_two_scores_of_one_image_are_refused(make: Make, sealed: Callable[[Path]
 def test_a_scorer_that_one_run_lacks_leaves_a_gap(make: Make, before_and_after: Any) -> None:
     both = {key: before_and_after(0.1, 3) for key in ("engine/exact", KEY)}
     b = table(make("a", scores_by_key=both), make("b", "awm", scores_by_key={"engine/exact": both["engine/exact"]}))
-    assert KEY not in row(b, "awm").cells and row(b, "awm").rank is None and row(b, "gpo").rank == 1
+    assert KEY not in row(b, "awm").cells and row(b, "awm").rank is None and ranks_of(b)["gpo"] == "1-2"
     assert any(note.startswith("other scored 2 of 3 rows") for note in b.notes)
     assert row(table(*(Path(f) for r in b.rows for f in r.folders), key="engine/exact"), "awm").rank is not None

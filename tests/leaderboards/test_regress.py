@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation import record
 from gpobench.bench.evaluation.record import Flags, ScorerUse
-from gpobench.bench.stats.significance import holm
+from gpobench.bench.stats.law import holm
 from gpobench.leaderboards import render_regression
 from gpobench.leaderboards.baseline import baseline_files, read_baseline, scores_path
 from gpobench.leaderboards.baseline_runs import BaselineRun, RunOptions, run_baselines

@@ -51,7 +51,7 @@ class Seen(HTMLParser):
 
 def made(*run_dirs: Path, **more: Any) -> str:
     runs = load_runs(run_dirs)
-    table = build_board(runs, resamples=200, **more)
+    table = build_board(runs, **more)
     return page(table, read_report_data(table, runs))
 
 
@@ -62,7 +62,7 @@ def data(text: str) -> dict[str, Any]:
 def test_it_says_what_the_table_says(make_full: Make) -> None:
     run_dirs = [make_full(f"{m}{s}", m, s, g) for m, g in (("gpo", 0.3), ("awm", 0.1)) for s in (0, 1)]
     text = made(*run_dirs)
-    table = build_board(load_runs(run_dirs), resamples=200)
+    table = build_board(load_runs(run_dirs))
     seen = Seen(text)
     for row in table.rows:
         assert row.label in seen.words
@@ -136,7 +136,7 @@ def test_twelve_methods_of_three_seeds_stay_small(make_full: Make) -> None:
 
 def test_plots_are_the_same_bytes_again(make_full: Make, tmp_path: Path) -> None:
     runs = load_runs([make_full("a", "gpo", 0, 0.3), make_full("b", "$x^", 0, 0.1)])  # a name is no formula
-    table = build_board(runs, resamples=200)
+    table = build_board(runs)
     report_data = read_report_data(table, runs)
     once, again = write_figures(table, report_data, tmp_path / "p"), write_figures(table, report_data, tmp_path / "q")
     assert [p.name for p in once] == ["curves.svg", "curves.png", "pareto.svg", "pareto.png"]

@@ -42,7 +42,7 @@ def file(make_full_at: Callable[..., Path], tmp_path_factory: pytest.TempPathFac
         for s in seeds.get(m, (0,))
     ]
     runs = load_runs(run_dirs)
-    table = build_board(runs, resamples=200)
+    table = build_board(runs)
     path = folder / "report.html"
     path.write_text(page(table, read_report_data(table, runs)), "utf-8")
     return path

@@ -21,7 +21,6 @@ from gpobench.leaderboards.curves import curve as read_curve
 from gpobench.leaderboards.curves import pace as read_pace
 from gpobench.leaderboards.measures import measures
 from gpobench.leaderboards.rows import runs_by_row
-from gpobench.leaderboards.run_files import RESAMPLES
 from gpobench.leaderboards.runs import load_runs
 
 Make = Callable[..., Path]
@@ -37,7 +36,7 @@ def test_a_single_seed_keeps_its_own_eval_points(make_full: Make) -> None:
     table = pd.read_parquet(run.folder / "curve.parquet")
     for k, e in enumerate(curve.scores[KEY]):
         values = table[(table.eval_point == k) & (table.scorer == "other")].value.to_numpy()
-        own = intervals.mean_ci(values, resamples=RESAMPLES)
+        (own,) = intervals.crossed([intervals.Contrast([values])])
         assert (e.mean, e.low, e.high) == pytest.approx((own.mean, own.low, own.high))
 
 
@@ -59,7 +58,7 @@ def test_the_pace_is_read_off_the_curves(make_full: Make) -> None:
     """Straight lines from the same base: the steepest has half the best gain at half the budget, a flat one never."""
     folders = [make_full(f"{m}{s}", m, s, gain) for m, gain in (("gpo", 0.4), ("awm", 0.1)) for s in range(2)]
     runs = load_runs(folders)
-    rows = runs_by_row(build_board(runs, resamples=50).rows, runs)
+    rows = runs_by_row(build_board(runs).rows, runs)
     curves = [c for label in ("gpo", "awm") if (c := read_curve(label, rows[label], "nfe"))]
     pace = read_pace(curves, rows, KEY, "nfe", 1000.0)
     assert pace is not None and set(pace.rows) == {"gpo", "awm"}
@@ -82,7 +81,7 @@ def test_a_run_without_eval_points_has_no_curve_and_a_damaged_file_is_named(make
 
 def test_a_part_is_the_mean_of_its_prompts(make: Make) -> None:
     runs = load_runs([make("a", strata=["long" if p < 30 else "short" for p in range(40)])])
-    made = build_board(runs, key=KEY, resamples=100)
+    made = build_board(runs, key=KEY)
     texts = ["a sign" for _ in range(40)]
     (parts,) = breakdowns(made.key, runs_by_row(made.rows, runs), texts)
     assert (parts.name, parts.parts, parts.prompts) == ("By kind of prompt", ["long", "short"], [30, 10])
@@ -95,7 +94,7 @@ def test_a_part_is_the_mean_of_its_prompts(make: Make) -> None:
 
 def test_prompts_are_parted_by_length_and_by_number(make: Make) -> None:
     runs = load_runs([make("a")])
-    made = build_board(runs, key=KEY, resamples=100)
+    made = build_board(runs, key=KEY)
     texts = [f'{("two", "three")[p % 2]} signs that say "one{"x" * (p % 20)}"' for p in range(40)]
     lengths, numbers = breakdowns(made.key, runs_by_row(made.rows, runs), texts)
     assert (numbers.name, numbers.parts) == ("By the number named", ["2", "3"])  # "one" is quoted, and counts nothing
@@ -162,7 +161,7 @@ def test_less_of_drift_and_of_spend_is_better(
         "drift-x/paired": (np.zeros((40, 2)), np.ones((40, 2))),
     }
     runs = load_runs([make("a", scores_by_key=scores_by_key)])
-    by_name = {m.name: m for m in measures(build_board(runs, resamples=100))}
+    by_name = {m.name: m for m in measures(build_board(runs))}
     assert {name for name, m in by_name.items() if m.less} == {"drift-x/paired (drift)", "spent: nfe", "spent: seconds"}
     assert by_name["spent: nfe"].values["base"].mean == 0 and by_name["spent: nfe"].values["gpo"].mean == 1000
     assert by_name["drift-x/paired (drift)"].values["base"].mean == 0

@@ -46,12 +46,13 @@ def test_mandatory_baselines_are_registered() -> None:
     assert set(MANDATORY_BASELINES) <= set(registry.entries("method"))
 
 
-def test_rows_without_a_significant_difference_share_a_rank() -> None:
+def test_rows_without_a_significant_difference_have_overlapping_ranks() -> None:
     order = order_by_mean({"c": 0.1, "a": 0.3, "b": 0.2, "d": math.nan})
     assert order == ["a", "b", "c"]
-    assert ranks(order, set()) == {"a": 1, "b": 1, "c": 1}
-    assert ranks(order, {("a", "c")}) == {"a": 1, "b": 1, "c": 2}
-    assert ranks(order, {("a", "b"), ("a", "c")}) == {"a": 1, "b": 2, "c": 2}
+    shown = lambda better: {label: str(rank) for label, rank in ranks(order, better).items()}
+    assert shown(set()) == {"a": "1-3", "b": "1-3", "c": "1-3"}
+    assert shown({("a", "c")}) == {"a": "1-2", "b": "1-3", "c": "2-3"}
+    assert shown({("a", "b"), ("a", "c")}) == {"a": "1", "b": "2-3", "c": "2-3"}
 
 
 def test_p_is_corrected_over_all_pairs() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable
@@ -24,11 +23,12 @@ from gpobench.bench.stats.intervals import (
     paired,
     per_prompt,
     proportion,
+    table_spreads,
     two_level,
 )
+from gpobench.bench.stats.law import SeedVariance, holm
 from gpobench.bench.stats.resampling import resampled_means
-from gpobench.bench.stats.significance import equivalence, holm, mcnemar
-from gpobench.bench.stats.small_samples import mde
+from gpobench.bench.stats.significance import equivalence, mcnemar
 
 nan = math.nan
 Draw = Callable[[np.random.Generator], np.ndarray]
@@ -61,39 +61,54 @@ def test_the_standard_error_is_the_clustered_one():
     assert mean_ci(values).se == pytest.approx(float(fit.bse[0]) * math.sqrt(60 / 59), rel=1e-9)
 
 
-def test_the_bootstrap_agrees_with_scipys_and_with_the_t_interval():
+def test_the_interval_is_students():
     x = rng().normal(size=400)
     e = mean_ci(x)
-    theirs = scipy.stats.bootstrap(
-        (x,), np.mean, n_resamples=10_000, rng=rng(), method="percentile"
-    ).confidence_interval
-    assert (e.low, e.high) == pytest.approx((theirs.low, theirs.high), abs=0.006)
-    assert (e.low, e.high) == pytest.approx(scipy.stats.t.interval(0.95, 399, x.mean(), scipy.stats.sem(x)), abs=0.006)
+    assert (e.low, e.high) == pytest.approx(scipy.stats.t.interval(0.95, 399, x.mean(), scipy.stats.sem(x)))
     assert e.se == pytest.approx(scipy.stats.sem(x))
     assert mean_ci(x, level=0.8).high < e.high
 
 
-def test_one_seed_one_answer():
+def test_no_global_random_state_is_touched():
     x = rng().random(30)
-    assert mean_ci(x, seed=3) == mean_ci(x, seed=3) != mean_ci(x, seed=4)
-    assert paired(x, x**2, seed=3) == paired(x, x**2, seed=3)
     state = np.random.get_state()[1].copy()  # type: ignore
     two_level([x, x**2])
     assert (np.random.get_state()[1] == state).all()  # type: ignore
 
 
-@pytest.mark.parametrize("values", [[], [0.3], [nan, nan], [0.4, nan]])
-def test_too_few_prompts_have_no_interval(values: list[float]):
+@pytest.mark.parametrize("values", [[], [0.3], [nan, nan], [0.4, nan], [0.4, 0.2, 0.9, 0.1, nan]])
+def test_below_five_prompts_there_is_no_interval_and_no_test(values: list[float]):
     e = mean_ci(values)
-    assert math.isnan(e.low) and math.isnan(e.high) and e.n == np.isfinite(values).sum()
-    assert e.n == 0 or e.mean == values[0]
+    assert math.isnan(e.low) and math.isnan(e.high) and math.isnan(e.se) and e.n == np.isfinite(values).sum() < 5
+    assert e.n == 0 or e.mean == pytest.approx(np.nanmean(values))
+    for other in (paired(np.zeros(len(values)), values), two_level([values] * 3)):
+        assert math.isnan(other.low) and other.p is None and other.mde is None
+    assert equivalence(np.zeros(len(values)), values, margin=5).verdict == "cannot tell"
 
 
-def test_equal_scores_have_width_zero_and_wilson_has_not():
-    e = mean_ci(np.ones(20))
-    assert (e.low, e.mean, e.high) == pytest.approx((1, 1, 1)) and str(e) == "1 [1, 1]"
+def test_shares_of_none_and_all_have_an_interval():
+    """Twenty right prompts of twenty are no certainty; scores that lie elsewhere and do not vary have width 0."""
+    e = mean_ci(np.ones((20, 4)))
+    assert e.mean == pytest.approx(1) == e.high and 0.80 < e.low < 0.84
+    assert mean_ci(np.zeros(20)).high == pytest.approx(1 - e.low)
+    same = mean_ci(np.full(20, 3.0))
+    assert (same.low, same.mean, same.high) == (3, 3, 3) and str(same) == "3 [3, 3]"
+    half = mean_ci(np.full(20, 0.5))
+    assert half.low == half.high == pytest.approx(0.5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=3, max_size=3), min_size=5, max_size=30))
+def test_the_interval_of_a_share_lies_between_0_and_1_and_holds_the_mean(right: list[list[float]]):
+    e = mean_ci(right)
+    assert -1e-12 <= e.low <= e.mean + 1e-12 and e.mean - 1e-12 <= e.high <= 1 + 1e-12
+
+
+def test_wilsons_interval_of_one_yes_or_no_a_prompt():
     w = proportion(20, 20)
     assert w.low == pytest.approx(0.8389, abs=1e-4) and w.mean == 1
+    e, w = mean_ci([1.0] * 30 + [0.0] * 170), proportion(30, 200)
+    assert (e.low, e.high) == pytest.approx((w.low, w.high), abs=0.002)
 
 
 @pytest.mark.parametrize("k,n", [(0, 5), (3, 10), (50, 553), (10, 10)])
@@ -135,32 +150,34 @@ NULLS: dict[str, tuple[Draw, float]] = {
 }
 
 
-def coverage(draw: Draw, truth: float, times: int, resamples: int) -> float:
+def coverage(draw: Draw, truth: float, times: int) -> float:
     hits = 0
     for i in range(times):
-        e = mean_ci(draw(rng(i)), resamples=resamples, seed=i)
+        e = mean_ci(draw(rng(i)))
         hits += e.low - 1e-12 <= truth <= e.high + 1e-12
     return hits / times
 
 
 @pytest.mark.parametrize("name", ["normal", "four images"])
 def test_the_interval_covers(name: str):
-    assert 0.91 <= coverage(*NULLS[name], times=300, resamples=1000) <= 0.985
+    assert 0.91 <= coverage(*NULLS[name], times=300) <= 0.985
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NULLS)
 def test_the_interval_covers_at_its_level(name: str):
-    assert 0.93 <= coverage(*NULLS[name], times=1000, resamples=4000) <= 0.97
+    assert 0.93 <= coverage(*NULLS[name], times=1000) <= 0.97
 
 
 def test_the_paired_test_holds_its_level_and_has_its_power():
     """300 nulls reject about 5 %; 300 differences of one MDE are found about 80 % of the time."""
     found, size = 0, 0
+    planned = paired(np.zeros(40), scipy.stats.norm.ppf((np.arange(40) + 0.5) / 40)).mde
+    assert planned is not None
     for i in range(300):
         a, noise = rng(i).normal(size=40), rng(i + 1000).normal(size=40)
-        size += (paired(a, a + noise, resamples=400, seed=i).p or 0) <= 0.05
-        found += (paired(a, a + noise + mde(1.0, 40), resamples=400, seed=i).p or 1) <= 0.05
+        size += (paired(a, a + noise).p or 0) <= 0.05
+        found += (paired(a, a + noise + planned).p or 1) <= 0.05
     assert 0.02 <= size / 300 <= 0.09 and 0.72 <= found / 300 <= 0.88
 
 
@@ -183,37 +200,23 @@ def test_pairing_is_narrower_than_two_samples():
     assert e.se < mean_ci(a).se / 5 and e.p is not None and e.p < 0.01 and e.low > 0
 
 
-@pytest.mark.parametrize("n", [4, 8, 13])
-def test_sign_flips_are_exact_for_few_prompts(n: int):
-    d = rng(n).normal(0.5, 1, n)
-    flips = [abs(np.dot(s, d)) >= abs(d.sum()) - 1e-12 for s in itertools.product((1, -1), repeat=n)]
-    assert paired(np.zeros(n), d).p == pytest.approx(np.mean(flips))
+@pytest.mark.parametrize("n", [5, 13, 120])
+def test_p_is_the_paired_t_tests(n: int):
+    before, after = rng(n).normal(size=(2, n))
+    assert paired(before, after).p == pytest.approx(scipy.stats.ttest_rel(after, before).pvalue)
+    assert paired(before, before).p == 1
 
 
-def test_sign_flips_agree_with_scipy_for_many():
-    d = rng().normal(0.15, 1, 120)
-    theirs = scipy.stats.permutation_test(
-        (d, np.zeros(120)), lambda x, y, axis: (x - y).mean(axis), permutation_type="samples", vectorized=True,
-        n_resamples=10_000, rng=rng(),
-    ).pvalue  # fmt: skip
-    assert paired(np.zeros(120), d).p == pytest.approx(theirs, abs=0.02)
-    assert paired(d, d).p == 1
-
-
-@pytest.mark.parametrize("n", [2, 5, 30, 553, 10_000])
-@pytest.mark.parametrize("power", [0.8, 0.9])
-def test_mde_is_the_t_tests(n: int, power: float):
-    d = mde(1.7, n, power=power) / 1.7
-    bar, df, ncp = scipy.stats.t.ppf(0.975, n - 1), n - 1, d * math.sqrt(n)
-    assert scipy.stats.nct.sf(bar, df, ncp) == pytest.approx(power, abs=1e-6)
-    if n > 2:
-        solve = pytest.importorskip("statsmodels.stats.power").TTestPower().solve_power
-        assert d == pytest.approx(float(np.squeeze(solve(nobs=n, alpha=0.05, power=power))), rel=1e-4)
-
-
-def test_mde_of_nothing_is_unknown():
-    assert math.isnan(mde(1.0, 1)) and math.isnan(mde(nan, 9))
-    assert paired(np.zeros(9), np.arange(9.0)).mde == pytest.approx(mde(np.arange(9).std(ddof=1), 9))
+@pytest.mark.parametrize("n", [5, 30, 553, 10_000])
+def test_mde_is_the_t_tests(n: int):
+    x = scipy.stats.norm.ppf((np.arange(n) + 0.5) / n)
+    e = paired(np.zeros(n), x)
+    assert e.mde is not None
+    d = e.mde / x.std(ddof=1)
+    bar = scipy.stats.t.ppf(0.975, n - 1)
+    assert scipy.stats.nct.sf(bar, n - 1, d * math.sqrt(n)) == pytest.approx(0.8, abs=1e-3)
+    solve = pytest.importorskip("statsmodels.stats.power").TTestPower().solve_power
+    assert d == pytest.approx(float(np.squeeze(solve(nobs=n, alpha=0.05, power=0.8))), rel=1e-3)
 
 
 def test_mcnemar_is_statsmodels():
@@ -275,10 +278,7 @@ def test_equivalence_is_statsmodels_tost():
 
 def test_what_lies_on_the_margin_is_rarely_called_the_same():
     """The error of equivalence: a difference as large as the margin passes for none at most one time in twenty."""
-    called = [
-        equivalence(np.zeros(40), rng(i + 10**6).normal(0.3, 1, 40), 0.3, resamples=20, seed=i).verdict == "same"
-        for i in range(500)
-    ]
+    called = [equivalence(np.zeros(40), rng(i + 10**6).normal(0.3, 1, 40), 0.3).verdict == "same" for i in range(500)]
     assert np.mean(called) <= 0.07
 
 
@@ -298,8 +298,8 @@ def test_a_reported_number_may_stand_for_before():
 
 
 def test_two_level_of_one_seed_is_one_level():
-    x = rng().random(40)
-    assert two_level([x]) == mean_ci(x)
+    x = rng().normal(size=40)
+    assert numbers(two_level([x])) == pytest.approx(numbers(mean_ci(x)), nan_ok=True)
     with pytest.raises(UserError, match="same prompts"):
         two_level([x, x[1:]])
     with pytest.raises(UserError):
@@ -307,10 +307,11 @@ def test_two_level_of_one_seed_is_one_level():
 
 
 def test_two_level_counts_both_spreads():
+    """Seeds that shift all prompts alike leave no residual: the variances add up."""
     base = rng().normal(size=100)
     still = two_level([base, base, base])
     assert still.se == pytest.approx(mean_ci(base).se) and still.seeds == 3
-    assert still.high - still.low == pytest.approx(mean_ci(base).high - mean_ci(base).low, rel=0.05)
+    assert still.high - still.low == pytest.approx(mean_ci(base).high - mean_ci(base).low)
     moved = two_level([base - 0.5, base, base + 0.5])
     assert moved.se == pytest.approx(math.sqrt(mean_ci(base).se ** 2 + 0.25 / 3))
     assert moved.high - moved.low > 4 * still.se
@@ -325,7 +326,7 @@ def test_two_level_covers(spread: float):
     for i in range(200):
         r = rng(i)
         base = r.normal(size=50)
-        e = two_level([r.normal(0, spread) + base + r.normal(0, 0.3, 50) for _ in range(3)], resamples=500, seed=i)
+        e = two_level([r.normal(0, spread) + base + r.normal(0, 0.3, 50) for _ in range(3)])
         hits += e.low <= 0 <= e.high
     assert 0.92 <= hits / 200 <= 0.995
 
@@ -338,76 +339,56 @@ def test_two_level_weighs_strata_the_same():
     e = two_level(seeds, strata=tags)
     assert e.mean == pytest.approx((base[:40].mean() + base[40:].mean()) / 2)
     assert e.se == pytest.approx(math.sqrt((base[:40].var(ddof=1) / 40 + base[40:].var(ddof=1) / 80) / 4 + 0.04 / 3))
-    assert two_level(seeds[:1], strata=tags) == mean_ci(seeds[0], strata=tags)
     assert two_level(seeds, strata=["same"] * 120) == two_level(seeds)
     with pytest.raises(UserError, match="one stratum a prompt"):
         two_level(seeds, strata=tags[1:])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds,spread", [(2, 0.3), (3, 0.0), (3, 0.3), (3, 1.0), (5, 0.3)])
-def test_two_level_with_strata_covers_at_its_level(seeds: int, spread: float):
-    """Also where seeds dominate, of which there are few."""
-    hits, tags = 0, [0] * 30 + [1] * 60
-    for i in range(1000):
-        r = rng(i + 10**6)
-        base = r.normal(size=90)
-        runs = [r.normal(0, spread) + base + r.normal(0, 0.3, 90) for _ in range(seeds)]
-        e = two_level(runs, resamples=1000, seed=i, strata=tags)
-        hits += e.low <= 0 <= e.high
-    assert 0.93 <= hits / 1000 <= 0.98
-
-
-# Many contrasts at once
+# Many contrasts
 
 
 def numbers(e: Estimate) -> list[float]:
     return [nan if v is None else float(v) for v in vars(e).values()]
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 9, 300])
+@pytest.mark.parametrize("n", [0, 1, 4, 30])
 @pytest.mark.parametrize("tagged", [False, True])
 def test_crossed_is_the_loop(n: int, tagged: bool):
-    """To rounding, what `mean_ci`, `paired` and `two_level` say one by one; what stands beside it changes nothing."""
+    """What stands beside a contrast changes nothing in it."""
     before, after = rng(n).random((2, n, 3))
     if n > 5:
         before[2, 1], after[3] = nan, nan
     tags = [i % 2 for i in range(n)] if tagged else None
-    seeds = [rng(i).random(n) for i in range(3)]
-    alone = [mean_ci(before, strata=tags), two_level(seeds, strata=tags)]
-    asked = [Contrast([before]), Contrast(seeds)]
-    if n:
-        alone.append(paired(before, after, strata=tags))
-        asked.append(Contrast([after], [before], test=True))
-    if tagged and n > 2:
-        alone.append(mean_ci(seeds[1], strata=tags))
-        asked.append(Contrast([seeds[1]]))
-    for got in (crossed(asked[:1] + asked[2:3], strata=tags), [crossed([a], strata=tags)[0] for a in asked]):
-        expected = alone[:1] + alone[2:3] if len(got) != len(alone) else alone
-        for e, same in zip(got, expected, strict=True):
+    seeds = [rng(i).random((n, 3)) for i in range(3)]
+    asked = [Contrast([before], share=True), Contrast(seeds), Contrast([after], [before], test=True)]
+    alone = [mean_ci(before, strata=tags), two_level(seeds, strata=tags), paired(before, after, strata=tags)]
+    for got in (crossed(asked, strata=tags), [crossed([a], strata=tags)[0] for a in asked]):
+        for e, same in zip(got, alone, strict=True):
             assert np.allclose(numbers(e), numbers(same), rtol=0, atol=1e-12, equal_nan=True)
 
 
-def test_crossed_against_closed_forms():
-    """Welch's variance and degrees of freedom, Student's p, and nothing known of the spread of a single seed."""
+def test_a_difference_of_rows_has_both_sides_noise():
+    """The prompts' variance of the difference, less the residuals, plus both sides' variance between seeds over their seeds."""
     r = rng(3)
     ours = [r.normal(0.2, 1, 80) + shift for shift in (-0.1, 0.0, 0.2)]
     theirs = [r.normal(0.0, 1, 80) + shift for shift in (-0.05, 0.05)]
-    e = crossed([Contrast(ours, theirs, test=True)])[0]
-    d = np.mean(ours, 0) - np.mean(theirs, 0)
-    parts = [
-        (d.var(ddof=1) / 80, 79),
-        (np.var([x.mean() for x in ours], ddof=1) / 3, 2),
-        (np.var([x.mean() for x in theirs], ddof=1) / 2, 1),
+    known = [
+        SeedVariance(np.array(v), np.array(residual), np.array(df), np.array(False))
+        for v, residual, df in ((0.04, 0.01, 9.0), (0.02, 0.0, 4.0))
     ]
-    se = math.sqrt(sum(v for v, _ in parts))
-    df = se**4 / sum(v**2 / k for v, k in parts)
+    e = crossed([Contrast(ours, theirs, test=True, spreads=known)])[0]
+    d = np.mean(ours, 0) - np.mean(theirs, 0)
+    se = math.sqrt(d.var(ddof=1) / 80 - 0.01 / 3 + 0.04 / 3 + 0.02 / 2)
     assert e.mean == pytest.approx(d.mean()) and e.se == pytest.approx(se) and e.seeds == 3
-    assert e.p == pytest.approx(2 * scipy.stats.t.sf(abs(e.mean) / se, df))
-    assert e.mde is not None and scipy.stats.nct.sf(scipy.stats.t.ppf(0.975, df), df, e.mde / se) == pytest.approx(0.8)
-    assert (e.low, e.high) == pytest.approx(scipy.stats.t.interval(0.95, df, e.mean, se), abs=0.35 * se)
-    back = crossed([Contrast(theirs, ours, test=True)])[0]
+    back = crossed([Contrast(theirs, ours, test=True, spreads=known[::-1])])[0]
     assert (back.mean, back.se, back.p) == pytest.approx((-e.mean, e.se, e.p))
+
+
+def test_where_the_spread_of_seeds_is_unknown_nothing_is_tested():
+    x, y = rng().random((2, 30))
+    unknown = SeedVariance(np.array(nan), np.array(0.0), np.array(1.0), np.array(True))
+    e, alone = crossed([Contrast([x], [y], test=True, spreads=[unknown, None]), Contrast([x], [y], test=True)])
+    assert e.p is None and e.mde is None and (e.low, e.high) == (alone.low, alone.high) and alone.p is not None
 
 
 def test_a_contrast_with_itself_is_nothing():
@@ -427,22 +408,18 @@ def test_an_image_counts_where_both_have_it():
     assert e.mean == pytest.approx(np.mean([0.5, 1.0])) and (e.n, e.dropped) == (2, 1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seeds,spread", [((1, 1), 0.0), ((3, 3), 0.3), ((3, 1), 0.0), ((3, 1), 0.3), ((3, 3), 0.05)])
-def test_a_contrast_covers_and_holds_its_level(seeds: tuple[int, int], spread: float):
-    hits, size = 0, 0
-    for i in range(1000):
-        r = rng(i + 10**6)
-        base = r.normal(size=100)
-        own = lambda k, r=r: r.normal(0, spread) if k > 1 else 0.0  # the base has no training seed
-        a, b = ([base + own(k) + r.normal(0, 0.3, 100) for _ in range(k)] for k in seeds)
-        e = crossed([Contrast(a, b, test=True)], resamples=1000, seed=i)[0]
-        hits += e.low <= 0 <= e.high
-        size += (e.p or 0) <= 0.05
-    # Three seeds are stretched a little too far; where they differ in nothing but the noise of single images, which is
-    # counted with the prompts and with the seeds, the interval is wide.
-    high = 0.97 if seeds == (1, 1) else 0.98 if spread == 0.3 else 1
-    assert 0.93 <= hits / 1000 <= high and size / 1000 <= 0.07
+@pytest.mark.parametrize("seeds", [(1, 3), (3, 1), (5, 1)])
+def test_a_row_of_one_seed_is_lent_the_spread_of_the_others(seeds: tuple[int, int]) -> None:
+    """200 nulls whose seeds differ: with the lent variance no more than 5 % and chance are told from nothing."""
+    r, told = rng(3), 0
+    for _ in range(200):
+        base = r.normal(0, 0.3, 100)
+        ours, theirs = ([base + r.normal(0, 0.02) + r.normal(0, 0.05, 100) for _ in range(n)] for n in seeds)
+        spreads = table_spreads({"ours": ours, "theirs": theirs})
+        (e,) = crossed([Contrast(ours, theirs, test=True, spreads=list(spreads.values()))])
+        assert e.p is not None
+        told += e.p < 0.05
+    assert told <= 18  # of 200: 1 % of experiments show more, if it is 5 %
 
 
 # Curves
@@ -474,7 +451,7 @@ def first_for_good(curve: np.ndarray, target: float) -> float:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-1, 1), min_size=11, max_size=11), st.floats(-1, 1))
 def test_time_to_target_is_the_rule(curve: list[float], target: float):
-    e = time_to_target([(MARKS, np.tile(curve, (4, 1)))], target, resamples=20)
+    e = time_to_target([(MARKS, np.tile(curve, (5, 1)))], target, resamples=20)
     assert e.mean == pytest.approx(first_for_good(np.array(curve), target))
     assert e.low == pytest.approx(e.mean) and e.high == pytest.approx(e.mean)
 
@@ -507,7 +484,7 @@ def test_time_to_target_of_several_seeds():
 def test_the_area_is_the_trapezoids():
     (at, scores), tags = curves(rng(), 1, 60)[0], [0] * 20 + [1] * 40
     each = np.trapezoid(scores, at, axis=1) / 100
-    assert numbers(area([(at, scores)], 100)) == pytest.approx(numbers(mean_ci(each)), nan_ok=True)
+    assert numbers(area([(at, scores)], 100)) == pytest.approx(numbers(two_level([each])), nan_ok=True)
     assert area([(at, scores)], 100, strata=tags).mean == pytest.approx(mean_ci(each, strata=tags).mean)
     more = curves(rng(1), 3, 60, 0.2)
     areas = [np.trapezoid(y, x, axis=1) / 100 for x, y in more]
@@ -537,7 +514,7 @@ def test_time_and_area_cover_at_their_level(seeds: int, spread: float):
     hits = np.zeros(2)
     for i in range(1000):
         made = curves(rng(i + 10**6), seeds, 100, spread)
-        t, a = time_to_target(made, 0.6, resamples=1000, seed=i), area(made, 100, resamples=1000, seed=i)
+        t, a = time_to_target(made, 0.6, resamples=1000, seed=i), area(made, 100)
         hits += (t.low <= when <= t.high, a.low <= much <= a.high)
     assert (hits / 1000 >= 0.93).all() and (hits / 1000 <= 0.98).all()
 
@@ -668,21 +645,6 @@ def test_an_estimate_is_plain_numbers():
     assert isinstance(e, Estimate) and all(type(v) in (float, int) for v in vars(e).values())
     for other in (two_level([rng().random(9)] * 2), iqm(rng().random((3, 2))), mcnemar([0, 1, 1.0], [1, 1, 0.0])):
         assert all(type(v) in (float, int, type(None)) for v in vars(other).values())
-
-
-@pytest.mark.parametrize("seeds", [(3, 1), (1, 3), (5, 1)])
-def test_a_side_of_one_seed_borrows_the_spread_of_the_other(seeds: tuple[int, int]) -> None:
-    """400 nulls whose seeds differ: without the loan 10 to 19 % are told from nothing, with it no more than 5 % and chance."""
-    rng = np.random.default_rng(3)
-    told = {True: 0, False: 0}
-    for _ in range(400):
-        base = rng.normal(0, 0.3, 100)
-        ours, theirs = ([base + rng.normal(0, 0.02) + rng.normal(0, 0.05, 100) for _ in range(n)] for n in seeds)
-        for lend in told:
-            (one,) = crossed([Contrast(ours, theirs, test=True, lend=lend)], resamples=400)
-            assert one.p is not None
-            told[lend] += one.p < 0.05
-    assert told[True] <= 31 < told[False]  # 31 of 400: 1 % of experiments show more, if it is 5 %
 
 
 def test_a_change_of_every_prompt_by_the_same_is_no_certainty() -> None:

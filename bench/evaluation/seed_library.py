@@ -1,0 +1,76 @@
+"""Library of seed variances: how far training seeds of a method lay apart on a task, from the project's own boards.
+
+`seed_library.json` is made by `python benchmarks/seed_library.py`. A table lends from it where none of its rows has several seeds; the
+result of a single run names it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from ..stats.law import SeedVariance
+from .ranking import primary_key
+from .record import Record
+
+PATH = Path(__file__).with_name("seed_library.json")
+
+
+@dataclass(frozen=True)
+class SeedEntry:
+    """Spread of the seeds of one method, with its preset, on one task under one budget, by one scorer/metric."""
+
+    method: str
+    task: str
+    model: str
+    key: str
+    budget: Mapping[str, float]
+    sd: float  # between seeds, beyond what the prompts' noise makes; in units of the score
+    df: float  # degrees of freedom of its square
+    seeds: int
+    source: str  # the file that it was computed from
+
+    def variance(self) -> SeedVariance:
+        """Return the variance that a row of one seed is lent."""
+        return SeedVariance(np.array(self.sd**2), np.array(0.0), np.array(self.df), np.array(True))
+
+
+@lru_cache(maxsize=1)
+def entries() -> tuple[SeedEntry, ...]:
+    """Read the shipped library."""
+    return tuple(SeedEntry(**entry) for entry in json.loads(PATH.read_text("utf-8")))
+
+
+def find_entry(method: str, task: str, model: str, key: str, budget: Mapping[str, float]) -> SeedEntry | None:
+    """Find the entry of this method, task, model and scorer/metric under this budget; None where there is none.
+
+    budget: the bounds by currency.
+    """
+    return next((e for e in _of_method(method, task, model, key) if dict(e.budget) == dict(budget)), None)
+
+
+def seed_note(record: Record) -> str:
+    """Say what the interval of a single run does not contain, with the spread of seeds where the library knows it."""
+    lacking = "One training seed: the intervals do not contain what another seed would change."
+    roles = {key: use.role for key in record.delta if (use := record.scorers.get(key.partition("/")[0]))}
+    key = primary_key(roles)
+    known = _of_method(record.method, record.task, record.model, key) if key else []
+    if not known:
+        return f"{lacking} How far seeds lie apart here is not known: train two more."
+    nfe = float(record.config.get("budget", {}).get("nfe", math.nan))
+    distance = lambda e: abs(math.log(e.budget.get("nfe", math.inf) / nfe)) if nfe > 0 else 0.0
+    entry = min(known, key=distance)
+    bounds = ", ".join(f"{bound:,.0f} {currency}" for currency, bound in entry.budget.items())
+    spread = f"{entry.sd:.3f}".removeprefix("0")
+    return f"{lacking} In {key}, {entry.seeds} seeds at {bounds} had a standard deviation of {spread} ({entry.source})."
+
+
+def _of_method(method: str, task: str, model: str, key: str) -> list[SeedEntry]:
+    wanted = (method, task, model, key)
+    return [e for e in entries() if (e.method, e.task, e.model, e.key) == wanted]
