@@ -3,18 +3,23 @@
 make board                                         # makes the runs (hours), the baselines, then runs this script
 python benchmarks/own_numbers.py                   # writes the pages from runs/tiny
 python benchmarks/own_numbers.py DIR --print       # the tables of docs/board.md on stdout, nothing written
+python benchmarks/own_numbers.py --shipped         # docs/board.md by the present statistics, from the shipped scores
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from gpobench.bench.errors import UserError
-from gpobench.leaderboards.board import Board
+from gpobench.bench.evaluation.record import Flags, Record, ScorerUse
+from gpobench.leaderboards.baseline import read_baseline
+from gpobench.leaderboards.board import BASE, Board
 from gpobench.leaderboards.build_board import build_board
 from gpobench.leaderboards.figures import write_figures
 from gpobench.leaderboards.formatting import cell, p_value, rank, spend
@@ -113,6 +118,61 @@ def page(boards: dict[str, Board], runs: Sequence[LoadedRun]) -> str:
     return "\n".join(lines)
 
 
+def shipped_board(path: Path) -> Board:
+    """The board of a shipped baseline's scores, prompts' means in place of images, without spend and flags."""
+    baseline, scores = read_baseline(path)
+    roles: dict[str, Any] = {name: "training" if name == baseline.training else "held-out" for name in baseline.scorers}
+    uses = {
+        name: ScorerUse(id=scorer_id, role=roles[name], calls=0, seconds=0, errors=0)
+        for name, scorer_id in baseline.scorers.items()
+    }
+    columns = lambda label, seed: {
+        number.key: scores.by[label, number.key][seed][:, None]
+        for claim in baseline.row
+        if claim.label == label
+        for number in claim.number
+    }
+    before = columns(BASE, 0)
+    strata = tuple(scores.strata or [""] * len(next(iter(before.values()))))
+    runs: list[LoadedRun] = []
+    for claim in baseline.row:
+        for k, seed in enumerate(claim.seeds):
+            facts = Record(
+                method=claim.method, task=baseline.task, model=baseline.model, seed=seed, stop="", before={}, after={}, delta={},
+                spent={}, run_dir="", flags=Flags(hack=False, invalid=False), scorers=uses,
+                config={"budget": baseline.budget, "evaluation": baseline.evaluation, "settings": claim.settings},
+                task_version=baseline.task_version, prompts=baseline.prompts, wall={}, provenance={},
+            )  # fmt: skip
+            runs.append(LoadedRun(Path(f"{claim.label}-{seed}"), facts, before, columns(claim.label, k), strata))
+    return build_board(runs)
+
+
+def restated(page_text: str) -> str:
+    """docs/board.md with ranks, gains and p computed anew from the shipped scores; the columns of spend stay."""
+    lines: list[str] = []
+    pending = page_text.splitlines()
+    while pending:
+        line = pending.pop(0)
+        lines.append(line)
+        if not (task := re.match(r"\*\*(\w+)\*\*, [\d,]+ \w+ prompts", line)):
+            continue
+        board = shipped_board(ROOT / "leaderboards" / f"tiny-{task[1]}.toml")
+        lines.append(pending.pop(0))
+        table = [[cell.strip() for cell in pending.pop(0).strip("|").split("|")] for _ in range(len(board.rows) + 1)]
+        head, rule, *old = table
+        spends = {row[1]: row[5:] for row in old}
+        training = _first(board, "training")
+        head[2] = f"{board.key} (held out), base {cell(board.base_row.cells[board.key].after)}"
+        rows = [
+            [rank(r), r.label, cell(r.versus, sign=True), p_value(r.holm), cell(r.cells[training].delta, sign=True)]
+            + spends[r.label]
+            for r in board.rows
+            if r.kind != "base"
+        ]
+        lines += [f"| {' | '.join(text.replace('<', '&lt;') for text in row)} |" for row in (head, rule, *rows)]
+    return "\n".join(lines) + "\n"
+
+
 def figures(boards: dict[str, Board], runs: Sequence[LoadedRun]) -> None:
     """Write docs/board-TASK-*.png."""
     for task, table in boards.items():
@@ -127,7 +187,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="?", type=Path, default=ROOT / "runs" / "tiny")
     parser.add_argument("--print", action="store_true")
+    parser.add_argument(
+        "--shipped",
+        action="store_true",
+        help="restate docs/board.md by the present statistics, from the shipped scores",
+    )
     options = parser.parse_args()
+    if options.shipped:
+        BOARD_PAGE.write_text(restated(BOARD_PAGE.read_text("utf-8")), "utf-8")
+        return
     try:
         runs = load_runs([options.runs])
     except UserError as error:

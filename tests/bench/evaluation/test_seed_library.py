@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from gpobench.bench.evaluation import seed_library
+from gpobench.bench.evaluation.record import Difference, Flags, Number, Record, ScorerUse
 
-import pytest
+USES = {
+    "engine": ScorerUse(id="engine-1", role="training", calls=9, seconds=1.0, errors=0),
+    "reader": ScorerUse(id="reader-1", role="held-out", calls=0, seconds=0.0, errors=0),
+}
 
-from gpobench.bench.evaluation import record, seed_library
-from gpobench.bench.evaluation.record import Record
 
-
-@pytest.fixture
-def one_seed(tmp_path: Path) -> Callable[..., Record]:
-    from tests.leaderboards.conftest import make_run
-
-    return lambda **more: record.read(make_run(tmp_path / "run", **more) / "record.json")
+def of_one_seed(nfe: float, task: str = "ocr") -> Record:
+    number = Number(mean=0.5, ci=(0.4, 0.6), n=40)
+    change = Difference(mean=0.1, ci=(0.0, 0.2), n=40, p=0.01, mde=0.1)
+    keys = ("engine/exact", "reader/exact")
+    return Record(
+        method="gpo", task=task, model="tiny", seed=0, stop="budget: nfe", before=dict.fromkeys(keys, number),
+        after=dict.fromkeys(keys, number), delta=dict.fromkeys(keys, change), spent={}, run_dir="run",
+        flags=Flags(hack=False, invalid=False), scorers=USES, config={"budget": {"nfe": nfe}}, task_version="1",
+        prompts={}, wall={}, provenance={},
+    )  # fmt: skip
 
 
 def test_every_entry_has_a_spread_of_several_seeds_and_a_source() -> None:
@@ -36,15 +41,10 @@ def test_an_entry_is_of_one_budget() -> None:
     assert float(lent.variance) == entry.sd**2 and bool(lent.lent) and float(lent.residual) == 0
 
 
-def test_a_single_run_says_what_its_interval_does_not_contain(one_seed: Callable[..., Record]) -> None:
-    made = one_seed()
-    assert "do not contain what another seed would change" in seed_library.seed_note(made)
-    assert "train two more" in seed_library.seed_note(made)
-    use = {"reader": made.scorers["other"]}
-    known = made.model_copy(
-        update={"scorers": use, "delta": {"reader/exact": next(iter(made.delta.values()))}, "config": {"budget": {"nfe": 100_000}}}
-    )  # fmt: skip
-    note = seed_library.seed_note(known)
-    assert "3 seeds at 120,000 nfe had a standard deviation of .039 (docs/measured.md)" in note
-    nearer = known.model_copy(update={"config": {"budget": {"nfe": 30_000.0}}})
-    assert "30,000 nfe" in seed_library.seed_note(nearer)
+def test_a_single_run_says_what_its_interval_does_not_contain() -> None:
+    """The spread of the seeds at the budget that is nearest."""
+    note = seed_library.seed_note(of_one_seed(100_000.0))
+    assert "do not contain what another seed would change" in note
+    assert "reader/exact, 3 seeds at 120,000 nfe had a standard deviation of .039 (docs/measured.md)" in note
+    assert "3 seeds at 30,000 nfe" in seed_library.seed_note(of_one_seed(30_000.0))
+    assert "train two more" in seed_library.seed_note(of_one_seed(30_000.0, task="pickscore"))
