@@ -9,7 +9,7 @@ from itertools import combinations
 
 import numpy as np
 
-from ..bench.evaluation import seed_library
+from ..bench.evaluation import record, seed_library
 from ..bench.evaluation.ranking import order_by_mean
 from ..bench.stats import intervals
 from ..bench.stats.intervals import Contrast, Estimate
@@ -68,14 +68,17 @@ class BoardScores:
     def spreads(self) -> Mapping[str, Mapping[str, SeedVariance]]:
         """Map scorer/metric, then label, to the variance between the seeds of a row, moderated over the rows; NaN: unknown.
 
-        Where no row has several seeds, the library of seed variances is asked.
+        Where no row has several seeds, the library of seed variances is asked. A row with a run that is no result says nothing of
+        the others.
         """
         spreads: dict[str, Mapping[str, SeedVariance]] = {}
         for c in self.columns:
             scored = {label: self._scored(label, c.key) for label in self.groups}
-            of_column = intervals.table_spreads(
-                {label: [r.after[c.key] for r in group] for label, group in scored.items() if group}, self.strata
-            )
+            after = {label: [r.after[c.key] for r in group] for label, group in scored.items() if group}
+            faulty = [label for label in after if any(record.disqualification(r.record) for r in scored[label])]
+            of_column = intervals.table_spreads({k: v for k, v in after.items() if k not in faulty}, self.strata)
+            for label in faulty:
+                of_column |= intervals.table_spreads({label: after[label]}, self.strata)
             spreads[c.key] = {
                 label: own if np.isfinite(own.variance) else self._library_variance(scored[label][0], c.key) or own
                 for label, own in of_column.items()

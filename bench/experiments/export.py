@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import Missing, UserError
 from ..evaluation import record
 from ..evaluation.record import Number, Record
+from ..evaluation.seed_library import seed_note
 from ..files import write_atomically
 from ..model_spec import ModelSpec, find_model_spec
 from ..models.open import usage
@@ -296,8 +297,7 @@ def _body(card: _ModelCard) -> str:
             *rows,
             "",
             f"Means over the {split} prompts with 95 % intervals (images of a prompt clustered); differences are "
-            "paired by prompt on the same noise. Methods are trained on the training scorer alone. One training seed: the intervals do "
-            "not cover what another seed would change.",
+            f"paired by prompt on the same noise. Methods are trained on the training scorer alone. {seed_note(r)}",
             "",
             "| | |",
             "|---|---|",
