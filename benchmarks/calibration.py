@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpobench.bench.stats import law
-from gpobench.bench.stats.intervals import mean_ci
+from gpobench.bench.stats.intervals import Contrast, crossed
 from gpobench.bench.stats.law import Noise, SeedSpread, SeedVariance
 
 Array = NDArray[np.float64]
@@ -287,7 +287,7 @@ def share_coverage(prompts: int, images: int, share: float, draws: int, rng: np.
     concentration = 2.0
     chance = rng.beta(concentration * share, concentration * (1 - share), (draws, prompts, 1))
     right = (rng.random((draws, prompts, images)) < chance).astype(float)
-    estimates = [mean_ci(table) for table in right]
+    estimates = crossed([Contrast([table], share=True) for table in right])  # `mean_ci` of each
     return float(np.mean([e.low <= share <= e.high for e in estimates]))
 
 

@@ -393,7 +393,7 @@ def share_interval(mean: Array, se: Array, prompts: Array, ratio: Array) -> tupl
         prompts: how many there are.
         ratio: half the width of the interval in standard errors.
     """
-    edge = np.maximum(mean * (1 - mean), 0.0)
+    edge = np.where((mean < 1e-12) | (mean > 1 - 1e-12), 0.0, mean * (1 - mean))  # a sum's last bits are no share
     flat = (se <= 0) & (edge > 0)  # all prompts have the same share: nothing varies
     trials = np.where(se > 0, edge / np.square(np.where(se > 0, se, 1.0)), prompts)
     trials = np.where(edge > 0, trials, prompts)
