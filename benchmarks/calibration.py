@@ -71,8 +71,8 @@ class Statistics:
 
     def pair_variance(self, i: NDArray[np.int64], j: NDArray[np.int64]) -> Array:
         """Return the variance of the difference of the rows i and j due to prompts, (draws, pairs)."""
-        own = np.einsum("drr->dr", self.covariance)
-        return own[:, i] + own[:, j] - 2 * self.covariance[:, i, j]
+        observed = np.einsum("drr->dr", self.covariance)
+        return observed[:, i] + observed[:, j] - 2 * self.covariance[:, i, j]
 
 
 @dataclass(frozen=True)
@@ -161,11 +161,11 @@ def draw(cell: Cell, draws: int, seeds: Sequence[Sequence[int]], rng: np.random.
         parts.append([statistics(made, s, cell.strata) for s in seeds])
     joined: list[Statistics] = []
     for k, s in enumerate(seeds):
-        own = [part[k] for part in parts]
-        together = lambda pick, own=own: np.concatenate([pick(x) for x in own])
+        observed = [part[k] for part in parts]
+        together = lambda pick, observed=observed: np.concatenate([pick(x) for x in observed])
         spread = SeedSpread(together(lambda x: x.spread.variance), together(lambda x: x.spread.residual), np.array(s))
         joined.append(
-            Statistics(together(lambda x: x.mean), together(lambda x: x.covariance), spread, own[0].prompt_df)
+            Statistics(together(lambda x: x.mean), together(lambda x: x.covariance), spread, observed[0].prompt_df)
         )
     return joined
 
@@ -180,12 +180,14 @@ def guarded(x: Statistics) -> Tests:
 
 def moderated(x: Statistics) -> Tests:
     """limma: the same without the guards, by Student's t at Welch-Satterthwaite degrees of freedom."""
-    shown, own_df = x.spread, x.spread.seeds - 1.0
-    own = np.maximum(shown.variance, 1e-3 * shown.residual)
-    prior, prior_df = law.fit_prior(own, np.broadcast_to(own_df, own.shape), np.ones(own.shape, bool), widening=0.0)
-    df = np.broadcast_to(prior_df + own_df, own.shape)
-    squeezed = (prior_df * prior + own_df * own) / (prior_df + own_df)
-    return _tests(x, SeedVariance(squeezed, shown.residual, df, np.zeros(own.shape, bool)), _student, once=True)
+    shown, observed_df = x.spread, x.spread.seeds - 1.0
+    observed = np.maximum(shown.variance, 1e-3 * shown.residual)
+    prior, prior_df = law.fit_prior(
+        observed, np.broadcast_to(observed_df, observed.shape), np.ones(observed.shape, bool), widening=0.0
+    )
+    df = np.broadcast_to(prior_df + observed_df, observed.shape)
+    squeezed = (prior_df * prior + observed_df * observed) / (prior_df + observed_df)
+    return _tests(x, SeedVariance(squeezed, shown.residual, df, np.zeros(observed.shape, bool)), _student, once=True)
 
 
 def welch(x: Statistics) -> Tests:

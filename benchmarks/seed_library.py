@@ -36,16 +36,16 @@ def of_board(name: str) -> list[dict[str, Any]]:
         for claim in baseline.row
         if claim.label != BASE and len(claim.seeds) > 1 and all(s.startswith("evaluation.") for s in claim.sets)
     }
-    found: list[dict[str, Any]] = []
+    library_entries: list[dict[str, Any]] = []
     for key in dict.fromkeys(key for _, key in scores.by):
         spreads = table_spreads({label: scores.by[label, key] for label in rows}, scores.strata)
         for label, spread in spreads.items():
             variance = max(float(spread.variance - spread.residual), 0.0)
-            found.append(
+            library_entries.append(
                 _entry(rows[label].method, baseline.task, baseline.model, key, dict(baseline.budget), variance)
                 | {"df": round(float(spread.df), 1), "seeds": len(rows[label].seeds), "source": f"leaderboards/{path.name}"}
             )  # fmt: skip
-    return found
+    return library_entries
 
 
 def of_page() -> list[dict[str, Any]]:

@@ -116,9 +116,9 @@ def _breakdown(name: str, labels: Sequence[str | None], key: str, rows: Mapping[
                 base = with_base[0].before[key][members]
                 contrasts[f"after {label}"] = Contrast([base], share=intervals.is_share(base))
             elif scored:
-                own, share = [spreads[label]], all(map(intervals.is_share, after[label]))
-                contrasts[f"after {label}"] = Contrast(after[label], spreads=own, share=share)
-                contrasts[f"gain {label}"] = Contrast([run.gain(key)[members] for run in scored], spreads=own)
+                row_spreads, share = [spreads[label]], all(map(intervals.is_share, after[label]))
+                contrasts[f"after {label}"] = Contrast(after[label], spreads=row_spreads, share=share)
+                contrasts[f"gain {label}"] = Contrast([run.gain(key)[members] for run in scored], spreads=row_spreads)
         estimates = dict(zip(contrasts, intervals.crossed(list(contrasts.values())), strict=True))
         for label in rows:
             if f"after {label}" in estimates:

@@ -80,8 +80,10 @@ class BoardScores:
             for label in faulty:
                 of_column |= intervals.table_spreads({label: after[label]}, self.strata)
             spreads[c.key] = {
-                label: own if np.isfinite(own.variance) else self._library_variance(scored[label][0], c.key) or own
-                for label, own in of_column.items()
+                label: spread
+                if np.isfinite(spread.variance)
+                else self._library_variance(scored[label][0], c.key) or spread
+                for label, spread in of_column.items()
             }
         return spreads
 
@@ -180,8 +182,8 @@ def _add_cells(contrasts: ContrastSet, scores: BoardScores) -> None:
                 before, after = scored[0].before[c.key], [r.after[c.key] for r in scored]
                 share = all(map(intervals.is_share, [before, *after]))
                 contrasts.add((label, c.key, "after"), Contrast(after, spreads=spreads, share=share))
-                own_base = Contrast([before], spreads=BASE_SPREADS, share=intervals.is_share(before))
-                contrasts.add((label, c.key, "before"), own_base)
+                base_contrast = Contrast([before], spreads=BASE_SPREADS, share=intervals.is_share(before))
+                contrasts.add((label, c.key, "before"), base_contrast)
                 gains = [r.gain(c.key) for r in scored]
                 contrasts.add((label, c.key, "delta"), Contrast(gains, test=True, spreads=spreads))
 

@@ -133,7 +133,7 @@ def seed_spread(rows: Sequence[Sequence[ArrayLike]], strata: Sequence[object] | 
     return SeedSpread(
         np.array([variance for variance, _ in parts], np.float64),
         np.array([residual for _, residual in parts], np.float64),
-        np.array([len(row) if math.isfinite(own[0]) else 1 for row, own in zip(rows, parts, strict=True)]),
+        np.array([len(row) if math.isfinite(observed[0]) else 1 for row, observed in zip(rows, parts, strict=True)]),
     )
 
 
@@ -179,8 +179,8 @@ def crossed(
     tested = np.array([contrast.test and part.known for contrast, part in zip(contrasts, parts, strict=True)])
     p, mde = np.full(len(parts), np.nan), np.full(len(parts), np.nan)
     if tested.any():
-        own = Noise(*(getattr(noise, name)[tested] for name in NOISE_PARTS))
-        p[tested], mde[tested] = own.p(mean[tested]), own.mde(level)
+        observed = Noise(*(getattr(noise, name)[tested] for name in NOISE_PARTS))
+        p[tested], mde[tested] = observed.p(mean[tested]), observed.mde(level)
     return [
         Estimate(
             part.mean, float(low[k]), float(high[k]), part.n, float(noise.se[k]), level, part.dropped, part.seeds,
@@ -234,7 +234,9 @@ def _own_spreads(sides: Sequence[Array], sample: PromptSample) -> list[SeedVaria
         SeedSpread(
             np.array([variance for variance, _ in parts], np.float64),
             np.array([residual for _, residual in parts], np.float64),
-            np.array([len(side) if math.isfinite(own[0]) else 1 for side, own in zip(sides, parts, strict=True)]),
+            np.array(
+                [len(side) if math.isfinite(observed[0]) else 1 for side, observed in zip(sides, parts, strict=True)]
+            ),
         )
     )
     return [made.row(k) if len(side) > 1 else None for k, side in enumerate(sides)]

@@ -76,24 +76,24 @@ def moderate(spread: SeedSpread) -> SeedVariance:
     of both. One row with several seeds keeps its own variance and degrees of freedom, and lends both whole.
     """
     seeds = np.asarray(spread.seeds, np.float64)
-    own_df = np.broadcast_to(seeds - 1, spread.variance.shape)
-    usable = (own_df > 0) & ((spread.variance > 0) | (spread.residual > 0))
-    own = np.where(usable, np.maximum(spread.variance, 1e-3 * np.nan_to_num(spread.residual)), 1.0)
-    prior, prior_df = fit_prior(own, np.where(usable, own_df, 1.0), usable)
+    observed_df = np.broadcast_to(seeds - 1, spread.variance.shape)
+    usable = (observed_df > 0) & ((spread.variance > 0) | (spread.residual > 0))
+    observed = np.where(usable, np.maximum(spread.variance, 1e-3 * np.nan_to_num(spread.residual)), 1.0)
+    prior, prior_df = fit_prior(observed, np.where(usable, observed_df, 1.0), usable)
     count = usable.sum(-1, keepdims=True)
-    alone = np.broadcast_to(count < 2, own.shape)
-    squeezed = np.where(alone, own, (prior_df * prior + own_df * own) / (prior_df + own_df))
+    alone = np.broadcast_to(count < 2, observed.shape)
+    squeezed = np.where(alone, observed, (prior_df * prior + observed_df * observed) / (prior_df + observed_df))
     floor = RESIDUAL_FLOOR * np.nan_to_num(spread.residual)
-    larger = np.where(own > squeezed, squeezed * (own / squeezed) ** LARGER_KEEPS, squeezed)
+    larger = np.where(observed > squeezed, squeezed * (observed / squeezed) ** LARGER_KEEPS, squeezed)
     variance = np.where(usable, np.maximum(larger, floor), 0.0)
-    df = np.where(alone, np.maximum(own_df, 1.0), prior_df + own_df)
+    df = np.where(alone, np.maximum(observed_df, 1.0), prior_df + observed_df)
     # What a row of one seed is lent: the variance beyond the residual, which its one seed has in its prompts already.
-    only = np.where(usable, own, 0.0).sum(-1, keepdims=True)
-    only_df = np.where(usable, own_df, 0.0).sum(-1, keepdims=True)
+    only = np.where(usable, observed, 0.0).sum(-1, keepdims=True)
+    only_df = np.where(usable, observed_df, 0.0).sum(-1, keepdims=True)
     residual = np.where(usable, np.nan_to_num(spread.residual), 0.0).sum(-1, keepdims=True) / np.maximum(count, 1)
     lent = np.where(count == 1, only, np.maximum(prior - residual, 0.0))
     lent = np.where(count > 0, lent, np.nan)
-    single = own_df < 1
+    single = observed_df < 1
     return SeedVariance(
         np.where(single, lent, variance),
         np.where(single, 0.0, np.nan_to_num(spread.residual)),
@@ -175,7 +175,7 @@ class Noise:
             varies, np.sqrt(np.where(varies, total, 1.0)) * stdtrit(np.where(both, mixed, df), (1 + level) / 2), self.se
         )
         if both.any():
-            own = Noise(
+            observed = Noise(
                 *(
                     np.broadcast_to(x, both.shape)[both]
                     for x in (self.prompts, self.prompt_df, self.seeds, self.seed_df)
@@ -183,7 +183,7 @@ class Noise:
             )
             x, target = half[both], math.log((1 - level) / 2)
             for _ in range(12):
-                tail, density = own._tail_of_sum(x)
+                tail, density = observed._tail_of_sum(x)
                 step = (np.log(tail) - target) * tail / density
                 x = np.clip(x + step, x / 2, x * 2)
                 if (np.abs(step) <= 1e-9 * x).all():
@@ -222,8 +222,8 @@ class Noise:
         known = np.isfinite(self.se) & (self.se > 0)
         safe = np.where(known, df, 10.0)
         shift = np.abs(np.asarray(difference, np.float64)) / np.where(known, self.se, 1.0)
-        found = 1 - nctdtr(safe, shift, stdtrit(safe, (1 + level) / 2))
-        return np.where(known, found, math.nan)
+        detected = 1 - nctdtr(safe, shift, stdtrit(safe, (1 + level) / 2))
+        return np.where(known, detected, math.nan)
 
     @property
     def _both(self) -> NDArray[np.bool_]:

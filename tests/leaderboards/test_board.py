@@ -177,10 +177,10 @@ def test_numbers_are_those_of_stats(make: Make) -> None:
         ]
     )
     measured = [row(b, "gpo").cells[KEY].after, row(b, "sft").cells[KEY].delta, row(b, "gpo").versus]
-    for own, alone in zip(measured, expected, strict=True):
-        assert own is not None
-        assert (own.mean, own.low, own.high) == pytest.approx((alone.mean, alone.low, alone.high))
-        assert own.p == (None if alone.p is None else pytest.approx(alone.p))
+    for estimate, alone in zip(measured, expected, strict=True):
+        assert estimate is not None
+        assert (estimate.mean, estimate.low, estimate.high) == pytest.approx((alone.mean, alone.low, alone.high))
+        assert estimate.p == (None if alone.p is None else pytest.approx(alone.p))
     assert expected[1].se > intervals.paired(runs[-1].before[KEY], after["sft"][0]).se
     tested = [r for r in b.rows if r.versus is not None]
     assert row(b, "awm") not in tested and len(tested) == 3

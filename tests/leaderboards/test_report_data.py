@@ -36,8 +36,8 @@ def test_a_single_seed_keeps_its_own_eval_points(make_full: Make) -> None:
     table = pd.read_parquet(run.folder / "curve.parquet")
     for k, e in enumerate(curve.scores[KEY]):
         values = table[(table.eval_point == k) & (table.scorer == "other")].value.to_numpy()
-        (own,) = intervals.crossed([intervals.Contrast([values])])
-        assert (e.mean, e.low, e.high) == pytest.approx((own.mean, own.low, own.high))
+        (expected,) = intervals.crossed([intervals.Contrast([values])])
+        assert (e.mean, e.low, e.high) == pytest.approx((expected.mean, expected.low, expected.high))
 
 
 def test_seeds_are_interpolated_linearly(make_full: Make) -> None:

@@ -411,15 +411,15 @@ def test_an_image_counts_where_both_have_it():
 @pytest.mark.parametrize("seeds", [(1, 3), (3, 1), (5, 1)])
 def test_a_row_of_one_seed_is_lent_the_spread_of_the_others(seeds: tuple[int, int]) -> None:
     """200 nulls whose seeds differ: with the lent variance no more than 5 % and chance are told from nothing."""
-    r, told = rng(3), 0
+    r, rejections = rng(3), 0
     for _ in range(200):
         base = r.normal(0, 0.3, 100)
         ours, theirs = ([base + r.normal(0, 0.02) + r.normal(0, 0.05, 100) for _ in range(n)] for n in seeds)
         spreads = table_spreads({"ours": ours, "theirs": theirs})
         (e,) = crossed([Contrast(ours, theirs, test=True, spreads=list(spreads.values()))])
         assert e.p is not None
-        told += e.p < 0.05
-    assert told <= 18  # of 200: 1 % of experiments show more, if it is 5 %
+        rejections += e.p < 0.05
+    assert rejections <= 18  # of 200: 1 % of experiments show more, if it is 5 %
 
 
 # Curves

@@ -35,11 +35,11 @@ def noise(prompts: float, prompt_df: float, seeds: float, seed_df: float) -> Noi
 @pytest.mark.parametrize("df", [2.0, 4.0, 14.0, 327.0])
 @pytest.mark.parametrize("part", ["prompts", "seeds"])
 def test_one_part_alone_is_students_t(df: float, part: str) -> None:
-    own = noise(4.0, df, 0.0, 1.0) if part == "prompts" else noise(0.0, 9.0, 4.0, df)
-    assert own.p([5.0])[0] == pytest.approx(2 * scipy.stats.t.sf(2.5, df), rel=1e-6)
-    assert own.quantile()[0] == pytest.approx(2 * scipy.stats.t.ppf(0.975, df), rel=1e-6)
-    assert own.df()[0] == pytest.approx(df, rel=1e-3)
-    assert own.se[0] == 2
+    observed = noise(4.0, df, 0.0, 1.0) if part == "prompts" else noise(0.0, 9.0, 4.0, df)
+    assert observed.p([5.0])[0] == pytest.approx(2 * scipy.stats.t.sf(2.5, df), rel=1e-6)
+    assert observed.quantile()[0] == pytest.approx(2 * scipy.stats.t.ppf(0.975, df), rel=1e-6)
+    assert observed.df()[0] == pytest.approx(df, rel=1e-3)
+    assert observed.se[0] == 2
 
 
 def test_two_parts_are_the_sum_of_two_students() -> None:
@@ -53,18 +53,18 @@ def test_two_parts_are_the_sum_of_two_students() -> None:
 @settings(max_examples=30, deadline=None)
 @given(PART, st.floats(2, 500), PART, st.floats(1, 50))
 def test_p_and_interval_agree_at_the_level(prompts: float, prompt_df: float, seeds: float, seed_df: float) -> None:
-    own = noise(prompts, prompt_df, seeds, seed_df)
-    half = own.quantile()[0]
+    observed = noise(prompts, prompt_df, seeds, seed_df)
+    half = observed.quantile()[0]
     assert half >= 0 and (half == 0) == (prompts + seeds == 0)
     if half > 0:
-        assert own.p([half])[0] == pytest.approx(0.05, abs=1e-6)
-        assert own.p([1.01 * half])[0] < 0.05 < own.p([0.99 * half])[0]
+        assert observed.p([half])[0] == pytest.approx(0.05, abs=1e-6)
+        assert observed.p([1.01 * half])[0] < 0.05 < observed.p([0.99 * half])[0]
 
 
 def test_the_mde_is_found_with_its_power() -> None:
-    for own in (noise(1.0, 30.0, 0.0, 1.0), noise(1.0, 30.0, 3.0, 5.0)):
-        assert own.power(own.mde())[0] == pytest.approx(0.8, abs=1e-6)
-        assert own.power([0.0])[0] == pytest.approx(0.025, abs=1e-6)
+    for observed in (noise(1.0, 30.0, 0.0, 1.0), noise(1.0, 30.0, 3.0, 5.0)):
+        assert observed.power(observed.mde())[0] == pytest.approx(0.8, abs=1e-6)
+        assert observed.power([0.0])[0] == pytest.approx(0.025, abs=1e-6)
     df = 30
     expected = scipy.stats.nct.sf(scipy.stats.t.ppf(0.975, df), df, noise(1.0, df, 0.0, 1.0).mde()[0])
     assert expected == pytest.approx(0.8, abs=1e-3)
@@ -83,8 +83,10 @@ def test_the_residual_is_counted_once() -> None:
         table = rng.normal(0, 1, (1, prompts)) + rng.normal(0, 2, (seeds, prompts)) + rng.normal(0, 0.3, (seeds, 1))
         off = table - table.mean(0)
         residual = np.square(off - off.mean(1, keepdims=True)).sum() / (prompts - 1) / (seeds - 1) / prompts
-        own = law.SeedVariance(np.array(table.mean(1).var(ddof=1)), np.array(residual), np.array(2.0), np.array(False))
-        made = law.contrast_noise(table.mean(0).var(ddof=1) / prompts, np.array(prompts - 1.0), [(own, seeds)])
+        observed = law.SeedVariance(
+            np.array(table.mean(1).var(ddof=1)), np.array(residual), np.array(2.0), np.array(False)
+        )
+        made = law.contrast_noise(table.mean(0).var(ddof=1) / prompts, np.array(prompts - 1.0), [(observed, seeds)])
         estimated.append(float(made.se) ** 2)
         means.append(table.mean())
     truth = 1 / prompts + 4 / prompts / seeds + 0.09 / seeds
@@ -95,19 +97,19 @@ def test_the_residual_is_counted_once() -> None:
 
 
 def spread_of(*variances: float, residual: float = 0.0, seeds: int = 3) -> SeedSpread:
-    own = np.array(variances)
-    missing = np.isnan(own)
-    return SeedSpread(own, np.where(missing, nan, residual), np.where(missing, 1, seeds))
+    observed = np.array(variances)
+    missing = np.isnan(observed)
+    return SeedSpread(observed, np.where(missing, nan, residual), np.where(missing, 1, seeds))
 
 
 def test_the_prior_is_limmas() -> None:
     """fitFDist: the moments of log variances; checked against a prior that the variances were drawn from."""
     rng = np.random.default_rng(0)
     truth = 2.0 * 6 / rng.chisquare(6, 40_000)
-    own = truth * rng.chisquare(2, 40_000) / 2
-    prior, df = law.fit_prior(own, np.full(40_000, 2.0), np.ones(40_000, bool), widening=0.0)
+    observed = truth * rng.chisquare(2, 40_000) / 2
+    prior, df = law.fit_prior(observed, np.full(40_000, 2.0), np.ones(40_000, bool), widening=0.0)
     assert prior[0] == pytest.approx(2.0, rel=0.05) and df[0] == pytest.approx(6, rel=0.1)
-    assert law.fit_prior(own[:9], np.full(9, 2.0), np.ones(9, bool))[1][0] <= df[0] * 1e4
+    assert law.fit_prior(observed[:9], np.full(9, 2.0), np.ones(9, bool))[1][0] <= df[0] * 1e4
 
 
 @pytest.mark.parametrize("x", [1e-3, 0.1, 1.6, 50.0])
