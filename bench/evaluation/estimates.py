@@ -168,4 +168,5 @@ def unscored_images(table: pd.DataFrame, scorer: str) -> tuple[int, int]:
 
 
 def _number(estimate: Any) -> dict[str, Any]:
-    return {"mean": estimate.mean, "ci": [estimate.low, estimate.high], "n": estimate.n}
+    ends = [end if math.isfinite(end) else None for end in (estimate.low, estimate.high)]  # too few prompts: as on disk
+    return {"mean": estimate.mean, "ci": ends, "n": estimate.n}
