@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ..spec import Images, Scorer
@@ -84,7 +85,8 @@ def curve(path: Path, points: Sequence[dict[str, Any]], keys: Sequence[str], cur
     for key in keys:
         x = [p["spent"][currency] for p in points]
         y = [p["scores"][key]["mean"] for p in points]
-        low, high = ([p["scores"][key]["ci"][end] for p in points] for end in (0, 1))
+        # Null, where there are too few prompts for an interval, becomes NaN and draws nothing.
+        low, high = (np.array([p["scores"][key]["ci"][end] for p in points], np.float64) for end in (0, 1))
         (line,) = axes.plot(x, y, marker="o", markersize=3, label=key)
         axes.fill_between(x, low, high, alpha=0.15, color=line.get_color(), linewidth=0)
     axes.set_xlabel(f"spent: {currency}")
