@@ -1,4 +1,4 @@
-"""Exceptions of gpobench: a wrong request, a missing part, and a run that the user stopped."""
+"""Exceptions of gpobench: a wrong request, a missing part, a run that the user stopped; any exception as one line."""
 
 # Exit codes beside 0; 1 is each command's own.
 USER_ERROR, NO_RESULT, STOPPED = 2, 3, 130  # NO_RESULT: a run is complete, but ended by a fault or is invalid
@@ -14,3 +14,12 @@ class Missing(UserError):
 
 class Interrupted(Exception):
     """The user stopped the run; everything up to the last complete iteration is on disk."""
+
+
+def error_line(error: BaseException) -> str:
+    """Return type and text of an exception in one line; the text may be made by third-party code, which may fail."""
+    try:
+        text = " ".join(str(error).split())
+    except Exception:
+        text = ""
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,17 +1,24 @@
-"""Files: written whole or not at all, their hashes, and the free disk that is needed."""
+"""Files: written whole or not at all, never through a link, their hashes, locks, and the free disk that is needed."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
 import socket
+import stat
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO, Any
+
+from .errors import UserError
 
 DAY = 86_400  # seconds
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]  # in the names of temporary files
@@ -94,6 +101,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file and move it over `path` when it is on the disk."""
     delete_leftovers(path)
     temporary = temporary_name(path)
+    if temporary.is_symlink():  # in a folder of somebody else it may lead anywhere
+        temporary.unlink()
     try:
         write(temporary)
         sync(temporary)
@@ -116,3 +125,69 @@ def utf_8_name(name: str) -> str:
 def printable(name: str) -> str:
     """A name in one line of a message: other characters than those that print are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in utf_8_name(name))
+
+
+def links(folder: Path) -> Iterator[Path]:
+    """Yield the links in a folder, which are not followed."""
+    for parent, folders, names in os.walk(folder):
+        yield from (path for path in (Path(parent, name) for name in sorted((*folders, *names))) if path.is_symlink())
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file. Raises OSError where the source is a link or no file."""
+    with open(os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a file", str(source))
+        with target.open("wb") as copy:
+            shutil.copyfileobj(file, copy)
+
+
+def open_lock(path: Path, *, read_only: bool = False) -> IO[bytes]:
+    """Open a lock file, made where there is none unless read_only; its content stays. Raises OSError where it is a link."""
+    flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    return open(descriptor, "rb" if read_only else "r+b", buffering=0)
+
+
+def acquire_lock(lock: IO[bytes], *, shared: bool = False, wait: bool = False) -> bool:
+    """Acquire a lock, and wait for it or return False where another process holds it.
+
+    On a file system without locks this always succeeds.
+    """
+    try:
+        fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder that can be written, with its parents, before work begins whose result it is to hold.
+
+    Raises UserError where that is not possible.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except FileExistsError:
+        raise UserError(f"cannot write {path}: it is a file, not a folder") from None
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def make_place(path: Path) -> None:
+    """Make the folder of a file that is to be written. Raises UserError where there is or can be no such file."""
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder, not a file")
+    make_folder(path.parent)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file. Raises OSError, and ValueError on whatever is no JSON, however deep it is."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except RecursionError:
+        raise ValueError("its values are nested too deep") from None

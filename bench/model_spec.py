@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from . import registry
 from .errors import UserError
+from .files import read_json
 
 UNET_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 ATTENTION = (*UNET_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -101,8 +101,8 @@ def find_model_spec(reference: str) -> ModelSpec:
     if not index.is_file():
         raise UserError(f"{folder} is not a diffusers pipeline: it has no model_index.json")
     try:
-        facts = json.loads(recipe.read_text("utf-8")) if recipe.is_file() else {}
-        pipeline = str(dict(json.loads(index.read_text("utf-8"))).get("_class_name", ""))
+        facts = read_json(recipe) if recipe.is_file() else {}
+        pipeline = str(dict(read_json(index)).get("_class_name", ""))
         protocol = _protocol(pipeline, facts)
         return ModelSpec(name=folder.resolve().name, source=str(folder), pipeline=pipeline, **protocol)
     except KeyError as missing:

@@ -6,14 +6,15 @@ import ast
 import difflib
 import importlib.util
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from hashlib import sha256
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, error_line
+from .signals import raised_by_user
 
 GROUPS = {
     "method": "gpobench.methods",
@@ -25,6 +26,7 @@ GROUPS = {
     "recipe": "gpobench.recipes",
     "command": "gpobench.commands",
 }
+CLASSES = ("method", "pipeline", "recipe")  # the kinds that are classes
 # Prefix of the names of modules that are loaded from Python files.
 PLUGIN = "gpobench_plugin_"
 # Prompts that a model understands: those of the embedded models, and all others.
@@ -99,34 +101,65 @@ def load(kind: str, reference: str) -> Any:
     Raises UserError on an unknown name, an unreadable file, or a part that cannot be imported.
     """
     if ".py:" in reference:
-        return _load_from_file(reference)
+        return _checked_part(kind, reference, _load_from_file(reference))
     points = entries(kind)
     if kind == "method":  # the variant behind the colon is read with the settings
         reference, _ = split_variant(reference)
     if reference not in points:
         raise unknown(kind, reference, points)
     try:
-        return points[reference].load()
+        part = points[reference].load()
     except UserError:
         raise
-    except Exception as error:  # a third party's module may fail in any way
-        raise UserError(f"{kind} {reference!r} cannot be loaded from {points[reference].value}: {error}") from error
+    except BaseException as error:  # a third party's module may fail in any way
+        if raised_by_user(error):
+            raise
+        reason = f"{kind} {reference!r} cannot be loaded from {points[reference].value}: {error_line(error)}"
+        raise UserError(reason) from error
+    return _checked_part(kind, reference, part)
+
+
+def _checked_part(kind: str, reference: str, part: Any) -> Any:
+    """Return the part if it can be one of its kind: methods, pipelines and recipes are classes, all but models are called."""
+    value = f"a value of the type {type(part).__name__}"
+    if kind in CLASSES and not isinstance(part, type):
+        raise UserError(f"{reference} is {value}: a {kind} is a class")
+    if kind != "model" and not callable(part):
+        raise UserError(f"{reference} is {value}: a {kind} is a class or a function")
+    return part
+
+
+def _made(kind: str, reference: str, make: Callable[[], Any]) -> Any:
+    """Return what a class or function of a part returns. Raises UserError where third-party code fails or ends the program."""
+    try:
+        return make()
+    except UserError:
+        raise
+    except BaseException as error:
+        if raised_by_user(error) or (isinstance(error, Exception) and ".py:" not in reference):
+            raise
+        raise UserError(f"{kind} {reference} cannot be made: {error_line(error)}") from error
+
+
+def task(reference: str) -> Any:
+    """Make the task called `name` or `path/to/file.py:Name`."""
+    return _made("task", reference, load("task", reference))
 
 
 def scorer(reference: str) -> Any:
     """Make the scorer called `name`, `name:variant` or `path/to/file.py:Name`. Raises Missing where its engine is not there."""
-    if ".py:" in reference:
-        return _load_from_file(reference)()
-    name, variant = split_variant(reference)
-    return load("scorer", name)(variant or None)
+    return _variant("scorer", reference)
 
 
 def embedder(reference: str) -> Any:
     """Make the embedder called `name`, `name:variant` or `path/to/file.py:Name`. Raises Missing without its engine."""
-    if ".py:" in reference:
-        return _load_from_file(reference)()
+    return _variant("embedder", reference)
+
+
+def _variant(kind: str, reference: str) -> Any:
     name, variant = split_variant(reference)
-    return load("embedder", name)(variant or None)
+    make = load(kind, name)
+    return _made(kind, reference, make if ".py:" in reference else lambda: make(variant or None))
 
 
 def summary_line(kind: str, name: str) -> str:
@@ -172,8 +205,13 @@ def _load_from_file(reference: str) -> Any:
     sys.modules[alias] = module  # dataclasses look their module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except BaseException as error:  # it may even ask Python to exit
+        if raised_by_user(error):
+            raise
+        hint = ": it ends the program when it is imported" if isinstance(error, SystemExit) else ""
+        raise UserError(f"{path}: {error_line(error)}{hint}") from error
     if name not in vars(module):
         defined_names = [
             n

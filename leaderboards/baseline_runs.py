@@ -83,7 +83,8 @@ def run_baselines(
     Runs that are done are kept, unless options.fresh. say: receives one line of progress a run.
     Raises UserError when a run fails, Interrupted when asked to stop.
     """
-    from ..bench.experiments.jobs import Job, make_folder, run_jobs
+    from ..bench.experiments.jobs import Job, run_jobs
+    from ..bench.files import make_folder
 
     runs = runs_of(baselines)
     run_dirs = [run.run_dir(options.out) for run in runs]

@@ -10,6 +10,7 @@ from ..bench.stats.intervals import Estimate
 from .board import Board, BoardRow
 
 ARROW = "→"
+FORMULA_SIGNS = tuple("=+-@＝＋－＠")  # the full-width forms too: East Asian spreadsheets read them alike
 MARKS = {
     "s": "one training seed",
     "h": "hack flag",
@@ -52,6 +53,17 @@ def spend(currency: str, x: float) -> str:
 def plain(text: str) -> str:
     """Return one line without the control characters that a foreign name may contain."""
     return "".join("?" if unicodedata.category(c).startswith("C") else c for c in " ".join(text.split()))
+
+
+def csv_cell(text: str) -> str:
+    """Return a cell that a spreadsheet shows as it is: one that it would take for a formula begins with an apostrophe."""
+    line = plain(text)
+    if line.startswith(FORMULA_SIGNS):
+        try:
+            float(line)
+        except ValueError:
+            return f"'{line}"
+    return line
 
 
 def rank(row: BoardRow) -> str:

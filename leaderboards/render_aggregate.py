@@ -12,7 +12,7 @@ from rich.cells import cell_len
 
 from ..bench import registry
 from .aggregate import RULES, AggregateTable
-from .formatting import cell, escape_markdown, plain
+from .formatting import cell, csv_cell, escape_markdown, plain
 
 FORMATS = ("terminal", "md", "csv", "json")
 
@@ -81,12 +81,12 @@ def _csv(table: AggregateTable) -> str:
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n")
     names = ["IQM", *table.keys, f"better than {table.baseline}"]
-    write.writerow(["method", "seeds", *(plain(f"{name}{end}") for name in names for end in ("", " low", " high"))])
+    write.writerow(["method", "seeds", *(csv_cell(f"{name}{end}") for name in names for end in ("", " low", " high"))])
     for row in table.rows:
         numbers = [row.middle, *(row.gains[task] for task in table.keys), row.improvement]
         ends = [x for e in numbers for x in ((e.mean, e.low, e.high) if e else (math.nan,) * 3)]
         texts = [f"{x:.6g}" if math.isfinite(x) else "" for x in ends]
-        write.writerow([plain(row.label), " ".join(map(str, row.seeds)), *texts])
+        write.writerow([csv_cell(row.label), " ".join(map(str, row.seeds)), *texts])
     return out.getvalue()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..bench.stats.intervals import Estimate
 from .board import RULES, Board, BoardRow
-from .formatting import plain
+from .formatting import csv_cell
 
 
 def as_csv(board: Board) -> str:
@@ -45,7 +45,7 @@ def as_csv(board: Board) -> str:
     head += ["reported metric", "reported value", "reported unit", "reported setting", "reported source"]
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n")
-    write.writerow(map(plain, head))
+    write.writerow(map(csv_cell, head))
     for r in board.rows:
         ranks = ("", "") if r.rank is None else (str(r.rank.best), str(r.rank.worst))
         line = ["measured", *ranks, r.label, r.method, *ends(r.versus)]
@@ -59,7 +59,7 @@ def as_csv(board: Board) -> str:
         line += [f"{r.spent[c]:.6g}" if c in r.spent else "" for c in currencies]
         line += [" ".join(map(str, r.seeds)), str(r.single_seed).lower(), str(r.hacked), str(r.invalid).lower()]
         line += ["; ".join(r.faults), str(r.trials)]
-        write.writerow([plain(x) for x in line] + [""] * (len(head) - len(line)))
+        write.writerow([csv_cell(x) for x in line] + [""] * (len(head) - len(line)))
     for paper in board.reported:
         line = ["reported", "", "", paper.method, paper.method]
         tail = [
@@ -69,7 +69,7 @@ def as_csv(board: Board) -> str:
             paper.setting,
             f"arXiv {paper.arxiv}, {paper.table} ({paper.provenance})",
         ]
-        write.writerow(line + [""] * (len(head) - len(line) - len(tail)) + tail)
+        write.writerow(map(csv_cell, line + [""] * (len(head) - len(line) - len(tail)) + tail))
     return out.getvalue()
 
 

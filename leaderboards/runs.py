@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ..bench import registry
 from ..bench.errors import UserError
 from ..bench.evaluation import record
 from ..bench.evaluation.record import Record
+from ..bench.files import read_json
 
 Array = NDArray[np.float64]
 SCORES = "scores.parquet"  # every score of a run
@@ -107,7 +107,7 @@ def _runs_of_comparison(path: Path) -> list[dict[str, str]]:
     try:
         return [
             {"run": str(run["run"]), "state": str(run["state"])} | {word: str(run.get(word, "")) for word in words}
-            for run in json.loads(path.read_text("utf-8"))["runs"]
+            for run in read_json(path)["runs"]
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} is not what `gpobench compare` writes about its runs") from None

@@ -12,6 +12,7 @@ import typer
 from .. import registry
 from ..errors import STOPPED, USER_ERROR, Interrupted, UserError
 from ..signals import AtOnce, raise_at_once
+from ..text import printable
 
 # Nothing heavy is imported here or at the top of a command's file: `gpobench --help` and `gpobench list` answer without torch.
 from . import check, compare, describe, doctor, eval, fetch, new, pairs, pretrain, run, score, serve_scorer, tune
@@ -57,7 +58,7 @@ def _add_plugin_commands() -> None:
         try:
             app.command(name)(registry.load("command", name))
         except UserError as error:
-            print(f"gpobench: {error}", file=sys.stderr)
+            _print_error(str(error))
 
 
 def main() -> None:
@@ -89,7 +90,7 @@ def main() -> None:
 def _print_error(text: str) -> None:
     """Print one line on stderr, also where its reader is gone."""
     try:
-        print(f"gpobench: {text}", file=sys.stderr, flush=True)
+        print(f"gpobench: {printable(text)}", file=sys.stderr, flush=True)
     except OSError:
         discard_stderr()
 

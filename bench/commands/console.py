@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
+
+from ..text import printable
 
 
 @contextlib.contextmanager
@@ -22,18 +24,27 @@ def clean_stdout() -> Generator[Callable[[Any], None]]:
         if callable(answer):
             answer()
         else:
-            print(answer)
+            print(printable(str(answer)))
 
 
 def open_console(stderr: bool = False) -> Any:
-    """Return a rich console that a closed pipe does not end, and to which text is text: `[/]` in a name is no markup, `:cat:` no emoji."""
-    from rich.console import Console
+    """Return a rich console to which text is text, `[/]` no markup and `:cat:` no emoji, and that sends none of its control characters."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+    from rich.text import Text
 
-    class PipeSafeConsole(Console):
-        def on_broken_pipe(self) -> None:  # rich ends the process here
+    class SafeConsole(Console):
+        def on_broken_pipe(self) -> None:  # rich ends the process here; a closed pipe is no reason to
             discard_stderr()
 
-    return PipeSafeConsole(stderr=stderr, markup=False, emoji=False)
+        def render_str(self, text: str, **options: Any) -> Text:  # before widths are measured
+            return super().render_str(printable(text), **options)
+
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):  # what rich itself sends is marked as control
+                yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    return SafeConsole(stderr=stderr, markup=False, emoji=False)
 
 
 def discard_stderr() -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import registry
+from ..errors import UserError
 from .console import clean_stdout, open_console, terminal_progress
 from .options import AsJson, ModelName, ScorerLocations, TaskName, check_names
 from .tables import finite_or_null, is_finite
@@ -44,6 +45,8 @@ def eval(
         request = ModelEvaluation(task, model, adapter, split, images, prompts, locations)  # type: ignore[arg-type]
         result = evaluate_model(request, progress, out)
         answer(json.dumps(finite_or_null(result), indent=1) if as_json else lambda: print_evaluation(result))
+    if result["not_written"]:  # after the numbers, which would be lost otherwise
+        raise UserError(result["not_written"])
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .. import registry
+from ..files import make_folder
 from .console import clean_stdout, log_lines, terminal_progress
 from .options import AsJson, Sets
 from .tables import finite_or_null
@@ -29,6 +30,7 @@ def pretrain(
     """
     if ".py:" not in recipe and recipe not in registry.entries("recipe"):
         raise registry.unknown("recipe", recipe, registry.entries("recipe"))
+    make_folder(out)
     with clean_stdout() as answer, terminal_progress() as progress:
         from ..experiments.config import build, parse_settings
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import UserError
 from ..signals import asked_to_stop
 from .console import clean_stdout, open_console, terminal_progress
 from .options import AsJson, ScorerLocations, check_names, check_scorer
@@ -54,6 +55,8 @@ def score(
         request = FolderRequest(folder, scorers, locations, prompts, task, out=out, rows=rows)
         result = score_folder(request, progress=progress, fresh=fresh, interrupted=stopped)
         answer(json.dumps(finite_or_null(result), indent=1) if as_json else lambda: print_scores(result))
+    if result["not_written"]:  # after the numbers, which would be lost otherwise
+        raise UserError(result["not_written"])
 
 
 def print_scores(result: Mapping[str, Any]) -> None:
@@ -73,4 +76,5 @@ def print_scores(result: Mapping[str, Any]) -> None:
         console.print(line, highlight=False, markup=False)
     if result["invalid"]:
         console.print("INVALID: more than 0.5 % of the images could not be scored", style="bold red")
-    console.print(f"see {result['path']}", highlight=False, markup=False, soft_wrap=True)
+    if not result["not_written"]:
+        console.print(f"see {result['path']}", highlight=False, markup=False, soft_wrap=True)

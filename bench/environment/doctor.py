@@ -32,7 +32,7 @@ def doctor(task: str | None = None, model: str | None = None, *, progress: Progr
     general = task is None and model is None
     model_spec = find_model_spec(model or "tiny") if model or general else None
     domain = model_spec.domain if model_spec else "open"
-    task_object: Task | None = registry.load("task", task)() if task else None
+    task_object: Task | None = registry.task(task) if task else None
     offline = downloads.offline()
     groups: list[CheckGroup] = [
         ("packages", check_packages),

@@ -77,7 +77,7 @@ def fetch(
     start = time.monotonic()
     model_spec = find_model_spec(model) if model else None
     domain = model_spec.domain if model_spec else "open"
-    task_object: Task | None = registry.load("task", task)() if task else None
+    task_object: Task | None = registry.task(task) if task else None
     with downloads.log_downloads() as requests, weight_store.allow_pickled():
         report = _fetch_all(task, task_object, model_spec, scorers, progress)
     inventory = take_inventory(requests)

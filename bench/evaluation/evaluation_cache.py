@@ -7,7 +7,6 @@ so that an edit anywhere causes a new evaluation and never returns an old number
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import inspect
 import json
@@ -23,7 +22,8 @@ import numpy as np
 import pandas as pd
 
 from ..assets.weight_store import settings_hash
-from ..files import digest, write_atomically
+from ..errors import UserError
+from ..files import acquire_lock, digest, open_lock, write_atomically
 from ..model_spec import ModelSpec
 from ..process_group import ProcessGroup
 from ..scoring.scorers import Blend, part_behind
@@ -146,8 +146,13 @@ def _locked(stem: Path, processes: ProcessGroup) -> Generator[None]:
         yield
         return
     stem.parent.mkdir(parents=True, exist_ok=True)
-    with stem.with_name(f".{stem.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    path = stem.with_name(f".{stem.name}.lock")
+    try:
+        opened = open_lock(path)
+    except OSError as error:
+        raise UserError(f"cannot lock {path}: {error.strerror}") from error
+    with opened as lock:
+        acquire_lock(lock, wait=True)
         for unfinished in stem.parent.glob(f".{stem.name}.*.tmp"):  # by a process that was killed
             unfinished.unlink(missing_ok=True)
         yield

@@ -14,12 +14,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ..errors import error_line
 from ..flow import ode
 from ..images import read_only_copy
 from ..model_spec import ModelSpec
 from ..process_group import ProcessGroup
 from ..progress import Progress
 from ..rendering import RenderedImages, render
+from ..scoring.calls import PartEnded, call_in_time
 from ..spec import Embedder, EvaluationSettings, Images, Model, Prompt, Scores, Split, Task
 from ..stats.distances import siblings
 from ..training.rig import SINGLE_PROCESS, timed_scores, walk
@@ -159,7 +161,7 @@ def _latents(model: Model, request: EvaluationRequest, batch: Sequence[ImageInde
 def embed(embedder: Embedder, images: Images) -> Embedded:
     """(B, D) float32, and row -> reason; an embedder that raises or returns nonsense gives rows of NaN."""
     try:
-        vectors = np.asarray(embedder(read_only_copy(images)), dtype=np.float32)
+        vectors = np.asarray(call_in_time(embedder, read_only_copy(images)), dtype=np.float32)
         if vectors.ndim != 2 or len(vectors) != len(images):
             raise ValueError(f"returned {vectors.shape} for {len(images)} images")
         infinite = np.flatnonzero(~np.isfinite(vectors).all(1))
@@ -168,7 +170,9 @@ def embed(embedder: Embedder, images: Images) -> Embedded:
     except Exception as error:  # third-party code, as a scorer is
         if len(images) > 1:
             return _joined([embed(embedder, images[row : row + 1]) for row in range(len(images))])
-        return np.full((1, 1), np.nan, np.float32), {0: f"{embedder.name}: {type(error).__name__}: {error}"}
+        return np.full((1, 1), np.nan, np.float32), {
+            0: f"{embedder.name}: {str(error) if isinstance(error, PartEnded) else error_line(error)}"
+        }
 
 
 def embed_rendered(embedder: Embedder, images: RenderedImages) -> Embedded:

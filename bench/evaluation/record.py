@@ -13,10 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import UserError
-from ..files import digest, write_atomically
+from ..errors import UserError, error_line
+from ..files import digest, read_json, write_atomically
 
 INVALID = 0.005  # share of images that could not be scored above which a row is invalid
 RECORD = "record.json"  # the record's own name among its checksums
@@ -268,19 +268,27 @@ def read(path: Path) -> Record:
     Raises UserError when it is unreadable, of another schema version, not a record, or was changed after it was written.
     """
     try:
-        table = json.loads(path.read_text("utf-8"))
-        version = table.get("schema_version", SCHEMA) if isinstance(table, dict) else SCHEMA
+        table: Any = read_json(path)
+        if not isinstance(table, dict) or not {"schema_version", "method", "task"} & set(table):  # type: ignore[arg-type]
+            raise UserError(f"{path} is not a record of gpobench but a file of another program")
+        version: Any = table.get("schema_version", SCHEMA)  # type: ignore[union-attr]
         if version != SCHEMA:
             remedy = "update gpobench" if isinstance(version, int) and version > SCHEMA else "do the run again"
-            raise UserError(f"{path} has schema version {version}; this gpobench reads version {SCHEMA}: {remedy}")
+            raise UserError(
+                f"{path} has schema version {version!r:.40}; this gpobench reads version {SCHEMA}: {remedy}"
+            )
         record = Record.model_validate(table)
         if record.checksums.pop(RECORD, "") != _content_hash(table):
             raise UserError(
                 f"{path} was changed or cut after the run wrote it (its checksum differs): restore it, or do the run again"
             )
         return record
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(str(step) for step in first["loc"])
+        raise UserError(f"{path} is not a record: {where}: {first['msg']}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a record: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is not a record: {error_line(error)}") from None
 
 
 def schema() -> dict[str, Any]:

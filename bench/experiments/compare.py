@@ -25,13 +25,13 @@ from ..errors import Interrupted, UserError
 from ..evaluation import record
 from ..evaluation.ranking import MANDATORY_BASELINES, primary_key
 from ..evaluation.record import Record
-from ..files import write_atomically
+from ..files import make_folder, write_atomically
 from ..progress import NullProgress, Progress
 from ..scoring.references import ScorerReference
 from ..spec import Search
 from .config import EXECUTION, Config, RunRequest, resolve
 from .in_process import run_in_process
-from .jobs import Job, make_folder, run_jobs, spent_so_far
+from .jobs import Job, run_jobs, spent_so_far
 from .run_dir import is_locked
 
 # Settings that every method has.
@@ -277,7 +277,7 @@ def _refuse_missing_scorers(configs: Iterable[Config]) -> None:
     """Raise Missing, which says what to install, where a training or held-out scorer cannot be made on this machine."""
     needed: dict[ScorerReference, None] = {}
     for config in {(config.task, config.reward): config for config in configs}.values():
-        task, domain = registry.load("task", config.task)(), config.model_spec().domain
+        task, domain = registry.task(config.task), config.model_spec().domain
         of_task = [ScorerReference.single(name) for name in (task.reward(domain), *task.held_out(domain))]
         scorers = [*ScorerReference.parse(config.reward).scorers, *of_task]
         needed |= dict.fromkeys(scorer for scorer in scorers if scorer.at(config.scorer_locations) is None)

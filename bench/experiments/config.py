@@ -139,7 +139,7 @@ def resolve(request: RunRequest) -> Config:
 
     method = registry.canonical("method", request.method)
     method_class = registry.load("method", method)
-    task = registry.load("task", request.task)()
+    task = registry.task(request.task)
     model_spec = find_model_spec(request.model)
     evaluation: EvaluationSettings = task.evaluation(model_spec.domain)
     table: Table = {}

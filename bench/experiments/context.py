@@ -181,7 +181,7 @@ def check_data(config: Config) -> None:
 
 def open_task(config: Config) -> Task:
     """The task of a configuration, with the user's own prompts where they are given."""
-    task = registry.load("task", config.task)()
+    task = registry.task(config.task)
     return with_own_prompts(task, config.prompts, find_model_spec(config.model).domain) if config.prompts else task
 
 

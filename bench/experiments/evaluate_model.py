@@ -16,7 +16,7 @@ from ..evaluation.evaluator import evaluate, images_per_prompt
 from ..evaluation.request import EvaluationRequest
 from ..evaluation.scorer_set import open_scorer_set
 from ..evaluation.splits import prompts_hash
-from ..files import write_atomically
+from ..files import make_folder, write_atomically
 from ..model_spec import find_model_spec
 from ..models.open import open_model
 from ..progress import Progress
@@ -42,9 +42,11 @@ def evaluate_model(what: ModelEvaluation, progress: Progress, out: Path | None =
     """Evaluate a base model, or a base with an adapter, on a task.
 
     out: a folder in which scores.parquet and samples.png are written. Returns scores with intervals, also by stratum, the
-    ids of scorers and embedders, and provenance.
+    ids of scorers and embedders, provenance, and as `not_written` why the files could not be written.
     """
-    model_spec, task = find_model_spec(what.model), registry.load("task", what.task)()
+    if out is not None:
+        make_folder(out)
+    model_spec, task = find_model_spec(what.model), registry.task(what.task)
     if what.prompts:
         task = with_own_prompts(task, {what.split: what.prompts}, model_spec.domain)
     scorers = open_scorer_set(task, model_spec.domain, progress.message, locations=what.scorer_locations)
@@ -68,8 +70,7 @@ def evaluate_model(what: ModelEvaluation, progress: Progress, out: Path | None =
         evaluation = evaluate(model, request, advance=progress.advance)
     finally:
         scorers.close()
-    if out is not None:
-        _write(out, evaluation, what.split, scorers.training)
+    not_written = _write(out, evaluation, what.split, scorers.training) if out is not None else ""
     return {
         "task": what.task,
         "task_version": task.version,
@@ -84,11 +85,17 @@ def evaluate_model(what: ModelEvaluation, progress: Progress, out: Path | None =
         "scorers": {s.name: {"id": s.id, "role": scorers.role(s)} for s in scorers.all},
         "prompts": prompts_hash(prompts),
         "invalid": invalid(evaluation.table),
+        "not_written": not_written,
         "provenance": record.provenance(weights=weights_hash(model_spec)),
     }
 
 
-def _write(out: Path, evaluation: Evaluation, split: Split, scorer: Scorer) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "scores.parquet", lambda path: evaluation.table.to_parquet(path, index=False))
-    plots.samples([evaluation], [split], scorer).save(out / "samples.png")
+def _write(out: Path, evaluation: Evaluation, split: Split, scorer: Scorer) -> str:
+    """Write scores.parquet and samples.png; returns why they could not be written, or ""."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "scores.parquet", lambda path: evaluation.table.to_parquet(path, index=False))
+        plots.samples([evaluation], [split], scorer).save(out / "samples.png")
+    except OSError as error:
+        return f"cannot write {out}: {error.strerror or error}"
+    return ""

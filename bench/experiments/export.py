@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from ..errors import Missing, UserError
 from ..evaluation import record
 from ..evaluation.record import Number, Record
 from ..evaluation.seed_library import seed_note
-from ..files import write_atomically
+from ..files import copy_file, write_atomically
 from ..model_spec import ModelSpec, find_model_spec
 from ..models.open import usage
 
@@ -66,12 +65,14 @@ def export(run: Path, to: Path, *, repo: str | None = None, benchmark: str | Non
     searched = run_record.stop.startswith("search:") or "inference" in run_record.nfe_by_role
     adapter = run / "adapter" / ADAPTER
     if not searched:
+        _refuse_link(run, adapter)
         _check_adapter(adapter)
     record.verified(run, run_record, "scores.parquet")  # the numbers of the card are estimates of these scores
     warnings = tuple(_warnings(run_record, searched))
     sources = {ADAPTER: adapter, "config.toml": run / "config.toml", "samples.png": run / "samples" / "pairs.png"}
     files = {name: path for name, path in sources.items() if path.is_file() and not (searched and name == ADAPTER)}
     for path in files.values():
+        _refuse_link(run, path)
         record.verified(run, run_record, path.relative_to(run).as_posix())
     card = _ModelCard(run_record, model_spec, repo, warnings, searched, "samples.png" in files)
     texts = {"README.md": _readme(card)}
@@ -80,7 +81,7 @@ def export(run: Path, to: Path, *, repo: str | None = None, benchmark: str | Non
     try:
         (to / RESULTS if benchmark else to / "README.md").parent.mkdir(parents=True, exist_ok=True)
         for name, path in files.items():
-            write_atomically(to / name, lambda p, path=path: shutil.copyfile(path, p))
+            write_atomically(to / name, lambda p, path=path: copy_file(path, p))
         for name, text in texts.items():
             write_atomically(to / name, lambda p, text=text: p.write_text(text, "utf-8"))
     except OSError as error:
@@ -106,6 +107,13 @@ def push(exported: Exported, repo: str, *, private: bool = False) -> str:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"cannot upload to {repo}: {reason} (a token comes from `hf auth login` or HF_TOKEN)") from None
     return str(commit)
+
+
+def _refuse_link(run: Path, path: Path) -> None:
+    """Raise UserError where a run's file is a link or lies behind one: it would publish a file that is not of this run."""
+    for part in (path, *path.relative_to(run).parents):
+        if part != Path() and (run / part).is_symlink():
+            raise UserError(f"{run / part} is a link, and an export holds files of the run only: put a copy there")
 
 
 def _check_name(name: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..budget import CURRENCIES
-from ..errors import NO_RESULT, STOPPED, UserError
+from ..errors import NO_RESULT, STOPPED
 
 COMMAND = "from gpobench.bench.commands.app import main; main()"
 TAIL = 2**16  # bytes at the end of metrics.jsonl, enough for a whole line
@@ -25,14 +25,6 @@ class Job:
 
     arguments: Sequence[str]  # after `gpobench`
     log: Path  # takes its stderr
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and its parents. Raises UserError where that is not possible."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def run_jobs(

@@ -22,7 +22,7 @@ from .. import registry
 from ..budget import Budget, Meter
 from ..errors import UserError
 from ..evaluation.splits import refuse_overlap
-from ..files import delete_leftovers, write_atomically
+from ..files import delete_leftovers, make_folder, write_atomically
 from ..losses import informative
 from ..model_spec import ModelSpec, find_model_spec
 from ..models.open import open_model
@@ -104,7 +104,7 @@ def make_pairs(request: PairsRequest, out: Path, progress: Progress) -> dict[str
     """
     for name in (FILE, README):
         delete_leftovers(out / name)
-    model_spec, task = find_model_spec(request.model), registry.load("task", request.task)()
+    model_spec, task = find_model_spec(request.model), registry.task(request.task)
     refuse_overlap(task, model_spec.domain)
     scorer = open_scorer(request.scorer or task.reward(model_spec.domain))
     try:
@@ -112,10 +112,7 @@ def make_pairs(request: PairsRequest, out: Path, progress: Progress) -> dict[str
         if (stored := _stored_statement(out / FILE, settings)) is not None:
             progress.message(f"these pairs are already there: {out / FILE}")
             return stored
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {out}: {error.strerror}") from None
+        make_folder(out)
         rig = _open_rig(request, model_spec, task, scorer, progress)
         try:
             table = _sample_pairs(request, rig, progress)

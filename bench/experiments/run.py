@@ -15,6 +15,7 @@ from ..evaluation.estimates import Evaluation, add_drift, check_base, cmmd_by_em
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.record import Record
 from ..evaluation.scorer_set import ScorerSet
+from ..files import make_folder
 from ..model_spec import find_model_spec
 from ..progress import NullProgress, Progress
 from ..spec import Search
@@ -24,7 +25,15 @@ from .build_record import build_record
 from .config import Config
 from .context import Launch, RunContext, open_run, open_task, process_group
 from .oom_advice import advise_on_oom
-from .run_dir import check_inputs, clear_run_dir, delete_unfinished, fingerprint, lock_run_dir, report_disk_errors
+from .run_dir import (
+    check_inputs,
+    clear_run_dir,
+    delete_unfinished,
+    fingerprint,
+    lock_run_dir,
+    refuse_links,
+    report_disk_errors,
+)
 from .run_readme import run_readme
 from .searcher import Searcher
 from .trainer import Trainer
@@ -64,11 +73,12 @@ def run(
     run_dir = launch.run_dir
     with report_disk_errors(run_dir), advise_on_oom(config):
         config.refuse_changed_files()
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         with lock_run_dir(run_dir) as check_run_dir:
             delete_unfinished(run_dir)
             if fresh:
                 clear_run_dir(run_dir)
+            refuse_links(run_dir)
             weights = _check_inputs(config, run_dir)
             launch = replace(launch, weights_hash=weights, check_run_dir=check_run_dir)
             complete = RunFiles(run_dir).record.is_file()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from typing import IO
 from safetensors import SafetensorError
 
 from ..errors import UserError
-from ..files import MIN_FREE_DISK, digest, free_disk, full, write_atomically
+from ..files import MIN_FREE_DISK, acquire_lock, digest, free_disk, full, links, open_lock, read_json, write_atomically
 
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 DISK_FAILURES = (errno.EIO, errno.ESTALE, errno.ENXIO, errno.ENODEV, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE)
@@ -57,7 +56,7 @@ def check_inputs(run_dir: Path, inputs: Mapping[str, str], descriptions: Mapping
     stored: dict[str, str] = {}
     if path.is_file():
         try:
-            stored = dict(json.loads(path.read_text("utf-8")))
+            stored = dict(read_json(path))
         except (ValueError, TypeError):
             raise UserError(f"{path} is damaged, so the inputs of this run are unknown: --fresh starts over") from None
     for name, value in inputs.items():
@@ -85,9 +84,13 @@ def lock_run_dir(run_dir: Path) -> Generator[Callable[[], None]]:
     Yields a function that raises UserError where the directory was removed or replaced since: what is written then is lost, or
     belongs to another process.
     """
-    with (run_dir / ".lock").open("w") as lock:
+    try:
+        opened = open_lock(run_dir / ".lock")
+    except OSError as error:
+        raise UserError(f"cannot lock {run_dir}: {error.strerror}: {run_dir / '.lock'}") from error
+    with opened as lock:
         for _ in range(LOCK_ATTEMPTS):  # `is_locked` holds the lock for a moment
-            if _acquire(lock, fcntl.LOCK_EX):
+            if acquire_lock(lock):
                 break
             time.sleep(LOCK_PAUSE)
         else:
@@ -95,7 +98,7 @@ def lock_run_dir(run_dir: Path) -> Generator[Callable[[], None]]:
         yield lambda: _check_same_dir(run_dir, lock)
 
 
-def _check_same_dir(run_dir: Path, lock: IO[str]) -> None:
+def _check_same_dir(run_dir: Path, lock: IO[bytes]) -> None:
     """Raise UserError where the file of the lock that is held is not in the run directory any more."""
     try:
         same = os.path.samestat(os.fstat(lock.fileno()), os.stat(run_dir / ".lock"))
@@ -109,24 +112,19 @@ def _removed(run_dir: Path) -> UserError:
     return UserError(f"{run_dir} was removed while the run was at work on it; the same command starts it anew")
 
 
-def _acquire(lock: IO[str], kind: int) -> bool:
-    """Try to acquire a lock; on a file system without locks this always succeeds."""
-    try:
-        fcntl.flock(lock, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def is_locked(run_dir: Path) -> bool:
     """Return whether another process holds the lock of this run directory."""
     try:
-        with (run_dir / ".lock").open() as lock:
-            return not _acquire(lock, fcntl.LOCK_SH)
+        with open_lock(run_dir / ".lock", read_only=True) as lock:
+            return not acquire_lock(lock, shared=True)
     except OSError:
         return False
+
+
+def refuse_links(run_dir: Path) -> None:
+    """Raise UserError where a run directory holds a link: what is written in it could land anywhere, what is copied come from there."""
+    for link in links(run_dir):
+        raise UserError(f"{link} is a link, and a run directory holds files only: put a copy of its target there")
 
 
 @contextmanager

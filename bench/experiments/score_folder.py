@@ -20,7 +20,7 @@ import numpy as np
 from .. import registry
 from ..errors import Interrupted, UserError
 from ..evaluation.estimates import invalid
-from ..files import utf_8_name, write_atomically
+from ..files import make_place, read_json, utf_8_name, write_atomically
 from ..images import UnsupportedPixels, read_header, upright_pixels
 from ..progress import NullProgress, Progress
 from ..scoring.scorers import ask, close_scorers, open_scorer
@@ -92,7 +92,8 @@ def score_folder(
         Interrupted: when asked to stop.
     """
     progress = progress or NullProgress()
-    task: Task | None = registry.load("task", request.task)() if request.task else None
+    make_place(request.out)
+    task: Task | None = registry.task(request.task) if request.task else None
     image_folder = read_image_folder(
         request.folder, prompts=request.prompts, task=task, domain=request.domain, ignore=[request.out]
     )
@@ -109,16 +110,23 @@ def score_folder(
     finally:
         close_scorers(scorers)
     table = _table(files, scorers, scores)
+    not_written = ""
     try:
         _write(request.out, table)
+        shutil.rmtree(request.partial, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"cannot write {request.out}: {error.strerror or error}") from error
-    shutil.rmtree(request.partial, ignore_errors=True)
+        not_written = f"cannot write {request.out}: {error.strerror or error}"
     summary = _summary(table, image_folder, files, task)
     for reason, count in summary["reasons"].items():
         progress.message(f"{count} not scored: {reason}")
     ids = {scorer.name: scorer.id for scorer in scorers}
-    return {"folder": str(request.folder), **summary, "scorers": ids, "path": str(request.out)}
+    return {
+        "folder": str(request.folder),
+        **summary,
+        "scorers": ids,
+        "path": str(request.out),
+        "not_written": not_written,
+    }
 
 
 # Images
@@ -286,8 +294,8 @@ def _read_stored(partial: Path) -> dict[str, ImageScore]:
     stored: dict[str, ImageScore] = {}
     for path in sorted(partial.glob("*.json")):
         try:
-            stored |= {key: ImageScore(**score) for key, score in json.loads(path.read_text("utf-8")).items()}
-        except (OSError, ValueError, TypeError):
+            stored |= {key: ImageScore(**score) for key, score in read_json(path).items()}
+        except (OSError, ValueError, TypeError, AttributeError):
             continue
     return stored
 

@@ -17,13 +17,13 @@ from ..budget import CURRENCIES
 from ..errors import Interrupted, UserError
 from ..evaluation import record
 from ..evaluation.record import Record
-from ..files import write_atomically
+from ..files import make_folder, write_atomically
 from ..progress import Progress
 from ..scoring.scorers import close_scorers, open_scorer
 from ..spec import Choice, LogUniform, Range
 from .config import Config, RunRequest, resolve
 from .in_process import run_in_process
-from .jobs import Job, make_folder, run_jobs, spent_so_far
+from .jobs import Job, run_jobs, spent_so_far
 from .run_dir import is_locked
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from .. import registry
-from ..errors import UserError
+from ..errors import UserError, error_line
 from ..images import read_only_copy
 from ..rendering import RenderedImages
 from ..spec import Images, Prompt, Scorer, Scores, Values
+from .calls import PartEnded, call_in_time, time_limit
 from .references import ScorerLocation, ScorerReference, blend_name
 from .remote import RemoteScorer, connect, start
 
@@ -40,7 +41,7 @@ def open_scorer(reference: str, locations: Mapping[str, ScorerLocation] | None =
 def _open(reference: ScorerReference, locations: Mapping[str, ScorerLocation]) -> Scorer:
     if not reference.terms:
         location = reference.at(locations)
-        return _open_at(location, reference) if location else InProcessScorer(registry.scorer(reference.text))
+        return _open_at(location, reference) if location else _checked_scorer(reference)
     opened: list[tuple[Scorer, float]] = []
     try:
         for scorer, weight in reference.terms:
@@ -49,6 +50,19 @@ def _open(reference: ScorerReference, locations: Mapping[str, ScorerLocation]) -
     except BaseException:
         close_scorers([part for part, _ in opened])
         raise
+
+
+def _checked_scorer(reference: ScorerReference) -> InProcessScorer:
+    """Make a scorer in this process. Raises UserError where what was made is none."""
+    time_limit()
+    made: Any = registry.scorer(reference.text)
+    scorer, is_called = made, callable(made)
+    for name in ("id", "name", "metrics"):
+        if not getattr(scorer, name, ""):
+            raise UserError(f"scorer {reference.text} has no {name}: it is not a gpobench.bench.spec.Scorer")
+    if not is_called:
+        raise UserError(f"scorer {reference.text} cannot be called: it is not a gpobench.bench.spec.Scorer")
+    return InProcessScorer(scorer)
 
 
 def _open_at(location: ScorerLocation, reference: ScorerReference) -> RemoteScorer:
@@ -152,14 +166,19 @@ def ask(scorer: Scorer, images: Images, prompts: Sequence[Prompt]) -> Scores:
     and the images cannot be written on: nothing it does to them reaches another scorer.
     """
     try:
-        scores = scorer(read_only_copy(images), [_private_prompt(prompt) for prompt in prompts])
+        # A scorer in another process has a time limit of its own, a blend's parts have theirs.
+        elsewhere = isinstance(scorer, (Blend, RemoteScorer))
+        arguments = read_only_copy(images), [_private_prompt(prompt) for prompt in prompts]
+        scores = scorer(*arguments) if elsewhere else call_in_time(scorer, *arguments)
         return _checked(scorer, scores, len(images))
     except UserError as error:
         if len(images) == 1:
-            return _all_missing(scorer, 1, error)
+            return _all_missing(scorer, 1, error_line(error))
         return _concatenated(scorer, [ask(scorer, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))])
-    except (Exception, SystemExit) as error:  # a scorer is foreign code: nothing it does may end or falsify a run
-        return _all_missing(scorer, len(images), error)
+    except PartEnded as error:
+        return _all_missing(scorer, len(images), str(error))
+    except Exception as error:  # a scorer is foreign code: nothing it does may end or falsify a run
+        return _all_missing(scorer, len(images), error_line(error))
 
 
 def ask_rendered(scorer: Scorer, images: RenderedImages, prompts: Sequence[Prompt]) -> Scores:
@@ -194,9 +213,9 @@ def _copied(value: Any) -> Any:
     return [_copied(each) for each in value] if isinstance(value, list) else value
 
 
-def _all_missing(scorer: Scorer, n: int, error: BaseException) -> Scores:
+def _all_missing(scorer: Scorer, n: int, reason: str) -> Scores:
     nan = {metric: np.full(n, np.nan) for metric in scorer.metrics}
-    return Scores(nan, dict.fromkeys(range(n), f"{scorer.name}: {_error_text(error)}"))
+    return Scores(nan, dict.fromkeys(range(n), f"{scorer.name}: {reason}"))
 
 
 def _concatenated(scorer: Scorer, results: Sequence[Scores]) -> Scores:
@@ -208,14 +227,6 @@ def _concatenated(scorer: Scorer, results: Sequence[Scores]) -> Scores:
     reasons = {row: why for row, scores in enumerate(results) for why in scores.reasons.values()}
     notes = [scores.notes[0] if scores.notes else "" for scores in results]
     return Scores(value, reasons, notes if any(notes) else None)
-
-
-def _error_text(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception:  # its text is foreign code too
-        text = ""
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _checked(scorer: Scorer, scores: Any, n: int) -> Scores:

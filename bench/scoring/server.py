@@ -29,6 +29,7 @@ from pydantic import ValidationError
 from ..errors import Missing, UserError
 from ..images import png_pixels
 from ..spec import Images, Prompt, Scorer
+from ..text import printable
 from .remote import (
     MAGIC,
     PROTOCOL,
@@ -61,7 +62,7 @@ ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (
 
 
 def _print_line(line: str) -> None:
-    print(line, flush=True)
+    print(printable(line), flush=True)
 
 
 def serve(
@@ -428,7 +429,7 @@ def main(arguments: list[str] | None = None) -> int:
             max_images=given.max_images,
         )
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     return 0
 

@@ -4,19 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..files import digest, sync
+from ..errors import UserError, error_line
+from ..files import digest, read_json, sync
 from .rig import MeteredRig
 
 TENSORS, FACTS = "state.safetensors", "state.json"
+PAYLOAD = {
+    "iteration": int,
+    "meter": dict,
+    "memory": dict,
+    "bookkeeping": dict,
+    "facts": dict,
+    "iterations_without_signal": int,
+    "failures": list,
+    "tensors_sha256": str,
+}
 KEPT = 2  # checkpoints, the latest ones
 
 
@@ -82,7 +95,9 @@ def _values(memory: Mapping[str, Any]) -> dict[str, Any]:
 
 def numbers(folder: Path) -> list[int]:
     """The numbers of the checkpoints in a folder, oldest first."""
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    paths = folder.iterdir() if folder.is_dir() else ()
+    # other names than those that `save` gives are somebody else's; "²" is a digit, too
+    return sorted(int(p.name) for p in paths if re.fullmatch("[0-9]{8}|[1-9][0-9]{8,}", p.name))
 
 
 def restore(
@@ -96,32 +111,51 @@ def restore(
         checkpoint = folder / f"{number:08d}"
         try:
             payload, tensors = _read(checkpoint)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             message(f"checkpoint {checkpoint} is damaged ({error}); the one before it is used")
             continue
-        rig.model.restore_weights(_under("weights/", tensors))
-        rig.rng.set_state(tensors["rng"])
-        rig.iteration, rig.failures = payload["iteration"], payload["failures"]
-        rig.iterations_without_signal = payload["iterations_without_signal"]
-        rig.meter.restore(payload["meter"])
-        rig.state, rig.bookkeeping = (
-            {**payload[name], **{k: v.to(rig.model.device) for k, v in _under(f"{name}/", tensors).items()}}
-            for name in ("memory", "bookkeeping")
-        )
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in _under("optim/", tensors).items():
-            i, _, name = key.partition("/")
-            moments.setdefault(int(i), {})[name] = value
-        optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
+        try:
+            _apply(payload, tensors, rig, optimiser)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+            # Rig and model may be half set: an older checkpoint or none would go on from neither.
+            raise UserError(
+                f"checkpoint {checkpoint} cannot be restored ({error_line(error)}): --fresh starts over"
+            ) from error
         return payload["facts"]
     return None
 
 
+def _apply(
+    payload: dict[str, Any], tensors: dict[str, Tensor], rig: MeteredRig, optimiser: torch.optim.Optimizer
+) -> None:
+    """Set rig and optimiser to what a checkpoint holds."""
+    rig.model.restore_weights(_under("weights/", tensors))
+    rig.rng.set_state(tensors["rng"])
+    rig.iteration, rig.failures = payload["iteration"], payload["failures"]
+    rig.iterations_without_signal = payload["iterations_without_signal"]
+    rig.meter.restore(payload["meter"])
+    rig.state, rig.bookkeeping = (
+        {**payload[name], **{k: v.to(rig.model.device) for k, v in _under(f"{name}/", tensors).items()}}
+        for name in ("memory", "bookkeeping")
+    )
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, value in _under("optim/", tensors).items():
+        i, _, name = key.partition("/")
+        moments.setdefault(int(i), {})[name] = value
+    optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
+
+
 def _read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    checked = json.loads((checkpoint / FACTS).read_text("utf-8"))
+    checked = read_json(checkpoint / FACTS)
     if hashlib.sha256(checked["payload"].encode()).hexdigest() != checked["sha256"]:
         raise ValueError(f"{FACTS} does not match its checksum")
-    payload = json.loads(checked["payload"])
+    try:
+        payload: Any = json.loads(checked["payload"])
+    except RecursionError:
+        raise ValueError(f"{FACTS} is nested too deep") from None
+    for name, kind in PAYLOAD.items():
+        if type(payload[name]) is not kind:
+            raise ValueError(f"{FACTS}: {name} is not of the type {kind.__name__}")
     if digest(checkpoint / TENSORS) != payload["tensors_sha256"]:
         raise ValueError(f"{TENSORS} does not match its checksum")
     return payload, load_file(checkpoint / TENSORS)

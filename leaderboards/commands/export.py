@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .options import say
+
 
 def export(
     run: Annotated[Path, typer.Argument(help="A finished run's directory.")],
@@ -33,7 +35,7 @@ def export(
 
     exported = write(run, to, repo=push, benchmark=benchmark)
     for warning in exported.warnings:
-        typer.echo(f"gpobench: {warning}", err=True)
-    typer.echo(f"wrote {', '.join(exported.files)} to {to}", err=True)
+        say(f"gpobench: {warning}", err=True)
+    say(f"wrote {', '.join(exported.files)} to {to}", err=True)
     if push:
-        typer.echo(upload(exported, push, private=private))
+        say(upload(exported, push, private=private))

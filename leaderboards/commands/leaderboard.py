@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from ...bench.errors import UserError
-from .options import BaselineRow, Key, Runs, Task, write_text
+from .options import BaselineRow, Key, Runs, Task, check_place, say, write_text
 
 FORMATS = ("terminal", "md", "csv", "json", "latex", "html")
 FORMAT_BY_SUFFIX = {".md": "md", ".csv": "csv", ".json": "json", ".tex": "latex", ".html": "html"}
@@ -43,6 +43,8 @@ def leaderboard(
     `gpobench leaderboard runs/gpo-* runs/sft-* --format latex` · `gpobench leaderboard runs --across`
     """
     kind = _format(format, out)
+    if out is not None:
+        check_place(out)
     width = max(80, shutil.get_terminal_size((80, 24)).columns) if out is None else 80
     if across:
         if task is not None or key is not None:
@@ -58,7 +60,7 @@ def leaderboard(
         board = build_board(load_runs(runs, task), baseline, key, notes=excluded_runs(runs, task))
         text = render(board, kind, width=width)
     if out is None:
-        typer.echo(text, nl=False)
+        say(text, nl=False)
     else:
         write_text(out, text)
 

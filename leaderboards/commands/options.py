@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ...bench.errors import UserError
+from ...bench.text import printable
 
 # Nothing heavy above this line: `gpobench --help` loads every command.
 
@@ -20,6 +21,20 @@ Key = Annotated[
 ]
 
 
+def say(text: str, *, err: bool = False, nl: bool = True) -> None:
+    """Print text without what would steer a terminal: names in it may be foreign."""
+    typer.echo(printable(text), err=err, nl=nl)
+
+
+def check_place(path: Path) -> None:
+    """Raise UserError where a file cannot be written: before the work whose result it is to hold."""
+    from ...bench.files import make_place
+
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    make_place(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all and say so on stderr. Raises UserError where it cannot be written."""
     from ...bench.files import write_atomically
@@ -28,4 +43,4 @@ def write_text(path: Path, text: str) -> None:
         write_atomically(path, lambda p: p.write_text(text, "utf-8"))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from None
-    typer.echo(f"wrote {path}", err=True)
+    say(f"wrote {path}", err=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...bench.errors import UserError
-from .options import RUNS_HELP, write_text
+from .options import RUNS_HELP, say, write_text
 
 if TYPE_CHECKING:
     from ..baseline import Baseline
@@ -135,7 +135,7 @@ def _make_runs(path: Path, baselines: Sequence[Baseline], options: RunOptions) -
     if not baselines:
         raise UserError(f"no baseline at {path} that says what to run")
     with asked_to_stop() as stopped:
-        return run_baselines(baselines, options, lambda text: typer.echo(text, err=True), interrupted=stopped)
+        return run_baselines(baselines, options, lambda text: say(text, err=True), interrupted=stopped)
 
 
 def _print(reports: Sequence[RegressionReport], output: Output) -> int:
@@ -156,9 +156,9 @@ def _print(reports: Sequence[RegressionReport], output: Output) -> int:
         except OSError as error:
             raise UserError(f"cannot write {summary}, which GITHUB_STEP_SUMMARY names: {error.strerror}") from None
     if output.as_json:
-        typer.echo(render_regression.as_json(reports, code), nl=False)
+        say(render_regression.as_json(reports, code), nl=False)
     else:
-        typer.echo("\n".join(map(render_regression.terminal, reports)), nl=False)
+        say("\n".join(map(render_regression.terminal, reports)), nl=False)
     return code
 
 
@@ -190,11 +190,11 @@ def _update(path: Path, runs: Sequence[LoadedRun], keys: Sequence[str], margins:
         write_index(path, list(dict.fromkeys([*([] if listed == [path] else listed), *baselines_by_file])))
     for each in runs:
         if flagged(each.record):
-            typer.echo(f"gpobench: {each.folder} has the hack flag, and is now part of a baseline", err=True)
+            say(f"gpobench: {each.folder} has the hack flag, and is now part of a baseline", err=True)
     numbers = sum(len(claim.number) for each in written for claim in each.row)
     files = [*([path] if index else []), *(f for file in baselines_by_file for f in (file, scores_path(file)))]
     rows = sum(len(each.row) for each in written)
-    typer.echo(f"wrote {', '.join(map(str, files))}: {numbers} numbers of {rows} rows", err=True)
+    say(f"wrote {', '.join(map(str, files))}: {numbers} numbers of {rows} rows", err=True)
 
 
 def _margins_of(margins: Sequence[str], group: Sequence[LoadedRun], runs: Sequence[LoadedRun]) -> list[str]:

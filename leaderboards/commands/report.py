@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ...bench.errors import UserError
-from .options import BaselineRow, Key, Runs, Task, write_text
+from .options import BaselineRow, Key, Runs, Task, check_place, say, write_text
 
 
 def report(
@@ -28,12 +28,16 @@ def report(
 
     Examples: `gpobench report runs` · `gpobench report runs -o ocr.html --plots figures`
     """
+    from ...bench.files import make_folder
     from ..build_board import build_board
     from ..figures import write_figures
     from ..page import page
     from ..report_data import read_report_data
     from ..runs import excluded_runs, load_runs
 
+    check_place(out)
+    if plots is not None:
+        make_folder(plots)
     loaded = load_runs(runs, task)
     board = build_board(loaded, baseline, key, notes=excluded_runs(runs, task))
     data = read_report_data(board, loaded)
@@ -43,4 +47,4 @@ def report(
             files = write_figures(board, data, plots)
         except OSError as error:
             raise UserError(f"cannot write {plots}: {error.strerror}") from None
-        typer.echo(f"wrote {', '.join(map(str, files)) or 'no plots'}", err=True)
+        say(f"wrote {', '.join(map(str, files)) or 'no plots'}", err=True)

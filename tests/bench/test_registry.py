@@ -114,3 +114,46 @@ def test_an_alias_is_the_same_part_under_its_own_name() -> None:
     assert registry.aliases("method", "diffusion-nft") == ["nft"] and registry.aliases("method", "gpo") == []
     for name in registry.entries("method"):  # no chain of aliases
         assert registry.canonical("method", registry.canonical("method", name)) == registry.canonical("method", name)
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("import sys; sys.exit()", "SystemExit: it ends the program when it is imported"),
+        ("raise SystemExit('bye')", "SystemExit: bye: it ends the program when it is imported"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("import asyncio; raise asyncio.CancelledError('a\\nb')", "CancelledError: a b"),
+        ("raise BaseException(1)", "BaseException: 1"),
+    ],
+)
+def test_a_file_that_ends_the_program_is_one_line(tmp_path: Path, code: str, reason: str) -> None:
+    file = tmp_path / "ends.py"
+    file.write_text(code + "\n")
+    for kind in ("method", "task", "recipe"):
+        with pytest.raises(UserError) as caught:
+            registry.load(kind, f"{file}:Best")
+        assert str(caught.value) == f"{file}: {reason}"
+    with pytest.raises(UserError):
+        registry.scorer(f"{file}:Best")
+
+
+@pytest.mark.parametrize("code", ["Best = 3", "Best = None", "Best = 'text'", "def Best(): ..."])
+def test_a_method_that_is_no_class_is_one_line(tmp_path: Path, code: str) -> None:
+    file = tmp_path / "notclass.py"
+    file.write_text(code + "\n")
+    with pytest.raises(UserError, match="notclass.py:Best is a value of the type .*: a method is a class"):
+        registry.load("method", f"{file}:Best")
+    if not code.startswith("def"):
+        for kind in ("task", "scorer", "embedder"):
+            with pytest.raises(UserError, match="is a class or a function"):
+                registry.load(kind, f"{file}:Best")
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit", "raise KeyError('x')", "raise KeyboardInterrupt"])
+def test_a_part_that_cannot_be_made_is_one_line(tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "raised_by_user", lambda error: False)  # as where the command line handles Ctrl-C
+    file = tmp_path / "unmade.py"
+    file.write_text(f"class Best:\n    def __init__(self):\n        {code}\n")
+    for make in (registry.task, registry.scorer, registry.embedder):
+        with pytest.raises(UserError, match="cannot be made: "):
+            make(f"{file}:Best")

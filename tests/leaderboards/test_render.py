@@ -25,7 +25,7 @@ from gpobench.bench.stats.law import RankInterval
 from gpobench.leaderboards import paper_numbers
 from gpobench.leaderboards.board import Board
 from gpobench.leaderboards.build_board import build_board
-from gpobench.leaderboards.formatting import cell, number, p_value, plain, spend
+from gpobench.leaderboards.formatting import cell, csv_cell, number, p_value, plain, spend
 from gpobench.leaderboards.render import render
 from gpobench.leaderboards.render_markup import LATEX
 from gpobench.leaderboards.runs import load_runs
@@ -98,6 +98,18 @@ def test_small_texts() -> None:
     assert [p_value(p) for p in (math.nan, 0.0004, 0.0123, 1.0)] == ["", "<.001", ".012", "1.000"]
     assert spend("nfe", 40_000.4) == "40,000" and spend("flops", 6.7195e12) == "6.72e+12"
     assert plain("a\x1b[31m\nb\u202ec\tü→") == "a?[31m b?c ü→"
+
+
+@pytest.mark.parametrize(
+    "text", ["=1+1", "+1+1", "-cmd|' /C calc'!A0", "@SUM(A1)", "\t=1", "\r=1", " =1", "＝1", "-", "+nan1"]
+)
+def test_no_cell_is_a_formula(text: str) -> None:
+    assert csv_cell(text) == f"'{plain(text)}"
+
+
+@given(st.floats() | st.integers())
+def test_numbers_and_words_are_cells_as_they_are(number: float) -> None:
+    assert csv_cell(f"{number:+.6g}") == f"{number:+.6g}" and csv_cell("gpo, 2=") == "gpo, 2=" and csv_cell("") == ""
 
 
 # Each format
@@ -238,7 +250,7 @@ def test_no_name_breaks_a_table(made: Board, name: str) -> None:
     assert latex_rows(render(b, "latex"))[1][1] == clean
     rows = markdown_rows(render(b, "md"))
     assert {len(r) for r in rows if len(r) > 1} == {len(rows[0])} and rows[2][1] == clean.strip()
-    assert list(csv.DictReader(io.StringIO(render(b, "csv"), newline="")))[0]["label"] == clean
+    assert list(csv.DictReader(io.StringIO(render(b, "csv"), newline="")))[0]["label"] == csv_cell(name)
     assert json.loads(render(b, "json"))["rows"][0]["label"] == name
     text = render(b)
     assert max(map(cell_len, text.splitlines())) <= 80 and "\x1b" not in text

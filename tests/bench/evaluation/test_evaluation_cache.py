@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import pandas as pd
 import pytest
 
 from gpobench.bench import registry
+from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation import evaluation_cache, evaluator, record
 from gpobench.bench.evaluation.estimates import Evaluation
 from gpobench.bench.evaluation.evaluation_cache import RunConditions
@@ -265,3 +268,21 @@ def test_runs_of_one_folder_share_the_base_and_differ_in_nothing_else(
         one, two = ((tmp_path / part / plan(1).slug() / name).read_bytes() for part in "ab")
         assert one == two, name
     assert not list(tmp_path.glob("*/.bases/record.json")) and record.read(Path(behind.run_dir, "record.json"))
+
+
+def test_the_lock_is_no_link_and_a_file_system_without_locks_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_locks(file: object, kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    locked = evaluation_cache._locked  # pyright: ignore[reportPrivateUsage]
+    with locked(tmp_path / "base", ProcessGroup()):
+        pass
+    target = tmp_path / "precious"
+    target.write_text("kept")
+    (tmp_path / ".other.lock").symlink_to(target)
+    with pytest.raises(UserError, match="cannot lock"), locked(tmp_path / "other", ProcessGroup()):
+        pass
+    assert target.read_text() == "kept"

@@ -7,11 +7,14 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation import record
@@ -247,3 +250,41 @@ def test_the_flag_of_a_record_is_that_of_this_version() -> None:
     assert flagged(made((-0.1, 0.1), False, t="training", h="held-out"))
     assert not flagged(made((0.1, 0.2), True, t="training", h="held-out"))
     assert flagged(made((0.1, 0.2), True)) and not flagged(made((-0.1, 0.1), False))  # nobody says who trained
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+@pytest.mark.parametrize("content", [b'{"hello": 1}', b"[]", b"null", b"1", b'"text"', b"{}", DEEP, b"\xff", b""])
+def test_a_file_of_another_program_is_one_line(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "record.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        record.read(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path} is not a record") and "\n" not in text and "validation errors" not in text
+
+
+def test_a_folder_in_the_place_of_a_record_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "record.json").mkdir()
+    with pytest.raises(UserError, match="is not a record"):
+        record.read(tmp_path / "record.json")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.sampled_from(sorted(Record.model_fields)), JSON)
+def test_any_value_in_a_record_is_read_or_refused_in_one_line(field: str, value: Any) -> None:
+    table = {**json.loads(example().model_dump_json()), field: value}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "record.json")
+        path.write_text(json.dumps(table))
+        try:
+            assert isinstance(record.read(path), Record)
+        except UserError as error:
+            assert str(error).startswith(str(path)) and "\n" not in str(error)

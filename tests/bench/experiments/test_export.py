@@ -209,3 +209,19 @@ def test_the_command_says_what_it_wrote(make: Make, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [str(run_dir), "--to", str(tmp_path / "card")])
     assert done.exit_code == 0 and done.stdout == "" and "gpobench: The training scorer rose" in done.stderr
     assert json.loads((run_dir / "record.json").read_text())["method"] == "flow-grpo:fast"
+
+
+@pytest.mark.parametrize("name", ["config.toml", "samples", "adapter", "adapter/pytorch_lora_weights.safetensors"])
+def test_an_export_follows_no_link(make: Make, tmp_path: Path, name: str) -> None:
+    run = make()
+    (run / "samples").mkdir(exist_ok=True)
+    (run / "samples" / "pairs.png").write_bytes(b"x")
+    moved = tmp_path / "elsewhere"
+    if (run / name).exists():
+        (run / name).rename(moved)
+    else:
+        moved.write_text("secret")
+    (run / name).symlink_to(moved)
+    with pytest.raises(UserError, match=f"{name} is a link"):
+        export(run, tmp_path / "card")
+    assert not (tmp_path / "card").exists()

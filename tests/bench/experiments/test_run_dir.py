@@ -18,6 +18,7 @@ from gpobench.bench.experiments.run_dir import (
     fingerprint,
     is_locked,
     lock_run_dir,
+    refuse_links,
     report_disk_errors,
 )
 
@@ -140,3 +141,27 @@ def test_a_finished_run_is_shown_on_a_full_disk(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "record.json").touch()
     with report_disk_errors(tmp_path):
         pass
+
+
+def test_a_lock_that_is_a_link_or_a_folder_is_one_line(tmp_path: Path) -> None:
+    target = tmp_path / "precious"
+    target.write_text("kept")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").symlink_to(target)
+    with pytest.raises(UserError, match="cannot lock"), lock_run_dir(run):
+        pass
+    assert not is_locked(run) and target.read_text() == "kept"
+    (run / ".lock").unlink()
+    (run / ".lock").mkdir()
+    with pytest.raises(UserError, match="cannot lock"), lock_run_dir(run):
+        pass
+
+
+@pytest.mark.parametrize("name", ["config.toml", "checkpoint", "samples/pairs.png"])
+def test_a_run_directory_holds_no_links(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    refuse_links(tmp_path)
+    (tmp_path / name).symlink_to("/etc")
+    with pytest.raises(UserError, match=f"{name} is a link"):
+        refuse_links(tmp_path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,6 +19,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from gpobench.bench.budget import Budget, Meter
@@ -437,3 +441,31 @@ def test_a_disk_with_too_little_room_is_refused_at_once(
         before="from gpobench.bench.experiments import run_dir; run_dir.MIN_FREE_DISK = 2**62",
     )
     assert ended.code == 2 and "MB are free" in ended.err and ended.out == "" and list(tmp_path.iterdir()) == []
+
+
+def checked(payload: str) -> str:
+    return json.dumps({"sha256": hashlib.sha256(payload.encode()).hexdigest(), "payload": payload})
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+FORGED = ["[]", "null", "1", '"x"', "{}", DEEP, '{"payload": 1, "sha256": "x"}', '{"payload": "x", "sha256": 1}']
+FORGED += [checked(text) for text in ("[]", "null", "1", "{}", "x", DEEP, '{"iteration": "3"}')]
+
+
+@given(st.sampled_from(FORGED) | st.text().map(checked) | st.text())
+def test_what_is_no_checkpoint_is_passed_over_in_one_line(text: str) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "00000003").mkdir()
+        (folder / "00000003" / checkpoint.FACTS).write_text(text, "utf-8", errors="replace")
+        (folder / "00000003" / checkpoint.TENSORS).write_bytes(b"")
+        messages: list[str] = []
+        nothing: Any = None  # neither rig nor optimiser is touched
+        assert checkpoint.restore(folder, nothing, nothing, messages.append) is None
+        assert len(messages) == 1 and "is damaged" in messages[0]
+
+
+def test_only_names_that_save_gives_are_checkpoints(tmp_path: Path) -> None:
+    for name in ("²", "٣", "3", "000000003", "-0000001", "00000002", "100000000", ".00000004"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.numbers(tmp_path) == [2, 100_000_000]
