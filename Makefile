@@ -4,6 +4,8 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 JOBS ?= 2
+FAULTS ?= 2000
+SEED ?= 0
 PARTS := $(BIN)/python .ci/parts.py
 QUIET := OMP_NUM_THREADS=1 OMP_THREAD_LIMIT=1 HF_HUB_OFFLINE=1
 
@@ -20,7 +22,7 @@ MARGINS := --margin .08 --margin rapidocr/soft=.04 --margin reader/soft=.04
 NUMERIC := $(BIN)/pytest -q -m 'numeric and not slow'
 TWO_THREADS := OMP_NUM_THREADS=2 OMP_THREAD_LIMIT=2 HF_HUB_OFFLINE=1
 
-.PHONY: run test regress portable slow calibration bench board clean help
+.PHONY: run test regress portable slow faults calibration bench board clean help
 
 run: .venv/core.stamp  ## train GPO on OCR with the embedded model under a budget, and evaluate it (more flags: ARGS="--seed 1")
 	$(BIN)/gpobench run --method gpo --task ocr --model tiny $(ARGS)
@@ -47,6 +49,9 @@ portable: .venv/dev.stamp  ## the numeric tests as other processors compute them
 
 slow: .venv/dev.stamp  ## the tests that take minutes
 	$(QUIET) $(BIN)/pytest -m slow --timeout 3600
+
+faults: .venv/dev.stamp  ## inject 2,000 faults (FAULTS=..., SEED=...), print tried and held by kind: tens of minutes
+	$(QUIET) $(BIN)/python tests/campaign --faults $(FAULTS) --seed $(SEED) --jobs $(JOBS)
 
 calibration: .venv/core.stamp  ## the simulation behind docs/statistics.md, written into it: minutes
 	$(QUIET) $(BIN)/python benchmarks/calibration.py

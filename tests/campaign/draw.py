@@ -50,12 +50,13 @@ def _time_limit(seconds: float) -> Any:
         raise NotHeld(f"hang: not ended after {seconds:.0f} s")
 
     previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    outer = signal.setitimer(signal.ITIMER_REAL, seconds)  # pytest-timeout's, where a test injects
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+        signal.setitimer(signal.ITIMER_REAL, *outer)
 
 
 def try_row(row: Row, seed: int) -> Tried:

@@ -107,7 +107,7 @@ class Inputs:
         """A record as a run writes it."""
         from runs import LIMIT, Runs
 
-        runs = Runs(self.folder / "runs")
+        runs = Runs(self.folder)
         out = runs.folder()
         ended = runs.gpobench(*runs.command(out), limit=LIMIT)
         if ended.code:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,23 @@ def fail(number):
 """
 
 
+@cache
+def shared_model(place: Path) -> Path:
+    """The miniature model of a process: every kind uses one."""
+    from gpobench.bench.models.mini import write_sd3
+
+    return write_sd3(place / "mini", seed=0)
+
+
+@cache
+def shared_commands(place: Path) -> Commands:
+    """The forked command line of a process: its imports take seconds."""
+    place.mkdir(parents=True, exist_ok=True)
+    return Commands(place)
+
+
 class Runs:
-    """The miniature model, the forked command line, and the run without a fault."""
+    """The miniature model, the forked command line, and the run without a fault; place: of one kind, beside the other kinds'."""
 
     def __init__(self, place: Path):
         self.place = place
@@ -51,15 +66,11 @@ class Runs:
 
     @cached_property
     def model(self) -> Path:
-        from gpobench.bench.models.mini import write_sd3
-
-        self.place.mkdir(parents=True, exist_ok=True)
-        return write_sd3(self.place / "mini", seed=0)
+        return shared_model(self.place.parent / "shared")
 
     @cached_property
     def gpobench(self) -> Commands:
-        self.place.mkdir(parents=True, exist_ok=True)
-        return Commands(self.place)
+        return shared_commands(self.place.parent / "shared")
 
     def folder(self) -> Path:
         """A folder that does not exist yet."""

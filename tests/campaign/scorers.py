@@ -9,6 +9,7 @@ from typing import Any
 import faulty
 import numpy as np
 from fault import NotHeld, Row, row
+from runs import shared_model
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.scoring import remote
@@ -62,10 +63,9 @@ class Scorers:
     @cached_property
     def model(self) -> Any:
         from gpobench.bench.model_spec import Adapter, find_model_spec
-        from gpobench.bench.models.mini import write_sd3
         from gpobench.bench.models.open import open_model
 
-        folder = write_sd3(self.place / "mini", seed=0)
+        folder = shared_model(self.place.parent / "shared")
         return open_model(find_model_spec(str(folder)), device="cpu", adapter=Adapter(rank=4), seed=0)
 
     def scorer(self, kind: str, family: str, bad: tuple[int, ...]) -> Any:
