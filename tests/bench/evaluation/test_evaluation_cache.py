@@ -260,9 +260,9 @@ def test_runs_of_one_folder_share_the_base_and_differ_in_nothing_else(
     seen.clear()
     behind = running.run(plan(1), runs=tmp_path / "b", progress=NullProgress())
     assert "ref" not in seen
-    assert behind.model_copy(update={"wall": {}, "run_dir": "", "spent": {}, "scorers": {}, "curve": []}) == (
-        alone.model_copy(update={"wall": {}, "run_dir": "", "spent": {}, "scorers": {}, "curve": []})
-    )
+    without: Any = {"wall": {}, "run_dir": "", "spent": {}, "scorers": {}, "curve": [], "observed": None}
+    assert behind.model_copy(update=without) == alone.model_copy(update=without)
+    assert behind.observed and alone.observed and behind.observed.training == alone.observed.training
     assert [m.scores for m in behind.curve] == [m.scores for m in alone.curve]
     for name in ("adapter/pytorch_lora_weights.safetensors", "scores.parquet", "curve.parquet", "samples/images.npz"):
         one, two = ((tmp_path / part / plan(1).slug() / name).read_bytes() for part in "ab")
