@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 
 from ..budget import Spent
+from ..errors import UserError
 from ..spec import Method, batch_size, select_rows
 from .observation import MISMATCH
 from .rig import MeteredRig
@@ -101,8 +102,12 @@ def train(
 
 def _iterate(method: Method, rig: MeteredRig, optimizer: torch.optim.Optimizer, gradients: Gradients) -> None:
     """Collect a batch and update the weights on it."""
-    with expect_scores(rig):
+    with expect_scores(rig), _no_exit(method):
         batch = method.collect(rig.view)
+    if not is_dataclass(batch) or isinstance(batch, type) or not fields(batch):
+        raise UserError(
+            f"{_name(method)}.collect must return a batch, a dataclass of rows; it returned {_described(batch)}"
+        )
     rows = batch_size(batch)
     rig.note("batch/rows", rows)
     rig.iterations_without_signal = rig.iterations_without_signal + 1 if rows == 0 else 0
@@ -134,7 +139,8 @@ def _differentiate(method: Method, rig: MeteredRig, gradients: Gradients, batch:
     infinite_loss: float | None = None
     for k, rows in enumerate(torch.arange(len(minibatch)).split(method.optim.micro or len(minibatch))):
         with rig.keyed(keys[rows]), rig.turn(k) as computed_here:
-            loss = method.loss(rig.view, select_rows(batch, minibatch[rows]))
+            with _no_exit(method):
+                loss = _checked_loss(method, method.loss(rig.view, select_rows(batch, minibatch[rows])))
             rig.note("policy/loss", loss)
         if computed_here and not bool(loss.isfinite()):
             infinite_loss = float(loss.detach())
@@ -143,6 +149,36 @@ def _differentiate(method: Method, rig: MeteredRig, gradients: Gradients, batch:
     for losses in rig.processes.gather([] if infinite_loss is None else [infinite_loss]):
         if losses:
             raise Stop(f"the loss is {losses[0]:g} after {rig.meter.updates} updates")
+
+
+def _checked_loss(method: Method, loss: Any) -> torch.Tensor:
+    """Return the loss if it is one number with a gradient; UserError otherwise."""
+    if isinstance(loss, torch.Tensor) and loss.ndim == 0 and loss.is_floating_point() and loss.requires_grad:
+        return loss
+    raise UserError(
+        f"{_name(method)}.loss must return one number with a gradient, a floating-point tensor of shape (); "
+        f"it returned {_described(loss)}"
+    )
+
+
+@contextmanager
+def _no_exit(method: Method) -> Generator[None]:
+    """Raise UserError where the method's code ends the process: a run that is cut short this way would look like a success."""
+    try:
+        yield
+    except SystemExit as end:
+        raise UserError(f"{_name(method)} called sys.exit({end.code!r}) in the middle of a run") from end
+
+
+def _name(method: Method) -> str:
+    return type(method).__name__
+
+
+def _described(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"{'the class ' + value.__name__ if isinstance(value, type) else type(value).__name__}"
+    gradient = "with" if value.requires_grad else "without"
+    return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, {gradient} a gradient"
 
 
 def _update(method: Method, rig: MeteredRig, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:

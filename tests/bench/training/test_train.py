@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -376,3 +377,49 @@ def test_the_gradient_is_clipped(make: Make) -> None:
     adam.register_step_pre_hook(step)
     train(method, rig, adam, after=lambda numbers: None)
     assert norms and norms[0] == pytest.approx(1e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shown"),
+    [
+        (None, "NoneType"),
+        (0.5, "float"),
+        (torch.tensor(3), "a tensor of shape (), int64, without a gradient"),
+        (torch.tensor(0.5), "a tensor of shape (), float32, without a gradient"),
+        (torch.ones(3, requires_grad=True), "a tensor of shape (3,), float32, with a gradient"),
+    ],
+)
+def test_a_loss_that_is_no_number_with_a_gradient_is_refused(make: Make, loss: Any, shown: str) -> None:
+    @dataclass(frozen=True)
+    class Odd(Shrink):
+        def loss(self, rig: Any, batch: Any) -> Any:
+            return loss
+
+    with pytest.raises(
+        UserError,
+        match=re.escape(
+            f"Odd.loss must return one number with a gradient, a floating-point tensor of shape (); it returned {shown}"
+        ),
+    ):
+        go(Odd(), make(updates=2))
+
+
+@pytest.mark.parametrize("batch", [None, "x", InitialNoise])
+def test_a_batch_that_is_none_is_refused(make: Make, batch: Any) -> None:
+    @dataclass(frozen=True)
+    class Odd(Shrink):
+        def collect(self, rig: Any) -> Any:
+            return batch
+
+    with pytest.raises(UserError, match="Odd.collect must return a batch, a dataclass of rows; it returned"):
+        go(Odd(), make(updates=2))
+
+
+@pytest.mark.parametrize("where", ["collect", "loss"])
+def test_a_method_that_ends_the_process_does_not_end_the_run_in_silence(make: Make, where: str) -> None:
+    def leave(*_: Any) -> Any:
+        raise SystemExit(0)
+
+    odd = type("Odd", (Shrink,), {where: leave})
+    with pytest.raises(UserError, match=r"Odd called sys.exit\(0\) in the middle of a run"):
+        go(odd(), make(updates=2))
