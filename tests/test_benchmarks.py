@@ -73,15 +73,23 @@ def run_guards(_: list[Path]) -> None:
     guards.main(2, "tiny")
 
 
+def run_seed_library(_: list[Path]) -> None:
+    entries = script("seed_library").of_board("tiny-counting")
+    assert all(entry["variance"] >= 0 and entry["seeds"] > 1 for entry in entries)
+    print(f"{len(entries)} entries")
+
+
 MINIATURES: dict[str, tuple[Callable[[list[Path]], None], str]] = {  # file -> what runs it, what it prints
-    "board": (run_board, "resample"),
+    "board": (run_board, "estimate"),
     "guards": (run_guards, "counted / not counted, 2 pairs"),
     "overhead": (run_overhead, " s\n"),
     "own_numbers": (run_own_numbers, "| method-1 |"),
     "sampling": (run_sampling, "rig / bare: median"),
+    "seed_library": (run_seed_library, " entries"),
     "seeds": (run_seeds, "| all 2 | one/exact |"),
 }
 ELSEWHERE = {
+    "calibration": "tests/bench/stats/test_law.py",
     "hostile_server": "tests/bench/scoring/test_hostile_server.py",
     "presets": "tests/methods/test_presets.py",
     "full_size": "needs a GPU of 24 GB",

@@ -140,7 +140,9 @@ def _differentiate(method: Method, rig: MeteredRig, gradients: Gradients, batch:
     for k, rows in enumerate(torch.arange(len(minibatch)).split(method.optim.micro or len(minibatch))):
         with rig.keyed(keys[rows]), rig.turn(k) as computed_here:
             with _no_exit(method):
-                loss = _checked_loss(method, method.loss(rig.view, select_rows(batch, minibatch[rows])))
+                loss = method.loss(rig.view, select_rows(batch, minibatch[rows]))
+            if computed_here:  # elsewhere the network is not evaluated, and the loss has no gradient
+                loss = _checked_loss(method, loss)
             rig.note("policy/loss", loss)
         if computed_here and not bool(loss.isfinite()):
             infinite_loss = float(loss.detach())

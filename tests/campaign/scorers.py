@@ -12,6 +12,7 @@ from fault import NotHeld, Row, row
 from runs import shared_model
 
 from gpobench.bench.budget import Budget, Meter
+from gpobench.bench.rendering import RenderedImages
 from gpobench.bench.scoring import remote
 from gpobench.bench.scoring.remote import Limits, RemoteScorer, connect
 from gpobench.bench.spec import Prompt, Scores
@@ -100,7 +101,7 @@ class Scorers:
             if kind == "fewer prompts than images":
                 prompts = prompts[: int(rng.integers(0, n))]
             with _pictures(kind if family == "picture" else "", bad):
-                scores, _ = timed_scores(self.scorer(kind, family, bad), images, prompts)
+                scores, _ = timed_scores(self.scorer(kind, family, bad), RenderedImages(images), prompts)
             _compare(scores, sound, bad, n)
             return "unscored" if bad else "same"
 
@@ -143,7 +144,7 @@ class Scorers:
 
         images = rng.integers(0, 256, (3, 16, 16, 3), np.uint8)
         before = images.copy()
-        scores, _ = timed_scores(Writes(), images, [Prompt("x")] * 3)
+        scores, _ = timed_scores(Writes(), RenderedImages(images), [Prompt("x")] * 3)
         if not np.array_equal(images, before):
             raise NotHeld("silent number: the scorer changed the images that the next scorer gets")
         if np.isfinite(np.asarray(scores.value["mean"])).any():

@@ -36,7 +36,7 @@ if kind == "killed":
     print(" 35 % of it", file=sys.stderr)
     os.kill(os.getpid(), signal.SIGKILL)
 mark("end")
-sys.exit({"mute": 3, "stopped": 130}.get(kind, 0))
+sys.exit({"mute": 4, "stopped": 130}.get(kind, 0))
 """
 
 
@@ -81,7 +81,7 @@ def test_each_end_is_reported_and_ends_no_other(tmp_path: Path, heard: Heard) ->
     assert heard.ended == {
         0: "",
         1: "it broke",
-        3: "ended with code 3",
+        3: "ended with code 4",
         4: "",
         5: "",
         6: "RuntimeError: the device is lost",

@@ -95,7 +95,7 @@ def test_calls_outside_of_training_are_evaluation(make: Any) -> None:
 
 @dataclass
 class Refuses:
-    """Refuses batches that hold more than one image, or every image."""
+    """Refuses batches that hold more than one image, or every image but the first that comes alone."""
 
     every: bool = False
     id: str = "refuses-v1"
@@ -105,7 +105,7 @@ class Refuses:
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         self.calls.append(len(images))
-        if self.every or len(images) > 1:
+        if len(images) > 1 or (self.every and self.calls.count(1) > 1):
             raise UserError("one at a time")
         return Scores({"mean": images.mean((1, 2, 3)) / 255.0})
 
