@@ -75,7 +75,7 @@ def run_guards(_: list[Path]) -> None:
 
 def run_seed_library(_: list[Path]) -> None:
     entries = script("seed_library").of_board("tiny-counting")
-    assert all(entry["variance"] >= 0 and entry["seeds"] > 1 for entry in entries)
+    assert all(entry["sd"] >= 0 and entry["seeds"] > 1 for entry in entries)
     print(f"{len(entries)} entries")
 
 

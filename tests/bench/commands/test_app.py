@@ -164,6 +164,7 @@ def test_text_is_printed_as_it_stands_whatever_it_holds(capsys: pytest.CaptureFi
             "notes": notes,
             "invalid": True,
             "path": "o [/] x.csv",
+            "not_written": "",
         }
     )
     with terminal_progress() as progress:
