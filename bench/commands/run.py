@@ -92,7 +92,8 @@ def run(
             config_of_run, runs=out, progress=progress, fresh=fresh, track=track, interrupted=stopped
         )
         answer(record.model_dump_json(indent=1) if as_json else lambda: print_run_result(record))
-    if disqualification(record):
+    if why := disqualification(record):
+        typer.echo(f"gpobench: this run is no result: it {why}", err=True)
         raise typer.Exit(NO_RESULT)
 
 

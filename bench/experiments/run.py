@@ -137,7 +137,8 @@ def _complete(launch: Launch) -> Record:
         launch.check_run_dir()
         _write_artifacts(context, stage, result)
         launch.check_run_dir()
-        finished = build_record(context, stage, result)
+        own_record = build_record(context, stage, result)
+        finished = context.processes.from_main(lambda: own_record)  # one record, whichever process computed what
         context.files.write_record(finished, run_readme(finished, context.model_spec, stage.has_adapter))
         return finished
 

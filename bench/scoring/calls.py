@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import queue
 import threading
@@ -91,7 +92,8 @@ def call_in_time(part: Callable[..., Any], *arguments: Any) -> Any:
     worker: _Worker | None = getattr(_of_thread, "worker", None)
     if worker is None:
         worker = _of_thread.worker = _Worker()
-    call = worker.begin(lambda: part(*arguments))
+    context = contextvars.copy_context()  # what the caller knows, such as that several processes divide this work
+    call = worker.begin(lambda: context.run(part, *arguments))
     ends = time.monotonic() + seconds
     while not call.done.wait(min(POLL, max(ends - time.monotonic(), 0.0))):
         late = time.monotonic() >= ends

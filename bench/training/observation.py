@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Lock, local
+from threading import Lock
 from time import perf_counter as _now
 from typing import Any
 
@@ -35,6 +36,8 @@ MISMATCH = "what was computed is not what was charged:"  # how the fault of such
 # The meter's clock may show less than the one here by this share and these seconds: a busy machine may pause between the two.
 CLOCK_SHARE, CLOCK_SECONDS = 0.05, 1.0
 _ABSENT = object()
+# Not of a thread: the parts of a blend are called in threads of their own, with a copy of the caller's context.
+_INSIDE_SCORER: ContextVar[bool] = ContextVar("inside_scorer", default=False)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Observer:
         self._seconds = 0.0
         self._texts: set[str] = set()  # that were encoded or scored in training
         self._loaded: list[str] = []  # parts that were loaded in training
-        self._lock, self._thread = Lock(), local()
+        self._lock = Lock()
         self._undo = ExitStack()
         self._removed: list[str] = []  # counters that were not in their places when they were to be taken away
         self._weights: WeightGuard | None = None
@@ -175,9 +178,9 @@ class Observer:
 
     def _score(self, call: Callable[..., Any], scorer: Any, images: Any, *more: Any, **options: Any) -> Any:
         """Count the images of a call, once where scorers call each other."""
-        if getattr(self._thread, "inside", False):
+        if _INSIDE_SCORER.get():
             return call(scorer, images, *more, **options)
-        self._thread.inside = True
+        outside = _INSIDE_SCORER.set(True)
         counts = True
         try:
             return call(scorer, images, *more, **options)
@@ -185,7 +188,7 @@ class Observer:
             counts = len(images) == 1  # `scorers.ask` then scores the images of a batch one by one
             raise
         finally:
-            self._thread.inside = False
+            _INSIDE_SCORER.reset(outside)
             if counts:
                 self._count(SCORED + str(getattr(scorer, "name", type(scorer).__name__)), len(images))
                 if self._now is self._training:

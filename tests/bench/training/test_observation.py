@@ -16,6 +16,7 @@ from gpobench.bench.errors import UserError
 from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
+from gpobench.bench.scoring.scorers import Blend
 from gpobench.bench.spec import Images, Optim, Prompt, Scores
 from gpobench.bench.training import observation
 from gpobench.bench.training.observation import Observation, Observer, by_name, forward_equivalents
@@ -43,9 +44,11 @@ def make(tiny_pipe: Path, redness: str) -> Iterator[Any]:
         rig.close()
 
 
-def watch(rig: MeteredRig, iterations: int, earlier: Observation | None = None) -> Observation:
-    """Train on until so many iterations are done, counted."""
-    adam, observer = optimiser(METHOD, rig), Observer(rig.model, [rig.scorer])
+def watch(
+    rig: MeteredRig, iterations: int, earlier: Observation | None = None, others: Sequence[Any] = ()
+) -> Observation:
+    """Train on until so many iterations are done, counted; calls of `others` are counted too."""
+    adam, observer = optimiser(METHOD, rig), Observer(rig.model, [rig.scorer, *others])
     if earlier:
         observer.restore(earlier)
     observer.install()
@@ -138,3 +141,10 @@ def test_a_clock_that_stood_is_a_difference() -> None:
     assert observation.clock_difference(0.5, meter) == []
     (line,) = observation.clock_difference(60.0, meter)
     assert line == "seconds of training: 60.0 passed, 0.0 charged"
+
+
+def test_the_parts_of_a_blend_count_as_one_scorer(make: Any) -> None:
+    """They are called in threads of their own, inside the call of the blend."""
+    rig = make(Blend([(Refuses(), 0.5), (Refuses(name="other"), 0.5)]))
+    counted = watch(rig, 1, others=[Refuses()])
+    assert counted.differences == [] and by_name(counted.training, "scored ") == {rig.scorer.name: 8}
