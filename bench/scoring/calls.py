@@ -45,7 +45,13 @@ class _Worker:
 
     def __init__(self) -> None:
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
-        threading.Thread(target=_work, args=(self._calls,), daemon=True, name="scorer-call").start()
+        self._thread = threading.Thread(target=_work, args=(self._calls,), daemon=True, name="scorer-call")
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs: a process that was forked from this one has the object without the thread."""
+        return self._thread.is_alive()
 
     def begin(self, work: Callable[[], Any]) -> _Call:
         call = _Call(work)
@@ -90,7 +96,7 @@ def call_in_time(part: Callable[..., Any], *arguments: Any) -> Any:
     _unfinished.pop(id(part), None)
     seconds = time_limit()
     worker: _Worker | None = getattr(_of_thread, "worker", None)
-    if worker is None:
+    if worker is None or not worker.alive:
         worker = _of_thread.worker = _Worker()
     context = contextvars.copy_context()  # what the caller knows, such as that several processes divide this work
     call = worker.begin(lambda: context.run(part, *arguments))

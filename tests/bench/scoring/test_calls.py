@@ -113,3 +113,11 @@ def test_a_scorer_keeps_its_thread() -> None:
     for _ in range(3):
         ask(scorer, IMAGES, PROMPTS)
     assert len(set(names)) == 1 and names[0] != threading.get_ident()
+
+
+def test_a_forked_process_calls_scorers_in_a_thread_of_its_own() -> None:
+    assert calls.call_in_time(lambda: 1) == 1  # this process has its worker
+    pid = os.fork()
+    if pid == 0:
+        os._exit(calls.call_in_time(lambda: 7))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
