@@ -12,6 +12,10 @@ class Missing(UserError):
     """An optional package, engine or weight file that is not there. Its text names what to install or fetch."""
 
 
+class DownloadLimitExceeded(Exception):
+    """Files of more bytes were requested than a download log allows: the part that asks for them is examined no further."""
+
+
 class Interrupted(Exception):
     """The user stopped the run; everything up to the last complete iteration is on disk."""
 

@@ -13,7 +13,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, error_line
+from .errors import DownloadLimitExceeded, UserError, error_line
 from .signals import raised_by_user
 
 GROUPS = {
@@ -133,7 +133,7 @@ def _made(kind: str, reference: str, make: Callable[[], Any]) -> Any:
     """Return what a class or function of a part returns. Raises UserError where third-party code fails or ends the program."""
     try:
         return make()
-    except UserError:
+    except (UserError, DownloadLimitExceeded):
         raise
     except BaseException as error:
         if raised_by_user(error) or (isinstance(error, Exception) and ".py:" not in reference):

@@ -13,7 +13,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).with_name("campaign")))
 from draw import draw, try_row
 from fault import NotHeld, Row, row
-from runs import shared_commands
+from mini_runs import shared_commands
 from table import KINDS, table
 
 SAMPLE = {

@@ -12,7 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
-from ..errors import UserError
+from ..errors import DownloadLimitExceeded, UserError
 from ..files import write_atomically
 
 LIMIT = 64 * 2**20  # bytes; a list of prompts is far smaller
@@ -45,10 +45,6 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
     from fnmatch import fnmatchcase
 
     return not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-class DownloadLimitExceeded(Exception):
-    """Files of more bytes were requested than a download log allows."""
 
 
 class DownloadLog(list[DownloadRequest]):

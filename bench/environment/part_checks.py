@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import registry
 from ..assets import downloads
-from ..errors import Missing, UserError
+from ..errors import DownloadLimitExceeded, Missing, UserError
 from ..scoring.scorers import close_scorers, open_scorer, part_behind
 from ..spec import Task
 from .check_result import BINDING_LICENCE_WORDS, Check, CheckVerdict, first_line, format_gb
@@ -83,7 +83,7 @@ def check_part(need: Need, deep: bool, offline: bool, fetch_command: str) -> Ite
         try:
             result = _test_embedder(need.name) if need.kind == "embedder" else _test_scorer(need.name)
             check = Check(name, "ok", f"{result} ({time.monotonic() - start:.1f} s)")
-        except downloads.DownloadLimitExceeded:
+        except DownloadLimitExceeded:
             damage = _damaged_file(requests)
             size = format_gb(sum(requests.files().values()))
             check = Check(

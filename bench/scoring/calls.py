@@ -24,7 +24,7 @@ class PartEnded(Exception):
 
 
 @dataclass
-class _Call:
+class _TimedCall:
     """One call, what it returned or raised, and whether it did."""
 
     work: Callable[[], Any]
@@ -44,7 +44,7 @@ class _Worker:
     """A thread that does one call after another; a daemon, so that a call that hangs does not keep Python from ending."""
 
     def __init__(self) -> None:
-        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[_TimedCall | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=_work, args=(self._calls,), daemon=True, name="scorer-call")
         self._thread.start()
 
@@ -53,8 +53,8 @@ class _Worker:
         """Whether its thread runs: a process that was forked from this one has the object without the thread."""
         return self._thread.is_alive()
 
-    def begin(self, work: Callable[[], Any]) -> _Call:
-        call = _Call(work)
+    def begin(self, work: Callable[[], Any]) -> _TimedCall:
+        call = _TimedCall(work)
         self._calls.put(call)
         return call
 
@@ -62,14 +62,14 @@ class _Worker:
         self._calls.put(None)
 
 
-def _work(calls: queue.SimpleQueue[_Call | None]) -> None:
+def _work(calls: queue.SimpleQueue[_TimedCall | None]) -> None:
     while (call := calls.get()) is not None:
         call.run()
         del call  # its images
 
 
 _of_thread = threading.local()  # the worker of each thread that calls scorers: engines may be bound to a thread
-_unfinished: dict[int, tuple[object, _Call]] = {}  # id of a scorer -> the scorer, and its call that was given up
+_unfinished: dict[int, tuple[object, _TimedCall]] = {}  # id of a scorer -> the scorer, and its call that was given up
 
 
 def time_limit() -> float:

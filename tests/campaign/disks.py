@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from fault import NotHeld, Row, one_line, row
-from runs import AT, LIMIT, Runs, ended_well, result
+from mini_runs import AT, LIMIT, Runs, ended_well, result
 
 ERRORS = {"no space": errno.ENOSPC, "quota": errno.EDQUOT, "input/output error": errno.EIO, "read-only": errno.EROFS}
 CALLS = {  # where a run reaches the disk, and about how often

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from fault import NotHeld, Row, one_line, row
-from runs import FAULTY_RUN, LIMIT, SETTINGS, Runs, ended_well
+from mini_runs import FAULTY_RUN, LIMIT, SETTINGS, Runs, ended_well
 
 Damage = Callable[[Path, np.random.Generator], None]
 

@@ -105,7 +105,7 @@ class Inputs:
     @cached_property
     def record(self) -> bytes:
         """A record as a run writes it."""
-        from runs import LIMIT, Runs
+        from mini_runs import LIMIT, Runs
 
         runs = Runs(self.folder)
         out = runs.folder()

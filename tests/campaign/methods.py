@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from fault import NotHeld, Row, row
-from runs import FAULTY_RUN, LIMIT, Runs, ended_well, finite_record, of_faulty_run
+from mini_runs import FAULTY_RUN, LIMIT, Runs, ended_well, finite_record, of_faulty_run
 
 METHOD = '''"""GPO with one fault."""
 

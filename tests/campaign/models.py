@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from fault import NotHeld, Row, one_line, row
-from runs import AT, LIMIT, Runs, ended_well, finite_record, of_faulty_run, result
+from mini_runs import AT, LIMIT, Runs, ended_well, finite_record, of_faulty_run, result
 from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]

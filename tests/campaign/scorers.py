@@ -9,7 +9,7 @@ from typing import Any
 import faulty
 import numpy as np
 from fault import NotHeld, Row, row
-from runs import shared_model
+from mini_runs import shared_model
 
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.rendering import RenderedImages

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from gpobench.bench.assets import downloads
-from gpobench.bench.assets.downloads import DownloadLimitExceeded, PinnedFile, log_download, log_downloads, matches
-from gpobench.bench.errors import UserError
+from gpobench.bench.assets.downloads import PinnedFile, log_download, log_downloads, matches
+from gpobench.bench.errors import DownloadLimitExceeded, UserError
 
 TEXT = b"a red circle\nthree blue squares\n"
 
