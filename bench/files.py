@@ -122,7 +122,7 @@ def utf_8_name(name: str) -> str:
     )
 
 
-def printable(name: str) -> str:
+def printable_name(name: str) -> str:
     """A name in one line of a message: other characters than those that print are escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in utf_8_name(name))
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import printable
+from ..files import printable_name
 
 Record = dict[str, Any]
 Records = Iterator[tuple[int, Record]]
@@ -66,7 +66,7 @@ def place(path: Path, number: int) -> str:
 def shown(names: Iterable[str], most: int = 20) -> str:
     """The first names, in one line whatever characters they hold."""
     first = list(names)[: most + 1]
-    return ", ".join([*map(printable, first[:most]), *["..."] * (len(first) > most)])
+    return ", ".join([*map(printable_name, first[:most]), *["..."] * (len(first) > most)])
 
 
 def records(path: Path) -> Records:

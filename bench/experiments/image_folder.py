@@ -31,7 +31,7 @@ from ..assets.record_files import (
     style_lists,
 )
 from ..errors import UserError
-from ..files import printable
+from ..files import printable_name
 from ..spec import Prompt, Task
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jpe", ".jfif", ".dib")
@@ -174,7 +174,7 @@ def _walk(folder: Path) -> Iterable[tuple[str, bool]]:
 
 
 def _count(names: Sequence[str], what: str) -> str:
-    return f"{len(names)} {what}: {', '.join(map(printable, names[:3]))}"
+    return f"{len(names)} {what}: {', '.join(map(printable_name, names[:3]))}"
 
 
 class _ImageNames:
@@ -289,10 +289,10 @@ def _hints(folder: Path, ignore: Collection[Path]) -> str:
     for path in _candidates(folder, ignore):
         suffix = path.suffix.lower()
         if suffix in OTHER_FORMATS:
-            hints.append(f"{printable(path.name)} is not read: {OTHER_FORMATS[suffix]}")
+            hints.append(f"{printable_name(path.name)} is not read: {OTHER_FORMATS[suffix]}")
         elif suffix in TABLES and (names := _first_record(path)) and "scorer_id" not in names:
             hints.append(
-                f"{printable(path.name)} has the columns {shown(names, 6)}, of which none names image files "
+                f"{printable_name(path.name)} has the columns {shown(names, 6)}, of which none names image files "
                 f"({' | '.join(FILE_COLUMNS[:5])})"
             )
     return "".join(f"; {hint}" for hint in hints[:3])
@@ -357,7 +357,7 @@ def _by_tables(listing: _Listing, tables: Sequence[Path], reading: _Reading) -> 
     which = ", ".join(table.name if table.parent == listing.folder else str(table) for table in tables)
     repeated = [a for a, b in zip(keys, keys[1:]) if a == b]
     if repeated:
-        raise UserError(f"{which} names {printable(repeated[0][0])} twice with one prompt")
+        raise UserError(f"{which} names {printable_name(repeated[0][0])} twice with one prompt")
     return ImageFolder(f"table {which}", matched, _without_prompt(listing, matched))
 
 
@@ -432,10 +432,12 @@ def _beside(listing: _Listing, reading: _Reading) -> ImageFolder | None:
         return None
     if without:
         raise UserError(
-            f"{len(without)} of {len(listing.images)} images have no .txt beside them: {', '.join(map(printable, without[:3]))}"
+            f"{len(without)} of {len(listing.images)} images have no .txt beside them: {', '.join(map(printable_name, without[:3]))}"
         )
     if twice := [names for stem, names in captions.items() if len(names) > 1 and stem in stems]:
-        raise UserError(f"{listing.folder}: an image has two prompts beside it: {', '.join(map(printable, twice[0]))}")
+        raise UserError(
+            f"{listing.folder}: an image has two prompts beside it: {', '.join(map(printable_name, twice[0]))}"
+        )
     matched: list[PromptedImage] = []
     for name, stem in zip(listing.images, stems, strict=True):
         path = listing.folder / captions[stem][0]

@@ -178,7 +178,7 @@ def _name(method: Method) -> str:
 
 def _described(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
-        return f"{'the class ' + value.__name__ if isinstance(value, type) else type(value).__name__}"
+        return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
     gradient = "with" if value.requires_grad else "without"
     return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, {gradient} a gradient"
 

@@ -16,6 +16,8 @@ Outcome = str
 - "refused": one line on stderr, exit code 2, no number on stdout;
 - "resumed": the command ended in one line or was killed, and the same command went on to the same bytes;
 - "faulty run": the documented exit code of a faulty run, and the record states the fault;
+- "own error": the method's own exception ended the command, shown with its file, and nothing is on stdout;
+- "stalled": the run ended before its budget with a reason, because no group's rewards differed;
 - "answered": the server answered with a refusal and still serves others;
 - "told": the result differs from that without the fault, and a line on stderr names the damaged file;
 - "parsed": foreign input that is valid all the same was read.

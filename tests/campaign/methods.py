@@ -34,8 +34,6 @@ class Faulty(GPO):
 {loss}
         return loss
 '''
-# What comes of it: "faulty run" (documented exit code, in the record), "refused" (one line), "own error" (the method's own
-# exception, shown with its file and line), "invalid" (the run ends and says that it is no result), "same" (no effect).
 LOSSES = {
     "NaN": ("loss = loss * float('nan')", ["faulty run"]),
     "infinity": ("loss = loss + float('inf')", ["faulty run"]),
