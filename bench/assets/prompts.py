@@ -48,15 +48,24 @@ def read_prompts(path: Path, *, unique: bool = True) -> list[PromptRow]:
 
     The formats are those of `record_files`. The column of the prompts is `prompt`, `prompts`, `text` or `caption`, all others are
     facts; an empty cell of a table is no fact.
-    unique: refuse prompts that differ only in case, punctuation and spacing.
+    unique: keep the first of rows with the same prompt and facts, and refuse prompts that differ otherwise in no more than case,
+    punctuation and spacing.
     Raises UserError naming the file, and the line where there is one.
     """
     rows = [row_of(path, line, record) for line, record in records(path)]
     if not rows:
         raise UserError(f"{path} holds no prompts")
-    if unique:
-        _refuse_repeats(path, rows)
-    return rows
+    if not unique:
+        return rows
+    first = {_content(row): row for row in reversed(rows)}
+    kept = [row for row in rows if first[_content(row)] is row]
+    _refuse_repeats(path, kept)
+    return kept
+
+
+def _content(row: PromptRow) -> str:
+    """The prompt and its facts as text: equal for two rows that say the same."""
+    return repr((row.text.strip(), sorted((name, repr(value)) for name, value in row.facts.items())))
 
 
 def row_of(path: Path, line: int, record: Mapping[str, Any]) -> PromptRow:
@@ -104,6 +113,7 @@ class OwnPrompts:
     domain: str  # of the prompts in the files
     name: str
     version: str
+    notes: tuple[str, ...] = ()  # what of the files was not taken
 
     def prompts(self, split: Split, domain: str) -> Sequence[Prompt]:
         """Return the file's prompts with the facts that the task derives from them; the task's own where no file is given."""
@@ -149,7 +159,20 @@ def with_own_prompts(task: Task, files: Mapping[Split, Path], domain: str) -> Ta
     }
     for path, each in rows.values():
         understood(task, path, each, domain)
-    return cast(Task, OwnPrompts(task, rows, domain, task.name, task.version + (OWN if files else "")))
+    notes = tuple(note for split, (path, each) in rows.items() if split != "train" and (note := _repeats(path, each)))
+    return cast(Task, OwnPrompts(task, rows, domain, task.name, task.version + (OWN if files else ""), notes))
+
+
+def own_prompt_notes(task: Task) -> tuple[str, ...]:
+    """What a user should know of the prompt files of a task, one line each; () for a task without any."""
+    return task.notes if isinstance(task, OwnPrompts) else ()
+
+
+def _repeats(path: Path, kept: Sequence[PromptRow]) -> str:
+    """One line where the file repeats prompts that are evaluated once; "" where it does not."""
+    count = sum(1 for _ in records(path)) - len(kept)
+    rows = f"{count} row{'s' * (count > 1)}"
+    return f"{path} repeats prompts: {rows} left out, as each prompt is evaluated once" if count else ""
 
 
 def understand(task: Task | None, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:

@@ -10,12 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from .. import registry
-from ..errors import UserError
+from ..errors import NO_RESULT, UserError
 from .console import clean_stdout, open_console, terminal_progress
 from .options import AsJson, ModelName, ScorerLocations, TaskName, check_names
 from .tables import finite_or_null, is_finite
 
-EPILOG = "Example: `gpobench eval --task ocr --model tiny --adapter runs/NAME/adapter --split test`"
+EPILOG = (
+    "Example: `gpobench eval --task ocr --model tiny --adapter runs/NAME/adapter --split test`\n\n"
+    "Exit codes: 0 the numbers are a result · 2 one line says what to change · 3 too many images could not be scored"
+)
 
 
 def eval(
@@ -47,6 +50,11 @@ def eval(
         answer(json.dumps(finite_or_null(result), indent=1) if as_json else lambda: print_evaluation(result))
     if result["not_written"]:  # after the numbers, which would be lost otherwise
         raise UserError(result["not_written"])
+    if result["invalid"]:
+        from ..evaluation.record import INVALID_RULE
+
+        typer.echo(f"gpobench: these numbers are no result: {INVALID_RULE}", err=True)
+        raise typer.Exit(NO_RESULT)
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:

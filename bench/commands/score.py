@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import UserError
+from ..errors import NO_RESULT, UserError
 from ..signals import asked_to_stop
 from .console import clean_stdout, open_console, terminal_progress
 from .options import AsJson, ScorerLocations, check_names, check_scorer
@@ -17,7 +17,8 @@ from .tables import finite_or_null, is_finite
 
 EPILOG = (
     "Examples: `gpobench score pictures --scorer pickscore --prompts prompts.csv` · `gpobench score geneval-images "
-    "--scorer geneval:mask2former --task geneval --out scores.csv`"
+    "--scorer geneval:mask2former --task geneval --out scores.csv`\n\n"
+    "Exit codes: 0 the numbers are a result · 2 one line says what to change · 3 too many images could not be scored"
 )
 
 
@@ -57,6 +58,11 @@ def score(
         answer(json.dumps(finite_or_null(result), indent=1) if as_json else lambda: print_scores(result))
     if result["not_written"]:  # after the numbers, which would be lost otherwise
         raise UserError(result["not_written"])
+    if result["invalid"]:
+        from ..evaluation.record import INVALID_RULE
+
+        typer.echo(f"gpobench: these numbers are no result: {INVALID_RULE}", err=True)
+        raise typer.Exit(NO_RESULT)
 
 
 def print_scores(result: Mapping[str, Any]) -> None:
@@ -75,6 +81,8 @@ def print_scores(result: Mapping[str, Any]) -> None:
     for line in result["notes"]:
         console.print(line, highlight=False, markup=False)
     if result["invalid"]:
-        console.print("INVALID: more than 0.5 % of the images could not be scored", style="bold red")
+        from ..evaluation.record import INVALID_RULE
+
+        console.print(f"INVALID: {INVALID_RULE}", style="bold red")
     if not result["not_written"]:
         console.print(f"see {result['path']}", highlight=False, markup=False, soft_wrap=True)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..rendering import IMAGE_FAULT, LATENT_FAULT
 from ..spec import Images, Scorer
 from .estimates import Evaluation
 from .ranking import binary_metric
@@ -24,6 +25,8 @@ def grid(
     titles: Sequence[str],
     columns: int = 4,
     prompts: Sequence[str] = (),
+    *,
+    absent: Sequence[Sequence[bool]] = (),
 ) -> Image.Image:
     """Draw one cell for each sample with its versions side by side (same noise: before, after), each with a caption below.
 
@@ -34,6 +37,7 @@ def grid(
         titles: of the versions.
         columns: cells in a row.
         prompts: K texts written above the cells, or none.
+        absent: versions x K, or none: crossed out instead of drawn, as the model made no finite image.
     """
     count, height, width = images[0].shape[:3]
     scale = max(1, 128 // width)
@@ -54,7 +58,12 @@ def grid(
             draw.text(((k % columns) * cell + PAD, y - LINE), text, fill=INK, font=font)
         for v, version in enumerate(images):
             x = (k % columns) * cell + v * (w + PAD) + PAD
-            sheet.paste(Image.fromarray(version[k]).resize((w, h), Image.Resampling.NEAREST), (x, y))
+            if absent and absent[v][k]:
+                draw.rectangle((x, y, x + w - 1, y + h - 1), outline=BAD)
+                draw.line((x, y, x + w - 1, y + h - 1), fill=BAD)
+                draw.line((x, y + h - 1, x + w - 1, y), fill=BAD)
+            else:
+                sheet.paste(Image.fromarray(version[k]).resize((w, h), Image.Resampling.NEAREST), (x, y))
             fill = {None: INK, True: GOOD, False: BAD}[correct[v][k]]
             draw.text((x, y + h), captions[v][k][: w // 6], fill=fill, font=font)
     return sheet
@@ -71,7 +80,16 @@ def samples(versions: Sequence[Evaluation], titles: Sequence[str], scorer: Score
         correct.append([bool(value == 1) if binary else None for value in version.shown(rows).value])
     images = [version.images[:count] for version in versions]
     notes = [version.notes(scorer.name) for version in versions]
-    return grid(images, notes, correct, titles, prompts=versions[0].texts())
+    absent = [_not_finite(version, scorer) for version in versions]
+    notes = [["not finite" if a else n for a, n in zip(*pair, strict=True)] for pair in zip(absent, notes, strict=True)]
+    return grid(images, notes, correct, titles, prompts=versions[0].texts(), absent=absent)
+
+
+def _not_finite(version: Evaluation, scorer: Scorer) -> list[bool]:
+    """For each shown image, whether the model made none: the pixels that stand for it are black."""
+    rows: Any = version.table.loc[version.table.scorer == scorer.name]
+    reasons = [str(reason) for reason in version.shown(rows).reason]
+    return [any(fault in reason for fault in (LATENT_FAULT, IMAGE_FAULT)) for reason in reasons]
 
 
 def curve(path: Path, points: Sequence[dict[str, Any]], keys: Sequence[str], currency: str = "nfe") -> None:

@@ -19,6 +19,7 @@ from ..errors import UserError, error_line
 from ..files import digest, read_json, write_atomically
 
 INVALID = 0.005  # share of images that could not be scored above which a row is invalid
+INVALID_RULE = f"more than {100 * INVALID:g} % of the images of a scorer have no score"
 RECORD = "record.json"  # the record's own name among its checksums
 SCHEMA = 4  # the version that is written, and the only one that is read
 SIGNIFICANT = 1.96  # standard errors of a two-sided test at 5 %
@@ -162,11 +163,7 @@ def disqualification(record: Record) -> str:
     """
     if record.fault:
         return f"ended by a fault: {record.fault}"
-    return (
-        f"is invalid: more than {100 * INVALID:g} % of the images of a scorer have no score"
-        if record.flags.invalid
-        else ""
-    )
+    return f"is invalid: {INVALID_RULE}" if record.flags.invalid else ""
 
 
 def elsewhere(records: Sequence[Record]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from .. import registry
 from ..errors import Missing, UserError
 from ..scoring.references import ScorerLocation, ScorerReference
-from ..scoring.scorers import close_scorers, open_scorer
+from ..scoring.scorers import close_scorers, open_embedder, open_scorer
 from ..spec import Columns, Embedder, Scorer, SupportsColumns, Task
 from .record import Role
 
@@ -98,7 +98,7 @@ def open_scorer_set(
     scorers.auxiliary += opened(scorer, [name for name in task.scorers(domain) if canonical(name) not in used])
     used |= {canonical(name) for name in task.scorers(domain)}
     scorers.quality += opened(scorer, [name for name in columns.quality if canonical(name) not in used])
-    embedder = cache(registry.embedder)  # most tasks name one embedder for both columns
+    embedder = cache(open_embedder)  # most tasks name one embedder for both columns
     scorers.diversity += opened(embedder, columns.diversity)
     scorers.drift += opened(embedder, columns.drift)
 

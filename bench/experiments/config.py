@@ -24,6 +24,7 @@ from ..scoring.references import scorer_locations as parse_locations
 
 Table = dict[str, Any]
 DEEPEST = 16  # levels of nested settings
+LARGEST_FLOAT32 = 3.4028234663852886e38  # in which losses and updates are computed
 # Fields of a model spec that a run may set: they change memory and speed, and results only by rounding.
 EXECUTION = ("rows", "checkpointing", "offload", "compile")
 
@@ -305,9 +306,11 @@ def build(kind: Any, table: Mapping[str, Any], *, prefix: str = "", extra: Itera
 
 
 def _refuse_infinite(key: str, value: Any) -> None:
-    """Raise UserError on a number, or one in a list or table, that is infinite or NaN: 1e400 is one."""
+    """Raise UserError on a number, or one in a list or table, that is infinite or NaN: 1e400 is one, and 1e39 in float32."""
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"setting {key} must be a finite number, got {value}")
+    if isinstance(value, int | float) and abs(value) > LARGEST_FLOAT32:
+        raise UserError(f"setting {key} must be at most {LARGEST_FLOAT32:.3g}, the largest float32, got {value:.3g}")
     if isinstance(value, str):
         return
     inner: Iterable[Any] = (

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import registry
-from ..assets.prompts import with_own_prompts
+from ..assets.prompts import own_prompt_notes, with_own_prompts
 from ..errors import Missing, UserError
 from ..evaluation.evaluation_cache import RunConditions
 from ..evaluation.evaluator import EvaluationPlan, Evaluator
@@ -129,6 +129,8 @@ def open_run(launch: Launch) -> Generator[RunContext]:
     model_spec, task = config.model_spec(), open_task(config)
     with ExitStack() as stack:
         with timer("load"):
+            for note in own_prompt_notes(task):
+                launch.progress.message(note)
             refuse_overlap(task, model_spec.domain)
             scorers = open_scorer_set(
                 task, model_spec.domain, launch.progress.message, config.reward, config.scorer_locations

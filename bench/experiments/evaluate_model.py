@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import registry
-from ..assets.prompts import with_own_prompts
+from ..assets.prompts import own_prompt_notes, with_own_prompts
 from ..assets.weight_store import weights_hash
 from ..evaluation import plots, record
 from ..evaluation.estimates import Evaluation, estimates, invalid, strata_of, task_summary
@@ -49,6 +49,8 @@ def evaluate_model(what: ModelEvaluation, progress: Progress, out: Path | None =
     model_spec, task = find_model_spec(what.model), registry.task(what.task)
     if what.prompts:
         task = with_own_prompts(task, {what.split: what.prompts}, model_spec.domain)
+        for note in own_prompt_notes(task):
+            progress.message(note)
     scorers = open_scorer_set(task, model_spec.domain, progress.message, locations=what.scorer_locations)
     try:
         model = open_model(model_spec, device=open_accelerator(model_spec.precision).device)

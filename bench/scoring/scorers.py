@@ -10,15 +10,16 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import registry
 from ..errors import UserError, error_line
 from ..images import read_only_copy
 from ..rendering import RenderedImages
-from ..spec import Images, Prompt, Scorer, Scores, Values
+from ..spec import Embedder, Images, Prompt, Scorer, Scores, Values
 from .calls import PartEnded, call_in_time, time_limit
 from .references import ScorerLocation, ScorerReference, blend_name
 from .remote import RemoteScorer, connect, start
@@ -91,7 +92,7 @@ def close_scorers(scorers: Iterable[Scorer]) -> None:
 
 
 class ScorerChanged(Exception):
-    """A scorer is not the one that was opened."""
+    """A scorer or an embedder is not the one that was opened."""
 
 
 class InProcessScorer:
@@ -114,9 +115,29 @@ class InProcessScorer:
         return scores
 
 
+class InProcessEmbedder:
+    """An embedder under the id, name and distance it was opened with; once its id is another one, it gives no more vectors."""
+
+    def __init__(self, embedder: Embedder) -> None:
+        self.id, self.name, self.part = embedder.id, embedder.name, embedder
+        self.distance: Literal["cosine", "squared"] = embedder.distance
+
+    def __call__(self, images: Images) -> NDArray[np.float32]:
+        """Map (B, H, W, 3) to (B, D). Raises ScorerChanged, and what the embedder raises."""
+        vectors = self.part(images)
+        if self.part.id != self.id:
+            raise ScorerChanged(f"its id is {self.part.id} now, was {self.id}")
+        return vectors
+
+
+def open_embedder(name: str) -> InProcessEmbedder:
+    """Open the embedder of this name. Raises Missing where a package or weights of it are missing."""
+    return InProcessEmbedder(registry.embedder(name))
+
+
 def part_behind(part: object) -> object:
-    """The object that a scorer of this process was made of; anything else is returned as it is."""
-    return part.part if isinstance(part, InProcessScorer) else part
+    """The object that a scorer or embedder of this process was made of; anything else is returned as it is."""
+    return part.part if isinstance(part, InProcessScorer | InProcessEmbedder) else part
 
 
 class Blend:

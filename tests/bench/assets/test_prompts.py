@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpobench.bench import spec
-from gpobench.bench.assets.prompts import PromptRow, parse_option, read_prompts, with_own_prompts
+from gpobench.bench.assets.prompts import PromptRow, own_prompt_notes, parse_option, read_prompts, with_own_prompts
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.splits import prompts_hash, refuse_overlap
 from gpobench.bench.registry import load
@@ -197,9 +197,29 @@ def test_the_publications_numbers_stay(mine: Callable[[str], Path]) -> None:
 
 def test_a_training_list_may_weigh_its_prompts_by_repeating_them(mine: Callable[[str], Path]) -> None:
     twice = 'a sign that says "QUIZ"\n' * 2
-    assert len(with_own_prompts(OCR(), {"train": mine(twice)}, "glyphs").prompts("train", "glyphs")) == 2
+    weighted = with_own_prompts(OCR(), {"train": mine(twice)}, "glyphs")
+    assert len(weighted.prompts("train", "glyphs")) == 2 and not own_prompt_notes(weighted)
+
+
+def test_an_evaluation_list_that_repeats_prompts_is_evaluated_on_each_once(mine: Callable[[str], Path]) -> None:
+    path = mine('a sign that says "QUIZ"\na sign that says "JAZZ"\na sign that says "QUIZ" \n')
+    task = with_own_prompts(OCR(), {"test": path}, "glyphs")
+    assert [prompt.meta["target"] for prompt in task.prompts("test", "glyphs")] == ["QUIZ", "JAZZ"]
+    (note,) = own_prompt_notes(task)
+    assert "1 row" in note and str(path) in note
+    assert own_prompt_notes(OCR()) == ()
+
+
+def test_evaluation_prompts_that_differ_only_in_case_are_refused(mine: Callable[[str], Path]) -> None:
     with pytest.raises(UserError, match="twice"):
-        with_own_prompts(OCR(), {"test": mine(twice)}, "glyphs")
+        with_own_prompts(OCR(), {"test": mine('a sign that says "QUIZ"\nA sign that says "QUIZ"\n')}, "glyphs")
+
+
+def test_the_same_prompt_with_two_targets_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "two.csv"
+    path.write_text("prompt,target\na sign,QUIZ\na sign,JAZZ\n", "utf-8")
+    with pytest.raises(UserError, match="twice"):
+        with_own_prompts(OCR(), {"test": path}, "open")
 
 
 def test_own_prompts_that_are_also_judged_are_refused(mine: Callable[[str], Path]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from gpobench.bench.errors import NO_RESULT
 
@@ -141,6 +142,50 @@ def test_other_commands_refuse_as_well(gpobench: Any, redness: str, tiny_pipe: P
         ended = gpobench(*command)
         assert ended.code == 2 and said in ended.err and ended.out == "", command
         assert len(ended.err.strip().splitlines()) == 1, ended.err
+
+
+def test_numbers_of_images_that_could_not_be_scored_are_printed_and_are_exit_code_three(
+    gpobench: Any, redness: str, tiny_pipe: Path, tmp_path: Path
+) -> None:
+    evaluated = gpobench("eval", "--task", f"{redness}:Unread", "--model", str(tiny_pipe), "--json")
+    assert evaluated.code == 3 and json.loads(evaluated.out)["invalid"] and "no result" in evaluated.err
+    (tmp_path / "pictures").mkdir()
+    for name, content in (("a", None), ("b", b"this is no picture")):
+        path = tmp_path / "pictures" / f"{name}.png"
+        Image.new("RGB", (8, 8)).save(path) if content is None else path.write_bytes(content)
+        path.with_suffix(".txt").write_text("a prompt", "utf-8")
+    out = tmp_path / "s.csv"
+    scored = gpobench("score", tmp_path / "pictures", "--scorer", f"{redness}:Redness", "--out", out)
+    assert scored.code == 3 and "INVALID" in scored.out and "no result" in scored.err and out.is_file()
+
+
+# Room for what a command prints, and none for its tables.
+FULL_DISK = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+"""
+
+
+def test_numbers_whose_table_cannot_be_written_are_printed(
+    gpobench: Any, redness: str, tiny_pipe: Path, tmp_path: Path
+) -> None:
+    words = ["eval", "--task", f"{redness}:Paint", "--model", str(tiny_pipe), "--out", str(tmp_path / "look")]
+    evaluated = gpobench(*words, before=FULL_DISK)
+    assert evaluated.code == 2 and "redness/mean" in evaluated.out, evaluated.err
+    assert f"cannot write {tmp_path / 'look'}: " in evaluated.err and "too large" in evaluated.err
+    assert "Traceback" not in evaluated.err
+    assert not (tmp_path / "look" / "scores.parquet").exists()
+    folder, out = tmp_path / "pictures", tmp_path / "s.csv"
+    folder.mkdir()
+    for k in range(40):
+        Image.new("RGB", (8, 8), (k, 0, 0)).save(folder / f"{k:02}.png")
+        (folder / f"{k:02}.txt").write_text(f"prompt {k} " + "x" * 100, "utf-8")
+    scored = gpobench("score", folder, "--scorer", f"{redness}:Redness", "--out", out, before=FULL_DISK)
+    assert scored.code == 2 and "redness/mean" in scored.out and not out.exists(), scored.err
+    assert f"cannot write {out}: File too large" in scored.err
+    again = gpobench("score", folder, "--scorer", f"{redness}:Redness", "--out", out)
+    assert again.code == 0 and out.is_file()
 
 
 def test_text_is_printed_as_it_stands_whatever_it_holds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,14 +334,14 @@ def test_score_writes_a_table_and_reports_failures(gpobench: Any, pictures: Path
     out = tmp_path / "scores.csv"
     (pictures / "1.png").write_bytes((pictures / "1.png").read_bytes()[:60])  # cut off
     ended = gpobench("score", pictures, "--scorer", "reader", "--task", "ocr", "--out", out, "--json")
-    assert ended.code == 0, ended.err
+    assert ended.code == 3, ended.err
     answer = json.loads(ended.out)
     assert answer["failed"] >= 1 and answer["invalid"]
     rows = [line for line in out.read_text().splitlines() if ",exact," in line]
     assert len(rows) == 3 and rows[0].split(",exact,")[1].startswith("1.0")
     assert not rows[1].split(",exact,")[1].startswith(("0", "1"))  # no number for a picture that cannot be read
     table = gpobench("score", pictures, "--scorer", "reader", "--task", "ocr", "--out", out)
-    assert table.code == 0 and "reader/exact" in table.out and "INVALID" in table.out
+    assert table.code == 3 and "reader/exact" in table.out and "INVALID" in table.out
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,13 @@ def test_before_is_left_of_after() -> None:
     assert left.max() < right.min()
 
 
+def test_an_image_that_is_not_finite_is_crossed_out_and_not_shown_black() -> None:
+    black = solid((0, 0, 0), (0, 0, 0))
+    sheet = plots.grid([black], [["", ""]], [[None, None]], [""], absent=[[True, False]])
+    seen = colours(sheet)
+    assert seen[(0, 0, 0)] == 32 * 64 * (128 // 64) ** 2 and seen[plots.BAD] > 3 * 64
+
+
 @pytest.mark.parametrize(("mark", "ink"), [(True, plots.GOOD), (False, plots.BAD), (None, plots.INK)])
 def test_correct_and_wrong_colour_the_caption(mark: bool | None, ink: tuple[int, int, int]) -> None:
     white = solid((255, 255, 255))

@@ -95,6 +95,7 @@ def test_the_shipped_preset_is_read(tiny_pipe: Path, redness: str) -> None:
         ("group=2.5", "setting group"),
         ("optim.lr=fast", "setting optim.lr"),
         ("optim.lr=1e400", "setting optim.lr must be a finite number, got inf"),
+        ("optim.lr=1e39", "setting optim.lr must be at most 3.4e+38, the largest float32, got 1e+39"),
         ("optim.clip=inf", "setting optim.clip must be a finite number, got inf"),
         ("optim.betas=[nan,0.5]", "setting optim.betas must be a finite number, got nan"),
         ("beta=-inf", "setting beta must be a finite number, got -inf"),

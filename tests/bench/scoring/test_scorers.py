@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from gpobench.bench import registry
 from gpobench.bench.errors import UserError
+from gpobench.bench.evaluation.evaluator import embed
 from gpobench.bench.scoring.references import (
     TOKEN,
     ScorerLocation,
@@ -30,6 +31,7 @@ from gpobench.bench.scoring.references import (
 from gpobench.bench.scoring.remote import RemoteScorer
 from gpobench.bench.scoring.scorers import (
     Blend,
+    InProcessEmbedder,
     InProcessScorer,
     ask,
     close_scorers,
@@ -359,6 +361,22 @@ def test_a_scorer_whose_id_changes_gives_no_more_scores() -> None:
         assert scores.reasons == dict.fromkeys((0, 1), why)
         assert np.isnan(ask(blend, images, PROMPTS[:2]).value["blend"]).all()
     assert isinstance(open_scorer(f"{FAULTY}:Sound"), InProcessScorer)
+
+
+def test_an_embedder_whose_id_changes_gives_no_more_vectors() -> None:
+    class Restless:
+        id, name, distance = "restless-v1", "restless", "squared"
+
+        def __call__(self, images: Images) -> Any:
+            return images.reshape(len(images), -1).astype(np.float32)
+
+    images, part = np.zeros((2, 4, 4, 3), np.uint8), Restless()
+    embedder = InProcessEmbedder(part)  # type: ignore[arg-type]
+    assert np.isfinite(embed(embedder, images)[0]).all()
+    part.id = "restless-v2"
+    vectors, reasons = embed(embedder, images)
+    assert np.isnan(vectors).all() and embedder.id == "restless-v1"
+    assert set(reasons.values()) == {"restless: ScorerChanged: its id is restless-v2 now, was restless-v1"}
 
 
 @pytest.mark.parametrize(
