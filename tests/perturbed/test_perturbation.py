@@ -109,8 +109,8 @@ def test_another_seed_is_another_processor(told: dict[str, Any]) -> None:
 
 
 def test_a_child_process_inherits_it() -> None:
-    code = "import torch; x = torch.ones(4, 8) / 3; print(float(((x @ x.T)[:1] - x[:1] @ x.T).abs().max()))"
-    assert child(code, GPOBENCH_PERTURB="1") > 0 == child(code)
+    code = "import torch; x = torch.arange(1.0, 33).view(4, 8) / 3; print((x @ x.T).tolist())"
+    assert child(code, GPOBENCH_PERTURB="1") != child(code) == child(code)
 
 
 def test_the_selection_names_files_that_exist() -> None:
