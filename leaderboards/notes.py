@@ -10,6 +10,7 @@ import numpy as np
 from ..bench.evaluation import record
 from ..bench.evaluation.ranking import MANDATORY_BASELINES
 from .board import BoardRow, Column
+from .looks import look_notes
 from .rows import runs_by_row
 from .runs import LoadedRun
 
@@ -21,6 +22,7 @@ def notes_on(rows: Sequence[BoardRow], columns: Sequence[Column], key: str, runs
     missing = sorted(name for name in MANDATORY_BASELINES if name not in methods)
     if missing:
         notes.append(f"Rows that every table should have and this one lacks: {', '.join(missing)}.")
+    notes += look_notes(rows, runs, key)
     notes += _seed_notes(rows) + _lending_notes(rows) + _row_notes(rows, runs) + _scorer_notes(rows, columns)
     role = next(c.role for c in columns if c.key == key)
     if role == "training" and "best-of-n" in methods:

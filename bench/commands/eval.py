@@ -36,7 +36,10 @@ def eval(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Evaluate a base model, with or without an adapter, on a task."""
+    """Evaluate a base model, with or without an adapter, on a task.
+
+    An adapter's evaluation on test prompts is counted in the ledger of its run's folder, else of the folder runs where there is one.
+    """
     check_names(task=task, model=model)
     if split not in ("test", "validation", "train"):
         raise registry.unknown("split", split, ("test", "validation", "train"))
@@ -45,7 +48,7 @@ def eval(
         from ..scoring.references import scorer_locations
 
         locations = scorer_locations(scorer_at or (), {})
-        request = ModelEvaluation(task, model, adapter, split, images, prompts, locations)  # type: ignore[arg-type]
+        request = ModelEvaluation(task, model, adapter, split, images, prompts, locations, runs=Path("runs"))  # type: ignore[arg-type]
         result = evaluate_model(request, progress, out)
         answer(json.dumps(finite_or_null(result), indent=1) if as_json else lambda: print_evaluation(result))
     if result["not_written"]:  # after the numbers, which would be lost otherwise
@@ -69,3 +72,8 @@ def print_evaluation(result: Mapping[str, Any]) -> None:
         ends = ", ".join(f"{end:.3f}" for end in number["ci"] if is_finite(end))
         table.add_row(key, mean, f"[{ends}]" if ends else "", str(number["n"]), role)
     open_console().print(table, markup=False)
+    if (look := result["look"]) and not look["not_recorded"]:
+        looks, settings = look["looks"], look["settings"]
+        open_console().print(
+            f"looks at these test prompts with this method: {looks} ({settings} settings)", style="dim"
+        )

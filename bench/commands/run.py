@@ -156,9 +156,12 @@ def print_run_result(r: Record) -> None:
         style="dim",
         highlight=False,
     )
+    from ..evaluation.look_ledger import look_note, read_ledger
     from ..evaluation.seed_library import seed_note
 
     console.print(seed_note(r), style="dim", highlight=False, markup=False)
+    if note := look_note(r, read_ledger(Path(r.run_dir).parent)):
+        console.print(note, style="dim", highlight=False, markup=False)
     if r.strata:
         console.print()
         console.print(_strata_table(r))

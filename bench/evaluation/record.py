@@ -109,6 +109,15 @@ class Observed(_Part):
     )
 
 
+class LookEntry(_Part):
+    """The line in the ledger of test looks that stands for this run's evaluation on test prompts."""
+
+    entry: str = Field(default="", description="sha256 of the line; '' if it could not be written")
+    looks: int = Field(default=0, description="at these test prompts with this method so far, this one included")
+    settings: int = Field(default=0, description="distinct settings among these looks")
+    not_recorded: str = Field(default="", description="why the look is in no ledger")
+
+
 class Record(_Part):
     """The outcome of one (method, task, model, budget, seed)."""
 
@@ -148,6 +157,7 @@ class Record(_Part):
         default_factory=dict,
         description="sha256 of the files of the run directory that readers believe, by relative path",
     )
+    look: LookEntry | None = Field(default=None, description="null where no result was evaluated on test prompts")
     wall: dict[str, float] = Field(description="seconds by phase, on the device named in provenance")
     provenance: dict[str, Any]
     tuning: dict[str, Any] = Field(
@@ -228,6 +238,11 @@ def write(path: Path, record: Record) -> None:
     table["checksums"][RECORD] = _content_hash(table)
     text = json.dumps(table, indent=1, ensure_ascii=False) + "\n"
     write_atomically(path, lambda p: p.write_text(text, "utf-8"))
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of the content of a record on disk, which names it. Raises OSError, ValueError and KeyError on whatever is no record."""
+    return _content_hash(read_json(path))
 
 
 def _content_hash(table: Mapping[str, Any]) -> str:

@@ -55,17 +55,26 @@ def find_entry(method: str, task: str, model: str, key: str, budget: Mapping[str
     return next((e for e in _of_method(method, task, model, key) if dict(e.budget) == dict(budget)), None)
 
 
+def record_key(record: Record) -> str | None:
+    """Return the `scorer/metric` by which a table with this run alone would rank."""
+    return primary_key({key: use.role for key in record.delta if (use := record.scorers.get(key.partition("/")[0]))})
+
+
+def nearest_entry(record: Record, key: str) -> SeedEntry | None:
+    """Find the entry of a run's method, task, model and scorer/metric whose budget is nearest; None where there is none."""
+    known = _of_method(record.method, record.task, record.model, key)
+    nfe = float(record.config.get("budget", {}).get("nfe", math.nan))
+    distance = lambda e: abs(math.log(e.budget.get("nfe", math.inf) / nfe)) if nfe > 0 else 0.0
+    return min(known, key=distance, default=None)
+
+
 def seed_note(record: Record) -> str:
     """Say what the interval of a single run does not contain, with the spread of seeds where the library knows it."""
     lacking = "One training seed: the intervals do not contain what another seed would change."
-    roles = {key: use.role for key in record.delta if (use := record.scorers.get(key.partition("/")[0]))}
-    key = primary_key(roles)
-    known = _of_method(record.method, record.task, record.model, key) if key else []
-    if not known:
+    key = record_key(record)
+    entry = nearest_entry(record, key) if key else None
+    if entry is None:
         return f"{lacking} How far seeds lie apart here is not known: train two more."
-    nfe = float(record.config.get("budget", {}).get("nfe", math.nan))
-    distance = lambda e: abs(math.log(e.budget.get("nfe", math.inf) / nfe)) if nfe > 0 else 0.0
-    entry = min(known, key=distance)
     bounds = ", ".join(f"{bound:,.0f} {currency}" for currency, bound in entry.budget.items())
     spread = f"{entry.sd:.3f}".removeprefix("0")
     return f"{lacking} In {key}, {entry.seeds} seeds at {bounds} had a standard deviation of {spread} ({entry.source})."

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import shlex
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..evaluation import plots, record
 from ..evaluation.estimates import Evaluation
 from ..evaluation.ranking import BINARY_METRICS
 from ..evaluation.record import Record
-from ..files import digest, write_atomically
+from ..files import digest, read_json, write_atomically
 from ..spec import Scorer
 from .config import EXECUTION, Config, RunRequest, resolve
 
@@ -70,6 +71,11 @@ class RunFiles:
     def metrics(self) -> Path:
         """One JSON line for each iteration."""
         return self.run_dir / "metrics.jsonl"
+
+    @property
+    def look_token(self) -> Path:
+        """What names this run in the ledger of test looks, however often it is interrupted."""
+        return self.run_dir / "look.json"
 
     @property
     def record(self) -> Path:
@@ -144,6 +150,18 @@ class RunFiles:
         shown = (scorer.metrics[0], *BINARY_METRICS)
         keys = [key for key in curve[0]["scores"] if key.partition("/")[2] in shown]
         plots.curve(self.run_dir / "curve.png", curve, keys, currency)
+
+    def own_look_token(self) -> str:
+        """The token of this run in the ledger of test looks, made at the first call; a run that starts over has another one."""
+        try:
+            token = read_json(self.look_token)["token"]
+            if isinstance(token, str) and token:
+                return token
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        token = uuid.uuid4().hex
+        _write_text(self.look_token, json.dumps({"token": token}) + "\n")
+        return token
 
     def checksums(self) -> dict[str, str]:
         """The sha256 of each file of a finished run that readers believe, by its path in the run directory.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ from ..assets.weight_store import weights_hash
 from ..evaluation import plots, record
 from ..evaluation.estimates import Evaluation, estimates, invalid, strata_of, task_summary
 from ..evaluation.evaluator import evaluate, images_per_prompt
+from ..evaluation.look_ledger import Look, record_look, setting_hash
+from ..evaluation.record import LookEntry
 from ..evaluation.request import EvaluationRequest
 from ..evaluation.scorer_set import open_scorer_set
 from ..evaluation.splits import prompts_hash
-from ..files import make_folder, write_atomically
+from ..files import content_digest, make_folder, utf_8_name, write_atomically
 from ..model_spec import find_model_spec
 from ..models.open import open_model
 from ..progress import Progress
 from ..scoring.scorers import ScorerLocation
-from ..spec import Scorer, Split
+from ..spec import Prompt, Scorer, Split, Task
 from .context import open_accelerator
 
 
@@ -36,13 +39,15 @@ class ModelEvaluation:
     images: int | None = None  # a prompt; None is the task's number
     prompts: Path | None = None  # the user's own prompts instead of the split's
     scorer_locations: Mapping[str, ScorerLocation] = field(default_factory=dict[str, ScorerLocation])
+    runs: Path | None = None  # the folder of runs whose ledger counts a look that no run directory's folder counts
 
 
 def evaluate_model(what: ModelEvaluation, progress: Progress, out: Path | None = None) -> dict[str, Any]:
     """Evaluate a base model, or a base with an adapter, on a task.
 
     out: a folder in which scores.parquet and samples.png are written. Returns scores with intervals, also by stratum, the
-    ids of scorers and embedders, provenance, and as `not_written` why the files could not be written.
+    ids of scorers and embedders, provenance, the ledger's line where an adapter was evaluated on test prompts, and as
+    `not_written` why the files could not be written.
     """
     if out is not None:
         make_folder(out)
@@ -68,6 +73,9 @@ def evaluate_model(what: ModelEvaluation, progress: Progress, out: Path | None =
             rows=model_spec.rows,
             diversity=scorers.diversity,
         )
+        look = _record_look(what, task, prompts) if what.split == "test" and what.adapter is not None else None
+        if look is not None and look.not_recorded:
+            progress.message(f"this look at the test prompts is counted nowhere: {look.not_recorded}")
         progress.phase(f"evaluating on {what.split}", len(prompts) * images)
         evaluation = evaluate(model, request, advance=progress.advance)
     finally:
@@ -86,10 +94,39 @@ def evaluate_model(what: ModelEvaluation, progress: Progress, out: Path | None =
         "embedders": scorers.embedders,
         "scorers": {s.name: {"id": s.id, "role": scorers.role(s)} for s in scorers.all},
         "prompts": prompts_hash(prompts),
+        "look": look.model_dump() if look else None,
         "invalid": invalid(evaluation.table),
         "not_written": not_written,
         "provenance": record.provenance(weights=weights_hash(model_spec)),
     }
+
+
+def _record_look(what: ModelEvaluation, task: Task, prompts: Sequence[Prompt]) -> LookEntry:
+    """Count the evaluation of an adapter on test prompts in the ledger of its run's folder, else of `what.runs`."""
+    assert what.adapter is not None
+    content = content_digest(what.adapter)
+    run_dir = next(
+        (folder for folder in (what.adapter, what.adapter.parent) if (folder / record.RECORD).is_file()), None
+    )
+    made_by = record.read(run_dir / record.RECORD) if run_dir else None
+    folder = run_dir.absolute().parent if run_dir else what.runs
+    if folder is None or not folder.is_dir():
+        return LookEntry(not_recorded="the adapter is of no run, and there is no folder of runs here")
+    # The same adapter on the same prompts gives the same numbers: asked again it is no further look.
+    facts = [content, prompts_hash(prompts), str(what.images), what.model]
+    look = Look(
+        token=hashlib.sha256("\n".join(facts).encode()).hexdigest()[:32],
+        task=task.name,
+        version=task.version,
+        prompts=prompts_hash(prompts),
+        model=what.model,
+        method=made_by.method if made_by else "adapter",
+        settings=setting_hash(made_by.config) if made_by else content[:12],
+        seed=made_by.seed if made_by else None,
+        run=run_dir.name if run_dir else utf_8_name(str(what.adapter)),
+        source="eval",
+    )
+    return record_look(folder, look)
 
 
 def _write(out: Path, evaluation: Evaluation, split: Split, scorer: Scorer) -> str:

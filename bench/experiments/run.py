@@ -13,8 +13,10 @@ from ..assets.weight_store import settings_hash, weights_hash
 from ..evaluation import evaluation_cache, record
 from ..evaluation.estimates import Evaluation, add_drift, check_base, cmmd_by_embedder, estimates
 from ..evaluation.evaluator import Evaluator
-from ..evaluation.record import Record
+from ..evaluation.look_ledger import Look, record_look, setting_hash
+from ..evaluation.record import LookEntry, Record
 from ..evaluation.scorer_set import ScorerSet
+from ..evaluation.splits import prompts_hash
 from ..files import make_folder
 from ..model_spec import find_model_spec
 from ..progress import NullProgress, Progress
@@ -133,14 +135,40 @@ def _complete(launch: Launch) -> Record:
         searching = isinstance(context.config.settings, Search)
         stage: BudgetedStage = (Searcher if searching else Trainer)(context, evaluator)
         stop = stage.run()
+        look = _record_look(context)
         result = _evaluate_result(context, evaluator, stage, before, stop)
         launch.check_run_dir()
         _write_artifacts(context, stage, result)
         launch.check_run_dir()
-        own_record = build_record(context, stage, result)
+        own_record = build_record(context, stage, result).model_copy(update={"look": look})
         finished = context.processes.from_main(lambda: own_record)  # one record, whichever process computed what
         context.files.write_record(finished, run_readme(finished, context.model_spec, stage.has_adapter))
         return finished
+
+
+def _record_look(context: RunContext) -> LookEntry | None:
+    """Count the evaluation of the result that follows in the ledger of test looks; None where it is not on test prompts."""
+    if context.plan.on_validation or not context.processes.is_main:
+        return None
+    config = context.config
+    look = record_look(
+        context.launch.base_folder.parent,
+        Look(
+            token=context.files.own_look_token(),
+            task=context.task.name,
+            version=context.task.version,
+            prompts=prompts_hash(context.plan.result),
+            model=config.model,
+            method=config.method,
+            settings=setting_hash(config.mapping()),
+            seed=config.seed,
+            run=context.launch.run_dir.name,
+            source="run",
+        ),
+    )
+    if look.not_recorded:
+        context.progress.message(f"this look at the test prompts is counted nowhere: {look.not_recorded}")
+    return look
 
 
 def _evaluate_result(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..evaluation.look_ledger import look_note
 from ..evaluation.record import Difference, Number, Record, disqualification
 from ..evaluation.seed_library import seed_note
 from ..model_spec import ModelSpec
@@ -38,6 +39,7 @@ def run_readme(record: Record, model_spec: ModelSpec, has_adapter: bool) -> str:
         f"Means over {record.config['evaluation']['split']} prompts with 95 % intervals, images of a prompt clustered; "
         "differences are paired by prompt on the same noise.",
         f"{seed_note(record)}{selection}",
+        *([note] if (note := look_note(record)) else []),
         "",
     ]
     if has_adapter:

@@ -20,6 +20,7 @@ from gpobench.bench import registry
 from gpobench.bench.errors import Interrupted, UserError
 from gpobench.bench.evaluation import evaluator, record
 from gpobench.bench.evaluation.estimates import COLUMNS
+from gpobench.bench.evaluation.look_ledger import LEDGER, read_ledger
 from gpobench.bench.evaluation.record import Record
 from gpobench.bench.evaluation.scorer_set import open_scorer_set
 from gpobench.bench.evaluation.splits import prompts_hash
@@ -219,6 +220,61 @@ def test_a_written_config_names_the_same_run(finished: Record, tiny_pipe: Path, 
         RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=6000", config=run_dir / "config.toml")
     )
     assert again.slug() == run_dir.name
+
+
+# Test looks
+
+
+def test_a_look_at_the_test_prompts_is_counted_once_and_stays_when_the_run_is_deleted(
+    plan: Any, tmp_path: Path
+) -> None:
+    done = running.run(plan(budget="nfe=500"), runs=tmp_path, progress=NullProgress())
+    (look,) = read_ledger(tmp_path).looks
+    run_dir = Path(done.run_dir)
+    assert (look.run, look.method, look.seed, look.prompts) == (run_dir.name, "gpo", 0, done.prompts["test"])
+    assert done.look is not None and done.look.entry == read_ledger(tmp_path).hashes[0]
+    readme = (run_dir / "README.md").read_text()
+    assert "1 look at these test prompts with gpo (1 setting)." in readme
+    running.run(plan(budget="nfe=500"), runs=tmp_path, progress=NullProgress())  # read again
+    (run_dir / "record.json").unlink()  # a run that was killed while it evaluated its result
+    again = running.run(plan(budget="nfe=500"), runs=tmp_path, progress=NullProgress())
+    assert len(read_ledger(tmp_path).looks) == 1 and again.look == done.look
+    on_validation = running.run(
+        plan("evaluation.split=validation", budget="nfe=500"), runs=tmp_path, progress=NullProgress()
+    )
+    assert on_validation.look is None and len(read_ledger(tmp_path).looks) == 1
+    other = running.run(plan("beta=31", budget="nfe=500"), runs=tmp_path, progress=NullProgress())
+    assert other.look is not None and (other.look.looks, other.look.settings) == (2, 2)
+    shutil.rmtree(run_dir)
+    seed = running.run(plan("beta=31", budget="nfe=500", seed=1), runs=tmp_path, progress=NullProgress())
+    assert seed.look is not None and (seed.look.looks, seed.look.settings) == (3, 2)
+    assert not read_ledger(tmp_path).damage
+
+
+def test_a_look_that_cannot_be_counted_is_said_in_the_record(plan: Any, tmp_path: Path) -> None:
+    (tmp_path / LEDGER).mkdir()
+    shown = RecordingProgress()
+    done = running.run(plan(budget="nfe=200"), runs=tmp_path, progress=shown)
+    assert done.look is not None and done.look.not_recorded.startswith(f"cannot write {tmp_path / LEDGER}: ")
+    assert [text for text in shown.said if "counted nowhere" in text]
+    assert "this one is counted nowhere" in (Path(done.run_dir) / "README.md").read_text()
+
+
+def test_an_adapter_that_is_evaluated_on_test_prompts_is_a_look(
+    finished: Record, redness: str, tiny_pipe: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(finished.run_dir)
+    what = ModelEvaluation(f"{redness}:Paint", str(tiny_pipe), run_dir / "adapter", images=1)
+    before = read_ledger(run_dir.parent).count(finished.prompts["test"], finished.model, "gpo")
+    looks = [evaluate_model(what, NullProgress())["look"] for _ in range(2)]
+    assert looks[0] == looks[1] and looks[0]["looks"] == before.looks + 1 and looks[0]["settings"] == before.settings
+    assert evaluate_model(replace(what, adapter=None), NullProgress())["look"] is None
+    assert evaluate_model(replace(what, split="validation"), NullProgress())["look"] is None
+    foreign = shutil.copytree(run_dir / "adapter", tmp_path / "foreign")
+    assert "is of no run" in evaluate_model(replace(what, adapter=foreign), NullProgress())["look"]["not_recorded"]
+    (tmp_path / "runs").mkdir()
+    evaluate_model(replace(what, adapter=foreign, runs=tmp_path / "runs"), NullProgress())
+    assert [look.method for look in read_ledger(tmp_path / "runs").looks] == ["adapter"]
 
 
 # What goes wrong
