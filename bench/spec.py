@@ -288,6 +288,15 @@ class SupportsColumns(Protocol):
 
 
 @runtime_checkable
+class SupportsKey(Protocol):
+    """A task that states by which score its tables rank; without it that is the first graded metric of the held-out scorers."""
+
+    def key(self, domain: str) -> str:
+        """`SCORER/METRIC`, the scorer one of `held_out` and named as there, e.g. `geneval:shapes/partial`. "" for none."""
+        ...
+
+
+@runtime_checkable
 class SupportsOwnPrompts(Protocol):
     """A task that reads prompts from a user's file (`--prompts FILE`)."""
 

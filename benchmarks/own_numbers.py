@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from gpobench.bench.errors import UserError
+from gpobench.bench.evaluation.ranking import verdict_beside
 from gpobench.bench.evaluation.record import Flags, Record, ScorerUse
 from gpobench.leaderboards.baseline import read_baseline
 from gpobench.leaderboards.board import BASE, Board
@@ -52,7 +53,8 @@ def short(table: Board, roles: Sequence[str] = SHOWN_ROLES) -> list[str]:
 
     roles: one column is shown for each; with a single role the drift is left out.
     """
-    shown = [key for role in roles if (key := _first(table, role))]
+    verdict = _verdict(table)
+    shown = [*([verdict] if verdict else []), *(key for role in roles if (key := _first(table, role)))]
     drift = next((name for row in table.rows for name in row.cmmd), "") if len(roles) > 1 else ""
     first = cell(table.base_row.cells[table.key].after)
     head = ["rank", "method", f"{table.key} (held out), base {first}", "p (Holm)"]
@@ -67,11 +69,16 @@ def short(table: Board, roles: Sequence[str] = SHOWN_ROLES) -> list[str]:
         line = [rank(row), row.label, cell(row.versus, sign=True), p_value(row.holm)]
         line += [cell(row.cells[key].delta, sign=True) if key in row.cells else "" for key in shown]
         line += [cell(row.cmmd.get(drift))] if drift else []
-        line += [spend(c, row.spent[c]) for c in ("images", "updates", "seconds")]
+        line += [spend(c, row.spent[c]) if c in row.spent else "" for c in ("images", "updates", "seconds")]
         flags = ["hack" if row.hacked else "", "one seed" if row.single_seed else ""]
         line += [", ".join(filter(None, flags))] if has_flags else []
         lines.append(line)
     return [f"| {' | '.join(text.replace('<', '&lt;') for text in line)} |" for line in lines]
+
+
+def _verdict(table: Board) -> str | None:
+    """The share of right images by the scorer of the key, which stands beside it."""
+    return verdict_beside(table.key, [c.key for c in table.columns])
 
 
 def _first(table: Board, role: str) -> str:
@@ -159,17 +166,13 @@ def restated(page_text: str) -> str:
         board = shipped_board(ROOT / "leaderboards" / f"tiny-{task[1]}.toml")
         lines.append(pending.pop(0))
         table = [[cell.strip() for cell in pending.pop(0).strip("|").split("|")] for _ in range(len(board.rows) + 1)]
-        head, rule, *old = table
-        spends = {row[1]: row[5:] for row in old}
-        training = _first(board, "training")
-        head[2] = f"{board.key} (held out), base {cell(board.base_row.cells[board.key].after)}"
-        rows = [
-            [rank(r), r.label, cell(r.versus, sign=True), p_value(r.holm), cell(r.cells[training].delta, sign=True)]
-            + spends[r.label]
-            for r in board.rows
-            if r.kind != "base"
-        ]
-        lines += [f"| {' | '.join(text.replace('<', '&lt;') for text in row)} |" for row in (head, rule, *rows)]
+        head, _, *old = table
+        spends = {row[1]: row[head.index("images") :] for row in old}
+        made = [[cell.strip() for cell in line.strip("|").split("|")] for line in short(board, roles=["training"])]
+        numbers = made[0].index("images")
+        rows = [made[0][:numbers] + head[head.index("images") :]]
+        rows += [["---"] * len(rows[0]), *(row[:numbers] + spends[row[1]] for row in made[2:])]
+        lines += [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join(lines) + "\n"
 
 

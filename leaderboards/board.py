@@ -93,7 +93,8 @@ class Board:
     evaluation: Mapping[str, Any]
     prompts: Mapping[str, str]  # split -> hash
     scorers: Mapping[str, str]  # name -> id, embedders too
-    key: str  # the scorer/metric that ranks
+    key: str  # the scorer/metric that ranks this table
+    task_key: str  # the one that the task states
     baseline: str
     columns: tuple[Column, ...]
     rows: tuple[BoardRow, ...]  # ranked ones first, by mean

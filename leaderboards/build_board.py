@@ -11,10 +11,10 @@ from ..bench.errors import UserError
 from ..bench.evaluation.ranking import ranks, significant_pairs
 from . import paper_numbers
 from .board import BASE, Board, BoardRow
-from .columns import find_columns, ranking_key
+from .columns import find_columns, ranking_key, task_key
 from .comparable import budget_bounds, check_comparable, check_same_base, scorer_ids
 from .contrasts import BoardScores, cells_of, corrected_p, estimate_all, row_order
-from .notes import notes_on
+from .notes import key_notes, notes_on
 from .rows import base_row, find_row, group_runs, method_row, settings_text
 from .runs import LoadedRun
 
@@ -31,7 +31,7 @@ def build_board(
     Args:
         runs: finished runs of one task, model, budget and evaluation protocol.
         baseline: the row that others are compared with, a method or a row's label.
-        key: the scorer/metric that ranks; by default that of the first held-out scorer.
+        key: the scorer/metric to rank by, to look at another column; None is the task's, and any other is said in the notes.
         notes: put before the board's own notes.
 
     Returns:
@@ -46,7 +46,8 @@ def build_board(
     check_comparable(runs)
     columns = find_columns(runs)
     base_notes = check_same_base(runs)
-    key = ranking_key(columns, key)
+    by_task = task_key(columns, runs)
+    key = ranking_key(columns, key, by_task)
     bases = {c.key: next(r for r in runs if r.has(c.key)) for c in columns}
     scores = BoardScores(columns, group_runs(runs), bases, key)
     unranked = [base_row(bases)] + [method_row(label, group) for label, group in scores.groups.items()]
@@ -64,10 +65,11 @@ def build_board(
         prompts=dict(first.prompts),
         scorers={name: scorer_id for r in reversed(runs) for name, scorer_id in scorer_ids(r.record).items()},
         key=key,
+        task_key=by_task,
         baseline=baseline,
         columns=tuple(columns),
         rows=tuple(rows),
-        notes=(*notes, *base_notes, *notes_on(rows, columns, key, runs)),
+        notes=(*notes, *base_notes, *key_notes(key, by_task), *notes_on(rows, columns, key, runs)),
         reported=tuple(paper_numbers.matching(first.task, first.model)),
     )
 

@@ -22,6 +22,7 @@ def check_comparable(runs: Sequence[LoadedRun]) -> None:
     """Raise UserError, naming both values, where two runs differ in what a table must not mix, or are the same run."""
     first, run_by_settings = runs[0], dict[tuple[str, int], LoadedRun]()
     ids: dict[str, tuple[str, LoadedRun]] = {}
+    keys: dict[str, tuple[str, LoadedRun]] = {}
     for run in runs:
         for (what, a), (_, b) in zip(_shared_inputs(first), _shared_inputs(run), strict=True):
             for part in dict.fromkeys([*a, *b]):
@@ -31,6 +32,10 @@ def check_comparable(runs: Sequence[LoadedRun]) -> None:
             other, where = ids.setdefault(name, (scorer_id, run))
             if other != scorer_id:
                 raise _difference(f"scorer id of {name}", where, other, run, scorer_id)
+        if run.record.key:  # a record from before keys were stated has none
+            other, where = keys.setdefault(run.record.task, (run.record.key, run))
+            if other != run.record.key:
+                raise _difference("key that ranks", where, other, run, run.record.key)
         twin = run_by_settings.setdefault((settings_text(run.record), run.record.seed), run)
         if twin is not run:
             raise UserError(

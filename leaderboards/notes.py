@@ -35,6 +35,11 @@ def notes_on(rows: Sequence[BoardRow], columns: Sequence[Column], key: str, runs
     return notes
 
 
+def key_notes(key: str, task_key: str) -> list[str]:
+    """Return a note where a table is ranked by another score than the task's."""
+    return [f"Ranked by {key}, which is not the task's key {task_key}."] if key != task_key else []
+
+
 def _seed_notes(rows: Sequence[BoardRow]) -> list[str]:
     seeds = Counter(row.seeds for row in rows if row.kind != "base")
     if len(seeds) < 2:

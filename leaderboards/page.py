@@ -12,6 +12,7 @@ import numpy as np
 from ..bench.stats.intervals import Estimate
 from .album import Album
 from .board import BASE, RULES, Board
+from .columns import in_shown_order
 from .formatting import MARKS, cell, number, p_value, plain, spend
 from .measures import default_axes
 from .method_colours import row_styles
@@ -54,7 +55,7 @@ def _board_values(board: Board) -> dict[str, Any]:
         "base": board.base_row,
         "bounds": ", ".join(f"{plain(str(k))} {v:,.0f}" for k, v in board.budget.items()) or "none",
         "split": plain(str(board.evaluation.get("split", "test"))),
-        "columns": sorted(board.columns, key=lambda c: c.key != board.key),
+        "columns": in_shown_order(board),
         "embedders": list(dict.fromkeys(name for r in board.rows for name in r.cmmd)),
         "currencies": list(dict.fromkeys(c for r in board.rows for c in r.spent)),
         "reported": _reported(board),

@@ -88,6 +88,7 @@ def as_json(board: Board) -> str:
         "scorers": dict(board.scorers),
         "checkpoint_rule": "the last weights, or their running average where the settings ask for it",
         "key": board.key,
+        "task_key": board.task_key,
         "baseline": board.baseline,
         "rules": list(RULES),
         "notes": list(board.notes),

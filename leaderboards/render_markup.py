@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 
 from .board import RULES, Board
+from .columns import in_shown_order
 from .formatting import ARROW, cell, escape_markdown, flags, p_value, paper_lines, plain, rank, spend, title
 
 
@@ -12,7 +13,7 @@ def _table(board: Board) -> list[list[str]]:
     """Return head and rows as plain text, not escaped for any format."""
     currencies = list(dict.fromkeys(c for r in board.rows for c in r.spent))
     embedders = list(dict.fromkeys(name for r in board.rows for name in r.cmmd))
-    columns = sorted(board.columns, key=lambda c: c.key != board.key)
+    columns = in_shown_order(board)
     head = ["rank", "method", f"{board.key} minus {board.baseline}", "p (Holm)"]
     for c in columns:
         head += [f"{c.key} ({c.role}): before {ARROW} after", f"{c.key}: difference"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..bench.evaluation.ranking import verdict_beside
 from .board import RULES, Board
+from .columns import in_shown_order
 from .formatting import MARKS, cell, flags, p_value, paper_lines, plain, rank, spend, title
 
 ColumnText = tuple[str, list[str]]  # head, the cell of each row
@@ -49,10 +51,12 @@ def _required_columns(board: Board) -> list[ColumnText]:
 
 
 def _optional_columns(board: Board) -> list[ColumnText]:
-    """Return the columns training scorer, first currency of the budget, number of seeds, and the other scorers."""
+    """Return the columns verdict beside the key, training scorer, first currency of the budget, number of seeds, and the other scorers."""
     rows, currency = board.rows, board.clock
-    others = [c.key for c in board.columns if c.key != board.key]
+    others = [c.key for c in in_shown_order(board)[1:]]
+    verdict = verdict_beside(board.key, others)
     training = [c.key for c in board.columns if c.role == "training" and c.key != board.key][:1]
+    training = [*([verdict] if verdict else []), *(key for key in training if key != verdict)]
     return [
         *((key, _scores(board, key)) for key in training),
         (currency, [spend(currency, r.spent[currency]) if currency in r.spent else "" for r in rows]),

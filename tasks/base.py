@@ -20,6 +20,7 @@ class DomainSettings:
 
     reward: str  # the scorer that methods train on
     held_out: Sequence[str]  # the scorers that every run needs and no method trains on
+    key: str  # scorer/metric of one of them by which tables rank: the graded metric, which tells more apart than a verdict
     columns: Columns  # quality, diversity and drift
     evaluation: EvaluationSettings
     optional: Sequence[str] = ()  # more scorers, left out of a run where they are not installed
@@ -46,6 +47,10 @@ class DomainTask(ABC):
     def held_out(self, domain: str) -> Sequence[str]:
         """The scorers that every run needs and no method trains on."""
         return self._settings(domain).held_out
+
+    def key(self, domain: str) -> str:
+        """The `SCORER/METRIC` by which tables rank."""
+        return self._settings(domain).key
 
     def scorers(self, domain: str) -> Sequence[str]:
         """All scorers of the evaluation: the reward, those held out, and optional ones."""

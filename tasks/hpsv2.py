@@ -60,12 +60,14 @@ class HPSv2(DomainTask):
             "glyphs": DomainSettings(
                 reward="hpsv2:tiny",
                 held_out=["pickscore:tiny"],
+                key="pickscore:tiny/score",
                 columns=Columns(diversity=["clip:tiny"], drift=["clip:tiny"]),
                 evaluation=EvaluationSettings(test_images=self.test_images, validation_images=1),
             ),
             "open": DomainSettings(
                 reward=f"hpsv2:{self.weights}",
                 held_out=["pickscore"],
+                key="pickscore/score",
                 columns=Columns(quality=["aesthetic", "imagereward"], diversity=["clip"], drift=["clip"]),
                 evaluation=EvaluationSettings(test_images=1, validation_images=1),
             ),

@@ -123,6 +123,7 @@ class OCR(DomainTask):
             "glyphs": DomainSettings(
                 reward="rapidocr",
                 held_out=["reader"],
+                key="reader/soft",
                 optional=["tesseract"],
                 columns=Columns(quality=["pickscore:tiny"], diversity=["clip:tiny"], drift=["clip:tiny"]),
                 evaluation=EvaluationSettings(test_images=self.test_images, validation_images=1),
@@ -130,6 +131,7 @@ class OCR(DomainTask):
             "open": DomainSettings(
                 reward="rapidocr:page",
                 held_out=["tesseract:page"],
+                key="tesseract:page/soft",
                 columns=Columns(
                     quality=["pickscore", "aesthetic", "imagereward", "hpsv2"], diversity=["clip"], drift=["clip"]
                 ),

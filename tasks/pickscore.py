@@ -61,12 +61,14 @@ class PickScore(DomainTask):
             "glyphs": DomainSettings(
                 reward="pickscore:tiny",
                 held_out=["hpsv2:tiny"],
+                key="hpsv2:tiny/score",
                 columns=Columns(diversity=["clip:tiny"], drift=["clip:tiny"]),
                 evaluation=EvaluationSettings(test_images=self.test_images, validation_images=1),
             ),
             "open": DomainSettings(
                 reward="pickscore",
                 held_out=["hpsv2"],
+                key="hpsv2/score",
                 columns=Columns(quality=["aesthetic", "imagereward"], diversity=["clip"], drift=["clip"]),
                 evaluation=EvaluationSettings(test_images=1, validation_images=1),
             ),

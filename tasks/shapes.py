@@ -19,6 +19,7 @@ DETECTION: Mapping[str, DomainSettings] = {
     "glyphs": DomainSettings(
         reward="geneval:palette",
         held_out=["geneval:shapes"],
+        key="geneval:shapes/partial",
         columns=Columns(quality=["pickscore:tiny"], diversity=["clip:tiny"], drift=["clip:tiny"]),
         evaluation=EvaluationSettings(test_images=24, validation_images=8, curve_images=8),
     ),
@@ -27,6 +28,7 @@ DETECTION: Mapping[str, DomainSettings] = {
     "open": DomainSettings(
         reward="geneval:mask2former",
         held_out=["geneval:rtdetr"],
+        key="geneval:rtdetr/partial",
         columns=Columns(quality=["pickscore", "aesthetic", "imagereward", "hpsv2"], diversity=["clip"], drift=["clip"]),
         evaluation=EvaluationSettings(test_images=4, validation_images=4, curve_images=1),
     ),

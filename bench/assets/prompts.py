@@ -19,6 +19,7 @@ from ..spec import (
     Prompt,
     Split,
     SupportsColumns,
+    SupportsKey,
     SupportsOwnPrompts,
     SupportsPublishedLists,
     SupportsSummary,
@@ -105,7 +106,7 @@ def _refuse_repeats(path: Path, rows: Sequence[PromptRow]) -> None:
 class OwnPrompts:
     """Wraps a task and replaces the prompts of some splits by a user's own; all else is the task's.
 
-    It implements SupportsColumns, SupportsOwnPrompts and SupportsSummary, with empty results where the task does not.
+    It implements SupportsColumns, SupportsKey, SupportsOwnPrompts and SupportsSummary, with empty results where the task does not.
     """
 
     task: Task
@@ -140,6 +141,9 @@ class OwnPrompts:
 
     def columns(self, domain: str) -> Columns:
         return self.task.columns(domain) if isinstance(self.task, SupportsColumns) else Columns()
+
+    def key(self, domain: str) -> str:
+        return self.task.key(domain) if isinstance(self.task, SupportsKey) else ""
 
     def read(self, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:
         return understand(self.task, text, facts, domain)

@@ -20,8 +20,9 @@ from typing import IO, Any
 
 from ..files import acquire_lock, open_lock
 from ..stats.selection import inflation
+from .ranking import record_key
 from .record import LookEntry, Record
-from .seed_library import nearest_entry, record_key
+from .seed_library import nearest_entry
 
 LEDGER = ".looks.jsonl"  # in the folder of runs
 LOCK = ".looks.lock"

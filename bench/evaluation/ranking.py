@@ -7,10 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..stats.intervals import Estimate
 from ..stats.law import RankInterval, holm, rank_intervals
+from .record import Record
 
 # A method that does not beat these needs no reinforcement learning. The base model itself is evaluated in every run.
 MANDATORY_BASELINES = ("sft", "best-of-n")
 BINARY_METRICS = ("exact", "correct")  # 1 = right, 0 = wrong
+VERDICTS = (*BINARY_METRICS, "strict")  # all metrics of that kind; any other is graded
 SIGNIFICANCE = 0.05  # the probability that a table of equal methods tells two of them apart
 RANK_RULE = (
     "Rank: an interval. At best one more than the number of rows that beat a row, at worst the number of rows less those that it "
@@ -27,23 +29,44 @@ def binary_metric(metrics: Iterable[str]) -> str | None:
 
 
 def key_order(key: str) -> tuple[str, bool, str]:
-    """Sort key of a `scorer/metric`: by scorer, then its binary metric, then its other metrics by name."""
+    """Sort key of a `scorer/metric`: by scorer, then its graded metrics by name, then its verdicts."""
     scorer, _, metric = key.partition("/")
-    return scorer, metric not in BINARY_METRICS, metric
+    return scorer, metric in VERDICTS, metric
 
 
-def primary_key(roles: Mapping[str, str], preferred: Sequence[str] = ("held-out", "training")) -> str | None:
-    """The `scorer/metric` that ranks a table: the first of the held-out scorers, else of the training scorer, else of any.
+def primary_key(
+    roles: Mapping[str, str], stated: str = "", preferred: Sequence[str] = ("held-out", "training")
+) -> str | None:
+    """The `scorer/metric` that ranks a table: the task's, else the first graded one of the held-out scorers, the training scorer, any.
 
-    Methods were not trained on a held-out scorer, and best-of-n did not select images by it.
+    Methods were not trained on a held-out scorer, and best-of-n did not select images by it. A graded metric tells more apart
+    than a verdict of 0 or 1.
 
-    roles: `scorer/metric` -> the role of its scorer.
+    Args:
+        roles: `scorer/metric` -> the role of its scorer.
+        stated: what the task or the record states; it counts where the scorer is held out.
+        preferred: roles, the first one first.
     """
+    if roles.get(stated) == "held-out":
+        return stated
     for role in preferred:
         keys = [key for key in roles if roles[key] == role]
         if keys:
             return min(keys, key=key_order)
     return next(iter(roles), None)
+
+
+def record_key(record: Record) -> str | None:
+    """The `scorer/metric` by which runs like this one are ranked: what the record states; in one that states none, by the rule."""
+    roles = {key: use.role for key in record.delta if (use := record.scorers.get(key.partition("/")[0]))}
+    return record.key or primary_key(roles)
+
+
+def verdict_beside(key: str, keys: Iterable[str]) -> str | None:
+    """The verdict of 0 or 1 by the scorer of a graded key, which tables show beside it; None where there is none."""
+    scorer, _, metric = key.partition("/")
+    binary = binary_metric(other.partition("/")[2] for other in keys if other.partition("/")[0] == scorer)
+    return None if binary is None or metric in VERDICTS else f"{scorer}/{binary}"
 
 
 def order_by_mean(means: Mapping[str, float]) -> list[str]:

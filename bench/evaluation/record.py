@@ -140,6 +140,10 @@ class Record(_Part):
     observed: Observed | None = Field(default=None, description="the same as `spent`, counted from beside the rig")
     flags: Flags
     scorers: dict[str, ScorerUse]
+    key: Key = Field(
+        default="",
+        description="the scorer/metric that ranks, fixed by the task; '' in a record from before it was stated",
+    )
     curve: list[Point] = Field(default_factory=list)
     config: dict[str, Any] = Field(description="the resolved mapping; its hash names the run")
     task_version: str

@@ -12,7 +12,8 @@ from .. import registry
 from ..errors import Missing, UserError
 from ..scoring.references import ScorerLocation, ScorerReference
 from ..scoring.scorers import close_scorers, open_embedder, open_scorer
-from ..spec import Columns, Embedder, Scorer, SupportsColumns, Task
+from ..spec import Columns, Embedder, Scorer, SupportsColumns, SupportsKey, Task
+from .ranking import primary_key
 from .record import Role
 
 
@@ -26,6 +27,7 @@ class ScorerSet:
     quality: list[Scorer] = field(default_factory=list[Scorer])
     diversity: list[Embedder] = field(default_factory=list[Embedder])
     drift: list[Embedder] = field(default_factory=list[Embedder])
+    key: str = ""  # the `scorer/metric` that ranks
 
     @property
     def all(self) -> list[Scorer]:
@@ -80,7 +82,7 @@ def open_scorer_set(
         locations: scorer name -> where it is served.
 
     Raises:
-        UserError: when nothing is left to hold out, or two scorers have one name.
+        UserError: when nothing is left to hold out, two scorers have one name, or the task ranks by a score that it does not have.
         Missing: when the training scorer or a held-out one is not installed.
     """
     locations = locations or {}
@@ -106,7 +108,39 @@ def open_scorer_set(
     if repeated:
         scorers.close()
         raise UserError(f"two scorers of this run are called {repeated[0]!r}: a table could not tell them apart")
+    try:
+        stated = _stated_key(task, domain, dict(zip(held_out, scorers.held_out, strict=True)))
+    except UserError:
+        scorers.close()
+        raise
+    roles = {f"{each.name}/{metric}": scorers.role(each) for each in scorers.all for metric in each.metrics}
+    scorers.key = str(primary_key(roles, stated))
     return scorers
+
+
+def _stated_key(task: Task, domain: str, held_out: Mapping[str, Scorer]) -> str:
+    """The key that the task states, as tables name it; "" where it states none, or this run trains on its scorer.
+
+    held_out: of this run, by the names that the task gives them.
+    """
+    text = task.key(domain) if isinstance(task, SupportsKey) else ""
+    reference, _, metric = text.rpartition("/")
+    if not text:
+        return ""
+    name, names = (
+        registry.canonical("scorer", reference),
+        [registry.canonical("scorer", n) for n in task.held_out(domain)],
+    )
+    if name not in names:
+        raise registry.unknown(
+            f"held-out scorer in the key {text!r} of the task {task.name}:", reference, task.held_out(domain)
+        )
+    if name not in held_out:
+        return ""
+    scorer = held_out[name]
+    if metric not in scorer.metrics:
+        raise registry.unknown(f"metric in the key {text!r} of the task {task.name}:", metric, scorer.metrics)
+    return f"{scorer.name}/{metric}"
 
 
 def _held_out_names(task: Task, domain: str, training: str) -> list[str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..stats.law import SeedVariance
-from .ranking import primary_key
+from .ranking import record_key, verdict_beside
 from .record import Record
 
 PATH = Path(__file__).with_name("seed_library.json")
@@ -55,29 +55,30 @@ def find_entry(method: str, task: str, model: str, key: str, budget: Mapping[str
     return next((e for e in _of_method(method, task, model, key) if dict(e.budget) == dict(budget)), None)
 
 
-def record_key(record: Record) -> str | None:
-    """Return the `scorer/metric` by which a table with this run alone would rank."""
-    return primary_key({key: use.role for key in record.delta if (use := record.scorers.get(key.partition("/")[0]))})
-
-
 def nearest_entry(record: Record, key: str) -> SeedEntry | None:
     """Find the entry of a run's method, task, model and scorer/metric whose budget is nearest; None where there is none."""
     known = _of_method(record.method, record.task, record.model, key)
+    return min(known, key=lambda entry: _distance(record, entry), default=None)
+
+
+def _distance(record: Record, entry: SeedEntry) -> float:
+    """Return how far an entry's budget is from that of a run, in logarithms."""
     nfe = float(record.config.get("budget", {}).get("nfe", math.nan))
-    distance = lambda e: abs(math.log(e.budget.get("nfe", math.inf) / nfe)) if nfe > 0 else 0.0
-    return min(known, key=distance, default=None)
+    return abs(math.log(entry.budget.get("nfe", math.inf) / nfe)) if nfe > 0 else 0.0
 
 
 def seed_note(record: Record) -> str:
     """Say what the interval of a single run does not contain, with the spread of seeds where the library knows it."""
     lacking = "One training seed: the intervals do not contain what another seed would change."
     key = record_key(record)
-    entry = nearest_entry(record, key) if key else None
-    if entry is None:
+    keys = [key, verdict_beside(key, record.delta)] if key else []
+    known = [entry for each in keys if each and (entry := nearest_entry(record, each))]
+    if not known:
         return f"{lacking} How far seeds lie apart here is not known: train two more."
+    entry = min(known, key=lambda entry: _distance(record, entry))  # another metric says more than another budget
     bounds = ", ".join(f"{bound:,.0f} {currency}" for currency, bound in entry.budget.items())
     spread = f"{entry.sd:.3f}".removeprefix("0")
-    return f"{lacking} In {key}, {entry.seeds} seeds at {bounds} had a standard deviation of {spread} ({entry.source})."
+    return f"{lacking} In {entry.key}, {entry.seeds} seeds at {bounds} had a standard deviation of {spread} ({entry.source})."
 
 
 def _of_method(method: str, task: str, model: str, key: str) -> list[SeedEntry]:

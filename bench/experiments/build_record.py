@@ -62,6 +62,7 @@ def build_record(context: RunContext, stage: BudgetedStage, result: RunResult) -
             or meter.errors > record.INVALID * max(1, meter.reward_calls),
         ),
         scorers=_scorer_uses(scorers, stage, result),
+        key=scorers.key,
         curve=result.curve,  # type: ignore[arg-type]
         config=config.mapping(),
         task_version=context.task.version,

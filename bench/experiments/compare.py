@@ -23,7 +23,7 @@ from .. import registry
 from ..budget import CURRENCIES, Budget
 from ..errors import Interrupted, UserError
 from ..evaluation import record
-from ..evaluation.ranking import MANDATORY_BASELINES, primary_key
+from ..evaluation.ranking import MANDATORY_BASELINES, primary_key, record_key
 from ..evaluation.record import Record
 from ..files import make_folder, write_atomically
 from ..progress import NullProgress, Progress
@@ -519,4 +519,4 @@ def _shown_keys(run_record: Record) -> tuple[str, str]:
     """Return the `scorer/metric` that leaderboards rank by, and the one of the training scorer."""
     roles = {name: scorer.role for name, scorer in run_record.scorers.items()}
     by_key = {key: roles.get(key.partition("/")[0], "") for key in run_record.delta}
-    return str(primary_key(by_key)), str(primary_key(by_key, preferred=("training",)))
+    return str(record_key(run_record)), str(primary_key(by_key, preferred=("training",)))

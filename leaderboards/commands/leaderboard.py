@@ -48,9 +48,7 @@ def leaderboard(
     width = max(80, shutil.get_terminal_size((80, 24)).columns) if out is None else 80
     if across:
         if task is not None or key is not None:
-            raise UserError(
-                "--across is over all tasks, each by its own first held-out scorer: leave --task and --key out"
-            )
+            raise UserError("--across is over all tasks, each by its own key: leave --task and --key out")
         text = _aggregate_text(runs, baseline, kind, width)
     else:
         from ..build_board import build_board

@@ -17,7 +17,8 @@ Runs = Annotated[list[Path], typer.Argument(help=RUNS_HELP)]
 Task = Annotated[str | None, typer.Option(help="Only the runs of this task, where there are several.")]
 BaselineRow = Annotated[str, typer.Option(help="The row that the others are compared with: a method or a label.")]
 Key = Annotated[
-    str | None, typer.Option(help="The scorer/metric that ranks; default: that of the first held-out scorer.")
+    str | None,
+    typer.Option(help="Look at another scorer/metric than the task's key: the table is ranked by it and says so."),
 ]
 
 

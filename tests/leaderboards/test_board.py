@@ -22,6 +22,7 @@ from gpobench.bench.stats import intervals, law
 from gpobench.bench.stats.intervals import Contrast
 from gpobench.leaderboards.board import Board, BoardRow
 from gpobench.leaderboards.build_board import build_board
+from gpobench.leaderboards.columns import in_shown_order
 from gpobench.leaderboards.runs import LoadedRun, excluded_runs, load_runs
 
 Make = Callable[..., Path]
@@ -315,7 +316,7 @@ def test_columns_are_ordered_by_role(make: Make, before_and_after: Any) -> None:
         )
     )
     assert [c.key for c in b.columns] == [
-        "engine/exact", "engine/soft", KEY, "more/exact", "style/score", "diversity-clip/pairwise", "drift-clip/paired",
+        "engine/soft", "engine/exact", KEY, "more/exact", "style/score", "diversity-clip/pairwise", "drift-clip/paired",
     ]  # fmt: skip
     assert [c.role for c in b.columns[-2:]] == ["diversity", "drift"]
     assert b.scorers["embedder clip"] == "clip-1"
@@ -323,6 +324,33 @@ def test_columns_are_ordered_by_role(make: Make, before_and_after: Any) -> None:
         with pytest.raises(UserError, match="unknown scorer/metric"):
             build_board(load_runs([Path(b.rows[0].folders[0])]), key=bad)
     assert build_board(load_runs([Path(b.rows[0].folders[0])]), key="engine/soft").key == "engine/soft"
+
+
+def graded(before_and_after: Any, seed: int = 0) -> dict[str, Any]:
+    return {key: before_and_after(0.1, 10 * k + seed) for k, key in enumerate(("engine/soft", "other/soft", KEY))}
+
+
+def test_the_graded_score_ranks_and_the_verdict_stands_beside_it(make: Make, before_and_after: Any) -> None:
+    b = table(make("a", scores_by_key=graded(before_and_after)))
+    assert (b.key, b.task_key) == ("other/soft", "other/soft")
+    assert [c.key for c in in_shown_order(b)] == ["other/soft", KEY, "engine/soft"]
+
+
+def test_the_key_is_the_records_and_a_table_by_another_says_so(make: Make, before_and_after: Any) -> None:
+    folder = make("a", scores_by_key=graded(before_and_after), key=KEY)
+    said = f"Ranked by other/soft, which is not the task's key {KEY}."
+    assert table(folder).key == KEY and said not in table(folder).notes
+    looked_at = table(folder, key="other/soft")
+    assert (looked_at.key, looked_at.task_key) == ("other/soft", KEY) and said in looked_at.notes
+
+
+def test_records_with_different_keys_are_not_compared(make: Make, before_and_after: Any) -> None:
+    a = make("a", scores_by_key=graded(before_and_after), key=KEY)
+    b = make("b", "awm", scores_by_key=graded(before_and_after, 1), key="other/soft")
+    with pytest.raises(UserError, match=f"differ in key that ranks: (other/soft|{KEY}) in"):
+        table(a, b)
+    before_keys_were_stated = make("c", "awm", scores_by_key=graded(before_and_after, 1))
+    assert table(a, before_keys_were_stated).key == KEY
 
 
 def test_cmmd_of_several_seeds(make: Make) -> None:

@@ -19,7 +19,8 @@ from gpobench.leaderboards.runs import load_runs
 from gpobench.methods.gpo import GPO
 
 TASKS = ("ocr", "counting")
-KEYS = {"ocr": "reader/exact", "counting": "geneval-shapes/correct"}
+KEYS = {"ocr": "reader/soft", "counting": "geneval-shapes/partial"}
+VERDICTS = {"ocr": "reader/exact", "counting": "geneval-shapes/correct"}  # ranked at the commit of leaderboards/tiny.md
 
 
 def shipped_baseline(task: str) -> Baseline:
@@ -66,10 +67,10 @@ def test_the_settings_are_still_those_of_the_presets(name: str) -> None:
                     assert current == value, (claim.label, key)
 
 
-@pytest.mark.parametrize("page", ["docs/board.md", "leaderboards/tiny.md"])
+@pytest.mark.parametrize(("page", "keys"), [("docs/board.md", KEYS), ("leaderboards/tiny.md", VERDICTS)])
 @pytest.mark.parametrize("task", TASKS)
-def test_the_pages_say_what_the_baseline_says(task: str, page: str, repo: Path) -> None:
-    baseline, key, text = shipped_baseline(task), KEYS[task], (repo / page).read_text("utf-8")
+def test_the_pages_say_what_the_baseline_says(task: str, page: str, keys: dict[str, str], repo: Path) -> None:
+    baseline, key, text = shipped_baseline(task), keys[task], (repo / page).read_text("utf-8")
     table = text[text.index(f"{key} (held out), base") :].split("\n\n")[0]
     gains = {
         cells[2]: float(cells[3].split()[0].lstrip("*"))

@@ -8,6 +8,7 @@ import pytest
 
 from gpobench.bench import registry
 from gpobench.bench.errors import UserError
+from gpobench.bench.evaluation.ranking import VERDICTS
 from gpobench.bench.registry import DOMAINS
 from gpobench.tasks.base import DomainTask
 
@@ -23,6 +24,8 @@ def test_a_task_is_final_and_has_settings_for_every_domain(name: str) -> None:
         settings = task.domains()[domain]
         assert task.reward(domain) == settings.reward and task.columns(domain) == settings.columns
         assert task.scorers(domain) == [settings.reward, *settings.held_out, *settings.optional]
+        scorer, _, metric = task.key(domain).rpartition("/")
+        assert scorer in settings.held_out and metric not in VERDICTS  # graded
 
 
 @pytest.mark.parametrize("name", OURS)

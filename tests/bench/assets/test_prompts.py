@@ -162,7 +162,7 @@ def test_a_task_asks_the_files_prompts_and_does_the_rest_as_ever(mine: Callable[
     assert prompts_hash(mixed.prompts("test", "glyphs")) == prompts_hash(task.prompts("test", "glyphs"))
     assert (mixed.name, mixed.version) == ("ocr", "1+own")
     assert with_own_prompts(task, {}, "glyphs").version == "1"
-    for ask in ("reward", "scorers", "held_out", "evaluation"):
+    for ask in ("reward", "scorers", "held_out", "evaluation", "key"):
         assert getattr(mixed, ask)("glyphs") == getattr(task, ask)("glyphs")
     assert isinstance(mixed, SupportsColumns) and mixed.columns("glyphs") == task.columns("glyphs")
     assert isinstance(mixed, SupportsOwnPrompts) and mixed.read('a "BUS"', {}, "glyphs").meta == {"target": "BUS"}
@@ -184,6 +184,7 @@ def test_a_task_that_neither_reads_nor_has_columns_nor_sums_up(redness: str, tmp
         Prompt("a red sky", {"mood": "calm", "stratum": "sky"}, stratum="sky")
     ]
     assert isinstance(mixed, SupportsColumns) and mixed.columns("glyphs") == spec.Columns()
+    assert isinstance(mixed, spec.SupportsKey) and mixed.key("glyphs") == ""
     assert isinstance(mixed, SupportsSummary) and mixed.summary(pd.DataFrame()) == {}
 
 

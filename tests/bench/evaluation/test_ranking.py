@@ -15,6 +15,7 @@ from gpobench.bench.evaluation.ranking import (
     primary_key,
     ranks,
     significant_pairs,
+    verdict_beside,
 )
 from gpobench.bench.stats.intervals import Estimate
 
@@ -22,23 +23,36 @@ from gpobench.bench.stats.intervals import Estimate
 @pytest.mark.parametrize(
     ("roles", "key"),
     [
-        ({"t/exact": "training", "b/soft": "held-out", "b/exact": "held-out", "c/exact": "held-out"}, "b/exact"),
-        ({"t/soft": "training", "t/correct": "training", "q/score": "quality"}, "t/correct"),
+        ({"t/exact": "training", "b/soft": "held-out", "b/exact": "held-out", "c/soft": "held-out"}, "b/soft"),
+        ({"t/soft": "training", "b/exact": "held-out", "b/strict": "held-out"}, "b/exact"),
+        ({"t/soft": "training", "t/correct": "training", "q/score": "quality"}, "t/soft"),
         ({"q/score": "quality", "p/score": "quality"}, "q/score"),
         ({}, None),
     ],
 )
-def test_the_first_held_out_scorer_ranks(roles: dict[str, str], key: str | None) -> None:
+def test_the_first_graded_metric_of_the_held_out_scorers_ranks(roles: dict[str, str], key: str | None) -> None:
     assert primary_key(roles) == key
 
 
 def test_the_training_key_is_found_beside_held_out_ones() -> None:
     roles = {"t/soft": "training", "t/exact": "training", "a/exact": "held-out"}
-    assert primary_key(roles, preferred=("training",)) == "t/exact"
+    assert primary_key(roles, preferred=("training",)) == "t/soft"
 
 
-def test_binary_metrics_come_first() -> None:
-    assert sorted(["a/soft", "a/correct", "a/alpha"], key=key_order) == ["a/correct", "a/alpha", "a/soft"]
+def test_a_stated_key_ranks_where_its_scorer_is_held_out() -> None:
+    roles = {"t/soft": "training", "a/soft": "held-out", "b/exact": "held-out", "b/soft": "held-out"}
+    assert primary_key(roles, "b/exact") == "b/exact"
+    assert primary_key(roles, "t/soft") == primary_key(roles, "gone/soft") == "a/soft"
+
+
+def test_a_verdict_stands_beside_a_graded_key() -> None:
+    keys = ["b/strict", "b/correct", "b/partial", "a/exact"]
+    assert verdict_beside("b/partial", keys) == "b/correct"
+    assert verdict_beside("b/correct", keys) is None and verdict_beside("a/soft", ["b/exact"]) is None
+
+
+def test_graded_metrics_come_first() -> None:
+    assert sorted(["a/soft", "a/correct", "a/alpha"], key=key_order) == ["a/alpha", "a/soft", "a/correct"]
     assert binary_metric(["soft", "correct"]) == "correct" and binary_metric(["soft"]) is None
 
 

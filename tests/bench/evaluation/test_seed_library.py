@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from gpobench.bench.evaluation import seed_library
 from gpobench.bench.evaluation.record import Difference, Flags, Number, Record, ScorerUse
 
@@ -11,10 +13,9 @@ USES = {
 }
 
 
-def of_one_seed(nfe: float, task: str = "ocr") -> Record:
+def of_one_seed(nfe: float, task: str = "ocr", keys: Sequence[str] = ("engine/exact", "reader/exact")) -> Record:
     number = Number(mean=0.5, ci=(0.4, 0.6), n=40)
     change = Difference(mean=0.1, ci=(0.0, 0.2), n=40, p=0.01, mde=0.1)
-    keys = ("engine/exact", "reader/exact")
     return Record(
         method="gpo", task=task, model="tiny", seed=0, stop="budget: nfe", before=dict.fromkeys(keys, number),
         after=dict.fromkeys(keys, number), delta=dict.fromkeys(keys, change), spent={}, run_dir="run",
@@ -47,4 +48,8 @@ def test_a_single_run_says_what_its_interval_does_not_contain() -> None:
     assert "do not contain what another seed would change" in note
     assert "reader/exact, 3 seeds at 120,000 nfe had a standard deviation of .039 (docs/measured.md)" in note
     assert "3 seeds at 30,000 nfe" in seed_library.seed_note(of_one_seed(30_000.0))
+    graded = of_one_seed(30_000.0, keys=("engine/soft", "reader/soft", "reader/exact"))
+    assert "In reader/soft, 3 seeds at 30,000 nfe" in seed_library.seed_note(graded)
+    other_budget = of_one_seed(100_000.0, keys=("engine/soft", "reader/soft", "reader/exact"))
+    assert "In reader/exact, 3 seeds at 120,000 nfe" in seed_library.seed_note(other_budget)
     assert "train two more" in seed_library.seed_note(of_one_seed(30_000.0, task="pickscore"))
