@@ -133,7 +133,6 @@ class RestartsTheClock(Cheat):
 class TrainsOnTestPrompts(Cheat):
     def cheat(self, metered: Any) -> None:
         metered.train_prompts = [Prompt("two green squares")] * len(metered.train_prompts)
-        metered._cache.clear()
 
 
 @dataclass(frozen=True)

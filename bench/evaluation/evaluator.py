@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..rendering import RenderedImages, render
 from ..scoring.calls import PartEnded, call_in_time
 from ..spec import Embedder, EvaluationSettings, Images, Model, Prompt, Scores, Split, Task
 from ..stats.distances import siblings
+from ..training.embeddings import EmbeddingCache
 from ..training.rig import SINGLE_PROCESS, timed_scores, walk
 from .estimates import COLUMNS, Evaluation, Vectors
 from .evaluation_cache import RunConditions, cache_key, cached_evaluation
@@ -49,11 +51,18 @@ def initial_noise(model: Model, prompts: Sequence[Prompt], indices: Sequence[Ima
 
 
 @torch.no_grad()
-def sample_protocol(model: Model, x: Tensor, prompts: Sequence[Prompt], weights: str = "policy") -> Tensor:
-    """(B, C, h, w): the clean latent that the protocol's ODE reaches from noise x, one prompt a row; nothing is charged."""
-    # Each text is encoded by itself, as in the rig: in a batch with other texts the last bits of an embedding would differ.
-    embeddings = {text: model.encode([text]) for text in dict.fromkeys(p.text for p in prompts)}
-    cond = {key: torch.cat([embeddings[p.text][key] for p in prompts]) for key in embeddings[prompts[0].text]}
+def sample_protocol(
+    model: Model,
+    x: Tensor,
+    prompts: Sequence[Prompt],
+    weights: str = "policy",
+    embeddings: EmbeddingCache | None = None,
+) -> Tensor:
+    """(B, C, h, w): the clean latent that the protocol's ODE reaches from noise x, one prompt a row; nothing is charged.
+
+    embeddings: of the model; None encodes the prompts for this call alone.
+    """
+    cond = (embeddings or EmbeddingCache(model.encode))([p.text for p in prompts])
     velocity = lambda x, t: model.velocity(x, t, cond, guidance=model.guidance, weights=weights)
     for step in walk(model.path, velocity, x, model.times(model.steps).to(model.device), [ode] * model.steps):
         x = step.x_next
@@ -88,16 +97,23 @@ def evaluate(
     *,
     processes: ProcessGroup = SINGLE_PROCESS,
     advance: Callable[[int], None] = _no_progress,
+    embeddings: EmbeddingCache | None = None,
 ) -> Evaluation:
     """Sample the requested images and score them, every scorer and embedder in a thread of its own.
 
-    processes: they divide the batches, and each returns the whole. advance: called with the number of images sampled.
+    Args:
+        model: with the weights to evaluate.
+        request: which images, and who scores them.
+        processes: they divide the batches, and each returns the whole.
+        advance: called with the number of images sampled.
+        embeddings: of the model's prompts, kept from evaluation to evaluation; None encodes them for this one.
     """
     request = replace(request, diversity=request.diversity if request.images > 1 else ())  # one image has no distances
     prompts, indices = request.prompts, image_indices(request.prompts, request.images)
     batches = [indices[start : start + request.rows] for start in range(0, len(indices), request.rows)]
     embedders = {embedder.name: embedder for embedder in (*request.diversity, *request.drift)}
-    scored = _score_batches(model, request, batches, list(embedders.values()), processes, advance)
+    sampler = _Sampler(model, request, embeddings or EmbeddingCache(model.encode))
+    scored = _score_batches(sampler, batches, list(embedders.values()), processes, advance)
 
     embedded = {name: _joined([batch.vectors[name] for batch in scored]) for name in embedders}
     scores = [
@@ -113,16 +129,36 @@ def evaluate(
     return Evaluation(_table(prompts, scores), np.concatenate([result.shown for result in scored]), vectors)
 
 
+@dataclass(frozen=True)
+class _Sampler:
+    """Makes the images of a request."""
+
+    model: Model
+    request: EvaluationRequest
+    embeddings: EmbeddingCache
+
+    def images(self, batch: Sequence[ImageIndex], start: int) -> RenderedImages:
+        """The images of a batch whose first image has number `start`: of the request's latents, or sampled by the protocol."""
+        request, model = self.request, self.model
+        if request.latents is not None:
+            x0 = request.latents[start : start + len(batch)].to(model.device)
+        else:
+            x = initial_noise(model, request.prompts, batch, request.seed)
+            prompts = [request.prompts[i] for i, _ in batch]
+            x0 = sample_protocol(model, x, prompts, request.weights, self.embeddings)
+        return render(model.decode, x0)
+
+
 @torch.no_grad()
 def _score_batches(
-    model: Model,
-    request: EvaluationRequest,
+    sampler: _Sampler,
     batches: Sequence[Sequence[ImageIndex]],
     embedders: Sequence[Embedder],
     processes: ProcessGroup,
     advance: Callable[[int], None],
 ) -> list[_Scored]:
     """Sample batch after batch while scorers and embedders work on the batches before."""
+    request = sampler.request
     by_ordinal = sorted((index for batch in batches for index in batch), key=lambda index: index[::-1])
     shown = set(by_ordinal[: request.shown])
     threads = {
@@ -133,7 +169,7 @@ def _score_batches(
         for k, batch in enumerate(batches):
             if processes.owns(k):
                 prompts = [request.prompts[i] for i, _ in batch]
-                images = render(model.decode, _latents(model, request, batch, k * request.rows))
+                images = sampler.images(batch, k * request.rows)
                 pending.append(
                     _Pending(
                         images.pixels[[index in shown for index in batch]],
@@ -148,14 +184,6 @@ def _score_batches(
     finally:
         for thread in threads.values():
             thread.shutdown(wait=True, cancel_futures=True)
-
-
-def _latents(model: Model, request: EvaluationRequest, batch: Sequence[ImageIndex], start: int) -> Tensor:
-    """(B, C, h, w): the clean latents of a batch whose first image has number `start`; given, or sampled by the protocol."""
-    if request.latents is not None:
-        return request.latents[start : start + len(batch)].to(model.device)
-    x = initial_noise(model, request.prompts, batch, request.seed)
-    return sample_protocol(model, x, [request.prompts[i] for i, _ in batch], request.weights)
 
 
 def embed(embedder: Embedder, images: Images) -> Embedded:
@@ -282,6 +310,11 @@ class Evaluator:
     processes: ProcessGroup
     progress: Progress
 
+    @cached_property
+    def _embeddings(self) -> EmbeddingCache:
+        """Of the evaluated prompts: the curve asks for the same ones at every point."""
+        return EmbeddingCache(lambda texts: self.model.encode(texts))
+
     @property
     def model_spec(self) -> ModelSpec:
         """The model's protocol."""
@@ -304,7 +337,8 @@ class Evaluator:
 
     def point(self, weights: str, latents: Tensor | None = None) -> Evaluation:
         """The weights, or the images of these latents (N, C, h, w), on the validation prompts: a point of the curve."""
-        return evaluate(self.model, self._point_request(weights, latents), processes=self.processes)
+        request = self._point_request(weights, latents)
+        return evaluate(self.model, request, processes=self.processes, embeddings=self._embeddings)
 
     def last_point(self, result: Evaluation, weights: str, latents: Tensor | None) -> Evaluation:
         """The last point of the curve: a part of the result where that is on validation prompts, else an evaluation."""
@@ -349,4 +383,10 @@ class Evaluator:
 
     def _watched(self, phase: str, request: EvaluationRequest) -> Evaluation:
         self.progress.phase(phase, len(request.prompts) * request.images)
-        return evaluate(self.model, request, processes=self.processes, advance=self.progress.advance)
+        return evaluate(
+            self.model,
+            request,
+            processes=self.processes,
+            advance=self.progress.advance,
+            embeddings=self._embeddings,
+        )

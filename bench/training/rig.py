@@ -27,12 +27,12 @@ from ..process_group import ProcessGroup
 from ..rendering import RenderedImages, render
 from ..scoring.scorers import ask_rendered
 from ..spec import Cond, Groups, Images, Model, Pairs, Prompt, Rig, Scorer, Scores, Transitions, fold_text
+from .embeddings import EmbeddingCache
 from .method_view import method_view
 from .pairs import PairSet, open_pairs
 
 TimedScores = tuple[Scores, float]  # scores, and the latency in seconds
 SINGLE_PROCESS = ProcessGroup()
-CAPTIONS = 1024  # embeddings kept for the captions of pairs, besides those of the training prompts
 
 
 class MeteredRig:
@@ -70,7 +70,7 @@ class MeteredRig:
         self.iterations_without_signal = 0  # iterations in a row in which no group's rewards differed
         self.images_sent = self.images_scored = 0  # to the scorer in this iteration; of these, with a reward
         self.failures: list[str] = []  # why images could not be scored, the last 20
-        self._cache: dict[int, Cond] = {}  # prompt id -> embedding
+        self._embeddings = EmbeddingCache(lambda texts: model.encode(texts))
         self.evaluation_texts: frozenset[str] = frozenset()  # folded evaluation prompts: no data set may teach them
         self._captions: list[Prompt] = []  # of sets of pairs: their ids begin at len(train_prompts)
         self._sets: dict[str, tuple[PairSet, int]] = {}  # opened sets of pairs, with the id of their first caption
@@ -158,13 +158,7 @@ class MeteredRig:
         return self.train_prompts[i] if i < len(self.train_prompts) else self._captions[i - len(self.train_prompts)]
 
     def _embed(self, prompt_ids: Tensor) -> Cond:
-        index = prompt_ids.tolist()
-        for i in dict.fromkeys(index):
-            # One text at a time: in a batch with other texts, as after a resume, the last bits would differ.
-            if i not in self._cache:
-                self._cache[i] = {key: value[0] for key, value in self.model.encode([self._prompt(i).text]).items()}
-        first = self._cache[index[0]]
-        return {key: torch.stack([self._cache[i][key] for i in index]) for key in first}
+        return self._embeddings([self._prompt(i).text for i in prompt_ids.tolist()])
 
     def velocity(
         self,
@@ -441,9 +435,6 @@ class MeteredRig:
         pair_set, first = self._open_pairs(reference)
         rows, images = self._draw_pairs(pair_set, reference, n)
         self._note_skipped(pair_set, self.bookkeeping[f"pairs/{reference}"]["bad"])
-        train_cache = {i: cond for i, cond in self._cache.items() if i < len(self.train_prompts)}
-        if len(self._cache) > len(train_cache) + CAPTIONS:  # a set may have more captions than memory holds embeddings
-            self._cache = train_cache
         stacked = np.stack(images, 1).reshape(2 * n, *images[0].shape[1:])  # the winners, then the losers
         flat = torch.from_numpy(stacked).permute(0, 3, 1, 2)
         x0 = torch.cat([self.model.latents(part.to(self.model.device) / 255) for part in flat.split(self.rows)])
