@@ -54,6 +54,7 @@ class ModelSpec:
     rows: int = 8  # images sampled at once
     checkpointing: bool = True  # activations are computed again in the backward pass: less memory, a third more time
     offload: bool = True  # text encoders and embeddings stay in main memory, and visit the device for encoding only
+    merge: bool = True  # the LoRA is merged into float32 weights while images are sampled
     # torch.compile on the trained network; needs a C++ compiler, minutes at the start, and no checkpointing.
     compile: bool = False
     preset: str = ""  # the section of methods/NAME.toml that fits it; empty is the model's own name

@@ -135,7 +135,15 @@ class Model(PolicyModel, Protocol):
         ...
 
     def velocity(
-        self, x: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy", detach: bool = False
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Cond,
+        *,
+        guidance: float = 1.0,
+        weights: str = "policy",
+        detach: bool = False,
+        merged: bool = False,
     ) -> Tensor:
         """The velocity (B, C, h, w) in float32 at latents x (B, C, h, w) and times t (B,).
 
@@ -146,6 +154,7 @@ class Model(PolicyModel, Protocol):
             guidance: scale of the guidance; other than 1 it costs `guided_cost` evaluations.
             weights: the name of the weights to compute with.
             detach: hold the unconditional branch of guidance constant.
+            merged: images are sampled: an adapter may be merged into the weights, whose last digits then differ from an update's.
         Raises KeyError on weights that no call of `update_copy` made.
         """
         ...

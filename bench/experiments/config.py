@@ -26,7 +26,7 @@ Table = dict[str, Any]
 DEEPEST = 16  # levels of nested settings
 LARGEST_FLOAT32 = 3.4028234663852886e38  # in which losses and updates are computed
 # Fields of a model spec that a run may set: they change memory and speed, and results only by rounding.
-EXECUTION = ("rows", "checkpointing", "offload", "compile")
+EXECUTION = ("rows", "checkpointing", "offload", "merge", "compile")
 
 
 @dataclass(frozen=True)

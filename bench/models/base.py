@@ -142,11 +142,19 @@ class PipelineModel(ABC):
         return self.encoders.store(self.embed(list(prompts)))
 
     def velocity(
-        self, x: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy", detach: bool = False
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Cond,
+        *,
+        guidance: float = 1.0,
+        weights: str = "policy",
+        detach: bool = False,
+        merged: bool = False,
     ) -> Tensor:
         """The velocity (B, C, h, w) in float32, see `spec.Model.velocity`."""
         if self.lora is not None:
-            self.lora.switch(weights)
+            self.lora.switch(weights, merged=merged and self.merges and not torch.is_grad_enabled())
         if guidance == 1.0 or self.guided_cost == 1:
             output = self._evaluate(x, t, cond, guidance)
         else:
@@ -169,6 +177,15 @@ class PipelineModel(ABC):
         with torch.autocast(self.device.type, dtype=self.dtype) if half else nullcontext():
             output = self.forward(x, t, cond, guidance)
         return output
+
+    @property
+    def merges(self) -> bool:
+        """Whether a LoRA may be merged into the weights while images are sampled.
+
+        Not into half-precision ones: on their grid most of a young LoRA's small changes would be rounded away. A compiled network
+        would be compiled again for the merged weights.
+        """
+        return self.spec.merge and self.dtype == torch.float32 and not self.spec.compile
 
     @property
     def current_weights(self) -> str:

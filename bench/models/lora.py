@@ -1,4 +1,8 @@
-"""Named weight copies of a LoRA: policy, ref (adapter off), old, ema; switched in place, the base is never duplicated."""
+"""Named weight copies of a LoRA: policy, ref (adapter off), old, ema; switched in place, the base is never duplicated.
+
+While images are sampled a copy may be merged into the weights that it adapts, W + scale B A: a third fewer operations, the same
+function up to rounding. Only the adapted weights exist twice meanwhile; the originals are put back as the objects that they were.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +28,12 @@ class LoraCopies:
             module.add_adapter(config, adapter_name=POLICY)
         self._collect_layers()
         self._current = "policy"
+        self._originals: list[torch.nn.Parameter] = []  # of the adapted layers, while a copy is merged into them
 
     def _collect_layers(self) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self._layers = [m for m in self.module.modules() if isinstance(m, BaseTunerLayer)]
+        self._layers: list[Any] = [m for m in self.module.modules() if isinstance(m, BaseTunerLayer)]
         self._policy = {n: p for n, p in self.module.named_parameters() if f".{POLICY}." in n}
         for parameter in self._policy.values():
             parameter.requires_grad_(True)
@@ -43,30 +48,63 @@ class LoraCopies:
         """The trained parameters, in a fixed order."""
         return list(self._policy.values())
 
-    def switch(self, name: str) -> None:
-        """Let the module compute with this copy from now on.
+    @property
+    def merged(self) -> bool:
+        """Whether the current copy is merged into the weights."""
+        return bool(self._originals)
+
+    def switch(self, name: str, merged: bool = False) -> None:
+        """Let the module compute with this copy from now on, merged into the weights or beside them.
+
+        merged: for passes without a gradient; `ref` is the base itself, so there is nothing to merge.
 
         peft's own set_adapter and enable_adapters also flip requires_grad on every parameter, which costs time at each
         call and would cut the graph of a forward that is still waiting for its backward; only the two flags that the
         forward reads are set here.
         """
-        if name == self._current:
+        merged = merged and name != "ref"
+        if (name, merged) == (self._current, self.merged):
             return
         if name not in ("policy", "ref", *self.copies):
             raise KeyError(f"no weights named {name!r}: make them with update_copy first")
+        self._unmerge()
+        adapter = POLICY if name in ("policy", "ref") else name
         for layer in self._layers:
-            layer._disable_adapters = name == "ref"  # pyright: ignore[reportPrivateUsage]
-            layer._active_adapter = [POLICY if name in ("policy", "ref") else name]  # pyright: ignore[reportPrivateUsage]
+            layer._disable_adapters = merged or name == "ref"
+            layer._active_adapter = [adapter]
         self._current = name
+        if merged:
+            self._merge(adapter)
+
+    @torch.no_grad()
+    def _merge(self, adapter: str) -> None:
+        """Put W + scale B A in the place of each adapted weight W. W itself stays what a graph or a checkpoint refers to."""
+        bases: list[Any] = [layer.get_base_layer() for layer in self._layers]
+        self._originals = [base.weight for base in bases]
+        for layer, base in zip(self._layers, bases, strict=True):
+            weight = base.weight + layer.get_delta_weight(adapter).to(base.weight.dtype)
+            base._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
+
+    def _unmerge(self) -> None:
+        """Put the adapted weights back."""
+        for layer, original in zip(self._layers, self._originals, strict=bool(self._originals)):
+            base: Any = layer.get_base_layer()
+            base._parameters["weight"] = original
+        self._originals = []
 
     @torch.no_grad()
     def update_copy(self, name: str, decay: float) -> None:
         """copy <- decay * copy + (1 - decay) * policy; the first call makes the copy equal to the policy."""
+        self._end_merge()
         if name not in self.copies:
             self._add(name)
             decay = 0.0
         for copy, policy in zip(self._parameters_of(name), self.parameters(), strict=True):
             copy.lerp_(policy, 1 - decay) if decay else copy.copy_(policy)
+
+    def _end_merge(self) -> None:
+        """End a merge: what was merged is about to change."""
+        self.switch(self._current)
 
     def _add(self, name: str) -> None:
         current, self._current = self._current, ""
@@ -97,6 +135,7 @@ class LoraCopies:
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Set all copies to a `state`; copies that are missing are made."""
+        self._end_merge()
         for copy in dict.fromkeys(key.partition("/")[0] for key in state):
             if copy != "policy" and copy not in self.copies:
                 self._add(copy)

@@ -145,6 +145,7 @@ def estimate(
     guided = model_class.guided_cost if model_spec.guidance != 1 else 1
     evaluating = cost.largest * guided * rows  # no backward: one block at a time
     decoding = _decoding(model_spec, parts, vae_size) * (1 if sliced else rows)
+    merged = cost.adapted if model_spec.merge and precision == "fp32" else 0.0  # beside the originals
     return MemoryEstimate(
         parameters=counts,
         source=source,
@@ -155,7 +156,7 @@ def estimate(
         states=states,
         row=row,
         training=weights + states + micro * row + FIXED,
-        sampling=weights + states + max(evaluating, decoding),
+        sampling=weights + states + merged + max(evaluating, decoding),
         encoding=base + states + encoders,
     )
 
@@ -284,6 +285,7 @@ class ForwardCost:
 
     flops: float
     trained: int
+    adapted: float  # the weights that the LoRA adapts
     outside: float  # kept for the backward pass, outside of the blocks that checkpointing knows
     inside: float  # kept inside of them
     inputs: float  # what enters them
@@ -316,12 +318,19 @@ def _forward(
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    adapted = sum(p.nbytes for name, p in network.named_parameters() if name.endswith(".base_layer.weight"))
     saved = SavedTensors(network)
     network.enable_gradient_checkpointing(gradient_checkpointing_func=saved.block)
     with saved, _as_on_a_gpu(dtype):
         network(**inputs, return_dict=False)
     return ForwardCost(
-        float(counter.get_total_flops()), trained, saved.outside, saved.inside, saved.inputs, saved.largest
+        float(counter.get_total_flops()),
+        trained,
+        float(adapted),
+        saved.outside,
+        saved.inside,
+        saved.inputs,
+        saved.largest,
     )
 
 

@@ -37,20 +37,21 @@ def checkpoint(block: Any, *args: Any) -> Any:
     """Run a block of the network so that the backward pass computes its activations again, with the same weights.
 
     Other weights may be active at the second time: a loss evaluates the policy, then the reference, and only then goes
-    backward. So the block's adapter flags of the first time are set again; else the gradient would silently be
-    that of other weights.
+    backward. So the block's adapter flags and base weights of the first time are set again; else the gradient would silently
+    be that of other weights.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
     layers: list[Any] = [m for m in block.modules() if isinstance(m, BaseTunerLayer)]
 
-    def flags() -> list[tuple[bool, list[str]]]:
-        return [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    def flags() -> list[tuple[bool, list[str], Any]]:
+        return [(each._disable_adapters, each._active_adapter, each.get_base_layer().weight) for each in layers]
 
-    def set_flags(values: list[tuple[bool, list[str]]]) -> None:
-        for layer, (disabled, active) in zip(layers, values, strict=True):
+    def set_flags(values: list[tuple[bool, list[str], Any]]) -> None:
+        for layer, (disabled, active, weight) in zip(layers, values, strict=True):
             layer._disable_adapters, layer._active_adapter = disabled, active
+            layer.get_base_layer()._parameters["weight"] = weight
 
     flags_of_forward = flags()
 

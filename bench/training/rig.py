@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -33,6 +33,17 @@ from .pairs import PairSet, open_pairs
 
 TimedScores = tuple[Scores, float]  # scores, and the latency in seconds
 SINGLE_PROCESS = ProcessGroup()
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """How one velocity is computed: what `MeteredRig.velocity` takes, and whether the LoRA may be merged into the weights."""
+
+    weights: str
+    guidance: float
+    detach: bool = False
+    role: str = ""
+    merged: bool = False
 
 
 class MeteredRig:
@@ -186,13 +197,24 @@ class MeteredRig:
         """
         if guidance is None:
             guidance = self.model.guidance if self.model.guided_cost == 1 else 1.0
-        grad = torch.is_grad_enabled() and weights == "policy"
-        each = (3 if grad else 1) * (1 if guidance == 1.0 else self.model.guided_cost)
-        self.meter.charge(nfe=len(x) * each, role=role or ("policy" if grad else weights))
+        return self._velocity(x, t, prompt_ids, _Pass(weights, guidance, detach, role))
+
+    def _velocity(self, x: Tensor, t: Tensor, prompt_ids: Tensor, how: _Pass) -> Tensor:
+        grad = torch.is_grad_enabled() and how.weights == "policy"
+        each = (3 if grad else 1) * (1 if how.guidance == 1.0 else self.model.guided_cost)
+        self.meter.charge(nfe=len(x) * each, role=how.role or ("policy" if grad else how.weights))
         if self._computed_elsewhere:
             return torch.zeros_like(x)
         with torch.set_grad_enabled(grad):
-            return self.model.velocity(x, t, self._embed(prompt_ids), guidance=guidance, weights=weights, detach=detach)
+            return self.model.velocity(
+                x,
+                t,
+                self._embed(prompt_ids),
+                guidance=how.guidance,
+                weights=how.weights,
+                detach=how.detach,
+                merged=how.merged,
+            )
 
     def step(
         self,
@@ -235,6 +257,7 @@ class MeteredRig:
         times: Tensor | None = None,
         weights: str = "policy",
         guidance: float | None = None,
+        as_in_updates: Container[int] = (),
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Step, Tensor]]:
         """Take the kernels' steps from times(of)[start] on; yields (i, x, t, s, step, x_next) for each step i.
 
@@ -247,10 +270,16 @@ class MeteredRig:
             times: (start + len(kernels) + 1,), another grid than the model's.
             weights: as in `velocity`.
             guidance: None is the protocol's.
+            as_in_updates: numbers of the steps that are computed as an update computes them, to the last digit.
         """
         grid = (self.model.times(of or start + len(kernels)) if times is None else times).to(x.device)
         guidance = self.model.guidance if guidance is None else guidance
-        velocity = lambda x, t: self.velocity(x, t, prompt_ids, weights=weights, guidance=guidance, role="rollout")
+        numbers = iter(range(start, start + len(kernels)))
+
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            merged = next(numbers) not in as_in_updates
+            return self._velocity(x, t, prompt_ids, _Pass(weights, guidance, role="rollout", merged=merged))
+
         for i, step in enumerate(walk(self.path, velocity, x, grid[start:], kernels, self.noise), start):
             yield i, step.x, step.t, step.s, step.step, step.x_next
 
@@ -393,7 +422,10 @@ class MeteredRig:
             x_next = start = noise[rows.to(noise.device)]
             ids = image_ids[rows]
             with self.turn(k):
-                steps = self.walk(start, ids, kernels, times=times, weights=weights, guidance=guidance)
+                # The ratio of a kept step must be 1 at first: its log-probability is computed as the update will.
+                steps = self.walk(
+                    start, ids, kernels, times=times, weights=weights, guidance=guidance, as_in_updates=keep
+                )
                 for i, x, t, s, step, x_next in steps:
                     if i in keep:
                         logp = step.logp(x_next, drop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from gpobench.bench.models.open import open_model
 ROUNDING = 1e-5
 
 
-def draw(model: Any, weights: str) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(3, *model.shape, generator=generator)
+def draw(model: Any, weights: str, merged: bool = False) -> torch.Tensor:
+    x = torch.randn(3, *model.shape, generator=torch.Generator().manual_seed(1))
+    t, cond = torch.tensor([0.9, 0.5, 0.1]), model.encode(["a", "b", "c"])
     with torch.no_grad():
-        return model.velocity(x, torch.tensor([0.9, 0.5, 0.1]), model.encode(["a", "b", "c"]), weights=weights)
+        return model.velocity(x, t, cond, weights=weights, merged=merged)
 
 
 def push(model: Any, weights: float = 0.02) -> None:
@@ -110,6 +111,97 @@ def test_a_switch_between_forward_and_backward_cuts_no_graph(model: Any) -> None
 
     for a, b in zip(gradient(False), gradient(True), strict=True):
         assert torch.equal(a, b)
+
+
+# Merging
+
+
+def test_a_merged_copy_computes_the_same_function_with_fewer_operations(model: Any) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model.update_copy("old", 0.0)
+    push(model)
+    for weights in ("policy", "old", "ref"):
+        separate, merged = draw(model, weights), draw(model, weights, merged=True)
+        assert torch.allclose(separate, merged, atol=ROUNDING) and model.current_weights == weights
+        flops: list[int] = []
+        for how in (False, True):
+            draw(model, weights, merged=how)  # merging itself is not counted
+            with FlopCounterMode(display=False) as counter:
+                draw(model, weights, merged=how)
+            flops.append(counter.get_total_flops())
+        assert flops[1] < flops[0] if weights != "ref" else flops[1] == flops[0]
+    assert not torch.allclose(draw(model, "policy", merged=True), draw(model, "old", merged=True), atol=1e-4)
+
+
+def test_a_merge_leaves_no_trace(model: Any) -> None:
+    """Every weight is the same object with the same bits again, also after the policy moved or a copy was made meanwhile."""
+    push(model)
+    named = {name: (p, p.detach().clone()) for name, p in model.network.named_parameters()}
+    separate, base = draw(model, "policy"), draw(model, "ref")
+    draw(model, "policy", merged=True)
+    assert torch.equal(draw(model, "policy"), separate)
+    draw(model, "policy", merged=True)
+    assert torch.equal(draw(model, "ref", merged=True), base) and torch.equal(draw(model, "ref"), base)
+    draw(model, "policy", merged=True)
+    model.update_copy("old", 0.0)
+    draw(model, "old", merged=True)
+    model.update_copy("old", 0.5)
+    model.restore_weights(model.weight_state())
+    assert torch.equal(draw(model, "policy"), separate)
+    for name, parameter in model.network.named_parameters():
+        if name in named:
+            assert parameter is named[name][0] and torch.equal(parameter, named[name][1])
+
+
+def test_an_update_is_in_the_next_merge(model: Any) -> None:
+    push(model)
+    x, t, cond = torch.randn(2, *model.shape), torch.tensor([0.3, 0.6]), model.encode(["a", "b"])
+    draw(model, "policy", merged=True)
+    model.velocity(x, t, cond).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert torch.allclose(draw(model, "policy", merged=True), draw(model, "policy"), atol=ROUNDING)
+    model.update_copy("old", 0.0)
+    draw(model, "old", merged=True)
+    push(model)
+    model.update_copy("old", 0.0)
+    assert torch.allclose(draw(model, "old", merged=True), draw(model, "policy"), atol=ROUNDING)
+
+
+def test_a_pass_with_a_gradient_is_never_merged(model: Any) -> None:
+    x, t, cond = torch.randn(2, *model.shape), torch.tensor([0.3, 0.6]), model.encode(["a", "b"])
+    push(model)
+    plain = torch.autograd.grad(model.velocity(x, t, cond).square().mean(), model.parameters())
+    asked = torch.autograd.grad(model.velocity(x, t, cond, merged=True).square().mean(), model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(plain, asked, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_merge_between_forward_and_backward_changes_no_gradient(tiny_pipe: Path, checkpointing: bool) -> None:
+    model_spec = replace(find_model_spec(str(tiny_pipe)), checkpointing=checkpointing)
+    model = open_model(model_spec, device="cpu", adapter=Adapter(rank=4), seed=0)
+    push(model)
+    x, t, cond = torch.randn(2, *model.shape), torch.tensor([0.3, 0.6]), model.encode(["a", "b"])
+
+    def gradient(sampled_meanwhile: bool) -> list[torch.Tensor]:
+        live = model.velocity(x, t, cond)
+        if sampled_meanwhile:
+            draw(model, "policy", merged=True)
+        return list(torch.autograd.grad(live.square().mean(), model.parameters()))
+
+    for a, b in zip(gradient(False), gradient(True), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nothing_is_merged_into_half_precision_or_where_a_setting_says_so(tiny_pipe: Path) -> None:
+    """A young LoRA moves a weight by less than half a step of bfloat16: rounded to its grid, it would be as if not trained."""
+    model_spec = find_model_spec(str(tiny_pipe))
+    for spec, precision in ((model_spec, "bf16"), (replace(model_spec, merge=False), "fp32")):
+        model = open_model(spec, device="cpu", precision=precision, adapter=Adapter(rank=4), seed=0)
+        push(model)
+        assert not model.merges
+        draw(model, "policy", merged=True)
+        assert not model.lora.merged
 
 
 def test_a_copy_takes_nothing_from_the_random_numbers(model: Any) -> None:
