@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gpobench.bench.evaluation import record
+from gpobench.bench.models import network_costs
 from gpobench.leaderboards.runs import load_runs
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -73,6 +74,12 @@ def run_guards(_: list[Path]) -> None:
     guards.main(2, "tiny")
 
 
+def run_network_costs(_: list[Path]) -> None:
+    entries = script("network_costs").compute(["tiny"])
+    shipped = network_costs._entries()  # pyright: ignore[reportPrivateUsage]
+    assert all(shipped[name] == entry for name, entry in entries.items()), "run: python benchmarks/network_costs.py"
+
+
 def run_seed_library(_: list[Path]) -> None:
     entries = script("seed_library").of_board("tiny-counting")
     assert all(entry["sd"] >= 0 and entry["seeds"] > 1 for entry in entries)
@@ -82,6 +89,7 @@ def run_seed_library(_: list[Path]) -> None:
 MINIATURES: dict[str, tuple[Callable[[list[Path]], None], str]] = {  # file -> what runs it, what it prints
     "board": (run_board, "estimate"),
     "guards": (run_guards, "counted / not counted, 2 pairs"),
+    "network_costs": (run_network_costs, "tiny: 8 entries"),
     "overhead": (run_overhead, " s\n"),
     "own_numbers": (run_own_numbers, "| method-1 |"),
     "sampling": (run_sampling, "rig / bare: median"),

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from ..errors import UserError
 from ..spec import Embedder, Images, SupportsSummary, Task
 from ..stats import intervals
 from ..stats.distances import cmmd_ci, paired
 from .record import INVALID
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # The columns of an evaluation's table.
 COLUMNS = ("prompt", "ordinal", "text", "stratum", "scorer", "metric", "value", "reason", "note")
@@ -68,6 +70,8 @@ class Evaluation:
 
 def add_drift(before: Evaluation, after: Evaluation, embedders: Sequence[Embedder]) -> tuple[Evaluation, Evaluation]:
     """Add `drift-NAME/paired` to both tables: each image's distance from the base's image on the same noise; 0 before."""
+    import pandas as pd
+
     for embedder in embedders:
         rows = before.table.drop_duplicates(["prompt", "ordinal"]).sort_values(["prompt", "ordinal"])
         distance = paired(before.vectors[embedder.name], after.vectors[embedder.name], embedder.distance)

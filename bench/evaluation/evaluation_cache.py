@@ -19,7 +19,6 @@ from typing import IO, Any
 from zipfile import BadZipFile
 
 import numpy as np
-import pandas as pd
 
 from ..assets.weight_store import settings_hash
 from ..errors import UserError
@@ -97,6 +96,8 @@ def cached_evaluation(
     )
 
     def read() -> Evaluation:
+        import pandas as pd
+
         with np.load(vectors, allow_pickle=False) as arrays:
             by_embedder = {name: arrays[name] for name in arrays.files}
         return Evaluation(pd.read_parquet(table), np.load(images, allow_pickle=False), by_embedder)

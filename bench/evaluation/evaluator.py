@@ -8,10 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -31,6 +30,9 @@ from .estimates import COLUMNS, Evaluation, Vectors
 from .evaluation_cache import RunConditions, cache_key, cached_evaluation
 from .request import EvaluationRequest, ImageIndex, image_indices
 from .scorer_set import ScorerSet
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Embedded = tuple[Vectors, dict[int, str]]  # (images, D), and row -> reason for the rows that could not be embedded
 
@@ -243,6 +245,8 @@ def _diversity(vectors: Vectors, failures: Mapping[int, str], images: int, dista
 
 def _table(prompts: Sequence[Prompt], scores: Iterable[tuple[Sequence[ImageIndex], str, Scores]]) -> pd.DataFrame:
     """COLUMNS, sorted by scorer in order of appearance, then metric, prompt and ordinal."""
+    import pandas as pd
+
     rows = [
         (
             i,

@@ -14,10 +14,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 
 from ..errors import UserError
@@ -28,6 +27,9 @@ from ..evaluation.record import Record
 from ..files import digest, read_json, write_atomically
 from ..spec import Scorer
 from .config import EXECUTION, Config, RunRequest, resolve
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # The files whose content tables, reports and exports believe: they are bound to the record by checksums.
 CURVE = "curve.parquet"  # every score of the points of the curve
@@ -105,6 +107,8 @@ class RunFiles:
         Raises:
             UserError: where the points before this one are not those that were written.
         """
+        import pandas as pd
+
         scores = evaluation.table.drop(columns=["text", "reason", "note"]).assign(eval_point=number)
         tables: list[Any] = [self.read_curve(number, stored), scores] if number else [scores]
         table = pd.concat(tables, ignore_index=True)
@@ -113,6 +117,8 @@ class RunFiles:
 
     def read_curve(self, points: int, stored: str) -> pd.DataFrame:
         """The scores of the first points of the curve. Raises UserError where their hash is not the stored one."""
+        import pandas as pd
+
         path = self.run_dir / CURVE
         try:
             table = pd.read_parquet(path)
@@ -126,6 +132,8 @@ class RunFiles:
 
     def write_scores(self, before: Evaluation, after: Evaluation) -> None:
         """Write scores.parquet: every score before and after."""
+        import pandas as pd
+
         phases = [before.table.assign(phase="before"), after.table.assign(phase="after")]
         _write_parquet(self.run_dir / "scores.parquet", pd.concat(phases, ignore_index=True))
 

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -25,6 +25,7 @@ from ..model_spec import Adapter, ModelSpec
 from .architectures import PUBLISHED, Parts
 from .base import PipelineModel
 from .memory_saving import SLICED
+from .network_costs import entry_name, find_entry
 from .open import pipeline_class
 
 GB = 2**30
@@ -129,13 +130,7 @@ def estimate(
     numbers = {name: sum(both) for name, both in sizes.items()}  # SD3.5's table of places is 0.2 billion numbers
     network = _network_name(model_spec, parts)
     model_class = pipeline_class(model_spec)
-    cost = _forward(
-        _frozen({"": parts[network]})[0][1],
-        model_class,
-        *_latent_size_and_tokens(model_spec, parts),
-        adapter,
-        precision,
-    )
+    cost = _forward(_forward_case(model_spec, parts, adapter, precision))
     size, vae_size = BYTES[precision], 4 if precision in model_class.float32_vae else BYTES[precision]
     encoders = float(sum(n for name, n in numbers.items() if name.startswith("text_encoder")) * size)
     base = numbers[network] * size + numbers["vae"] * vae_size
@@ -159,6 +154,22 @@ def estimate(
         sampling=weights + states + merged + max(evaluating, decoding),
         encoding=base + states + encoders,
     )
+
+
+def _forward_case(model_spec: ModelSpec, parts: Parts, adapter: Adapter, precision: str) -> ForwardCase:
+    part = _frozen({"": parts[_network_name(model_spec, parts)]})[0][1]
+    size = _latent_size_and_tokens(model_spec, parts)
+    return ForwardCase(part, pipeline_class(model_spec), size, adapter, precision)
+
+
+def table_entries(model_spec: ModelSpec) -> dict[str, list[float]]:
+    """Compute the entries of the table of costs for a model: the sizes of its networks, and a forward in each precision."""
+    parts, _ = blueprint(model_spec)
+    entries = {entry_name(*part): list(map(float, count_parameters(part))) for _, part in _frozen(parts)}
+    for precision in BYTES:
+        case = _forward_case(model_spec, parts, model_spec.adapter, precision)
+        entries[case.entry] = [float(x) for x in astuple(count_forward(case))]
+    return entries
 
 
 def _network_name(model_spec: ModelSpec, parts: Parts) -> str:
@@ -271,6 +282,12 @@ def _build(part: Frozen, dtype: torch.dtype = torch.float32) -> Any:
 
 @lru_cache(maxsize=32)
 def _parameters(part: Frozen) -> tuple[int, int]:
+    """(Parameters, numbers in buffers) of a network, from the table where it has them."""
+    known = find_entry(entry_name(*part))
+    return (int(known[0]), int(known[1])) if known else count_parameters(part)
+
+
+def count_parameters(part: Frozen) -> tuple[int, int]:
     """Count (parameters, numbers in buffers) exactly: tensors that two layers share count once."""
     network = _build(part)
     return sum(p.numel() for p in network.parameters()), sum(b.numel() for b in network.buffers())
@@ -299,17 +316,41 @@ def _latent_size_and_tokens(model_spec: ModelSpec, parts: Parts) -> tuple[int, i
     return model_spec.height // factor, model_spec.width // factor, tokens
 
 
+@dataclass(frozen=True)
+class ForwardCase:
+    """One forward of one latent: all that its cost is computed from."""
+
+    part: Frozen  # the network
+    pipeline: type[PipelineModel]
+    size: tuple[int, int, int]  # height of the latent, its width, tokens of text
+    adapter: Adapter
+    precision: str
+
+    @property
+    def entry(self) -> str:
+        """Its name in the table of costs."""
+        a = self.adapter
+        return entry_name(
+            *self.part, self.pipeline.__qualname__, *self.size, a.rank, a.alpha, tuple(a.targets), self.precision
+        )
+
+
 @lru_cache(maxsize=8)
-def _forward(
-    part: Frozen, pipeline: type[PipelineModel], height: int, width: int, tokens: int, adapter: Adapter, precision: str
-) -> ForwardCost:
+def _forward(case: ForwardCase) -> ForwardCost:
+    """The cost of a forward, from the table where it has it."""
+    known = find_entry(case.entry)
+    return ForwardCost(known[0], int(known[1]), *known[2:]) if known else count_forward(case)
+
+
+def count_forward(case: ForwardCase) -> ForwardCost:
     """Run the network once to count operations, and once with the LoRA to sum what its backward pass would keep."""
     from peft import LoraConfig
     from torch.utils.flop_counter import FlopCounterMode
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    network = _build(part, dtype).requires_grad_(False).eval()
-    inputs = pipeline.network_inputs(network.config, height, width, tokens, dtype)
+    adapter = case.adapter
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[case.precision]
+    network = _build(case.part, dtype).requires_grad_(False).eval()
+    inputs = case.pipeline.network_inputs(network.config, *case.size, dtype)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(**inputs, return_dict=False)
     network.add_adapter(LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets)))
