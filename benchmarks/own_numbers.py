@@ -3,7 +3,7 @@
 make board                                         # makes the runs (hours), the baselines, then runs this script
 python benchmarks/own_numbers.py                   # writes the pages from runs/tiny
 python benchmarks/own_numbers.py DIR --print       # the tables of docs/board.md on stdout, nothing written
-python benchmarks/own_numbers.py --shipped         # docs/board.md by the present statistics, from the shipped scores
+python benchmarks/own_numbers.py --shipped         # docs/board.md and tiny-*.toml by the present statistics, from the shipped scores
 """
 
 from __future__ import annotations
@@ -14,16 +14,18 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.ranking import verdict_beside
-from gpobench.bench.evaluation.record import Flags, Record, ScorerUse
-from gpobench.leaderboards.baseline import read_baseline
-from gpobench.leaderboards.board import BASE, Board
+from gpobench.leaderboards.baseline import baseline_files, find_baseline, read_baseline, write_baseline
+from gpobench.leaderboards.baseline_as_runs import runs_of_baseline
+from gpobench.leaderboards.board import Board
 from gpobench.leaderboards.build_board import build_board
 from gpobench.leaderboards.figures import write_figures
 from gpobench.leaderboards.formatting import cell, p_value, rank, spend
+from gpobench.leaderboards.margins import choose_rules
+from gpobench.leaderboards.new_baseline import report_numbers
+from gpobench.leaderboards.regress import LoadedBaseline
 from gpobench.leaderboards.render import render
 from gpobench.leaderboards.report_data import read_report_data
 from gpobench.leaderboards.runs import LoadedRun, load_runs
@@ -126,32 +128,20 @@ def page(boards: dict[str, Board], runs: Sequence[LoadedRun]) -> str:
 
 
 def shipped_board(path: Path) -> Board:
-    """The board of a shipped baseline's scores, prompts' means in place of images, without spend and flags."""
+    """The board of a shipped baseline's scores, without spend and flags."""
+    return build_board(runs_of_baseline(LoadedBaseline(path, *read_baseline(path))))
+
+
+def restate_baseline(path: Path) -> None:
+    """Write gains, intervals, and margins that are shares of a gain anew into a shipped baseline, from the scores beside it."""
     baseline, scores = read_baseline(path)
-    roles: dict[str, Any] = {name: "training" if name == baseline.training else "held-out" for name in baseline.scorers}
-    uses = {
-        name: ScorerUse(id=scorer_id, role=roles[name], calls=0, seconds=0, errors=0)
-        for name, scorer_id in baseline.scorers.items()
-    }
-    columns = lambda label, seed: {
-        number.key: scores.by[label, number.key][seed][:, None]
-        for claim in baseline.row
-        if claim.label == label
-        for number in claim.number
-    }
-    before = columns(BASE, 0)
-    strata = tuple(scores.strata or [""] * len(next(iter(before.values()))))
-    runs: list[LoadedRun] = []
-    for claim in baseline.row:
-        for k, seed in enumerate(claim.seeds):
-            facts = Record(
-                method=claim.method, task=baseline.task, model=baseline.model, seed=seed, stop="", before={}, after={}, delta={},
-                spent={}, run_dir="", flags=Flags(hack=False, invalid=False), scorers=uses,
-                config={"budget": baseline.budget, "evaluation": baseline.evaluation, "settings": claim.settings},
-                task_version=baseline.task_version, prompts=baseline.prompts, wall={}, provenance={},
-            )  # fmt: skip
-            runs.append(LoadedRun(Path(f"{claim.label}-{seed}"), facts, before, columns(claim.label, k), strata))
-    return build_board(runs)
+    rules = choose_rules(
+        [], list(dict.fromkeys(key for _, key in scores.by)), [c.label for c in baseline.row], baseline.row
+    )
+    board = shipped_board(path)
+    numbers = report_numbers(board, scores.by, rules, scores.strata, baseline.digits)
+    rows = tuple(c.model_copy(update={"number": numbers.of_row(c.label)}) for c in baseline.row)
+    write_baseline(path, baseline.model_copy(update={"row": rows}), scores)
 
 
 def restated(page_text: str) -> str:
@@ -193,10 +183,12 @@ def main() -> None:
     parser.add_argument(
         "--shipped",
         action="store_true",
-        help="restate docs/board.md by the present statistics, from the shipped scores",
+        help="restate docs/board.md and leaderboards/tiny-*.toml by the present statistics, from the shipped scores",
     )
     options = parser.parse_args()
     if options.shipped:
+        for path in baseline_files(find_baseline("tiny")):
+            restate_baseline(path)
         BOARD_PAGE.write_text(restated(BOARD_PAGE.read_text("utf-8")), "utf-8")
         return
     try:

@@ -1,4 +1,4 @@
-"""Reads and writes baseline files: reported numbers with their margins as TOML, and every prompt's score as CSV beside it."""
+"""Reads and writes baseline files: reported numbers with their margins as TOML, and every image's score as CSV beside it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..bench import registry
 from ..bench.errors import UserError
 from ..bench.files import write_atomically
+from ..bench.stats.intervals import per_prompt
 from .board import BASE
 
 Array = NDArray[np.float64]
-FORMAT = 2  # 1 had the words of settings before they were renamed
+FORMAT = 3  # 1 had the words of settings before they were renamed, 2 neither gains nor the scores of single images
 HEAD = ("row", "key", "seed")
 STRATUM = "stratum"  # the key of the line with each prompt's stratum, where there are several
+UNSCORED = "-"  # an image without a score, in the cell of its prompt
 
 
 class _BaselinePart(BaseModel):
@@ -43,6 +45,14 @@ class BaselineNumber(_BaselinePart):
     repeat: float | None = Field(
         default=None,
         description="half the 90 % interval of the difference that training again with other seeds is expected to show",
+    )
+    rule: str | None = Field(
+        default=None, description="the share of the gain that `margin` was computed from, as `--margin` takes it"
+    )
+    gain: float | None = Field(default=None, description="over the base, paired; None for the base")
+    gain_ci: tuple[float, float] | None = None
+    told: bool | None = Field(
+        default=None, description="whether the gain is above 0 at 5 %, corrected (Holm) over the rows: it must be again"
     )
 
 
@@ -65,7 +75,7 @@ class Claim(_BaselinePart):
 class Baseline(_BaselinePart):
     """The claims of one task, the inputs that they were measured with, and where and when."""
 
-    format: Literal[2] = FORMAT
+    format: Literal[3] = FORMAT
     command: str
     date: str
     commit: str
@@ -91,9 +101,11 @@ class Baseline(_BaselinePart):
 
 @dataclass(frozen=True)
 class BaselineScores:
-    """Scores of every prompt, as means over its images."""
+    """Scores of every image; of files that were written before format 3, of every prompt, as one image."""
 
-    by: Mapping[tuple[str, str], Sequence[Array]]  # (row, key) -> (prompts,) for each seed of the row; NaN = no score
+    by: Mapping[
+        tuple[str, str], Sequence[Array]
+    ]  # (row, key) -> (prompts, images) for each seed of the row; NaN = no score
     strata: Sequence[str] | None = None  # (prompts,), where there are several
 
 
@@ -202,11 +214,11 @@ def _check_format(path: Path, table: Mapping[str, Any]) -> None:
 
 
 def mean_over_prompts(vectors: Sequence[Array], strata: Sequence[str] | None = None) -> float:
-    """Average (prompts,) vectors, one a seed: over seeds, then prompts, then strata.
+    """Average (prompts,) or (prompts, images) scores, one a seed: over images, seeds, prompts, then strata.
 
     A prompt without a score under some seed is left out.
     """
-    x = np.mean(vectors, axis=0)
+    x = np.mean([per_prompt(vector) for vector in vectors], axis=0)
     labels = np.array(strata if strata is not None else [""] * len(x))
     scored = np.isfinite(x)
     if not scored.any():
@@ -241,7 +253,7 @@ def _text(baseline: Baseline, path: Path) -> str:
     """Format the baseline as TOML, in the order of the model."""
     lines = [
         "# Reported numbers. `gpobench regress RUNS --against` this file compares new runs with them; `--update` writes it.",
-        f"# The score of every prompt is in {scores_path(path).name}. Margins are chosen and may be edited; all else is measured.",
+        f"# The score of every image is in {scores_path(path).name}. Margins are chosen and may be edited; all else is measured.",
         "",
     ]
     whole = baseline.model_dump()
@@ -268,7 +280,10 @@ def _pairs(table: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _scores_text(baseline: Baseline, scores: BaselineScores) -> str:
-    """Format scores as CSV, one line a row, key and seed, one column a prompt, so that a diff shows only the changed numbers."""
+    """Format scores as CSV: a line for each row, key and seed, a column for each prompt, in a cell the scores of its images.
+
+    So a diff shows only the changed numbers, and numpy reads them without this package.
+    """
     out = io.StringIO()
     sheet = csv.writer(out, lineterminator="\n")
     prompts = len(next(iter(scores.by.values()))[0])
@@ -278,9 +293,25 @@ def _scores_text(baseline: Baseline, scores: BaselineScores) -> str:
     for claim in baseline.row:
         for number in claim.number:
             for seed, vector in zip(claim.seeds or ("",), scores.by[claim.label, number.key], strict=True):
-                cells = [f"{x:.{baseline.digits}f}" if math.isfinite(x) else "" for x in vector.tolist()]
-                sheet.writerow([claim.label, number.key, seed, *cells])
+                images = np.atleast_2d(vector.T).T.tolist()
+                sheet.writerow([claim.label, number.key, seed, *(_cell(scored, baseline.digits) for scored in images)])
     return out.getvalue()
+
+
+def _cell(images: Sequence[float], digits: int) -> str:
+    """Format the scores of one prompt's images; empty where none has one."""
+    words = [f"{x:.{digits}f}".rstrip("0").rstrip(".") if math.isfinite(x) else UNSCORED for x in images]
+    return "" if set(words) == {UNSCORED} else " ".join("0" if word == "-0" else word for word in words)
+
+
+def _matrix(cells: Sequence[str]) -> Array:
+    """Parse the cells of a line as (prompts, images). Raises ValueError where prompts have different numbers of images."""
+    words = [cell.split() for cell in cells]
+    counts = {len(images) for images in words if images} or {1}
+    if len(counts) > 1:
+        raise ValueError(f"prompts have {' and '.join(map(str, sorted(counts)))} images in one line")
+    nothing = [UNSCORED] * counts.pop()
+    return np.array([[math.nan if x == UNSCORED else float(x) for x in images or nothing] for images in words])
 
 
 def _parse_scores(path: Path, text: str, baseline: Baseline) -> BaselineScores:
@@ -296,7 +327,7 @@ def _parse_scores(path: Path, text: str, baseline: Baseline) -> BaselineScores:
             if (row, key) == ("", STRATUM):
                 strata = cells
             else:
-                vectors[row, key, seed] = np.array([float(cell) if cell else math.nan for cell in cells])
+                vectors[row, key, seed] = _matrix(cells)
         by = {
             (claim.label, number.key): [vectors[claim.label, number.key, str(seed)] for seed in claim.seeds or ("",)]
             for claim in baseline.row

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +11,19 @@ import numpy as np
 
 from ..bench import registry
 from ..bench.errors import UserError
-from ..bench.evaluation import record
+from ..bench.evaluation import record, seed_library
 from ..bench.stats import intervals
 from ..bench.stats.intervals import Estimate
+from ..bench.stats.law import SeedVariance
 from ..bench.stats.significance import Verdict
 from .baseline import Baseline, BaselineNumber, BaselineScores, Claim, flat, mean_over_prompts
 from .board import BASE, Board, BoardRow
 from .build_board import build_board
-from .change import LEVEL, Change, change, is_repetition, verdicts
+from .change import LEVEL, Changes, NumberScores, estimate_changes, is_repetition, join, shared_spreads, verdicts
 from .columns import training_scorer
-from .comparable import BASE_DIFFERS
+from .comparable import BASE_DIFFERS, budget_bounds
+from .formatting import cell
+from .formatting import number as number_text
 from .runs import Array, LoadedRun
 
 
@@ -40,6 +42,8 @@ class Finding:
     seeds: tuple[int, int]  # how many new and reported ones; 0 for the base
     repeated: bool
     note: str = ""
+    floor: Estimate | None = None  # the reported gain over the base, where it was told: it must be told again
+    gain: Estimate | None = None  # the new one
 
 
 @dataclass(frozen=True)
@@ -89,11 +93,12 @@ class LoadedBaseline:
 
 @dataclass(frozen=True)
 class _Match:
-    """A number of a baseline and the vectors (prompts,) of the new runs, one for each seed."""
+    """A number of a baseline and the runs that have it."""
 
     claim: Claim
     number: BaselineNumber
-    new: Sequence[Array]
+    runs: Sequence[LoadedRun]
+    new: Sequence[Array]  # (prompts, images), one a seed
     seeds: tuple[int, ...]
 
 
@@ -103,7 +108,8 @@ class _Comparison:
 
     against: LoadedBaseline
     matches: Sequence[_Match] = ()
-    changes: Sequence[Change] = ()
+    scores: Sequence[NumberScores] = ()
+    changes: Changes | None = None  # None: no runs
     missing: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = field(default_factory=list[str])
 
@@ -134,8 +140,9 @@ def check_all(
         _compare(against, baseline_runs, notes if k == 0 else [])
         for k, (against, baseline_runs) in enumerate(zip(baselines, runs_by_baseline, strict=True))
     ]
-    margins = [match.number.margin for c in comparisons for match in c.matches]
-    decided = iter(verdicts([change for c in comparisons for change in c.changes], margins))
+    changes = join([c.changes for c in comparisons if c.changes is not None])
+    margins = np.array([match.number.margin for c in comparisons for match in c.matches])
+    decided = iter(_decide(changes, margins))
     return [_report(c, [next(decided) for _ in c.matches]) for c in comparisons]
 
 
@@ -156,18 +163,18 @@ def select(baselines: Sequence[LoadedBaseline], rows: Sequence[str], task: str |
 
 
 def vectors(group: Sequence[LoadedRun], key: str, base: bool, digits: int) -> list[Array]:
-    """Return (prompts,) scores of each run, rounded as a baseline stores them; [] where one of the runs lacks the key.
+    """Return (prompts, images) scores of each run, rounded as a baseline stores them; [] where one of the runs lacks the key.
 
-    base: one vector, the mean of the different ones that the runs measured, as rounding differs between machines.
+    base: one table, the mean of the different ones that the runs measured, as rounding differs between machines.
     """
     evaluations = [run.before for run in group if key in run.before] if base else [run.after for run in group]
     if not all(key in by_key for by_key in evaluations):
         return []
-    means = [intervals.per_prompt(by_key[key]) for by_key in evaluations]
-    if base and means:
-        different = {vector.tobytes(): vector for vector in means}
-        means = [np.mean(list(different.values()), axis=0)]
-    return [np.round(vector, digits) for vector in means]
+    tables = [by_key[key] for by_key in evaluations]
+    if base and tables:
+        different = {table.tobytes(): table for table in tables}
+        tables = [np.mean(list(different.values()), axis=0)]
+    return [np.round(table, digits) for table in tables]
 
 
 def processors(runs: Sequence[LoadedRun]) -> str:
@@ -211,28 +218,75 @@ def _compare(against: LoadedBaseline, runs: Sequence[LoadedRun], notes: Sequence
         group, seeds, group_notes = _runs_of_claim(claim, b, table, runs)
         notes += group_notes
         for number in claim.number:
-            new = vectors(group, number.key, claim.label == BASE, b.digits)
+            new = _new_scores(against, claim, number.key, group)
             if new:
-                matches.append(_Match(claim, number, new, seeds))
+                matches.append(_Match(claim, number, group, new, seeds))
             else:
                 missing.append((claim.label, number.key))
     if not matches:
         raise UserError(f"no number in common: these runs have none of the scores that {against.path} reports")
-    changes = [_change_of(match, against) for match in matches]
+    scores = _number_scores(against, matches)
+    changes = estimate_changes(scores, against.scores.strata)
     notes += [f"{r.folder.name} has the hack flag." for r in runs if record.flagged(r.record)]
-    notes += _last_digits(b, processors(runs), all(c.repeated for c in changes))
-    return _Comparison(against, matches, changes, missing, notes)
+    notes += _last_digits(b, processors(runs), bool(changes.repeated.all()))
+    return _Comparison(against, matches, scores, changes, missing, notes)
 
 
-def _change_of(match: _Match, against: LoadedBaseline) -> Change:
-    old = against.scores.by[match.claim.label, match.number.key]
-    if {len(v) for v in match.new} != {len(v) for v in old}:
+def _new_scores(against: LoadedBaseline, claim: Claim, key: str, group: Sequence[LoadedRun]) -> list[Array]:
+    """Return the scores of the new runs by image, or by prompt where the baseline has them so. Raises UserError on other prompts."""
+    digits, old = against.baseline.digits, against.scores.by[claim.label, key]
+    new = vectors(group, key, claim.label == BASE, digits)
+    if not new:
+        return []
+    if {len(table) for table in new} != {len(old[0])}:
         raise UserError(
-            f"{against.path} has {len(old[0])} prompts, these runs {len(match.new[0])}: a regression is measured on the same ones"
+            f"{against.path} has {len(old[0])} prompts, these runs {len(new[0])}: a regression is measured on the same ones"
         )
-    if is_repetition(match.new, match.seeds, old, match.claim.seeds):
-        return Change(0.0, 0.0, math.inf, match.number.n, seeds=True, repeated=True)
-    return change(match.new, old, against.scores.strata, trained=match.claim.label != BASE)
+    return [_as_reported(table, old[0], digits) for table in new]
+
+
+def _as_reported(table: Array, old: Array, digits: int) -> Array:
+    """Return scores by prompt where the baseline has one column and the run several images."""
+    if old.shape[1] == 1 < table.shape[1]:
+        return np.round(intervals.per_prompt(table), digits)[:, None]
+    return table
+
+
+def _number_scores(against: LoadedBaseline, matches: Sequence[_Match]) -> list[NumberScores]:
+    """Return the scores of all numbers, with the variance between seeds moderated over the rows of the baseline."""
+    old, strata = against.scores.by, against.scores.strata
+    new = {(match.claim.label, match.number.key): match.new for match in matches}
+    spreads: dict[tuple[str, str], SeedVariance] = {}
+    for key in dict.fromkeys(key for _, key in new):
+        rows = {
+            label: (new.get((label, key), []), seeds)
+            for (label, other), seeds in old.items()
+            if other == key and label != BASE
+        }
+        if rows:
+            spreads |= {(label, key): spread for label, spread in shared_spreads(rows, strata).items()}
+    return [_scores_of(match, against, spreads.get((match.claim.label, match.number.key))) for match in matches]
+
+
+def _scores_of(match: _Match, against: LoadedBaseline, spread: SeedVariance | None) -> NumberScores:
+    claim, key = match.claim, match.number.key
+    reported, trained = against.scores.by[claim.label, key], claim.label != BASE
+    base = against.scores.by.get((BASE, key), [])
+    if spread is not None and not np.isfinite(spread.variance):
+        r = match.runs[0].record
+        entry = seed_library.find_entry(r.method, r.task, r.model, key, budget_bounds(r))
+        spread = entry.variance() if entry else None
+    gains = [run.gain(key) for run in match.runs if run.has(key)] if trained else []
+    return NumberScores(
+        match.new,
+        reported,
+        [_as_reported(gain, reported[0], against.baseline.digits) for gain in gains],
+        [table - base[0] for table in reported] if trained and base else [],
+        trained,
+        told=bool(match.number.told),
+        repeated=is_repetition(match.new, match.seeds, reported, claim.seeds),
+        spread=spread,
+    )
 
 
 def _last_digits(b: Baseline, processor: str, repeated: bool) -> list[str]:
@@ -306,34 +360,88 @@ def _setting_differences(reported: Mapping[str, Any], row: BoardRow) -> str:
     return ", ".join(f"{k.removeprefix('settings.')} {reported.get(k, 'none')} -> {new.get(k, 'none')}" for k in keys)
 
 
-def _report(c: _Comparison, decided: Sequence[tuple[Verdict, float]]) -> RegressionReport:
+@dataclass(frozen=True)
+class _Decision:
+    """What was found of one number."""
+
+    verdict: Verdict
+    p: float
+    holm: float
+    mean: float
+    half: float  # of the 95 % interval
+    se: float
+    known: bool
+    lost: bool
+    gain: float
+    gain_half: float
+
+
+def _decide(changes: Changes, margins: Array) -> list[_Decision]:
+    """Return what was found of each number of all baselines."""
+    columns = (
+        verdicts(changes, margins), changes.p(margins), changes.corrected_p(margins), changes.mean,
+        changes.noise.quantile(LEVEL), changes.noise.se, changes.known, changes.lost(), changes.gains.now,
+        changes.gains.noise.quantile(LEVEL),
+    )  # fmt: skip
+    return [_Decision(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def _report(c: _Comparison, decided: Sequence[_Decision]) -> RegressionReport:
     b = c.against.baseline
     findings = [
-        _finding(match, change, verdict, holm, c.against.scores.strata)
-        for match, change, (verdict, holm) in zip(c.matches, c.changes, decided, strict=True)
+        _finding(match, scores, decision, c.against.scores.strata)
+        for match, scores, decision in zip(c.matches, c.scores, decided, strict=True)
     ]
     bounds = ", ".join(f"{k} {v:,.0f}" for k, v in b.budget.items())
     protocol = f"{b.task} (version {b.task_version}) on {b.model}, budget {bounds}"
     return RegressionReport(str(c.against.path), protocol, tuple(findings), tuple(c.missing), tuple(c.notes))
 
 
-def _finding(match: _Match, c: Change, verdict: Verdict, holm: float, strata: Sequence[str] | None) -> Finding:
-    claim, number, half = match.claim, match.number, c.half(LEVEL)
-    notes = ["one training seed on either side: the interval does not contain the spread between seeds"] * (not c.seeds)
-    if number.repeat is not None and number.repeat >= number.margin and verdict == "cannot tell":
-        notes.append(f"a repetition with other seeds lies within {number.repeat:.2g}: the margin needs more seeds")
+def _finding(match: _Match, scores: NumberScores, d: _Decision, strata: Sequence[str] | None) -> Finding:
+    claim, number = match.claim, match.number
+    change = Estimate(d.mean, d.mean - d.half, d.mean + d.half, number.n, d.se, LEVEL, p=d.p)
+    gain = (
+        Estimate(d.gain, d.gain - d.gain_half, d.gain + d.gain_half, number.n, level=LEVEL)
+        if scores.new_gains
+        else None
+    )
+    if scores.repeated:
+        change = Estimate(0.0, 0.0, 0.0, number.n, 0.0, LEVEL)
+    floor = (
+        Estimate(number.gain, *number.gain_ci, number.n)
+        if number.told and number.gain is not None and number.gain_ci is not None
+        else None
+    )
     return Finding(
         row=claim.label,
         key=number.key,
-        verdict=verdict,
+        verdict=d.verdict,
         reported=Estimate(number.mean, *number.ci, number.n, seeds=max(1, len(claim.seeds))),
         now=mean_over_prompts(match.new, strata),
-        change=Estimate(
-            c.mean, c.mean - half, c.mean + half, c.n, c.se, LEVEL, p=c.p(0.0 if c.seeds else number.margin)
-        ),
-        holm=holm,
+        change=change,
+        holm=d.holm,
         margin=number.margin,
         seeds=(len(match.seeds), len(claim.seeds)),
-        repeated=c.repeated,
-        note="" if c.repeated else "; ".join(notes),
+        repeated=scores.repeated,
+        note="" if scores.repeated else "; ".join(_reasons(number, scores, d, gain)),
+        floor=floor,
+        gain=gain,
     )
+
+
+def _reasons(number: BaselineNumber, scores: NumberScores, d: _Decision, gain: Estimate | None) -> list[str]:
+    """Return what a verdict rests on, where that is not the change alone."""
+    reasons: list[str] = []
+    if d.lost and gain is not None:
+        reasons.append(
+            f"the gain of {number_text(number.gain or 0.0, sign=True)} is not told any more: {cell(gain, sign=True)}"
+        )
+    if scores.trained and not d.known:
+        reasons.append("one training seed on either side: the interval does not contain the spread between seeds")
+    elif scores.trained and scores.spread is not None and scores.spread.lent:
+        reasons.append(
+            "one training seed on either side: the spread between seeds is that of other rows, or of the library"
+        )
+    if number.repeat is not None and number.repeat >= number.margin and d.verdict == "cannot tell":
+        reasons.append(f"a repetition with other seeds lies within {number.repeat:.2g}: the margin needs more seeds")
+    return reasons

@@ -9,15 +9,19 @@ from xml.etree import ElementTree as Xml
 
 from pydantic_core import to_json
 
+from ..bench.stats.intervals import Estimate
+from .board import BASE
 from .formatting import cell, number, p_value, plain
 from .regress import Finding, RegressionReport
 
-HEAD = ("verdict", "row", "number", "reported", "now", "change", "margin", "p")
+HEAD = ("verdict", "row", "number", "reported", "now", "change", "margin", "floor", "p")
+ON_TERMINAL = ("verdict", "row", "reported", "change", "margin", "p")  # in 80 columns; the number stands above
 MAX_LINES = 24  # numbers that a terminal shows at once
 RULE = (
-    "Same: the 90 % interval of the change lies within the margin, or the runs repeat the reported ones to the last digit. Worse, "
-    "better: otherwise, when the change differs significantly from none at 5 %, corrected over the table (Holm). Intervals shown "
-    "are 95 %, over prompts and training seeds."
+    "Same: the 90 % interval of the change lies within the margin, or the runs repeat the reported ones to the last digit. Worse: "
+    "the floor, a reported gain over the base that must be told again, is lost. Worse, better: otherwise, when the change differs "
+    "significantly from none at .5 %, corrected over the trained rows' numbers (Holm). Intervals shown are 95 %, over prompts "
+    "and training seeds. No floor (-): the reported gain was not told, so losing it cannot be told either."
 )
 
 
@@ -33,7 +37,9 @@ def _cells(f: Finding) -> list[str]:
     digits = max(3, 1 - math.floor(math.log10(f.margin)))
     some = f"{f.seeds[0]} of {f.seeds[1]} seeds run, " if f.seeds[0] < f.seeds[1] else ""
     change = f"{some}repeated exactly" if f.repeated else cell(f.change, sign=True)
-    words = (f.verdict, f.row, f.key, cell(f.reported), number(f.now, digits), change, f"{f.margin:g}", p_value(f.holm))
+    floor = "-" if f.floor is None else number(f.floor.mean, 3, sign=True)
+    margin = number(f.margin, digits).rstrip("0")
+    words = (f.verdict, f.row, f.key, cell(f.reported), number(f.now, digits), change, margin, floor, p_value(f.holm))
     return [plain(word) for word in words]
 
 
@@ -41,6 +47,10 @@ def _notes(report: RegressionReport) -> list[str]:
     """Return the lines below the table."""
     notes = [f"{f.row} {f.key}: {f.note}." for f in report.findings if f.note]
     missing = [f"{row} {key}" for row, key in report.missing]
+    trained = [f for f in report.findings if f.row != BASE]
+    without = sum(f.floor is None for f in trained)
+    if without:
+        notes.append(f"No floor under {without} of {len(trained)} trained numbers: their gain was not told.")
     return [
         plain(line)
         for line in (*notes, *report.notes, *([f"Not in these runs: {', '.join(missing)}."] if missing else []))
@@ -48,20 +58,19 @@ def _notes(report: RegressionReport) -> list[str]:
 
 
 def terminal(report: RegressionReport) -> str:
-    """Render a block for every number and margin, worst first; of many numbers only those whose verdict is not "same"."""
+    """Render a block for every number, worst first; of many numbers only those whose verdict is not "same"."""
     findings = ordered(report)
     shown = [f for f in findings if f.verdict != "same"] if len(findings) > MAX_LINES else findings
-    blocks: dict[tuple[str, str], list[list[str]]] = {}
+    blocks: dict[str, list[list[str]]] = {}
     for f in shown:
-        verdict, row, key, reported, now, change, margin, p = _cells(f)
-        blocks.setdefault((key, margin), []).append([verdict, row, reported, now, change, p])
-    head = [word for word in HEAD if word not in ("number", "margin")]  # these stand above each block
-    rows = [head, *(row for block in blocks.values() for row in block)]
-    widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
+        words = dict(zip(HEAD, _cells(f), strict=True))
+        blocks.setdefault(words["number"], []).append([words[name] for name in ON_TERMINAL])
+    rows = [[*ON_TERMINAL], *(row for block in blocks.values() for row in block)]
+    widths = [max(len(row[k]) for row in rows) for k in range(len(ON_TERMINAL))]
     aligned = lambda row: "  ".join(word.ljust(w) for word, w in zip(row, widths, strict=True)).rstrip()
-    lines = [aligned(head)] if shown else []
-    for (key, margin), block in blocks.items():
-        lines += [f"{key}, margin {margin}", *map(aligned, block)]
+    lines = [aligned([*ON_TERMINAL])] if shown else []
+    for key, block in blocks.items():
+        lines += [key, *map(aligned, block)]
     if len(shown) < len(findings):
         more = " more" if shown else ""
         lines.append(
@@ -94,7 +103,7 @@ def junit(reports: Sequence[RegressionReport], allow_unsure: bool = False) -> st
             case = Xml.SubElement(suite, "testcase", classname=plain(f.row), name=plain(f.key))
             text = plain(
                 f"{f.verdict}: reported {cell(f.reported)}, now {number(f.now)}, change {cell(f.change, sign=True)}, "
-                f"margin {f.margin:g}"
+                f"margin {f.margin:g}{f'; {f.note}' if f.note else ''}"
             )
             if f.verdict == "worse":
                 Xml.SubElement(case, "failure", type="worse", message=text)
@@ -149,6 +158,8 @@ def _plain(report: RegressionReport) -> dict[str, Any]:
                 "p": f.change.p,
                 "holm": f.holm,
                 "margin": f.margin,
+                "floor": _gain(f.floor),
+                "gain": _gain(f.gain),
                 "seeds": {"now": f.seeds[0], "reported": f.seeds[1]},
                 "repeated": f.repeated,
                 "note": f.note,
@@ -158,6 +169,10 @@ def _plain(report: RegressionReport) -> dict[str, Any]:
         "missing": [{"row": row, "key": key} for row, key in report.missing],
         "notes": list(report.notes),
     }
+
+
+def _gain(e: Estimate | None) -> dict[str, Any] | None:
+    return None if e is None else {"mean": e.mean, "ci": [e.low, e.high]}
 
 
 def ordered(report: RegressionReport) -> list[Finding]:

@@ -3,9 +3,11 @@
 import importlib.util
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gpobench.bench.evaluation import record
@@ -86,12 +88,48 @@ def run_seed_library(_: list[Path]) -> None:
     print(f"{len(entries)} entries")
 
 
+def run_gate_calibration(_: list[Path]) -> None:
+    """Other seeds are hardly ever worse, rows that do nothing always, in two shapes of baselines."""
+    gate = script("gate_calibration")
+    small = replace(gate.SHAPES["tiny-ocr"], prompts=60, gains=(0, 0, 5, 20), uneven=(1, 4, 1, 2))
+    for shape in (gate.SHAPES["short"], small):
+        measured = gate.measure(shape, "1", 60, np.random.default_rng(0))
+        assert measured.false_worse <= 0.07 and measured.dead_rows == measured.dead_numbers == 1, measured
+        assert measured.half_rows < measured.idle_rows, measured
+    print(gate.HEAD[0])
+
+
+def run_recompute(_: list[Path]) -> None:
+    """The table by numpy alone is that of the product, to the last bits."""
+    recompute, own_numbers = script("recompute"), script("own_numbers")
+    for name in ("tiny-ocr", "tiny-counting", "short"):
+        path = FOLDER.parent / "leaderboards" / f"{name}.toml"
+        board = own_numbers.shipped_board(path)
+        key = board.key
+        base, se, rows = recompute.table(path, key)
+        assert (base, se) == pytest.approx((board.base_row.cells[key].after.mean, board.base_row.cells[key].after.se))
+        expected = {row.label: row.cells[key] for row in board.rows if row.kind != "base"}
+        assert expected.keys() == {row.label for row in rows}
+        for row in rows:
+            after, delta = expected[row.label].after, expected[row.label].delta
+            assert (row.mean, row.mean_se) == pytest.approx((after.mean, after.se), rel=1e-6)
+            assert (row.gain, row.gain_se) == pytest.approx((delta.mean, delta.se), rel=1e-6, abs=1e-12)
+        recompute.main([str(path), key])
+
+
+def test_a_key_that_a_shipped_table_lacks_is_refused() -> None:
+    with pytest.raises(SystemExit, match="has no 'x/y'; it has"):
+        script("recompute").main([str(FOLDER.parent / "leaderboards" / "short.toml"), "x/y"])
+
+
 MINIATURES: dict[str, tuple[Callable[[list[Path]], None], str]] = {  # file -> what runs it, what it prints
     "board": (run_board, "estimate"),
+    "gate_calibration": (run_gate_calibration, "baseline"),
     "guards": (run_guards, "counted / not counted, 2 pairs"),
     "network_costs": (run_network_costs, "tiny: 8 entries"),
     "overhead": (run_overhead, " s\n"),
     "own_numbers": (run_own_numbers, "| method-1 |"),
+    "recompute": (run_recompute, "standard error"),
     "sampling": (run_sampling, "rig / bare: median"),
     "seed_library": (run_seed_library, " entries"),
     "seeds": (run_seeds, "| all 2 | one/exact |"),

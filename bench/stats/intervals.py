@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ..errors import UserError
 from .law import MIN_PROMPTS, Noise, SeedSpread, SeedVariance, contrast_noise, moderate, share_interval
@@ -160,11 +160,8 @@ def crossed(
     """
     if not contrasts:
         return []
-    parts = [_components(contrast, strata) for contrast in contrasts]
-    if len({part.prompts for part in parts}) > 1:
-        raise UserError("contrasts must be of the same prompts")
-    noise = Noise(*(np.array([getattr(part.noise, name) for part in parts]) for name in NOISE_PARTS))
-    mean = np.array([part.mean for part in parts])
+    parts = _all_components(contrasts, strata)
+    mean, noise = _stacked(parts)
     half = noise.quantile(level)
     low, high = mean - half, mean + half
     share = np.array([contrast.share for contrast in contrasts])
@@ -191,6 +188,24 @@ def crossed(
     ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Observed:
+    """Means of contrasts and their sampling noise, arrays (contrasts,)."""
+
+    mean: Array
+    noise: Noise
+    prompts: NDArray[np.int64]  # that entered
+    known: NDArray[np.bool_]  # whether the variance between seeds is in the noise, where there are seeds
+
+
+def observe(contrasts: Sequence[Contrast], strata: Sequence[object] | None = None) -> Observed:
+    """Return the mean and the noise of each contrast: what `crossed` makes its estimates of."""
+    parts = _all_components(contrasts, strata)
+    return Observed(
+        *_stacked(parts), np.array([part.n for part in parts], np.int64), np.array([part.known for part in parts], bool)
+    )
+
+
 # The components of one estimate
 
 NOISE_PARTS = ("prompts", "prompt_df", "seeds", "seed_df")
@@ -205,6 +220,19 @@ class _Components:
     seeds: int  # of ours
     prompts: int  # all
     known: bool  # whether the variance between seeds is in the noise, where there are seeds
+
+
+def _all_components(contrasts: Sequence[Contrast], strata: Sequence[object] | None) -> list[_Components]:
+    parts = [_components(contrast, strata) for contrast in contrasts]
+    if len({part.prompts for part in parts}) > 1:
+        raise UserError("contrasts must be of the same prompts")
+    return parts
+
+
+def _stacked(parts: Sequence[_Components]) -> tuple[Array, Noise]:
+    """Return means and noise of all parts, arrays (parts,)."""
+    noise = Noise(*(np.array([getattr(part.noise, name) for part in parts], np.float64) for name in NOISE_PARTS))
+    return np.array([part.mean for part in parts], np.float64), noise
 
 
 def _components(c: Contrast, strata: Sequence[object] | None) -> _Components:

@@ -41,7 +41,11 @@ Markdown = Annotated[
 Update = Annotated[bool, typer.Option("--update", help="Compare nothing: write a new baseline from these runs.")]
 Margins = Annotated[
     list[str] | None,
-    typer.Option("--margin", help="With --update: the margin of sameness, NUMBER or scorer/metric=NUMBER."),
+    typer.Option(
+        "--margin",
+        help="With --update: the margin of sameness, NUMBER or SHARE% of the gain, or scorer/metric= and one of them; "
+        "default: that of the old baseline, else 50%.",
+    ),
 ]
 Keys = Annotated[
     list[str] | None,
@@ -79,13 +83,14 @@ def regress(
 ) -> None:
     """Compare the numbers of runs with those of a baseline.
 
-    Each of the baseline's numbers is the same, better, worse, or it cannot be told.
+    Each of the baseline's numbers is the same, better, worse, or it cannot be told. A gain over the base that was told must be
+    told again, else its number is worse.
 
     Exit code 0: all are the same or better; 1: some are worse; 3: none is worse, but some cannot be told, or these runs do not
     have them (narrow the baseline with --row and --task); 2: the runs cannot be compared.
 
     Examples: `gpobench regress runs --against leaderboards/tiny.toml` · `gpobench regress --run tiny --junit verdicts.xml` ·
-    `gpobench regress runs --against numbers.toml --update --margin 0.03`
+    `gpobench regress runs --against numbers.toml --update --margin 25%`
     """
     _check_request(runs, against, run, update)
     if (margins or keys) and not update:
@@ -191,10 +196,26 @@ def _update(path: Path, runs: Sequence[LoadedRun], keys: Sequence[str], margins:
     for each in runs:
         if flagged(each.record):
             say(f"gpobench: {each.folder} has the hack flag, and is now part of a baseline", err=True)
+    for file, each in zip(baselines_by_file, written, strict=True):
+        _warn_of_wide_margins(file, each)
     numbers = sum(len(claim.number) for each in written for claim in each.row)
     files = [*([path] if index else []), *(f for file in baselines_by_file for f in (file, scores_path(file)))]
     rows = sum(len(each.row) for each in written)
     say(f"wrote {', '.join(map(str, files))}: {numbers} numbers of {rows} rows", err=True)
+
+
+def _warn_of_wide_margins(file: Path, baseline: Baseline) -> None:
+    """Say where a margin is as large as the told gain that it guards."""
+    from ..margins import unguarded
+
+    wide = unguarded(baseline.row)
+    if wide:
+        label, number = max(wide, key=lambda each: each[1].margin / (each[1].gain or 1.0))
+        say(
+            f"gpobench: {file}: {len(wide)} margins are as large as the gain that they guard, as {label} {number.key}: "
+            f"{number.margin:g} for a gain of {number.gain:+.3g}. The floor guards it all the same; --margin 50% is half of each gain",
+            err=True,
+        )
 
 
 def _margins_of(margins: Sequence[str], group: Sequence[LoadedRun], runs: Sequence[LoadedRun]) -> list[str]:

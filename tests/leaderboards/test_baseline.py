@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tomllib
 from pathlib import Path
@@ -29,14 +30,18 @@ from gpobench.leaderboards.baseline import (
 
 def example(n: int = 6, strata: list[str] | None = None, **change: Any) -> tuple[Baseline, BaselineScores]:
     rng = np.random.default_rng(0)
-    by = {("base", "a/b"): [rng.random(n).round(4)], ("gpo", "a/b"): [rng.random(n).round(4) for _ in range(2)]}
+    drawn = lambda: rng.random((n, 3)).round(4)
+    by = {("base", "a/b"): [drawn()], ("gpo", "a/b"): [drawn() for _ in range(2)]}
     by["gpo", "a/b"][1][2] = math.nan
+    by["gpo", "a/b"][0][3, 1] = math.nan
+    by["gpo", "a/b"][0][4, :2] = 0.0, 1.0
     weight = lambda v: (
         float(np.mean([np.nanmean(v[[s == label for s in strata]]) for label in set(strata)]))
         if strata
         else float(np.nanmean(v))
     )
-    mean = {label: weight(np.mean(vectors, axis=0)) for (label, _), vectors in by.items()}
+    by_prompt = lambda x: np.array([np.nan if np.isnan(row).all() else np.nanmean(row) for row in x])
+    mean = {label: weight(np.mean([by_prompt(x) for x in seeds], axis=0)) for (label, _), seeds in by.items()}
     claims = tuple(
         Claim(
             label=label,
@@ -51,7 +56,14 @@ def example(n: int = 6, strata: list[str] | None = None, **change: Any) -> tuple
             if seeds
             else {},
             number=(
-                BaselineNumber(key="a/b", mean=round(mean[label], 4), ci=(0.1, 0.9), n=n - bool(seeds), margin=0.03),
+                BaselineNumber(
+                    key="a/b",
+                    mean=round(mean[label], 4),
+                    ci=(0.1, 0.9),
+                    n=n - bool(seeds),
+                    margin=0.03,
+                    **({"rule": "25%", "gain": 0.1, "gain_ci": (0.05, 0.15), "told": True} if seeds else {}),
+                ),
             ),
         )
         for label, seeds in (("base", ()), ("gpo", (0, 7)))
@@ -86,7 +98,24 @@ def test_a_person_can_read_it(tmp_path: Path) -> None:
     assert table["row"][1]["settings"]["settings.optim.lr"] == 1e-5 and table["row"][1]["number"][0]["margin"] == 0.03
     lines = scores_path(path).read_text().splitlines()
     assert lines[0] == "row,key,seed,0,1,2,3,4,5" and lines[2].startswith("gpo,a/b,0,0.") and len(lines) == 4
-    assert lines[3].split(",")[5] == ""  # no score
+    assert lines[3].split(",")[5] == ""  # no score of any image
+    cells = lines[2].split(",")
+    assert cells[6].split()[1] == "-" and cells[7].split()[:2] == ["0", "1"] and len(cells[3].split()) == 3
+
+
+def test_scores_of_single_images_must_be_as_many_for_each_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "t.toml"
+    write_baseline(path, *example())
+    file = scores_path(path)
+    head, base, *rest = file.read_text().splitlines()
+    words = base.split(",")
+    words[4] = "0.5"
+    text = "\n".join([head, ",".join(words), *rest]) + "\n"
+    file.write_text(text)
+    old = tomllib.loads(path.read_text())["scores_sha256"]
+    path.write_text(path.read_text().replace(old, hashlib.sha256(text.encode()).hexdigest()))
+    with pytest.raises(UserError, match="prompts have 1 and 3 images in one line"):
+        read_baseline(path)
 
 
 def test_a_margin_may_be_edited(tmp_path: Path) -> None:
@@ -114,7 +143,7 @@ def test_an_edited_baseline_is_refused(tmp_path: Path) -> None:
         (("mean = 0.", "mean = 1."), "its scores say"),
         (("seeds = [0, 7]", "seeds = [0, 8]"), "lacks the scores of gpo a/b 8"),
         (('method = "gpo"', 'method = "gpoo"'), "unknown method in .* 'gpoo'; did you mean 'gpo'"),
-        (("format = 2", "format = 1"), "has format 1, this gpobench reads format 2"),
+        (("format = 3", "format = 1"), "has format 1, this gpobench reads format 3"),
         (("[budget]", "[budget"), "cannot read"),
     ):
         edit_file(*edit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from gpobench.bench import registry
 from gpobench.bench.experiments.config import RunRequest, resolve
 from gpobench.leaderboards.baseline import Baseline, Claim, baseline_files, find_baseline, read_baseline
+from gpobench.leaderboards.baseline_as_runs import runs_of_baseline
 from gpobench.leaderboards.baseline_runs import BaselineRun
 from gpobench.leaderboards.board import BASE
 from gpobench.leaderboards.regress import LoadedBaseline, check
@@ -83,6 +85,37 @@ def test_the_pages_say_what_the_baseline_says(task: str, page: str, keys: dict[s
         assert gain == pytest.approx(mean(row(baseline, label), key) - first, abs=6e-4), label
     stated = re.search(r"held out\), base (\.\d+)", text[text.index(f"{key} (held out)") :])
     assert stated and float(stated[1]) == pytest.approx(first, abs=6e-4)
+
+
+# The shipped baselines with dead methods
+
+
+@pytest.mark.parametrize("name", ["short", "tiny"])
+def test_a_dead_method_is_worse_in_every_row_whose_gain_was_told(name: str) -> None:
+    """The base's scores in the place of one row after the other; the others are as reported."""
+    for path in baseline_files(find_baseline(name)):
+        against = LoadedBaseline(path, *read_baseline(path))
+        runs = runs_of_baseline(against)
+        assert {f.verdict for f in check(against, runs).findings} == {"same"}
+        told = {c.label: {n.key for n in c.number if n.told} for c in against.baseline.row}
+        assert any(told.values())
+        for label in filter(told.get, told):
+            dead = [replace(run, after=run.before) if run.record.method == label else run for run in runs]
+            report = check(against, dead)
+            worse = {f.key for f in report.findings if f.verdict == "worse" and f.row == label}
+            assert told[label] <= worse and report.code(allow_unsure=True) == 1, label
+            assert {f.verdict for f in report.findings if f.row != label} == {"same"}
+
+
+@pytest.mark.parametrize("name", ["short", "tiny"])
+def test_no_margin_is_as_large_as_a_told_gain_that_seeds_can_show(name: str) -> None:
+    """A margin is half of the gain, or what a repetition with other seeds shows."""
+    for path in baseline_files(find_baseline(name)):
+        for claim in read_baseline(path)[0].row:
+            for number in claim.number:
+                least = max(number.repeat or 0.0, 1e-4)
+                if number.gain is not None:
+                    assert number.rule == "50%" and number.margin <= 1.1 * max(abs(number.gain) / 2, least) + 1e-4
 
 
 # The embedded model with a planted fault

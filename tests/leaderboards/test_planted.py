@@ -1,4 +1,4 @@
-"""Real training with planted faults: a small learning rate or a flipped loss is worse, other seeds are not, a hack is flagged."""
+"""Real training with planted faults: no learning, a tenth of its rate or a flipped loss is worse, other seeds are not."""
 
 from __future__ import annotations
 
@@ -114,6 +114,17 @@ def test_a_tenth_of_the_learning_rate_is_worse(train: Train, reported: Path, tmp
     assert set(verdicts(report).values()) <= {"worse", "cannot tell"}
     assert set(verdicts(report, "base").values()) == {"same"}
     assert any("optim.lr 0.003 -> 0.0003" in note for note in report.notes)
+
+
+def test_a_method_that_learns_nothing_is_worse_within_any_margin(train: Train, reported: Path, tmp_path: Path) -> None:
+    runs = trained(train, tmp_path, [0, 1, 2], "optim.lr=1e-12")
+    baseline, scores = read_baseline(reported)
+    wide = lambda claim: tuple(number.model_copy(update={"margin": 100.0}) for number in claim.number)
+    rows = tuple(claim.model_copy(update={"number": wide(claim)}) for claim in baseline.row)
+    report = check(LoadedBaseline(reported, baseline.model_copy(update={"row": rows}), scores), load_runs([runs]))
+    assert verdicts(report) == dict.fromkeys(KEYS, "worse") and report.code(allow_unsure=True) == 1
+    assert all("is not told any more" in f.note for f in report.findings if f.row == "gpo")
+    assert exit_code(runs, "--against", reported, "--allow-unsure") == 1
 
 
 def test_a_flipped_sign_is_worse(train: Train, reported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,22 @@ def test_a_terminal_of_eighty_columns_holds_the_table() -> None:
     )
     lines = terminal(RegressionReport("mine.toml", "counting on tiny", verdicts, (), ())).splitlines()
     assert all(len(line) <= 80 for line in lines)
-    # A margin of its own is a block of its own; the worst stands first.
-    blocks = [line for line in lines if line.startswith("geneval-palette/correct, margin")]
-    assert blocks == ["geneval-palette/correct, margin 0.05", "geneval-palette/correct, margin 0.08"]
-    assert [lines.index(line) for line in lines if line.split()[:1] in (["worse"], ["same"])] == [4, 7]
+    # One block for all rows of a number; the worst stands first, each with its own margin.
+    assert lines.count("geneval-palette/correct") == 1
+    found = {line.split()[0]: line for line in lines if line.split()[:1] in (["worse"], ["cannot"], ["same"])}
+    assert list(found) == ["worse", "cannot", "same"] and " .05 " in found["worse"] and " .08 " in found["same"]
+
+
+def test_a_lost_floor_and_those_that_are_not_there_are_said() -> None:
+    number, change = Estimate(0.45, 0.4, 0.5, 40), Estimate(-0.054, -0.07, -0.04, 40)
+    floor, gain = Estimate(0.056, 0.03, 0.08, 40), Estimate(0.002, -0.02, 0.02, 40)
+    reason = "the gain of +.056 is not told any more: +.002 [-.02, +.02]"
+    lost = Finding("gpo", "reader/exact", "worse", number, 0.39, change, 0.01, 0.03, (3, 3), False, reason, floor, gain)
+    none = Finding("rwr", "reader/exact", "same", number, 0.45, change, 0.01, 0.03, (3, 3), False)
+    shown_report = RegressionReport("mine.toml", "toy on tiny", (lost, none), (), ())
+    for text in (terminal(shown_report), markdown(shown_report)):
+        assert f"gpo reader/exact: {reason}" in text.replace("\\", "")
+        assert "No floor under 1 of 2 trained numbers" in text
+    assert "| +.056 |" in markdown(shown_report) and reason in junit([shown_report])
+    stated = json.loads(as_json([shown_report], 1))["findings"]
+    assert stated[0]["floor"]["mean"] == 0.056 and stated[0]["gain"]["mean"] == 0.002 and stated[1]["floor"] is None
