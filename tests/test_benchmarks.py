@@ -76,6 +76,11 @@ def run_guards(_: list[Path]) -> None:
     guards.main(2, "tiny")
 
 
+def run_peers(_: list[Path]) -> None:
+    peers = script("peers")
+    peers.measure(1, peers.Sides(2, 2, 0))
+
+
 def run_network_costs(_: list[Path]) -> None:
     entries = script("network_costs").compute(["tiny"])
     shipped = network_costs._entries()  # pyright: ignore[reportPrivateUsage]
@@ -130,6 +135,7 @@ MINIATURES: dict[str, tuple[Callable[[list[Path]], None], str]] = {  # file -> w
     "overhead": (run_overhead, " s\n"),
     "own_numbers": (run_own_numbers, "| method-1 |"),
     "recompute": (run_recompute, "standard error"),
+    "peers": (run_peers, "rewards that differ 0.00 %"),
     "sampling": (run_sampling, "rig / bare: median"),
     "seed_library": (run_seed_library, " entries"),
     "seeds": (run_seeds, "| all 2 | one/exact |"),

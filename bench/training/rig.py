@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -257,7 +257,6 @@ class MeteredRig:
         times: Tensor | None = None,
         weights: str = "policy",
         guidance: float | None = None,
-        as_in_updates: Container[int] = (),
     ) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Step, Tensor]]:
         """Take the kernels' steps from times(of)[start] on; yields (i, x, t, s, step, x_next) for each step i.
 
@@ -270,16 +269,11 @@ class MeteredRig:
             times: (start + len(kernels) + 1,), another grid than the model's.
             weights: as in `velocity`.
             guidance: None is the protocol's.
-            as_in_updates: numbers of the steps that are computed as an update computes them, to the last digit.
         """
         grid = (self.model.times(of or start + len(kernels)) if times is None else times).to(x.device)
         guidance = self.model.guidance if guidance is None else guidance
-        numbers = iter(range(start, start + len(kernels)))
-
-        def velocity(x: Tensor, t: Tensor) -> Tensor:
-            merged = next(numbers) not in as_in_updates
-            return self._velocity(x, t, prompt_ids, _Pass(weights, guidance, role="rollout", merged=merged))
-
+        how = _Pass(weights, guidance, role="rollout", merged=True)
+        velocity = lambda x, t: self._velocity(x, t, prompt_ids, how)
         for i, step in enumerate(walk(self.path, velocity, x, grid[start:], kernels, self.noise), start):
             yield i, step.x, step.t, step.s, step.step, step.x_next
 
@@ -422,10 +416,7 @@ class MeteredRig:
             x_next = start = noise[rows.to(noise.device)]
             ids = image_ids[rows]
             with self.turn(k):
-                # The ratio of a kept step must be 1 at first: its log-probability is computed as the update will.
-                steps = self.walk(
-                    start, ids, kernels, times=times, weights=weights, guidance=guidance, as_in_updates=keep
-                )
+                steps = self.walk(start, ids, kernels, times=times, weights=weights, guidance=guidance)
                 for i, x, t, s, step, x_next in steps:
                     if i in keep:
                         logp = step.logp(x_next, drop)

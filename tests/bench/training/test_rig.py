@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,27 @@ def test_moves_are_the_transitions_of_what_was_scored(make: Make, rows: int, dro
         assert torch.allclose(rig.score(ends[1], prompt_ids), reward.flatten()[i], atol=5e-3)
         assert int(prompt_ids) == int(transitions.prompt_ids[transitions.image == i - i % 3][0])
     assert int(transitions.prompt_ids.unique().numel()) == 2
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("kernel", [sde(0.7), cps(0.8)])
+def test_the_ratio_of_a_first_update_is_one(tiny_pipe: Path, redness: str, kernel: Any, merge: bool) -> None:
+    """A rollout on merged weights has the log-probabilities of the update, whose LoRA is beside them, up to rounding."""
+    model_spec = replace(find_model_spec(str(tiny_pipe)), merge=merge)
+    model = open_model(model_spec, device="cpu", adapter=Adapter(rank=4), seed=0)
+    with torch.no_grad():
+        for k, parameter in enumerate(model.parameters()):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k)))
+    meter = Meter(Budget(nfe=1e9))
+    rig = MeteredRig(model, [Prompt(p) for p in BOOK], scorer(f"{redness}:Redness"), meter, rows=4)
+    try:
+        kept, _ = rig.transitions(2, 3, [kernel] * (model.steps - 1) + [ode])
+        assert model.lora.merged == merge
+        step = rig.step(kernel, kept.x, kept.t, kept.s, kept.prompt_ids, guidance=model.guidance)
+        ratio = (step.logp(kept.to) - kept.logp).exp()
+        assert not model.lora.merged and torch.allclose(ratio, torch.ones(()), rtol=0, atol=1e-5)
+    finally:
+        rig.close()
 
 
 def test_transitions_keep_the_named_steps_and_none_without_noise(make: Make) -> None:
