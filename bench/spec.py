@@ -205,6 +205,11 @@ def counted_guidance(model: PolicyModel) -> float:
     return model.guidance if model.guided_cost > 1 else 1.0
 
 
+def nfe_of_an_image(model: PolicyModel) -> int:
+    """Evaluations of the network for one image under the protocol."""
+    return model.steps * (1 if model.guidance == 1 else model.guided_cost)
+
+
 @dataclass(frozen=True)
 class Scores:
     """Scores of B images; NaN where an image could not be scored, with the reason in `reasons`."""
@@ -743,6 +748,18 @@ class Search(Protocol):
         """Latents (B, C, h, w) for prompts prompt_ids (B,), from this noise (B, C, h, w) and any more that is drawn.
 
         images: the number of images of the whole evaluation, over which the budget is divided.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsIntermediateAnswers(Protocol):
+    """A search that states its answer after every candidate, so that one run shows what every smaller budget would gain."""
+
+    def answers(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Iterator[Tensor]:
+        """The latents (B, C, h, w) that it would return after the first, second ... candidate; the last are those of `answer`.
+
+        Arguments as in `Search.answer`, in whose place this is called.
         """
         ...
 

@@ -7,12 +7,13 @@ Used as a baseline by e.g. Stiennon et al., arXiv 2009.01325 (best-of-n against 
 The baseline for every method that trains: where drawing more images and keeping the best is as good, the weights need not
 change. Candidate 0 starts from the evaluation's own noise, so with n = 1 the answer is the base's image, and differences
 stay paired with it. The training scorer makes the choice: its number rises by construction, as the largest of n draws of
-anything does, and only the held-out scorers tell what was gained.
+anything does, and only the held-out scorers tell what was gained. The best of the first candidates is stated after each one:
+so a single run shows the gain of every smaller n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -29,7 +30,7 @@ CANDIDATES = "candidates"  # key of rig.state; set once, before anything is spen
 
 @dataclass(frozen=True)
 class BestOfN:
-    """The field is the only hyper-parameter; `answer` is the algorithm."""
+    """The field is the only hyper-parameter; `answers` is the algorithm."""
 
     space: ClassVar[Mapping[str, Range]] = {}
     n: int = 0  # candidates per image; 0: as many as the budget affords, the same for every image
@@ -44,11 +45,17 @@ class BestOfN:
 
     def answer(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
         """The candidate of each row with the highest training reward; on a tie, or without a score, the earlier one."""
+        *_, best = self.answers(rig, noise, prompt_ids, images)
+        return best
+
+    def answers(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Iterator[Tensor]:
+        """The best of the first, of the first two ... candidates of each row."""
         if CANDIDATES not in rig.state:
             nfe = int(self.cost(rig.model.steps, counted_guidance(rig.model))["inference"])
             affordable = self.n or rig.affords(nfe=nfe, images=1, reward_calls=1) // images
             rig.state[CANDIDATES] = max(1, affordable)
         best, best_reward = self._candidate(rig, noise, prompt_ids)
+        yield best
         for _ in range(1, rig.state[CANDIDATES]):
             try:
                 x0, reward = self._candidate(rig, rig.noise(len(prompt_ids)), prompt_ids)
@@ -57,9 +64,9 @@ class BestOfN:
             better = reward > best_reward  # best_reward is -inf where nothing was scored yet
             best = x0.where(better.view(-1, *[1] * (x0.dim() - 1)), best)
             best_reward = reward.where(better, best_reward)
+            yield best
         scored = best_reward.isfinite()
         rig.note("search/best", best_reward[scored].mean() if scored.any() else float("nan"))
-        return best
 
     def _candidate(self, rig: Rig, x: Tensor, prompt_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The base's image from noise x by the protocol, and its reward; -inf where it could not be scored."""

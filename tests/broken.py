@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -185,6 +185,20 @@ class First:
 
     def answer(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
         return rig.sample(noise, prompt_ids, weights="ref")
+
+
+@dataclass(frozen=True)
+class Forgets:
+    """A search whose answers on the way do not end in its answer."""
+
+    space: ClassVar[Mapping[str, Range]] = {}
+
+    def answer(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Tensor:
+        *_, last = self.answers(rig, noise, prompt_ids, images)
+        return last + 1
+
+    def answers(self, rig: Rig, noise: Tensor, prompt_ids: Tensor, images: int) -> Iterator[Tensor]:
+        yield rig.sample(noise, prompt_ids, weights="ref")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ LAWS: list[Law] = [
     run_laws.keeps_budget,
     run_laws.learns,
     search_laws.answers_are_latents,
+    search_laws.last_answer_is_the_answer,
     search_laws.search_spends_through_rig,
     search_laws.shares_budget,
     search_laws.finds_better_images,

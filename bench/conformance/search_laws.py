@@ -8,14 +8,16 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget, Meter, Spent
+from ..evaluation.search import stated_answers
+from ..spec import SupportsIntermediateAnswers
 from .harness import AMPLE_NFE, PROMPTS, Harness, observed, require_as_charged
 from .law import LawBroken, LawSkipped, law
 
 
 def _search_answers(
-    harness: Harness, *, seed: int = 0, global_seed: int = 0, parts: int = 2, real: bool = False
+    harness: Harness, *, seed: int = 0, global_seed: int = 0, parts: int = 2, real: bool = False, whole: bool = False
 ) -> tuple[Any, list[str], Tensor, Tensor, Tensor]:
-    """Ask a search for one image of every prompt, in `parts` calls.
+    """Ask a search for one image of every prompt, in `parts` calls. whole: for its answer alone, also where it states others before.
 
     Returns:
         The rig, what was not as charged, the initial noise (B, C, h, w), prompt_ids (B,) and the latents (B, C, h, w).
@@ -33,7 +35,11 @@ def _search_answers(
             start = noise[rows]
             try:
                 with watched(), rig.keyed(rows + 1000 * seed):
-                    latents.append(method.answer(rig.view, start, prompt_ids[rows], len(prompt_ids)))
+                    question = (rig.view, start, prompt_ids[rows], len(prompt_ids))
+                    found = [method.answer(*question)] if whole else list(stated_answers(method, *question))
+                    if not found:
+                        raise LawBroken("`answers` yields no latents")
+                    latents.append(found[-1])
             except Spent as spent:  # an evaluation then takes the base model's own images
                 raise LawSkipped(
                     f"with these settings the budget of 8 plain images an image ends it: {spent}"
@@ -53,6 +59,18 @@ def answers_are_latents(harness: Harness) -> None:
         )
     if not torch.equal(latents, _search_answers(harness, global_seed=1)[-1]):
         raise LawBroken("the same seed twice gives other images")
+
+
+@law("the last answer that a search states is its answer", "search")
+def last_answer_is_the_answer(harness: Harness) -> None:
+    """A search that states answers on the way, for which alone a run asks, ends in the latents of `answer`, at the same cost."""
+    if not isinstance(harness.make(), SupportsIntermediateAnswers):
+        return
+    (stated, *_, last), (alone, *_, answer) = _search_answers(harness), _search_answers(harness, whole=True)
+    if not torch.equal(last, answer):
+        raise LawBroken("the last latents of `answers` are not those of `answer`, with the same seed")
+    if stated.meter.nfe != alone.meter.nfe:
+        raise LawBroken(f"`answers` costs {stated.meter.nfe} nfe, and `answer` {alone.meter.nfe}")
 
 
 @law("a search spends nothing outside the rig", "search")

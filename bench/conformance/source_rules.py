@@ -113,12 +113,12 @@ def local_files(source: str, module: str, file: Path) -> dict[str, Path]:
 
 
 def _rig_names(tree: ast.Module) -> set[str]:
-    """Names that hold the rig: the parameters that `collect`, `loss` and `answer` are given it by, and those annotated so."""
+    """Names that hold the rig: the parameters that `collect`, `loss`, `answer` and `answers` are given it by, and those annotated so."""
     names = {"rig"}
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             arguments = [*node.args.posonlyargs, *node.args.args]
-            if node.name in ("collect", "loss", "answer") and len(arguments) > 1:
+            if node.name in ("collect", "loss", "answer", "answers") and len(arguments) > 1:
                 names.add(arguments[1].arg)
             names |= {
                 a.arg for a in arguments if a.annotation is not None and ast.unparse(a.annotation).endswith("Rig")

@@ -344,6 +344,11 @@ class Evaluator:
         request = self._point_request(weights, latents)
         return evaluate(self.model, request, processes=self.processes, embeddings=self._embeddings)
 
+    def served(self, latents: Tensor, candidates: float) -> Evaluation:
+        """The images that a search would serve after so many candidates, on the prompts of the result, by the scorers of the curve."""
+        request = replace(self._result_request("ref", latents), scorers=self.scorers.curve, diversity=(), drift=())
+        return self._watched(f"evaluating {candidates:.4g} candidates an image", request)
+
     def last_point(self, result: Evaluation, weights: str, latents: Tensor | None) -> Evaluation:
         """The last point of the curve: a part of the result where that is on validation prompts, else an evaluation."""
         if not self.plan.on_validation:

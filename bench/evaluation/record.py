@@ -55,6 +55,14 @@ class Point(_Part):
     scores: dict[Key, Number]
 
 
+class FrontierPoint(_Part):
+    """The images that a search would serve after fewer candidates than it tried; of the last point all it tried."""
+
+    candidates: float = Field(description="images tried for one that is served, the mean over images")
+    nfe: float = Field(description="evaluations of the network for a served image, the mean over images")
+    delta: dict[Key, Difference]
+
+
 class Stratum(_Part):
     """The same numbers over the prompts of one stratum: a tag of GenEval, a style of HPSv2."""
 
@@ -145,6 +153,12 @@ class Record(_Part):
         description="the scorer/metric that ranks, fixed by the task; '' in a record from before it was stated",
     )
     curve: list[Point] = Field(default_factory=list)
+    nfe_an_image: int | None = Field(
+        default=None, description="evaluations of the network for one image under the protocol of the evaluation"
+    )
+    frontier: list[FrontierPoint] = Field(
+        default_factory=list, description="of a search: gain against nfe, by rising number of candidates"
+    )
     config: dict[str, Any] = Field(description="the resolved mapping; its hash names the run")
     task_version: str
     prompts: dict[str, str] = Field(description="split -> sha256 of its texts in order")

@@ -33,8 +33,18 @@ if TYPE_CHECKING:
 
 # The files whose content tables, reports and exports believe: they are bound to the record by checksums.
 CURVE = "curve.parquet"  # every score of the points of the curve
-BELIEVED = ("scores.parquet", CURVE, "samples/*", "adapter/*", "config.toml")
+FRONTIER = "frontier.parquet"  # every score of the points of a search's frontier
+BELIEVED = ("scores.parquet", CURVE, FRONTIER, "samples/*", "adapter/*", "config.toml")
 REQUIRED = ("config.toml", "metrics.jsonl", "scores.parquet", CURVE)  # in the directory of every finished run
+
+
+@dataclass(frozen=True)
+class FrontierEvaluation:
+    """The images that a search would serve after so many candidates, evaluated."""
+
+    candidates: float  # images tried for one
+    nfe: float  # of a served image
+    evaluation: Evaluation
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class RunResult:
     after: Evaluation
     curve: Sequence[dict[str, Any]]  # points {spent, scores}, the base first
     cmmd: Mapping[str, Any]  # embedder -> {mean, ci, n}
+    frontier: Sequence[FrontierEvaluation] = ()  # of a search
 
 
 @dataclass(frozen=True)
@@ -136,6 +147,16 @@ class RunFiles:
 
         phases = [before.table.assign(phase="before"), after.table.assign(phase="after")]
         _write_parquet(self.run_dir / "scores.parquet", pd.concat(phases, ignore_index=True))
+
+    def write_frontier(self, frontier: Sequence[FrontierEvaluation]) -> None:
+        """Write frontier.parquet: every score of the points of a search's frontier, by their place in the record."""
+        import pandas as pd
+
+        tables = [
+            point.evaluation.table.drop(columns=["text", "reason", "note"]).assign(point=k)
+            for k, point in enumerate(frontier)
+        ]
+        _write_parquet(self.run_dir / FRONTIER, pd.concat(tables, ignore_index=True))
 
     def write_samples(self, before: Evaluation, after: Evaluation, scorer: Scorer) -> None:
         """Write samples/: sheets of the images for people, and the images themselves."""

@@ -14,6 +14,7 @@ from ..budget import Meter
 from ..errors import Interrupted, UserError
 from ..evaluation.estimates import Evaluation, estimates
 from ..evaluation.evaluator import Evaluator
+from ..evaluation.search import SearchPoint
 from ..spec import Prompt, fold_text
 from ..training import checkpoint
 from ..training.observation import Observation
@@ -129,6 +130,11 @@ class BudgetedStage(ABC):
     @abstractmethod
     def validation_latents(self) -> Tensor | None:
         """(N, C, h, w): the images of the last point of the curve, where they are found and not sampled."""
+
+    @property
+    @abstractmethod
+    def frontier(self) -> Sequence[SearchPoint]:
+        """The images that are found with less to spend, and at last those of the result; empty where they are not found."""
 
     # What the two kinds do differently
 

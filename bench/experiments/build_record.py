@@ -7,9 +7,10 @@ from typing import Any
 
 from ..evaluation import record
 from ..evaluation.estimates import by_stratum, differences, estimates, invalid, task_summary, unscored_images
-from ..evaluation.record import Flags, Observed, ObservedCounts, Record, ScorerUse
+from ..evaluation.record import Flags, FrontierPoint, Observed, ObservedCounts, Record, ScorerUse
 from ..evaluation.scorer_set import ScorerSet
 from ..evaluation.splits import prompts_hash
+from ..spec import nfe_of_an_image
 from ..training.observation import (
     BACKWARDS,
     DECODED,
@@ -64,6 +65,15 @@ def build_record(context: RunContext, stage: BudgetedStage, result: RunResult) -
         scorers=_scorer_uses(scorers, stage, result),
         key=scorers.key,
         curve=result.curve,  # type: ignore[arg-type]
+        nfe_an_image=nfe_of_an_image(context.model),
+        frontier=[
+            FrontierPoint(
+                candidates=point.candidates,
+                nfe=point.nfe,
+                delta=differences(before, point.evaluation),  # type: ignore[arg-type]
+            )
+            for point in result.frontier
+        ],
         config=config.mapping(),
         task_version=context.task.version,
         prompts={

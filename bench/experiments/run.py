@@ -21,7 +21,7 @@ from ..files import make_folder
 from ..model_spec import find_model_spec
 from ..progress import NullProgress, Progress
 from ..spec import Search
-from .artifacts import RunFiles, RunResult
+from .artifacts import FrontierEvaluation, RunFiles, RunResult
 from .budgeted_stage import BudgetedStage
 from .build_record import build_record
 from .config import Config
@@ -180,11 +180,28 @@ def _evaluate_result(
         last = evaluator.last_point(after, stage.weights, stage.validation_latents)
     scores = {key: number for key, number in estimates(last).items() if key in stage.curve[0]["scores"]}
     context.files.write_curve_point(len(stage.curve), last, stage.curve_hash)
+    frontier = _evaluate_frontier(context, evaluator, stage, after)
     curve = [*stage.curve, {"spent": stage.meter.spent(), "scores": scores}]
     drift = context.scorers.drift
     cmmd = cmmd_by_embedder(before, after, [embedder.name for embedder in drift])
     before, after = add_drift(before, after, drift)
-    return RunResult(stop, before, after, curve, cmmd)
+    return RunResult(stop, before, after, curve, cmmd, frontier)
+
+
+def _evaluate_frontier(
+    context: RunContext, evaluator: Evaluator, stage: BudgetedStage, result: Evaluation
+) -> list[FrontierEvaluation]:
+    """Evaluate what a search would have served after fewer candidates; its last point is the result."""
+    if not stage.frontier:
+        return []
+    *on_the_way, last = stage.frontier
+    with context.timer("evaluate"):
+        points = [
+            FrontierEvaluation(p.candidates, p.nfe, evaluator.served(p.latents, p.candidates)) for p in on_the_way
+        ]
+    shown = [scorer.name for scorer in context.scorers.curve]
+    table = result.table.loc[result.table.scorer.isin(shown)]
+    return [*points, FrontierEvaluation(last.candidates, last.nfe, replace(result, table=table))]
 
 
 def _write_artifacts(context: RunContext, stage: BudgetedStage, result: RunResult) -> None:
@@ -193,6 +210,8 @@ def _write_artifacts(context: RunContext, stage: BudgetedStage, result: RunResul
     if stage.has_adapter:
         context.model.save_adapter(files.adapter, stage.weights)
     files.write_scores(result.before, result.after)
+    if result.frontier:
+        files.write_frontier(result.frontier)
     files.write_samples(result.before, result.after, scorer)
     files.write_curve_plot(result.curve, scorer, currency=next(iter(stage.meter.budget.bounds())))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..budget import Meter
 from ..errors import Interrupted
-from ..evaluation.search import SearchSettings, answers, scaled_budget, search
+from ..evaluation.search import SearchPoint, SearchSettings, answers, frontier, scaled_budget, search
 from ..spec import Prompt
 from ..training.rig import MeteredRig
 from .budgeted_stage import SAVES, BudgetedStage
@@ -38,6 +38,11 @@ class Searcher(BudgetedStage):
     def validation_latents(self) -> Tensor | None:
         """The images found for the validation prompts, where the result is not on these."""
         return self._validation_latents
+
+    @property
+    def frontier(self) -> Sequence[SearchPoint]:
+        """The images after 1, 2, 4 ... candidates, and those found."""
+        return frontier(self.rig)
 
     def _prompts(self) -> Sequence[Prompt]:
         return self.context.plan.result

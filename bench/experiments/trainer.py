@@ -8,6 +8,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from ..evaluation.search import SearchPoint
 from ..spec import Prompt
 from ..training.observation import MISMATCH
 from ..training.train import Gradients, Stop, optimiser, train
@@ -34,6 +35,11 @@ class Trainer(BudgetedStage):
     def validation_latents(self) -> Tensor | None:
         """None: the weights sample the curve's last point."""
         return None
+
+    @property
+    def frontier(self) -> Sequence[SearchPoint]:
+        """Empty: an image of the trained weights costs what one of the base costs."""
+        return ()
 
     def _prompts(self) -> Sequence[Prompt]:
         return self.context.train_prompts

@@ -7,7 +7,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,16 @@ import torch
 from gpobench.bench import model_spec as cards
 from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.errors import Interrupted, UserError
+from gpobench.bench.evaluation import record
 from gpobench.bench.evaluation.evaluator import sample_protocol
 from gpobench.bench.evaluation.record import Record
-from gpobench.bench.evaluation.search import SearchSettings, answers, search
+from gpobench.bench.evaluation.search import ANSWERS, SearchSettings, answers, frontier, search
 from gpobench.bench.experiments import run as running
 from gpobench.bench.experiments.config import Config, RunRequest, resolve
 from gpobench.bench.models.open import open_model
 from gpobench.bench.progress import NullProgress
 from gpobench.bench.registry import scorer
-from gpobench.bench.spec import Prompt, Scores, Search
+from gpobench.bench.spec import Prompt, Rig, Scores, Search, SupportsIntermediateAnswers
 from gpobench.bench.training.rig import MeteredRig
 from gpobench.methods.best_of_n import BestOfN
 
@@ -218,6 +220,106 @@ def test_a_run_leaves_all_but_an_adapter(plan: Any, tmp_path: Path) -> None:
     assert line["iteration"] == 1 and line["search/best"] == pytest.approx(done.after["redness/mean"].mean, abs=1e-4)
 
 
+def test_the_frontier_begins_at_the_base_rises_and_ends_at_the_result(plan: Any, tmp_path: Path) -> None:
+    done = start(plan(), tmp_path)
+    assert [p.candidates for p in done.frontier] == [1, 2, 4, 8, 10] and done.nfe_an_image == STEPS
+    assert [p.nfe for p in done.frontier] == [n * STEPS for n in (1, 2, 4, 8, 10)]
+    found = pd.read_parquet(record.verified(Path(done.run_dir), done, "frontier.parquet"))
+    columns = ["prompt", "ordinal", "stratum", "scorer", "metric", "value"]
+    same = lambda point, phase: (
+        found[found.point == point][columns]
+        .reset_index(drop=True)
+        .equals(table(done)[lambda t: t.phase == phase][columns].reset_index(drop=True))
+    )
+    assert same(0, "before") and same(4, "after") and not same(3, "after")
+    assert all(d.mean == 0 for d in done.frontier[0].delta.values()) and done.frontier[-1].delta == done.delta
+    by_image = found[found.scorer == "redness"].pivot_table("value", ["prompt", "ordinal"], "point").to_numpy()
+    assert (np.diff(by_image, axis=1) >= 0).all()  # more of the same candidates: no image's best can fall
+    means = [p.delta["redness/mean"].mean for p in done.frontier]
+    assert means == sorted(set(means))
+    # Evaluation is off budget: what was charged is what the search computed, and the rest is counted apart.
+    assert done.observed is not None and not done.observed.differences
+    assert (
+        done.observed.training.images == done.spent["images"] == 120 and done.observed.training.nfe == done.spent["nfe"]
+    )
+    # The base on 12 + 2 images, the off-budget search for two validation prompts, and the forward by which flops are counted: no
+    # point of the frontier takes the network.
+    assert done.observed.evaluation.nfe_by_weights == {"ref": (12 + 2 + 2 * 10) * STEPS + 1}
+
+
+@pytest.mark.parametrize("rows", [64, 5])
+def test_an_image_whose_search_ended_earlier_keeps_its_answer(make: Any, rows: int) -> None:
+    """A given n that passes the budget: with small batches the first get all of it and the last are the base's."""
+    rig = make(rows=rows, nfe=37 * STEPS + 1)
+    look(rig, 16)
+    points = frontier(rig)
+    assert torch.equal(points[-1].latents, answers(rig)) and all(len(p.latents) == 10 for p in points)
+    assert [p.nfe for p in points] == sorted(p.nfe for p in points)
+    tried = {64: [1, 2, 3], 5: [1, (2 + 1) / 2, (4 + 1) / 2, (7 + 1) / 2]}[rows]
+    assert [p.candidates for p in points] == tried
+    assert [p.nfe for p in points] == [n * STEPS for n in tried]  # the base's image is served at its cost
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A search of a third party that states nothing on the way."""
+
+    space = {}
+
+    def cost(self, steps: int, guidance: float) -> Mapping[str, float]:
+        return {"rollout": 2 * steps}
+
+    def answer(self, rig: Rig, noise: torch.Tensor, prompt_ids: torch.Tensor, images: int) -> torch.Tensor:
+        both = [rig.sample(start, prompt_ids, weights="ref") for start in (noise, rig.noise(len(noise)))]
+        first, second = (rig.score(x0, prompt_ids) for x0 in both)
+        return both[1].where((second > first).view(-1, 1, 1, 1), both[0])
+
+
+@dataclass(frozen=True)
+class Reuses(Alone):
+    """A search that writes each answer over the one before."""
+
+    def answers(self, rig: Rig, noise: torch.Tensor, prompt_ids: torch.Tensor, images: int) -> Iterator[torch.Tensor]:
+        x0: Any = rig.sample(noise, prompt_ids, weights="ref")
+        for k in range(5):
+            yield x0.fill_(k)
+
+
+def test_a_search_that_states_nothing_on_the_way_has_the_point_of_its_result(make: Any) -> None:
+    rig = make(rows=3)
+    assert isinstance(Alone(), Search) and not isinstance(Alone(), SupportsIntermediateAnswers)
+    assert search(Alone(), rig, SearchSettings(2, noise_seed=7, seed=0)) == "search: 2 candidates an image"
+    (point,) = frontier(rig)
+    assert torch.equal(point.latents, answers(rig)) and (point.candidates, point.nfe) == (2, 2 * STEPS)
+
+
+def test_an_answer_that_is_written_over_was_kept_as_it_was(make: Any) -> None:
+    rig = make(rows=3)
+    search(Reuses(), rig, SearchSettings(2, noise_seed=7, seed=0))
+    assert [p.latents.unique().tolist() for p in frontier(rig)] == [[0.0], [1.0], [3.0], [4.0]]
+
+
+def test_a_third_partys_search_runs_whole(plan: Any, redness: str, tiny_pipe: Path, tmp_path: Path) -> None:
+    source = Path(__file__).read_text("utf-8")
+    body = source[
+        source.index("@dataclass(frozen=True)\nclass Alone") : source.index("@dataclass(frozen=True)\nclass Reuses")
+    ]
+    head = "from collections.abc import Mapping\nfrom dataclasses import dataclass\nimport torch\nfrom gpobench.bench import Rig\n"
+    (tmp_path / "alone.py").write_text(head + body, "utf-8")
+    request = RunRequest(f"{tmp_path / 'alone.py'}:Alone", f"{redness}:Paint", str(tiny_pipe), budget="nfe=500")
+    done = start(resolve(request), tmp_path / "runs")
+    assert [(p.candidates, p.nfe) for p in done.frontier] == [(2, 2 * STEPS)] and not done.fault
+    assert done.frontier[0].delta == done.delta
+
+
+def test_a_search_begun_by_an_earlier_version_has_no_frontier(make: Any) -> None:
+    rig, whole = make(rows=5), make(rows=5)
+    look(whole, 3)
+    rig.bookkeeping[ANSWERS] = answers(whole)[:5]  # of a checkpoint that holds no costs
+    look(rig, 3)
+    assert frontier(rig) == [] and torch.equal(answers(rig), answers(whole))
+
+
 def test_on_validation_no_test_prompt_is_touched(plan: Any, tmp_path: Path) -> None:
     done = start(plan("evaluation.split=validation"), tmp_path)
     assert done.stop == "search: 62 candidates an image" and done.after["redness/mean"].n == 2
@@ -228,7 +330,7 @@ def test_on_validation_no_test_prompt_is_touched(plan: Any, tmp_path: Path) -> N
 def test_the_same_command_twice_is_the_same_bytes(plan: Any, tmp_path: Path) -> None:
     done = [start(plan(), tmp_path / name) for name in ("a", "b")]
     files = [Path(d.run_dir) for d in done]
-    for name in ("scores.parquet", "samples/pairs.png", "config.toml"):
+    for name in ("scores.parquet", "frontier.parquet", "samples/pairs.png", "config.toml"):
         assert (files[0] / name).read_bytes() == (files[1] / name).read_bytes()
     other = start(plan("rows=3"), tmp_path / "c")
     assert other.stop == done[0].stop and other.spent["nfe"] == done[0].spent["nfe"]
@@ -243,7 +345,9 @@ def test_a_search_that_was_stopped_goes_on_to_the_same_bytes(plan: Any, tmp_path
         start(plan("rows=5"), tmp_path / "cut", interrupted=lambda: next(asked))
     again = start(plan("rows=5"), tmp_path / "cut")
     assert again.after == whole.after and again.nfe_by_role == whole.nfe_by_role and again.curve[0] == whole.curve[0]
-    assert table(again).equals(table(whole))
+    assert table(again).equals(table(whole)) and again.frontier == whole.frontier
+    files = [Path(done.run_dir, "frontier.parquet").read_bytes() for done in (again, whole)]
+    assert files[0] == files[1]
     homes = Path(again.run_dir), Path(whole.run_dir)
     lines = [[json.loads(line)["iteration"] for line in (h / "metrics.jsonl").read_text().splitlines()] for h in homes]
     assert lines == [[1, 2, 3], [1, 2, 3]]
@@ -277,6 +381,9 @@ def test_a_kill_and_a_ctrl_c_on_the_command_line(gpobench: Any, redness: str, ti
     cut = json.loads(gpobench(*words, "--out", tmp_path / "cut", "--json", before=small).out)
     whole = json.loads(gpobench(*words, "--out", tmp_path / "whole", "--json", before=small).out)
     assert cut["after"] == whole["after"] and cut["nfe_by_role"] == whole["nfe_by_role"]
+    assert cut["frontier"] == whole["frontier"] and len(whole["frontier"]) == 5
+    files = [next(tmp_path.glob(f"{name}/*/frontier.parquet")).read_bytes() for name in ("cut", "whole")]
+    assert files[0] == files[1]
     shown = gpobench(*words, "--out", tmp_path / "cut")
     assert shown.code == 0 and "adapter/" not in shown.out and "search: 10 candidates" in " ".join(shown.out.split())
 

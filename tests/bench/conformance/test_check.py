@@ -132,6 +132,7 @@ def test_every_variant_keeps_the_laws(name: str) -> None:
         ("Loose", {FROZEN}),
         ("Soft", {FROZEN, DECLARED}),
         ("First", set()),
+        ("Forgets", {"the last answer that a search states is its answer"}),
         ("Overwrites", {"its answers are latents, and the seed decides them"}),
     ],
 )
