@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..bench.evaluation.ranking import RANK_RULE
 from ..bench.stats.intervals import Estimate
 from ..bench.stats.law import RankInterval
+from .frontier import Frontier
 from .paper_numbers import PaperNumber
 
 Role = Literal["training", "held-out", "auxiliary", "quality", "diversity", "drift"]
@@ -100,6 +101,7 @@ class Board:
     rows: tuple[BoardRow, ...]  # ranked ones first, by mean
     notes: tuple[str, ...]
     reported: tuple[PaperNumber, ...] = ()
+    frontiers: tuple[Frontier, ...] = ()  # of the searches among the rows
 
     @property
     def base_row(self) -> BoardRow:

@@ -11,6 +11,7 @@ from ..bench.errors import UserError
 from ..bench.evaluation.ranking import ranks, significant_pairs
 from . import paper_numbers
 from .board import BASE, Board, BoardRow
+from .build_frontier import build_frontiers
 from .columns import find_columns, ranking_key, task_key
 from .comparable import budget_bounds, check_comparable, check_same_base, scorer_ids
 from .contrasts import BoardScores, cells_of, corrected_p, estimate_all, row_order
@@ -71,6 +72,7 @@ def build_board(
         rows=tuple(rows),
         notes=(*notes, *base_notes, *key_notes(key, by_task), *notes_on(rows, columns, key, runs)),
         reported=tuple(paper_numbers.matching(first.task, first.model)),
+        frontiers=build_frontiers(rows, scores),
     )
 
 

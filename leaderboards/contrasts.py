@@ -71,21 +71,23 @@ class BoardScores:
         Where no row has several seeds, the library of seed variances is asked. A row with a run that is no result says nothing of
         the others.
         """
-        spreads: dict[str, Mapping[str, SeedVariance]] = {}
-        for c in self.columns:
-            scored = {label: self._scored(label, c.key) for label in self.groups}
-            after = {label: [r.after[c.key] for r in group] for label, group in scored.items() if group}
-            faulty = [label for label in after if any(record.disqualification(r.record) for r in scored[label])]
-            of_column = intervals.table_spreads({k: v for k, v in after.items() if k not in faulty}, self.strata)
-            for label in faulty:
-                of_column |= intervals.table_spreads({label: after[label]}, self.strata)
-            spreads[c.key] = {
-                label: spread
-                if np.isfinite(spread.variance)
-                else self._library_variance(scored[label][0], c.key) or spread
-                for label, spread in of_column.items()
-            }
-        return spreads
+        return {c.key: self._spreads_of_column(c.key, {}) for c in self.columns}
+
+    def spread_in_place(self, label: str, key: str, after: Sequence[Array]) -> SeedVariance:
+        """Return the variance between seeds of scores (prompts, images), one array a seed, that stand in the place of a row's own."""
+        return self._spreads_of_column(key, {label: after})[label]
+
+    def _spreads_of_column(self, key: str, replaced: Mapping[str, Sequence[Array]]) -> Mapping[str, SeedVariance]:
+        scored = {label: self._scored(label, key) for label in self.groups}
+        after = {label: [r.after[key] for r in group] for label, group in scored.items() if group} | dict(replaced)
+        faulty = [label for label in after if any(record.disqualification(r.record) for r in scored[label])]
+        spreads = intervals.table_spreads({k: v for k, v in after.items() if k not in faulty}, self.strata)
+        for label in faulty:
+            spreads |= intervals.table_spreads({label: after[label]}, self.strata)
+        return {
+            label: spread if np.isfinite(spread.variance) else self._library_variance(scored[label][0], key) or spread
+            for label, spread in spreads.items()
+        }
 
     def seed_source(self, label: str) -> SeedSource:
         """Return where the variance between the seeds of a row comes from, by the key."""

@@ -1,4 +1,4 @@
-"""Draws the figures of a report as files: curves and the trade-off between two measures, each as SVG and PNG."""
+"""Draws the figures of a report as files: curves, searches against training, and the trade-off between two measures, as SVG and PNG."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from ..bench.files import write_atomically
 from .board import Board
 from .formatting import plain
+from .frontier import SERVED
 from .measures import default_axes
 from .method_colours import row_styles
 from .report_data import ReportData
@@ -17,7 +18,7 @@ MAX_BANDS = 6  # lines; the bands of more lines would hide one another
 
 
 def write_figures(board: Board, report: ReportData, folder: Path) -> list[Path]:
-    """Write curves and pareto as SVG and PNG; returns the paths of those that there are data for."""
+    """Write curves, frontier and pareto as SVG and PNG; returns the paths of those that there are data for."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,7 +26,7 @@ def write_figures(board: Board, report: ReportData, folder: Path) -> list[Path]:
 
     paths: list[Path] = []
     folder.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("curves", _draw_curves), ("pareto", _draw_pareto)):
+    for name, draw in (("curves", _draw_curves), ("frontier", _draw_frontier), ("pareto", _draw_pareto)):
         figure = draw(board, report)
         if figure is None:
             continue
@@ -63,6 +64,42 @@ def _draw_curves(board: Board, report: ReportData) -> Any:
     axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= 1.001 * end])
     axes.set_xlabel(f"spent: {plain(clock)}")
     axes.set_ylabel(f"{plain(key)}, validation, 95 % interval")
+    return _finish(figure, axes)
+
+
+def _draw_frontier(board: Board, report: ReportData) -> Any:
+    from matplotlib import pyplot, ticker
+
+    if not board.frontiers:
+        return None
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=150)
+    styles = row_styles({r.label: r.method for r in board.rows})
+    for frontier in board.frontiers:
+        x = [p.nfe for p in frontier.points]
+        mean, low, high = zip(*((p.gain.mean, p.gain.low, p.gain.high) for p in frontier.points), strict=True)
+        style = styles[frontier.label]
+        axes.plot(
+            x, mean, color=style.light, linestyle=style.dash, marker="o", markersize=4, label=plain(frontier.label)
+        )
+        axes.fill_between(x, low, high, alpha=0.14, color=style.light, linewidth=0)
+        if len(x) < 2:
+            axes.errorbar(x, mean, yerr=[[mean[0] - low[0]], [high[0] - mean[0]]], color=style.light, elinewidth=1)
+    first = board.frontiers[0]
+    for row in first.trained:
+        x, style = [row.nfe(first.nfe_an_image, images) for images in SERVED], styles[row.label]
+        axes.plot(
+            x, [row.gain.mean] * len(x), color=style.light, linestyle=style.dash, marker=".", label=plain(row.label)
+        )
+        arms = [[row.gain.mean - row.gain.low], [row.gain.high - row.gain.mean]]
+        axes.errorbar(x[-1], row.gain.mean, yerr=arms, color=style.light, elinewidth=0.8)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,g}"))
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set_xlabel(
+        f"nfe per served image; dots of a trained row: {SERVED[0]:,.0f} (right) to {SERVED[-1]:,.0f} served images"
+    )
+    axes.set_ylabel(f"gain in {plain(first.key)}, 95 % interval")
     return _finish(figure, axes)
 
 

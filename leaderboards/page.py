@@ -14,8 +14,10 @@ from .album import Album
 from .board import BASE, RULES, Board
 from .columns import in_shown_order
 from .formatting import MARKS, cell, number, p_value, plain, spend
+from .frontier import SERVED
 from .measures import default_axes
 from .method_colours import row_styles
+from .render_frontier import frontier_sections
 from .report_data import ReportData
 from .runs import LoadedRun
 
@@ -62,6 +64,7 @@ def _board_values(board: Board) -> dict[str, Any]:
         "strips": _strips(board),
         "colours": {label: colour for label, (colour, _) in _line_styles(board).items()},
         "configs": _configs(board),
+        "searches": frontier_sections(board),
     }
 
 
@@ -238,6 +241,23 @@ def _script_data(board: Board, report: ReportData) -> dict[str, Any]:
                 "values": {plain(label): _mean_and_ends(e) for label, e in m.values.items()},
             }
             for m in report.measures
+        ],
+        "served": [int(images) for images in SERVED],
+        "frontiers": [
+            {
+                "label": plain(f.label),
+                "key": plain(f.key),
+                "nfe": f.nfe_an_image,
+                "points": [
+                    {"candidates": _short(p.candidates), "nfe": _short(p.nfe), "gain": _mean_and_ends(p.gain)}
+                    for p in f.points
+                ],
+                "rows": [
+                    {"label": plain(row.label), "spent": _short(row.spent), "gain": _mean_and_ends(row.gain)}
+                    for row in f.trained
+                ],
+            }
+            for f in board.frontiers
         ],
         "across": default_axes(board, report.measures),
         "training": [c.key for c in board.columns if c.role == "training"],

@@ -12,6 +12,7 @@ from typing import Any
 from ..bench.stats.intervals import Estimate
 from .board import RULES, Board, BoardRow
 from .formatting import csv_cell
+from .frontier import Frontier, TrainedRow
 
 
 def as_csv(board: Board) -> str:
@@ -42,6 +43,8 @@ def as_csv(board: Board) -> str:
         "faults",
         "tuning trials",
     ]
+    for f in board.frontiers:
+        head += [*three(f"served images until cheaper than {f.label}"), f"bound of that, {f.label}"]
     head += ["reported metric", "reported value", "reported unit", "reported setting", "reported source"]
     out = io.StringIO()
     write = csv.writer(out, lineterminator="\n")
@@ -59,6 +62,8 @@ def as_csv(board: Board) -> str:
         line += [f"{r.spent[c]:.6g}" if c in r.spent else "" for c in currencies]
         line += [" ".join(map(str, r.seeds)), str(r.single_seed).lower(), str(r.hacked), str(r.invalid).lower()]
         line += ["; ".join(r.faults), str(r.trials)]
+        for f in board.frontiers:
+            line += _break_even_cells(next((t for t in f.trained if t.label == r.label), None))
         write.writerow([csv_cell(x) for x in line] + [""] * (len(head) - len(line)))
     for paper in board.reported:
         line = ["reported", "", "", paper.method, paper.method]
@@ -71,6 +76,15 @@ def as_csv(board: Board) -> str:
         ]
         write.writerow(map(csv_cell, line + [""] * (len(head) - len(line) - len(tail)) + tail))
     return out.getvalue()
+
+
+def _break_even_cells(row: TrainedRow | None) -> list[str]:
+    """Return number and ends, `inf` where no number is enough, and which of them are bounds, as "high at most"."""
+    if row is None:
+        return [""] * 4
+    three = {"": row.images, "low": row.low, "high": row.high}
+    bounds = "; ".join(f"{end} {x.limit}".strip() for end, x in three.items() if x.limit)
+    return [*("" if math.isnan(x.count) else f"{x.count:.6g}" for x in three.values()), bounds]
 
 
 def _ends(e: Estimate | None) -> tuple[float, float, float]:
@@ -93,6 +107,7 @@ def as_json(board: Board) -> str:
         "rules": list(RULES),
         "notes": list(board.notes),
         "rows": [_json_row(board, r) for r in board.rows],
+        "frontiers": [_json_frontier(f) for f in board.frontiers],
         "reported": [{**paper.model_dump(), "provenance": {"kind": "reported", "source": paper.provenance}} for paper in board.reported],
     }  # fmt: skip
     return json.dumps(_finite(first), indent=1, allow_nan=False)
@@ -128,6 +143,23 @@ def _json_row(board: Board, r: BoardRow) -> dict[str, Any]:
         "tuning_trials": r.trials,
         "provenance": {"kind": "reproduced", "source": list(r.folders), "revisions": list(r.revisions)},
     }
+
+
+def _json_frontier(f: Frontier) -> dict[str, Any]:
+    """Return a search's points and the trained rows beside it; `never` where no number of served images is enough."""
+    images = lambda x: {"served_images": x.count, "bound": x.limit or None, "never": math.isinf(x.count)}
+    return {
+        "label": f.label,
+        "key": f.key,
+        "nfe_an_image": f.nfe_an_image,
+        "measured_on_the_way": f.is_measured,
+        "points": [{"candidates": p.candidates, "nfe": p.nfe, "gain": _estimate(p.gain)} for p in f.points],
+        "trained": [
+            {"label": r.label, "spent_nfe": r.spent, "gain": _estimate(r.gain), "cheaper_from": images(r.images),
+             "ci_low": images(r.low), "ci_high": images(r.high)}
+            for r in f.trained
+        ],
+    }  # fmt: skip
 
 
 def _estimate(e: Estimate) -> dict[str, Any]:

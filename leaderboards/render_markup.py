@@ -7,6 +7,7 @@ import html
 from .board import RULES, Board
 from .columns import in_shown_order
 from .formatting import ARROW, cell, escape_markdown, flags, p_value, paper_lines, plain, rank, spend, title
+from .render_frontier import frontier_sections
 
 
 def _table(board: Board) -> list[list[str]]:
@@ -38,6 +39,12 @@ def markdown(board: Board) -> str:
     lines += [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
     for note in (*board.notes, *RULES):
         lines += ["", escape_markdown(plain(note))]
+    for part in frontier_sections(board):
+        lines += ["", f"**{escape_markdown(part.title)}**"]
+        for table in part.tables:
+            head, *rows = [[escape_markdown(text) for text in line] for line in table]
+            lines += ["", *(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows))]
+        lines += ["", escape_markdown(part.note)]
     if board.reported:
         first, *numbers = paper_lines(board)
         lines += ["", escape_markdown(first), "", *(f"- {escape_markdown(plain(text))}" for text in numbers)]
@@ -60,6 +67,13 @@ def latex(board: Board) -> str:
     lines = [rf"\begin{{tabular}}{{{'rl' + 'l' * (len(head) - 2)}}}", r"\hline"]
     lines += [" & ".join(head) + r" \\", r"\hline", *(" & ".join(line) + r" \\" for line in rows)]
     lines += [r"\hline", r"\end{tabular}", "", r"\par " + _escape_latex(title(board)) + "."]
+    for part in frontier_sections(board):
+        lines += ["", r"\par " + _escape_latex(part.title) + "."]
+        for table in part.tables:
+            escaped = [" & ".join(map(_escape_latex, line)) + r" \\" for line in table]
+            lines += [rf"\par \begin{{tabular}}{{{'l' * len(table[0])}}}", r"\hline", escaped[0], r"\hline"]
+            lines += [*escaped[1:], r"\hline", r"\end{tabular}"]
+        lines += [r"\par " + _escape_latex(part.note)]
     for note in (*board.notes, *RULES, *(paper_lines(board) if board.reported else [])):
         lines += [r"\par " + _escape_latex(plain(note))]
     return "\n".join(lines)
@@ -79,6 +93,13 @@ def html_page(board: Board) -> str:
     lines += [f"<tr>{''.join(f'<th>{text}</th>' for text in head)}</tr>"]
     lines += [f"<tr>{''.join(f'<td>{text}</td>' for text in line)}</tr>" for line in rows]
     lines += ["</table></div>", *(f"<p>{html.escape(plain(note))}</p>" for note in (*board.notes, *RULES))]
+    for part in frontier_sections(board):
+        lines += [f"<h2>{html.escape(part.title)}</h2>"]
+        for table in part.tables:
+            head, *rows = [[html.escape(text) for text in line] for line in table]
+            lines += ["<div><table>", f"<tr>{''.join(f'<th>{text}</th>' for text in head)}</tr>"]
+            lines += [*(f"<tr>{''.join(f'<td>{text}</td>' for text in line)}</tr>" for line in rows), "</table></div>"]
+        lines += [f"<p>{html.escape(part.note)}</p>"]
     if board.reported:
         first, *numbers = paper_lines(board)
         lines += [f"<p>{html.escape(first)}</p>", "<ul>"]

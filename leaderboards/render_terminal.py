@@ -8,6 +8,7 @@ from ..bench.evaluation.ranking import verdict_beside
 from .board import RULES, Board
 from .columns import in_shown_order
 from .formatting import MARKS, cell, flags, p_value, paper_lines, plain, rank, spend, title
+from .render_frontier import FrontierSection, frontier_sections
 
 ColumnText = tuple[str, list[str]]  # head, the cell of each row
 
@@ -32,6 +33,7 @@ def terminal(board: Board, width: int) -> str:
     parts = [
         wrap(title(board)),
         _aligned(shown, len(board.rows)),
+        *(text for part in frontier_sections(board) for text in _frontier(part, width)),
         *(["\n".join(map(wrap, paper_lines(board)))] if board.reported else []),
     ]
     return "\n\n".join([*parts, "\n".join(map(wrap, notes))])
@@ -94,6 +96,18 @@ def _aligned(columns: Sequence[ColumnText], rows: int) -> str:
     sizes = [_size(c) for c in columns]
     pad = lambda texts: "  ".join(t + " " * (s - cell_len(t)) for t, s in zip(texts, sizes, strict=True)).rstrip()
     return "\n".join([pad([c[0] for c in columns])] + [pad([c[1][i] for c in columns]) for i in range(rows)])
+
+
+def _frontier(part: FrontierSection, width: int) -> list[str]:
+    """Return the paragraphs of a section about a search."""
+    tables: list[str] = []
+    for table in part.tables:
+        columns = [(head, list(texts)) for head, *texts in zip(*table, strict=True)]
+        labels, *others = columns
+        room = max(12, width - sum(_size(c) + 2 for c in others))
+        tables.append(_aligned([(labels[0], [_cut(text, room) for text in labels[1]]), *others], len(table) - 1))
+    wrap = lambda text: "\n".join(_lines(text, width))
+    return [wrap(part.title), *tables, wrap(part.note)]
 
 
 def _cut(text: str, limit: int) -> str:

@@ -113,6 +113,16 @@
     return found;
   }
 
+  // Ticks of a logarithmic axis: 1, 2, 5 times powers of ten where there is room, else the powers of ten, or some of them.
+  function powers(low, high, most) {
+    const every = [];
+    for (let k = Math.floor(Math.log10(low)); 10 ** k <= high; k++) every.push(...[1, 2, 5].map((m) => m * 10 ** k));
+    const inside = every.filter((x) => x >= low * 0.999 && x <= high * 1.001);
+    if (inside.length <= most) return inside;
+    const tens = inside.filter((x) => Number.isInteger(Math.round(1e6 * Math.log10(x)) / 1e6));
+    return tens.filter((x, k) => k % Math.ceil(tens.length / most) === 0);
+  }
+
   function range(values, zero = false) {
     const known = values.filter((x) => x !== null && Number.isFinite(x));
     if (!known.length) return [0, 1];
@@ -123,7 +133,8 @@
   }
 
   let charts = 0;
-  function frame(host, xs, ys, xName, yName, label, right = 14) {
+  // log: the x axis is logarithmic.
+  function frame(host, xs, ys, xName, yName, label, right = 14, log = false) {
     const width = Math.max(280, host.clientWidth - 18);
     const height = Math.round(Math.min(460, Math.max(300, width * 0.5)));
     const span = ys[1] - ys[0];
@@ -132,7 +143,8 @@
     const tick = (x, s) => (Math.abs(x) >= 1000 ? compact.format(x) : x.toFixed(Math.min(6, Math.max(0, -Math.floor(Math.log10(s) + 1e-9)))));
     const left = 14 + 7.2 * Math.max(...yTicks.map((y) => tick(y, step).length));
     const box = { left, right: width - right, top: 26, bottom: height - 40 };
-    const X = (x) => box.left + ((x - xs[0]) / (xs[1] - xs[0])) * (box.right - box.left);
+    const scale = log ? Math.log10 : (x) => x;
+    const X = (x) => box.left + ((scale(x) - scale(xs[0])) / (scale(xs[1]) - scale(xs[0]))) * (box.right - box.left);
     const Y = (y) => box.bottom - ((y - ys[0]) / (ys[1] - ys[0])) * (box.bottom - box.top);
     const picture = draw("svg", { viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": label });
     const clip = `plot-${++charts}`;
@@ -141,7 +153,8 @@
       picture.append(draw("line", { class: "grid", x1: box.left, x2: box.right, y1: Y(y), y2: Y(y) }));
       picture.append(draw("text", { x: box.left - 7, y: Y(y) + 4, "text-anchor": "end" }, tick(y, step)));
     }
-    const xTicks = ticks(...xs, Math.max(2, Math.min(8, Math.floor((box.right - box.left) / 80))));
+    const most = Math.max(2, Math.min(8, Math.floor((box.right - box.left) / 80)));
+    const xTicks = log ? powers(...xs, most) : ticks(...xs, most);
     const xStep = xTicks.length > 1 ? xTicks[1] - xTicks[0] : 1;
     for (const x of xTicks) {
       picture.append(draw("line", { class: "grid", x1: X(x), x2: X(x), y1: box.top, y2: box.bottom }));
@@ -285,6 +298,64 @@
         chip.addEventListener(on, () => bring(hidden.has(c.label) ? null : label));
       }
       at("curve-legend").append(chip);
+    }
+    redraws.push(redraw);
+  }
+
+  for (const [number, frontier] of data.frontiers.entries()) {
+    const host = at(`frontier-chart-${number}`);
+    const served = (row, images) => frontier.nfe + row.spent / images;
+    const dots = (row) => data.served.map((images) => ({ images, nfe: served(row, images) }));
+
+    function redraw() {
+      const known = frontier.rows.filter((row) => row.gain[0] !== null && row.spent !== null);
+      const gains = [...frontier.points.map((p) => p.gain), ...known.map((row) => row.gain)].flat();
+      const costs = [frontier.nfe, ...frontier.points.map((p) => p.nfe), ...known.flatMap((row) => dots(row).map((d) => d.nfe))].filter((x) => x !== null);
+      const xs = [Math.min(...costs) / 1.15, Math.max(...costs) * 1.15];
+      const roomy = host.clientWidth > 640;
+      const names = [frontier.label, ...known.map((row) => row.label)];
+      const named = roomy ? Math.min(190, 30 + 6.8 * Math.max(6, ...names.map((name) => Math.min(24, name.length)))) : 14;
+      const title = `gain in ${frontier.key} against nfe per served image: ${frontier.label} and ${known.length} trained rows; the numbers are in the tables below`;
+      const f = frame(host, xs, range(gains), "nfe per served image", `gain in ${frontier.key}`, title, named, true);
+      const hits = [];
+      const shown = frontier.points.filter((p) => p.gain[0] !== null && p.nfe !== null);
+      const c = colour(frontier.label);
+      const at2 = (p, k) => `${f.X(p.nfe).toFixed(1)},${f.Y(p.gain[k]).toFixed(1)}`;
+      const whole = shown.filter((p) => p.gain[1] !== null);
+      if (whole.length > 1) f.inner.append(draw("polygon", { class: "band", fill: c, opacity: 0.14, points: [...whole.map((p) => at2(p, 2)), ...[...whole].reverse().map((p) => at2(p, 1))].join(" ") }));
+      else for (const p of whole) f.inner.append(draw("line", { x1: f.X(p.nfe), x2: f.X(p.nfe), y1: f.Y(p.gain[1]), y2: f.Y(p.gain[2]), stroke: c, opacity: 0.5 }));
+      f.inner.append(draw("polyline", { class: "search", points: shown.map((p) => at2(p, 0)).join(" "), fill: "none", stroke: c, "stroke-width": 2.5 }));
+      for (const p of shown) {
+        f.inner.append(draw("circle", { cx: f.X(p.nfe), cy: f.Y(p.gain[0]), r: 3.5, fill: c }));
+        hits.push({ x: f.X(p.nfe), y: f.Y(p.gain[0]), lines: [`${frontier.label}, ${fixed(p.candidates)} candidates`, interval(p.gain), `nfe ${compact.format(p.nfe)}`] });
+      }
+      const ends = shown.length ? [{ label: frontier.label, x: f.X(shown.at(-1).nfe), y: f.Y(shown.at(-1).gain[0]) }] : [];
+      for (const row of known) {
+        const y = f.Y(row.gain[0]);
+        const places = dots(row);
+        const [dear, cheap] = [f.X(places[0].nfe), f.X(places.at(-1).nfe)];
+        f.inner.append(draw("line", { class: "trained", x1: cheap, x2: dear, y1: y, y2: y, stroke: colour(row.label), "stroke-width": 2, "stroke-dasharray": dash(row.label) }));
+        if (row.gain[1] !== null) f.inner.append(draw("line", { x1: cheap, x2: cheap, y1: f.Y(row.gain[1]), y2: f.Y(row.gain[2]), stroke: colour(row.label), opacity: 0.5 }));
+        for (const place of places) {
+          f.inner.append(draw("circle", { cx: f.X(place.nfe), cy: y, r: 2.8, fill: colour(row.label) }));
+          hits.push({ x: f.X(place.nfe), y, lines: [`${row.label}, ${compact.format(place.images)} images served`, interval(row.gain), `nfe ${compact.format(place.nfe)}`] });
+        }
+        ends.push({ label: row.label, x: dear, y });
+      }
+      if (roomy) {
+        for (const p of spread(ends, f.box.top + 4, f.box.bottom - 2, 15)) {
+          f.picture.append(draw("polyline", { points: `${p.x + 5},${p.y} ${f.box.right + 12},${p.at} ${f.box.right + 18},${p.at}`, fill: "none", stroke: colour(p.label), opacity: 0.4 }),
+            draw("text", { x: f.box.right + 22, y: p.at + 4, class: "name" }, short(p.label, 24)));
+        }
+      } else {
+        for (const p of ends) f.picture.append(draw("text", { x: Math.min(p.x, f.box.right - 4), y: p.y - 6, "text-anchor": "end", class: "name" }, short(p.label, 14)));
+      }
+      f.picture.addEventListener("pointermove", (event) => {
+        const [x, y] = f.place(event);
+        const near = hits.map((h) => ({ h, d: Math.hypot(h.x - x, h.y - y) })).sort((a, b) => a.d - b.d)[0];
+        if (near && near.d < 40) f.tell(near.h.x, near.h.y, near.h.lines); else f.hush();
+      });
+      f.picture.addEventListener("pointerleave", f.hush);
     }
     redraws.push(redraw);
   }

@@ -23,8 +23,8 @@ def report(
 ) -> None:
     """Write a page about finished runs for any browser, offline.
 
-    The runs are of one task, model and budget. The page holds the leaderboard, curves over spend, trade-offs, pictures on
-    the same noise, the hardest prompts, settings and provenance.
+    The runs are of one task, model and budget. The page holds the leaderboard, curves over spend, a search against
+    training, trade-offs, pictures on the same noise, the hardest prompts, settings and provenance.
 
     Examples: `gpobench report runs` · `gpobench report runs -o ocr.html --plots figures`
     """

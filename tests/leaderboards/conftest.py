@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from gpobench.bench.evaluation import record
-from gpobench.bench.evaluation.record import Difference, Flags, Number, Point, Record, ScorerUse
+from gpobench.bench.evaluation.record import Difference, Flags, FrontierPoint, Number, Point, Record, ScorerUse
 from gpobench.bench.files import digest
 
 KEYS = ("engine/exact", "other/exact")
@@ -88,6 +88,33 @@ def seal(run_dir: Path) -> Path:
     file = run_dir / "record.json"
     record.write(file, record.read(file).model_copy(update={"checksums": checksums}))
     return run_dir
+
+
+def add_frontier(run_dir: Path, shares: Mapping[int, float], keys: Sequence[str] = KEYS) -> Path:
+    """Make a run a search of 10 nfe an image. shares: candidates -> the part of the way of every score that they went."""
+    file, count = run_dir / "record.json", max(shares)
+    made, scores_of_run = record.read(file), pd.read_parquet(run_dir / "scores.parquet")
+    delta = {key: made.delta[key] for key in keys}
+    points = [FrontierPoint(candidates=n, nfe=10 * n, delta=delta) for n in shares]
+    before, after = (
+        scores_of_run[scores_of_run.phase == phase].reset_index(drop=True) for phase in ("before", "after")
+    )
+    tables = [
+        after.assign(value=before.value + share * (after.value - before.value), point=k)
+        for k, share in enumerate(shares.values())
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    table = table[(table.scorer + "/" + table.metric).isin(keys)]
+    table.drop(columns=["text", "reason", "note", "phase"]).to_parquet(run_dir / "frontier.parquet", index=False)
+    spent = {**made.spent, "nfe": len(after) * 10.0 * count, "images": float(len(after) * count)}
+    record.write(file, made.model_copy(update={"frontier": points, "nfe_an_image": 10, "spent": spent}))
+    return seal(run_dir)
+
+
+@pytest.fixture(scope="session")
+def with_frontier() -> Callable[..., Path]:
+    """with_frontier(RUN_DIR, SHARES, KEYS): the directory, as that of a search."""
+    return add_frontier
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,17 @@ QUIET = (
     "--no-first-run"
 ).split()
 LONG = "x" * 60
-METHODS = {"gpo": 0.3, "awm": 0.25, "sft": 0.02, f"mine.py:{LONG}": 0.1, "e": 0.05, "f": 0.04, "g": 0.03, "h": 0.01}
+METHODS = {
+    "gpo": 0.3,
+    "awm": 0.25,
+    "best-of-n": 0.15,
+    "sft": 0.02,
+    f"mine.py:{LONG}": 0.1,
+    "e": 0.05,
+    "f": 0.04,
+    "g": 0.03,
+    "h": 0.01,
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +44,17 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def file(make_full_at: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def file(
+    make_full_at: Callable[..., Path], with_frontier: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder, seeds = tmp_path_factory.mktemp("runs"), {"gpo": (0, 1), "awm": (0, 1)}
     run_dirs = [
         make_full_at(folder / f"{k}-{s}", m, s, g)
         for k, (m, g) in enumerate(METHODS.items())
         for s in seeds.get(m, (0,))
     ]
+    for run_dir in folder.glob(f"{list(METHODS).index('best-of-n')}-*"):
+        with_frontier(run_dir, {1: 0.0, 2: 0.4, 4: 0.8, 8: 1.0})
     runs = load_runs(run_dirs)
     table = build_board(runs)
     path = folder / "report.html"
@@ -122,6 +136,20 @@ def test_curves_change_their_currency_their_score_and_their_lines(visit: Callabl
         assert shown == {"all": len(METHODS) - 1, "one": 1, "none": 0}[choice]
     tab.locator("#trade-x").select_option(label="spent: nfe")
     assert tab.locator("#trade-chart circle").count() == len(METHODS)
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_search_is_drawn_against_training_on_a_logarithmic_axis(visit: Callable[..., Any], width: int) -> None:
+    tab = visit(width)
+    chart = tab.locator("#frontier-chart-0")
+    assert chart.locator("line.trained").count() == len(METHODS) - 1
+    points = chart.locator("polyline.search").get_attribute("points").split()
+    x = [float(point.partition(",")[0]) for point in points]
+    steps = [b - a for a, b in zip(x, x[1:], strict=False)]
+    assert len(x) == 4 and max(steps) - min(steps) < 0.5  # 10, 20, 40, 80 nfe lie evenly
+    assert all(name in chart.inner_text() for name in ("gpo", "best-of-n", "nfe per served image"))
+    chart.locator("circle").first.hover(force=True)
+    assert "best-of-n, 1 candidates" in chart.locator(".tip").inner_text()
 
 
 def test_a_picture_opens_and_closes_by_keyboard(visit: Callable[..., Any]) -> None:
