@@ -189,7 +189,7 @@ def crossed(
 
 
 @dataclass(frozen=True)
-class Observed:
+class NoisyMeans:
     """Means of contrasts and their sampling noise, arrays (contrasts,)."""
 
     mean: Array
@@ -198,10 +198,10 @@ class Observed:
     known: NDArray[np.bool_]  # whether the variance between seeds is in the noise, where there are seeds
 
 
-def observe(contrasts: Sequence[Contrast], strata: Sequence[object] | None = None) -> Observed:
+def observe(contrasts: Sequence[Contrast], strata: Sequence[object] | None = None) -> NoisyMeans:
     """Return the mean and the noise of each contrast: what `crossed` makes its estimates of."""
     parts = _all_components(contrasts, strata)
-    return Observed(
+    return NoisyMeans(
         *_stacked(parts), np.array([part.n for part in parts], np.int64), np.array([part.known for part in parts], bool)
     )
 
