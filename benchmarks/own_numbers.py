@@ -123,6 +123,7 @@ def page(boards: dict[str, Board], runs: Sequence[LoadedRun]) -> str:
     for task, table in boards.items():
         lines += [f"## {task}", "", *short(table), "", f"![curves](../docs/board-{task}-curves.png)"]
         lines += ["", f"![score against drift](../docs/board-{task}-pareto.png)", ""]
+        lines += [f"![search against training](../docs/board-{task}-frontier.png)", ""] if table.frontiers else []
         lines += ["<details><summary>every column</summary>", "", render(table, "md"), "</details>", ""]
     return "\n".join(lines)
 
