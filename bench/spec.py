@@ -334,6 +334,15 @@ class SupportsPublishedLists(Protocol):
 
 
 @runtime_checkable
+class SupportsFreshPrompts(Protocol):
+    """A task that draws prompts which nobody has seen, for an audit (`gpobench verify --level audit`)."""
+
+    def fresh(self, count: int, seed: int, domain: str) -> Sequence[Prompt]:
+        """Up to `count` prompts of the kind of the test prompts, none of which is in a split; the seed is secret."""
+        ...
+
+
+@runtime_checkable
 class SupportsSummary(Protocol):
     """A task with the aggregation of its publication."""
 

@@ -69,6 +69,7 @@ class BoardRow:
     faults: tuple[str, ...] = ()  # what went wrong in the runs that ended by a fault
     trials: int = 0  # of tuning, whose spend is not in `spent`
     revisions: tuple[str, ...] = ()  # of the code
+    verified: str = ""  # the lowest verification level of its runs; "" for the base
 
     @property
     def is_result(self) -> bool:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..bench.evaluation import record
 from ..bench.evaluation.ranking import MANDATORY_BASELINES
+from ..bench.evaluation.verification import REFUTED, read_statements, verification_line
 from .board import BoardRow, Column
 from .looks import look_notes
 from .rows import runs_by_row
@@ -23,6 +24,7 @@ def notes_on(rows: Sequence[BoardRow], columns: Sequence[Column], key: str, runs
     if missing:
         notes.append(f"Rows that every table should have and this one lacks: {', '.join(missing)}.")
     notes += look_notes(rows, runs, key)
+    notes += _verification_notes(rows, runs)
     notes += _seed_notes(rows) + _lending_notes(rows) + _row_notes(rows, runs) + _scorer_notes(rows, columns)
     role = next(c.role for c in columns if c.key == key)
     if role == "training" and "best-of-n" in methods:
@@ -38,6 +40,19 @@ def notes_on(rows: Sequence[BoardRow], columns: Sequence[Column], key: str, runs
 def key_notes(key: str, task_key: str) -> list[str]:
     """Return a note where a table is ranked by another score than the task's."""
     return [f"Ranked by {key}, which is not the task's key {task_key}."] if key != task_key else []
+
+
+def _verification_notes(rows: Sequence[BoardRow], runs: Sequence[LoadedRun]) -> list[str]:
+    """Return which runs did not hold when they were verified, and which statements are ignored."""
+    notes: list[str] = []
+    for label, group in runs_by_row(rows, runs).items():
+        for run in group:
+            for verified in map(read_statements, run.folders):
+                if verified.level == REFUTED:
+                    notes.append(f"{label}, seed {run.record.seed}. {verification_line(verified)}")
+                if verified.note:
+                    notes.append(f"{verified.note}.")
+    return notes
 
 
 def _seed_notes(rows: Sequence[BoardRow]) -> list[str]:

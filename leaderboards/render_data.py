@@ -42,6 +42,7 @@ def as_csv(board: Board) -> str:
         "invalid",
         "faults",
         "tuning trials",
+        "verified",
     ]
     for f in board.frontiers:
         head += [*three(f"served images until cheaper than {f.label}"), f"bound of that, {f.label}"]
@@ -61,7 +62,7 @@ def as_csv(board: Board) -> str:
         line += [x for name in embedders for x in ends(r.cmmd.get(name))]
         line += [f"{r.spent[c]:.6g}" if c in r.spent else "" for c in currencies]
         line += [" ".join(map(str, r.seeds)), str(r.single_seed).lower(), str(r.hacked), str(r.invalid).lower()]
-        line += ["; ".join(r.faults), str(r.trials)]
+        line += ["; ".join(r.faults), str(r.trials), r.verified]
         for f in board.frontiers:
             line += _break_even_cells(next((t for t in f.trained if t.label == r.label), None))
         write.writerow([csv_cell(x) for x in line] + [""] * (len(head) - len(line)))
@@ -141,6 +142,7 @@ def _json_row(board: Board, r: BoardRow) -> dict[str, Any]:
         "faults": list(r.faults),
         "hack_seeds": r.hacked,
         "tuning_trials": r.trials,
+        "verified": r.verified or None,
         "provenance": {"kind": "reproduced", "source": list(r.folders), "revisions": list(r.revisions)},
     }
 

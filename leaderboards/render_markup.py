@@ -18,7 +18,7 @@ def _table(board: Board) -> list[list[str]]:
     head = ["rank", "method", f"{board.key} minus {board.baseline}", "p (Holm)"]
     for c in columns:
         head += [f"{c.key} ({c.role}): before {ARROW} after", f"{c.key}: difference"]
-    head += [*(f"CMMD to the base ({name})" for name in embedders), *currencies, "seeds", "marks"]
+    head += [*(f"CMMD to the base ({name})" for name in embedders), *currencies, "seeds", "verified", "marks"]
     lines = [head]
     for r in board.rows:
         line = [rank(r), r.label, cell(r.versus, sign=True), p_value(r.holm)]
@@ -28,7 +28,7 @@ def _table(board: Board) -> list[list[str]]:
             line += [before + cell(mine.after), cell(mine.delta, sign=True)] if mine else ["", ""]
         line += [cell(r.cmmd.get(name)) for name in embedders]
         line += [spend(c, r.spent[c]) if c in r.spent else "" for c in currencies]
-        line += [", ".join(map(str, r.seeds)), "; ".join(flags(r).values())]
+        line += [", ".join(map(str, r.seeds)), r.verified, "; ".join(flags(r).values())]
         lines.append(line)
     return [[plain(text) for text in line] for line in lines]
 

@@ -63,6 +63,7 @@ def _optional_columns(board: Board) -> list[ColumnText]:
         *((key, _scores(board, key)) for key in training),
         (currency, [spend(currency, r.spent[currency]) if currency in r.spent else "" for r in rows]),
         ("seeds", [str(len(r.seeds) or "") for r in rows]),
+        ("verified", [r.verified for r in rows]),
         *((key, _scores(board, key)) for key in others if key not in training),
     ]
 

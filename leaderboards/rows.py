@@ -14,6 +14,7 @@ from ..bench.errors import UserError
 from ..bench.evaluation import record
 from ..bench.evaluation.ranking import MANDATORY_BASELINES
 from ..bench.evaluation.record import Record
+from ..bench.evaluation.verification import lowest_level, read_statements
 from ..bench.stats.intervals import Estimate
 from .board import BASE, BoardRow
 from .runs import Array, LoadedRun
@@ -21,7 +22,9 @@ from .runs import Array, LoadedRun
 
 def settings_of(r: Record) -> dict[str, Any]:
     """Return the part of a run's configuration that defines a row: neither the seed nor what all runs of a table share."""
-    return {k: v for k, v in r.config.items() if k in ("settings", "adapter", "precision", "reward", "sources")}
+    return {
+        k: v for k, v in r.config.items() if k in ("settings", "adapter", "precision", "reward", "sources", "studies")
+    }
 
 
 def settings_text(r: Record) -> str:
@@ -37,10 +40,12 @@ def group_runs(runs: Sequence[LoadedRun]) -> dict[str, list[LoadedRun]]:
     groups: dict[str, list[LoadedRun]] = {}
     for method, by_settings in by_method.items():
         tables = [dict(_flat(settings_of(group[0].record))) for group in by_settings.values()]
-        names = dict.fromkeys(name for table in tables for name in table)
-        differing = [name for name in names if len({str(table.get(name)) for table in tables}) > 1]
+        plain = [table for table in tables if "studies" not in table]  # a row over studies has several settings
+        names = dict.fromkeys(name for table in plain for name in table)
+        differing = [name for name in names if len({str(table.get(name)) for table in plain}) > 1]
         for table, group in zip(tables, by_settings.values(), strict=True):
             settings = ", ".join(f"{k.removeprefix('settings.')}={table.get(k, 'none')}" for k in differing)
+            settings = f"{table['studies']} studies" if "studies" in table else settings
             # A method may have the same name as the row of the base.
             label = f"{method} ({settings})" if settings else f"{BASE} (method)" if method == BASE else method
             groups[label] = group
@@ -80,6 +85,7 @@ def method_row(label: str, group: Sequence[LoadedRun]) -> BoardRow:
         faults=tuple(dict.fromkeys(r.fault for r in records if r.fault)),
         trials=max(int(r.tuning.get("trials", 0)) for r in records),
         revisions=tuple(dict.fromkeys(str(r.provenance.get("revision", "")) for r in records)),
+        verified=lowest_level(read_statements(folder).level for r in group for folder in r.folders),
     )
 
 

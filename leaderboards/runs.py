@@ -31,6 +31,12 @@ class LoadedRun:
     before: Mapping[str, Array]  # scorer/metric -> (prompts, images); NaN = could not be scored
     after: Mapping[str, Array]
     strata: tuple[str, ...]  # (prompts,)
+    averaged: tuple[Path, ...] = ()  # the directories of the runs whose mean this is, where it is one
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Return the run directories behind it."""
+        return self.averaged or (self.folder,)
 
     def has(self, key: str) -> bool:
         """Return whether both the base and the result have scores of this `scorer/metric`."""

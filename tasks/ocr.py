@@ -15,9 +15,21 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
+
 from ..bench import registry
 from ..bench.assets.downloads import PinnedFile
-from ..bench.assets.glyphs import ALPHABET, INKS, LONGEST, SHORTEST, SURFACES, VOCABULARY, split_of, word_prompt
+from ..bench.assets.glyphs import (
+    ALPHABET,
+    INKS,
+    LONGEST,
+    SHORTEST,
+    SURFACES,
+    VOCABULARY,
+    random_word,
+    split_of,
+    word_prompt,
+)
 from ..bench.assets.record_files import fact
 from ..bench.assets.words import WORD_LIST
 from ..bench.errors import UserError
@@ -161,6 +173,19 @@ class OCR(DomainTask):
         if tiny and (strange := [word for word in words if word not in VOCABULARY]):
             raise registry.unknown(f"word for tiny in {text!r}:", strange[0], VOCABULARY)
         return Prompt(text, {**facts, "target": target})
+
+    def fresh(self, count: int, seed: int, domain: str) -> Sequence[Prompt]:
+        """Random words of letters, or of vowels and consonants, that are not in the list; scenes with texts that are in no split."""
+        known = [prompt for split in SPLITS for prompt in self.split_prompts(split, domain)]
+        if known_domain("ocr", domain) == "open":
+            from .ocr_open import fresh_scenes
+
+            return fresh_scenes(count, seed, known)
+        listed = {*read_words(WORD_LIST), *(str(prompt.meta["target"]) for prompt in known)}
+        words, rng = dict[str, None](), np.random.default_rng(seed)
+        while len(words) < count:
+            words[random_word(rng, [], {*listed, *words}, listed=0.0)] = None
+        return [word_to_prompt(word) for word in words]
 
     def split_prompts(self, split: Split, domain: str) -> Sequence[Prompt]:
         """Words of the list, or scenes. Every run checks that no target is in two splits (the evaluator does)."""

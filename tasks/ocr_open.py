@@ -7,6 +7,7 @@ train and validation prompts are composed here in the same form, a scene with on
 from collections.abc import Sequence
 from hashlib import sha256
 from itertools import product
+from random import Random
 
 from ..bench.assets.downloads import PinnedFile
 from ..bench.errors import UserError
@@ -55,12 +56,24 @@ def published(file: PinnedFile) -> list[Prompt]:
 
 def compose(test: Sequence[Prompt]) -> dict[Split, list[Prompt]]:
     """The train and validation prompts: each with another text, and none with a text of a test prompt."""
-    test_texts = {fold_text(prompt.meta["target"]) for prompt in test}
-    phrases = [" ".join(filter(None, words)) for words in product(FIRST, SECOND, LAST)]
-    phrases = [phrase for phrase in phrases if fold_text(phrase) not in test_texts]
+    phrases = _phrases_beside(test)
     phrases.sort(key=lambda phrase: sha256(phrase.encode("ascii")).digest())
     prompts = [_prompt(SCENES[i % len(SCENES)].format(phrase)) for i, phrase in enumerate(phrases)]
     return {"validation": prompts[:VALIDATION], "train": prompts[VALIDATION : VALIDATION + TRAIN]}
+
+
+def fresh_scenes(count: int, seed: int, known: Sequence[Prompt]) -> list[Prompt]:
+    """Scenes with texts that no known prompt has, drawn by a secret seed; as many as there are where these are fewer than count."""
+    phrases, draw = _phrases_beside(known), Random(seed)
+    chosen = draw.sample(phrases, min(count, len(phrases)))
+    return [_prompt(draw.choice(SCENES).format(phrase)) for phrase in chosen]
+
+
+def _phrases_beside(known: Sequence[Prompt]) -> list[str]:
+    """The phrases that are the text of none of these prompts."""
+    texts = {fold_text(prompt.meta["target"]) for prompt in known}
+    phrases = [" ".join(filter(None, words)) for words in product(FIRST, SECOND, LAST)]
+    return [phrase for phrase in phrases if fold_text(phrase) not in texts]
 
 
 def _prompt(text: str) -> Prompt:

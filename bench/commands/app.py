@@ -15,7 +15,22 @@ from ..signals import AtOnce, raise_at_once
 from ..text import printable
 
 # Nothing heavy is imported here or at the top of a command's file: `gpobench --help` and `gpobench list` answer without torch.
-from . import check, compare, describe, doctor, eval, fetch, new, pairs, pretrain, run, score, serve_scorer, tune
+from . import (
+    check,
+    compare,
+    describe,
+    doctor,
+    eval,
+    fetch,
+    new,
+    pairs,
+    pretrain,
+    run,
+    score,
+    serve_scorer,
+    tune,
+    verify,
+)
 from .console import discard_stderr
 
 app = typer.Typer(
@@ -35,6 +50,7 @@ app.command("pretrain", epilog=pretrain.EPILOG)(pretrain.pretrain)
 app.command("pairs", epilog=pairs.EPILOG)(pairs.pairs)
 app.command("tune", epilog=tune.EPILOG)(tune.tune)
 app.command("compare", epilog=compare.EPILOG)(compare.compare)
+app.command("verify", epilog=verify.EPILOG)(verify.verify)
 app.command("check", epilog=check.EPILOG)(check.check)
 app.command("fetch", epilog=fetch.EPILOG)(fetch.fetch)
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)

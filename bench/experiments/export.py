@@ -10,6 +10,7 @@ from ..errors import Missing, UserError
 from ..evaluation import record
 from ..evaluation.record import Number, Record
 from ..evaluation.seed_library import seed_note
+from ..evaluation.verification import Verified, read_statements, verification_line
 from ..files import copy_file, write_atomically
 from ..model_spec import ModelSpec, find_model_spec
 from ..models.open import usage
@@ -74,7 +75,7 @@ def export(run: Path, to: Path, *, repo: str | None = None, benchmark: str | Non
     for path in files.values():
         _refuse_link(run, path)
         record.verified(run, run_record, path.relative_to(run).as_posix())
-    card = _ModelCard(run_record, model_spec, repo, warnings, searched, "samples.png" in files)
+    card = _ModelCard(run_record, model_spec, repo, warnings, searched, "samples.png" in files, read_statements(run))
     texts = {"README.md": _readme(card)}
     if benchmark is not None:
         texts[RESULTS] = _results(run_record, benchmark)
@@ -234,6 +235,7 @@ class _ModelCard:
     warnings: tuple[str, ...]
     searched: bool  # the run searched at inference and has no adapter
     has_samples: bool
+    verified: Verified
 
 
 def _readme(card: _ModelCard) -> str:
@@ -319,6 +321,7 @@ def _body(card: _ModelCard) -> str:
             *(f"| embedder {name} | `{text}` |" for name, text in r.embedders.items()),
             f"| weights of the base | `{provenance.get('weights', 'unknown')}` |",
             f"| flags | {', '.join(flags) or 'none'} |",
+            f"| verification | {verification_line(card.verified).removeprefix('Verification: ')} |",
             f"| code | gpobench `{provenance.get('revision') or 'unknown'}`; {versions} |",
             f"| machine | {provenance.get('machine', 'unknown')}, {provenance.get('dtype', 'unknown')} |",
             "",

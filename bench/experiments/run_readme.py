@@ -5,12 +5,15 @@ from __future__ import annotations
 from ..evaluation.look_ledger import look_note
 from ..evaluation.record import Difference, Number, Record, disqualification
 from ..evaluation.seed_library import seed_note
+from ..evaluation.verification import Verified, verification_line
 from ..model_spec import ModelSpec
 from ..models.open import usage
 
+SELF = Verified()  # nobody has obtained the numbers again
 
-def run_readme(record: Record, model_spec: ModelSpec, has_adapter: bool) -> str:
-    """The text of README.md; a search leaves no adapter."""
+
+def run_readme(record: Record, model_spec: ModelSpec, has_adapter: bool, verified: Verified = SELF) -> str:
+    """The text of README.md; a search leaves no adapter. verified: the statements on the record."""
     rows = [
         f"| {key} | {_estimate(record.before[key])} | {_estimate(record.after[key])} | {_estimate(delta)} | {_p(delta)} |"
         for key, delta in record.delta.items()
@@ -40,6 +43,7 @@ def run_readme(record: Record, model_spec: ModelSpec, has_adapter: bool) -> str:
         "differences are paired by prompt on the same noise.",
         f"{seed_note(record)}{selection}",
         *([note] if (note := look_note(record)) else []),
+        verification_line(verified),
         "",
     ]
     if has_adapter:

@@ -13,7 +13,7 @@ from gpobench.bench.assets.glyphs import VOCABULARY, split_of
 from gpobench.bench.assets.prompts import blob_id, with_own_prompts
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.splits import prompts_hash, refuse_overlap
-from gpobench.bench.spec import Prompt, SupportsColumns, SupportsOwnPrompts
+from gpobench.bench.spec import Prompt, SupportsColumns, SupportsFreshPrompts, SupportsOwnPrompts
 from gpobench.rewards.rules import target_of
 from gpobench.tasks import ocr, ocr_open
 from gpobench.tasks.base import SPLITS
@@ -44,6 +44,23 @@ def test_splits_are_disjoint_and_follow_the_rule() -> None:
     assert len(set(everything)) == len(everything)
     assert all(split_of(word) == split for split, members in words.items() for word in members)
     refuse_overlap(task, "glyphs")
+
+
+def test_fresh_prompts_are_in_no_split_and_follow_their_seed() -> None:
+    task = ocr.OCR()
+    assert isinstance(task, SupportsFreshPrompts)
+    known = {word for split in SPLITS for word in targets(task.prompts(split, "glyphs"))}
+    fresh, again, other = (targets(task.fresh(300, seed, "glyphs")) for seed in (5, 5, 6))
+    assert fresh == again != other and len(set(fresh)) == 300 and not known & set(fresh)
+    assert all(re.fullmatch(r"[A-Z]{3,5}", word) for word in fresh)
+    splits = ocr_open.compose([])
+    scenes = [prompt for split in splits.values() for prompt in split]
+    drawn = ocr_open.fresh_scenes(400, 5, scenes)
+    assert len(drawn) == 400 == len({prompt.meta["target"] for prompt in drawn})
+    assert not {prompt.meta["target"] for prompt in drawn} & {prompt.meta["target"] for prompt in scenes}
+    assert all(target_of(prompt.text) == prompt.meta["target"] for prompt in drawn)
+    assert drawn == ocr_open.fresh_scenes(400, 5, scenes) != ocr_open.fresh_scenes(400, 6, scenes)
+    assert len(ocr_open.fresh_scenes(10**6, 5, scenes)) == 30 * 40 * 8 - len(scenes)  # all that are left
 
 
 def test_prompts_quote_their_target_in_words_the_model_knows() -> None:
