@@ -22,7 +22,7 @@ def row_looks(group: Sequence[LoadedRun]) -> LookCount | None:
     if not group or any(r.record.look is None or r.record.look.not_recorded for r in group):
         return None
     first = group[0].record
-    folders = dict.fromkeys(r.folder.resolve().parent for r in group)
+    folders = dict.fromkeys(folder.resolve().parent for r in group for folder in r.folders)
     count = count_looks(map(read_ledger, folders), first.prompts.get("test", ""), first.model, first.method)
     return count if count.looks else None
 
@@ -40,7 +40,9 @@ def look_notes(rows: Sequence[BoardRow], runs: Sequence[LoadedRun], key: str) ->
     for row in rows:
         run, count = counts.get(row.label, (None, None))
         cell = row.cells.get(key)
-        if run is None or count is None or count.settings < 2 or cell is None or cell.delta is None:
+        if run is None or count is None or cell is None or cell.delta is None:
+            continue
+        if count.settings <= int(run.record.config.get("studies", 1)):  # all of them are in the row
             continue
         lacking = " The spread of its seeds is unknown and not in that." if row.seed_source == "unknown" else ""
         notes.append(f"{row.label}:{inflation_text(count, cell.delta.se, key)}{lacking}")
@@ -56,5 +58,5 @@ def _damage_notes(runs: Sequence[LoadedRun]) -> list[str]:
         look = run.record.look
         if look is not None and look.entry:
             entries.setdefault(str(run.folder.resolve().parent), {})[run.folder.name] = look.entry
-    folders = dict.fromkeys(run.folder.resolve().parent for run in runs)
+    folders = dict.fromkeys(folder.resolve().parent for run in runs for folder in run.folders)
     return [text for folder in folders for text in ledger_damage(read_ledger(folder), entries.get(str(folder), {}))]

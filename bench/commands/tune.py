@@ -34,23 +34,46 @@ def tune(
         list[str] | None, typer.Option("--set", help="key=value for every trial; such a key is not drawn; repeatable.")
     ] = None,
     jobs: Annotated[int, typer.Option(help="Trials at once, each in a process of its own.")] = 1,
+    studies: Annotated[
+        int,
+        typer.Option(
+            help="Independent studies, with the seeds seed, seed + 1 ...; each has a folder study-SEED with its best.toml."
+        ),
+    ] = 1,
     out: Annotated[Path, typer.Option(help="The folder in which METHOD-TASK-MODEL/ is made.")] = Path("runs/tune"),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the draws and stop.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Choose a method's settings by trials on validation prompts.
 
-    Every method gets the same number of draws under the same budget. The same command goes on where it was cut off.
+    Every method gets the same number of draws under the same budget. The same command goes on where it was cut off. With --studies the
+    choice is repeated, and studies.json says how far the studies' choices lie apart.
     """
     check_names(method=method, task=task, model=model)
     check_scorer(reward)
     with clean_stdout() as answer, terminal_progress() as progress, asked_to_stop() as stopped:
+        from ..experiments import studies as tuning_studies
         from ..experiments import tune as tuning
 
         request = tuning.Tuning(method, task, model, trials, seed, budget, reward, sets or ())
         if dry_run:
-            drawn = [{"trial": t.number, "settings": t.settings, "rejected": t.failure} for t in tuning.plan(request)]
+            drawn = [
+                {
+                    **({"study": study.seed} if studies > 1 else {}),
+                    "trial": t.number,
+                    "settings": t.settings,
+                    "rejected": t.failure,
+                }
+                for study in tuning_studies.plan_studies(request, studies)
+                for t in tuning.plan(study)
+            ]
             answer(json.dumps(drawn, indent=1) if as_json else lambda: print_trials(drawn, None))
+            return
+        if studies != 1:
+            summary = tuning_studies.tune_studies(
+                request, studies, out=out, progress=progress, jobs=jobs, interrupted=stopped
+            )
+            answer(json.dumps(summary, indent=1) if as_json else lambda: print_studies(summary))
             return
         result = tuning.tune(request, out=out, progress=progress, jobs=jobs, interrupted=stopped)
         answer(json.dumps(result, indent=1) if as_json else lambda: print_tuning(result))
@@ -76,6 +99,31 @@ def print_trials(trials: Sequence[Mapping[str, Any]], best: int | None) -> None:
         mark = ">" if t["trial"] == best else ""
         table.add_row(mark, str(t["trial"]), *values, t["rejected"], style="bold" if mark else None)
     open_console().print(table, markup=False)
+
+
+def print_studies(summary: Mapping[str, Any]) -> None:
+    """Print what each study chose, and how far the gains of the chosen settings lie apart."""
+    from rich.table import Table
+
+    keys = list(dict.fromkeys(key for study in summary["studies"] for key in study["settings"]))
+    table = Table("study", "trial", *keys, "difference", box=None, pad_edge=False, header_style="bold")
+    for study in summary["studies"]:
+        gain, settings = study["gain"], study["settings"]
+        ends = ", ".join(f"{end:+.2f}" for end in gain["ci"] if is_finite(end))
+        interval = f" [{ends}]" if ends else ""
+        values = [str(settings[key]) if key in settings else "preset" for key in keys]
+        table.add_row(str(study["seed"]), str(study["best"]), *values, f"{gain['mean']:+.3f}{interval}")
+    console = open_console()
+    console.print(table, markup=False)
+    mean, spread = summary["gain"]["mean"], summary["gain"]["sd_between_studies"]
+    apart = f", standard deviation between studies {spread:.3f}" if spread is not None else ""
+    for seed, why in summary["failed"].items():
+        console.print(f"study {seed} chose nothing: {why}", highlight=False, markup=False)
+    console.print(
+        f"{summary['objective']}, of the chosen settings: mean {mean:+.3f}{apart}. A chosen gain is the best of several and too high.\n"
+        f"to use them: --config {summary['folder']}/study-SEED/best.toml, then gpobench leaderboard RUNS --studies",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def print_tuning(result: Mapping[str, Any]) -> None:

@@ -162,6 +162,7 @@ def tune(
     progress: Progress,
     jobs: int = 1,
     interrupted: Callable[[], bool] = lambda: False,
+    is_study: bool = False,
 ) -> dict[str, Any]:
     """Run every trial that is not done, choose the best and write tuning.json and best.toml.
 
@@ -171,6 +172,7 @@ def tune(
         progress: shows lines and the progress of runs.
         jobs: trials at once; with more than one, each runs in a process of its own.
         interrupted: returns true when the tuning must stop.
+        is_study: it is one of several with other seeds, which have a folder each.
 
     Returns:
         What tuning.json holds.
@@ -182,7 +184,7 @@ def tune(
     if jobs < 1:
         raise UserError(f"--jobs must be at least 1, got {jobs}")
     trials = plan(tuning)
-    folder = out / trials[0].config.slug().rsplit("-", 2)[0]  # type: ignore[union-attr]
+    folder = tuning_folder(tuning, trials, out, is_study=is_study)
     for part in ("runs", "logs"):
         make_folder(folder / part)
     # A draw equal to an earlier one shares its run, so that two processes never write one run directory.
@@ -199,6 +201,12 @@ def tune(
         if trial.config is not None:
             trial.record, trial.failure = unique[_slug(trial)].record, unique[_slug(trial)].failure
     return _choose_and_write(tuning, trials, folder)
+
+
+def tuning_folder(tuning: Tuning, trials: Sequence[Trial], out: Path, *, is_study: bool = False) -> Path:
+    """Return the folder of a tuning: METHOD-TASK-MODEL, and in it study-SEED for one of several studies."""
+    folder = out / _slug(trials[0]).rsplit("-", 2)[0]
+    return folder / f"study-{tuning.seed}" if is_study else folder
 
 
 def _slug(trial: Trial) -> str:

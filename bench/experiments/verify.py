@@ -20,9 +20,10 @@ from ..evaluation import agreement, record
 from ..evaluation.agreement import ImageAgreement
 from ..evaluation.estimates import Evaluation, add_drift
 from ..evaluation.evaluator import evaluate, images_per_prompt
+from ..evaluation.ranking import record_key
 from ..evaluation.request import EvaluationRequest
 from ..evaluation.scorer_set import ScorerSet, open_scorer_set
-from ..evaluation.seed_library import find_entry, record_key
+from ..evaluation.seed_library import find_entry
 from ..evaluation.splits import fold, prompts_hash, refuse_overlap
 from ..evaluation.verification import Compared, Level, Statement, Verdict, read_statements, write_statement
 from ..files import make_folder, write_atomically

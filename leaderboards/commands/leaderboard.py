@@ -26,6 +26,10 @@ def leaderboard(
     out: Annotated[Path | None, typer.Option(help="Write the table there instead of printing it.")] = None,
     key: Key = None,
     task: Task = None,
+    studies: Annotated[
+        bool,
+        typer.Option("--studies", help="One row over a method's tuning studies, whose means stand where seeds stand."),
+    ] = False,
     across: Annotated[
         bool,
         typer.Option(
@@ -47,15 +51,23 @@ def leaderboard(
         check_place(out)
     width = max(80, shutil.get_terminal_size((80, 24)).columns) if out is None else 80
     if across:
-        if task is not None or key is not None:
-            raise UserError("--across is over all tasks, each by its own key: leave --task and --key out")
+        if task is not None or key is not None or studies:
+            raise UserError(
+                "--across is over all tasks, each by its own key: leave --task and --key out, and --studies"
+            )
         text = _aggregate_text(runs, baseline, kind, width)
     else:
         from ..build_board import build_board
         from ..render import render
         from ..runs import excluded_runs, load_runs
 
-        board = build_board(load_runs(runs, task), baseline, key, notes=excluded_runs(runs, task))
+        loaded, notes = load_runs(runs, task), excluded_runs(runs, task)
+        if studies:
+            from ..studies import by_study
+
+            loaded, study_notes = by_study(loaded)
+            notes += study_notes
+        board = build_board(loaded, baseline, key, notes=notes)
         text = render(board, kind, width=width)
     if out is None:
         say(text, nl=False)

@@ -248,3 +248,42 @@ def test_parallel_trials_equal_serial_ones_and_an_interrupted_tuning_resumes(
             one["gain"] == other["gain"] and one["run"] == other["run"] and one["spent"]["nfe"] == other["spent"]["nfe"]
         )
     assert apart["best"] == here["best"]
+
+
+# Studies
+
+
+def test_studies_have_a_folder_each_and_their_spread_is_said(
+    gpobench: Any, argv: Any, redness: str, tiny_pipe: Path
+) -> None:
+    ended = gpobench(*argv("--studies", "2", "--seed", "3", "--json"))
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out, parse_constant=pytest.fail)
+    folder = Path(found["folder"])
+    assert json.loads((folder / "studies.json").read_text()) == found
+    assert [study["seed"] for study in found["studies"]] == [3, 4] and found["command"].endswith("--studies 2")
+    gains = [study["gain"]["mean"] for study in found["studies"]]
+    assert found["gain"]["mean"] == pytest.approx(sum(gains) / 2)
+    assert found["gain"]["sd_between_studies"] == pytest.approx(abs(gains[0] - gains[1]) / math.sqrt(2))
+    commands: list[str] = []
+    for study in found["studies"]:
+        own = json.loads((folder / f"study-{study['seed']}" / "tuning.json").read_text())
+        assert own["seed"] == study["seed"] and own["best"] == study["best"] and "--studies" not in own["command"]
+        file = folder / f"study-{study['seed']}" / "best.toml"
+        config = resolve(RunRequest("gpo", f"{redness}:Paint", str(tiny_pipe), budget="nfe=200", config=file))
+        commands.append(config.tuned["command"])
+    assert commands[0].replace("--seed 3", "") == commands[1].replace("--seed 4", "") and commands[0] != commands[1]
+    again = gpobench(*argv("--studies", "2", "--seed", "3"))
+    assert (
+        again.code == 0 and again.err.count("already done") == 4 and "standard deviation between studies" in again.out
+    )
+
+
+def test_studies_that_cannot_be_are_one_line(gpobench: Any, argv: Any, tmp_path: Path) -> None:
+    for words, said in (
+        (argv("--studies", "0"), "--studies must be at least 1"),
+        (argv("--studies", "2", task="Broken", trials=1), "no study found settings that can be used"),
+    ):
+        ended = gpobench(*words)
+        assert ended.code == 2 and said in ended.err.splitlines()[-1] and ended.out == ""
+    assert len(json.loads(gpobench(*argv("--studies", "3", "--dry-run", "--json")).out)) == 6
