@@ -56,6 +56,7 @@ faults: .venv/dev.stamp  ## inject 2,000 faults (FAULTS=..., SEED=...), print tr
 calibration: .venv/core.stamp  ## the simulation behind docs/statistics.md, written into it: minutes
 	$(QUIET) $(BIN)/python benchmarks/gate_calibration.py
 	$(QUIET) $(BIN)/python benchmarks/calibration.py
+	$(QUIET) $(BIN)/python benchmarks/flag_calibration.py
 
 bench: .venv/core.stamp  ## the measurements in benchmarks/ that take minutes, printed
 	@for name in sampling overhead board hostile_server; do echo "== benchmarks/$$name.py"; $(BIN)/python "benchmarks/$$name.py" || exit 1; done

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpobench.bench.stats import law
-from gpobench.bench.stats.intervals import Contrast, crossed
+from gpobench.bench.stats.intervals import Contrast, crossed, table_spreads
 from gpobench.bench.stats.law import Noise, SeedSpread, SeedVariance
 
 Array = NDArray[np.float64]
@@ -99,6 +99,12 @@ class Measured:
 
 def gains(cell: Cell, draws: int, rng: np.random.Generator) -> NDArray[np.float32]:
     """Simulate gains over the base, (draws, rows, seeds, prompts), a prompt's images averaged."""
+    before, after = right_images(cell, draws, rng)
+    return after.mean(-1, dtype=np.float32) - before.mean(-1, dtype=np.float32)[:, :, None, :]
+
+
+def right_images(cell: Cell, draws: int, rng: np.random.Generator) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Simulate which images are right: of the base (draws, 1, prompts, images), of the rows (draws, rows, seeds, prompts, images)."""
     from scipy.stats import norm
 
     single = np.float32
@@ -121,8 +127,7 @@ def gains(cell: Cell, draws: int, rng: np.random.Generator) -> NDArray[np.float3
     latent *= np.sqrt(1 - seed_sd**2)[..., None, None]
     latent += moved_skill[:, :, None, :, None]
     latent += (seed_sd * normal(draws, ROWS, seeds) + shift)[..., None, None]
-    before = (skill[..., None] + noise[:, 0] > threshold).mean(-1, dtype=single)
-    return (latent > threshold).mean(-1, dtype=single) - before[:, :, None, :]
+    return skill[..., None] + noise[:, 0] > threshold, latent > threshold
 
 
 def statistics(made: NDArray[np.float32], seeds: Sequence[int], strata: int) -> Statistics:
@@ -293,6 +298,30 @@ def share_coverage(prompts: int, images: int, share: float, draws: int, rng: np.
     return float(np.mean([e.low <= share <= e.high for e in estimates]))
 
 
+# Missing scores
+
+
+def coverage_with_gaps(cell: Cell, draws: int, rng: np.random.Generator, gaps: float = 0.02) -> tuple[float, float]:
+    """Measure the law where scores are missing: coverage of the rows' gains, and how often some row is told from the base (Holm).
+
+    A share of the images of every evaluation has no score, and one whole prompt under every seed of every row. These tables go
+    through the functions that make one, which leave out an image that any seed of a row lacks.
+    """
+    covered: list[bool] = []
+    told = 0
+    for _ in range(draws):
+        before, after = (x[0].astype(float) for x in right_images(cell, 1, rng))
+        for scores in (before, after):
+            scores[rng.random(scores.shape) < gaps] = math.nan
+        after[..., int(rng.integers(cell.prompts)), :] = math.nan
+        rows = {str(r): list(after[r, : cell.seeds[r]] - before[0]) for r in range(ROWS)}
+        spreads = table_spreads(rows)
+        estimates = crossed([Contrast(row, test=True, spreads=[spreads[r]]) for r, row in rows.items()])
+        covered += [e.low <= 0 <= e.high for e in estimates]
+        told += min(law.holm([math.nan if e.p is None else e.p for e in estimates])) < 0.05
+    return float(np.mean(covered)), told / draws
+
+
 # The page
 
 
@@ -341,6 +370,19 @@ def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
 
 
+GAPS = "**Missing scores**: 2 % of the images of every evaluation and one whole prompt, seeds' sd 1 point, three seeds:"
+
+
+def with_gaps(draws: int) -> list[str]:
+    """Return the part of the page about missing scores."""
+    lines: list[list[str]] = []
+    for n in (15, 130, 328):
+        coverage, error = coverage_with_gaps(Cell(n, "1", (3,) * ROWS), draws, np.random.default_rng([n, 4]))
+        lines.append([str(n), f"{100 * coverage:.1f}", f"{100 * error:.1f}"])
+        print(" | ".join(lines[-1]), flush=True)
+    return [GAPS, "", *_markdown(["prompts", "covered", "error, base"], lines), ""]
+
+
 def page(draws: int) -> str:
     """Return the text between the markers of docs/statistics.md."""
     laws, cells = comparison(draws), grid(draws)
@@ -365,6 +407,7 @@ def page(draws: int) -> str:
             "",
             *_markdown(HEAD, cells),
             "",
+            *with_gaps(draws),
             "**One evaluation of 0 and 1**, its 95 % interval; prompts' shares are Beta with sum of parameters 2:",
             "",
             *_markdown(["prompts", "images", "true share", "covered"], shares),

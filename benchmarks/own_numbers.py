@@ -22,7 +22,7 @@ from gpobench.leaderboards.baseline_as_runs import runs_of_baseline
 from gpobench.leaderboards.board import Board
 from gpobench.leaderboards.build_board import build_board
 from gpobench.leaderboards.figures import write_figures
-from gpobench.leaderboards.formatting import cell, p_value, rank, spend
+from gpobench.leaderboards.formatting import cell, p_value, rank, spend, transfer
 from gpobench.leaderboards.margins import choose_rules
 from gpobench.leaderboards.new_baseline import report_numbers
 from gpobench.leaderboards.regress import LoadedBaseline
@@ -61,8 +61,8 @@ def short(table: Board, roles: Sequence[str] = SHOWN_ROLES) -> list[str]:
     first = cell(table.base_row.cells[table.key].after)
     head = ["rank", "method", f"{table.key} (held out), base {first}", "p (Holm)"]
     head += [f"{key} (training scorer)" if key == _first(table, "training") else key for key in shown]
-    head += [f"CMMD ({drift})"] if drift else []
-    has_flags = any(row.hacked or row.single_seed for row in table.rows)
+    head += ["transfer", *([f"CMMD ({drift})"] if drift else [])]
+    has_flags = any(row.hack or row.single_seed for row in table.rows)
     head += ["images", "updates", "seconds", *(["marks"] if has_flags else [])]
     lines = [head, ["---"] * len(head)]
     for row in table.rows:
@@ -70,9 +70,9 @@ def short(table: Board, roles: Sequence[str] = SHOWN_ROLES) -> list[str]:
             continue
         line = [rank(row), row.label, cell(row.versus, sign=True), p_value(row.holm)]
         line += [cell(row.cells[key].delta, sign=True) if key in row.cells else "" for key in shown]
-        line += [cell(row.cmmd.get(drift))] if drift else []
+        line += [transfer(row), *([cell(row.cmmd.get(drift))] if drift else [])]
         line += [spend(c, row.spent[c]) if c in row.spent else "" for c in ("images", "updates", "seconds")]
-        flags = ["hack" if row.hacked else "", "one seed" if row.single_seed else ""]
+        flags = ["hack" if row.hack else "", "one seed" if row.single_seed else ""]
         line += [", ".join(filter(None, flags))] if has_flags else []
         lines.append(line)
     return [f"| {' | '.join(text.replace('<', '&lt;') for text in line)} |" for line in lines]

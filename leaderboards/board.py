@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..bench.evaluation.ranking import RANK_RULE
+from ..bench.evaluation.transfer import FLAG_LEVEL, HONEST_TRANSFER, Transfer
 from ..bench.stats.intervals import Estimate
 from ..bench.stats.law import RankInterval
 from .frontier import Frontier
@@ -25,6 +26,9 @@ RULES = (
     "p: against the baseline, corrected over the rows (Holm). A row of one seed is lent the variance between seeds from the rows with "
     "several, else from the library of seed variances; where neither knows it, the row has no p and is ranked neither above nor below "
     "another.",
+    "Transfer: the held-out gain over the training gain on the same images, with its 95 % interval (Fieller); none where the training "
+    "scorer does not rise for sure. Hack flag: the training scorer rises for sure and the transfer is below "
+    f"{HONEST_TRANSFER:g} (one-sided, {100 * FLAG_LEVEL:g} %), or a quality column falls (5 %, Holm over these columns).",
 )
 
 
@@ -64,7 +68,9 @@ class BoardRow:
     rank: RankInterval | None = None  # None: not ranked
     seed_source: SeedSource = ""  # where the variance between its seeds comes from
     spent: Mapping[str, float] = field(default_factory=dict[str, float])  # by currency, the mean over seeds
-    hacked: int = 0  # seeds whose record has the hack flag
+    transfer: Transfer | None = None  # to the held-out scorer of the task's key
+    hack: tuple[str, ...] = ()  # why the row has the hack flag
+    hacked: int = 0  # seeds whose record has it
     invalid: bool = False
     faults: tuple[str, ...] = ()  # what went wrong in the runs that ended by a fault
     trials: int = 0  # of tuning, whose spend is not in `spent`

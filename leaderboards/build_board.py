@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 
 from ..bench.errors import UserError
 from ..bench.evaluation.ranking import ranks, significant_pairs
+from ..bench.evaluation.transfer import Transfer
 from . import paper_numbers
 from .board import BASE, Board, BoardRow
 from .build_frontier import build_frontiers
+from .cmmd import cmmd_of_rows
 from .columns import find_columns, ranking_key, task_key
 from .comparable import budget_bounds, check_comparable, check_same_base, scorer_ids
 from .contrasts import BoardScores, cells_of, corrected_p, estimate_all, row_order
 from .notes import key_notes, notes_on
 from .rows import base_row, find_row, group_runs, method_row, settings_text
 from .runs import LoadedRun
+from .transfer import flags_of_rows, row_transfers
 
 
 def build_board(
@@ -53,7 +56,7 @@ def build_board(
     scores = BoardScores(columns, group_runs(runs), bases, key)
     unranked = [base_row(bases)] + [method_row(label, group) for label, group in scores.groups.items()]
     baseline = find_row(unranked, baseline).label
-    rows = _ranked(unranked, scores, baseline)
+    rows = _ranked(unranked, scores, baseline, row_transfers(scores, by_task))
     first = runs[0].record
     return Board(
         task=first.task,
@@ -76,22 +79,29 @@ def build_board(
     )
 
 
-def _ranked(rows: Sequence[BoardRow], scores: BoardScores, baseline: str) -> list[BoardRow]:
+def _ranked(
+    rows: Sequence[BoardRow], scores: BoardScores, baseline: str, transferred: Mapping[str, Sequence[Transfer]]
+) -> list[BoardRow]:
     """Return the rows with cells, tests and ranks; ranked ones first, by falling mean, then the others by label."""
     order = row_order(rows, scores)
     estimates = estimate_all(scores, baseline, order)
     differences = {pair: estimates[pair[1], scores.key, f"below {pair[0]}"] for pair in combinations(order, 2)}
     rank_by_label = ranks(order, significant_pairs(differences))
     holm = corrected_p(order, scores.key, estimates)
+    cmmd = cmmd_of_rows({label: [r.record for r in group] for label, group in scores.groups.items()})
+    flags = flags_of_rows(scores, transferred, estimates)
     place = {label: k for k, label in enumerate(order)}
     return [
         replace(
             row,
+            cmmd=cmmd.get(row.label, {}),
             cells=cells_of(row.label, scores, estimates),
             versus=estimates.get((row.label, scores.key, "versus")),
             rank=rank_by_label.get(row.label),
             holm=holm.get(row.label, math.nan),
             seed_source=scores.seed_source(row.label),
+            transfer=next(iter(transferred.get(row.label, ())), None),
+            hack=flags.get(row.label, ()),
         )
         for row in sorted(rows, key=lambda r: (place.get(r.label, len(rows)), r.label))
     ]

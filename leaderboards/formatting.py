@@ -45,6 +45,20 @@ def p_value(p: float) -> str:
     return "" if not math.isfinite(p) else "<.001" if p < 0.001 else number(p)
 
 
+def transfer(row: BoardRow) -> str:
+    """Format a transfer ratio as .81 [.62, 1.05]; "not told" where the training scorer does not rise for sure; empty without scores."""
+    if row.transfer is None:
+        return ""
+    r = row.transfer.ratio
+    return cell(Estimate(r.ratio, r.low, r.high, r.n)) if r.rises else "not told"
+
+
+def transfer_head(board: Board) -> str:
+    """Name the column of the transfer ratio by its two scores; empty where no row has one."""
+    each = next((r.transfer for r in board.rows if r.transfer), None)
+    return f"transfer ({each.held_out} over {each.training})" if each else ""
+
+
 def spend(currency: str, x: float) -> str:
     """Format a spend as 40,000 or 6.72e+12 flops."""
     return f"{x:.2e}" if currency == "flops" else f"{x:,.0f}"
@@ -75,7 +89,7 @@ def flags(row: BoardRow) -> dict[str, str]:
     """Map letters of MARKS to the marks in words, for the marks that a row has."""
     words = {
         "s": "one seed" if row.single_seed else "",
-        "h": f"HACK ({row.hacked} of {len(row.seeds)} seeds)" if row.hacked else "",
+        "h": "HACK" if row.hack else "",
         "!": "INVALID" if row.invalid else "",
         "f": "FAULT" if row.faults else "",
         "t": f"tuned in {row.trials} trials" if row.trials else "",

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..bench.evaluation import record
 from ..bench.evaluation.ranking import MANDATORY_BASELINES
+from ..bench.evaluation.transfer import UNIT_NOTE
 from ..bench.evaluation.verification import REFUTED, read_statements, verification_line
 from .board import BoardRow, Column
 from .looks import look_notes
@@ -24,6 +25,8 @@ def notes_on(rows: Sequence[BoardRow], columns: Sequence[Column], key: str, runs
     if missing:
         notes.append(f"Rows that every table should have and this one lacks: {', '.join(missing)}.")
     notes += look_notes(rows, runs, key)
+    if any(row.transfer and row.transfer.unit == "sd" for row in rows):
+        notes.append(UNIT_NOTE)
     notes += _verification_notes(rows, runs)
     notes += _seed_notes(rows) + _lending_notes(rows) + _row_notes(rows, runs) + _scorer_notes(rows, columns)
     role = next(c.role for c in columns if c.key == key)
@@ -91,6 +94,8 @@ def _row_notes(rows: Sequence[BoardRow], runs: Sequence[LoadedRun]) -> list[str]
             notes.append(
                 f"{row.label} changed no score of any image; it made {updates:,.0f} updates within the budget."
             )
+        if row.hack:
+            notes.append(f"{row.label} has the hack flag: {'; '.join(row.hack)}.")
         if row.invalid:
             share = 100 * record.INVALID
             notes.append(f"{row.label}: more than {share:g} % of the images could not be scored, so it is not ranked.")

@@ -13,7 +13,7 @@ from ..bench.stats.intervals import Estimate
 from .album import Album
 from .board import BASE, RULES, Board
 from .columns import in_shown_order
-from .formatting import MARKS, cell, number, p_value, plain, spend
+from .formatting import MARKS, cell, number, p_value, plain, spend, transfer, transfer_head
 from .frontier import SERVED
 from .measures import default_axes
 from .method_colours import row_styles
@@ -58,6 +58,8 @@ def _board_values(board: Board) -> dict[str, Any]:
         "bounds": ", ".join(f"{plain(str(k))} {v:,.0f}" for k, v in board.budget.items()) or "none",
         "split": plain(str(board.evaluation.get("split", "test"))),
         "columns": in_shown_order(board),
+        "transfer": transfer,
+        "transfer_head": plain(transfer_head(board).removeprefix("transfer (").removesuffix(")")),
         "embedders": list(dict.fromkeys(name for r in board.rows for name in r.cmmd)),
         "currencies": list(dict.fromkeys(c for r in board.rows for c in r.spent)),
         "reported": _reported(board),

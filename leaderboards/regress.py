@@ -227,7 +227,7 @@ def _compare(against: LoadedBaseline, runs: Sequence[LoadedRun], notes: Sequence
         raise UserError(f"no number in common: these runs have none of the scores that {against.path} reports")
     scores = _number_scores(against, matches)
     changes = estimate_changes(scores, against.scores.strata)
-    notes += [f"{r.folder.name} has the hack flag." for r in runs if record.flagged(r.record)]
+    notes += [f"{r.folder.name} has the hack flag." for r in runs if r.record.flags.hack]
     notes += _last_digits(b, processors(runs), bool(changes.repeated.all()))
     return _Comparison(against, matches, scores, changes, missing, notes)
 

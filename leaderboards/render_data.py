@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..bench.evaluation.transfer import HONEST_TRANSFER, Transfer
 from ..bench.stats.intervals import Estimate
 from .board import RULES, Board, BoardRow
 from .formatting import csv_cell
@@ -30,6 +31,7 @@ def as_csv(board: Board) -> str:
         *three(f"{board.key} minus {board.baseline}"),
         "p",
         "p holm",
+        *three("transfer"),
     ]
     for c in board.columns:
         head += [*three(f"{c.key} before"), *three(f"{c.key} after"), *three(f"{c.key} difference")]
@@ -54,6 +56,8 @@ def as_csv(board: Board) -> str:
         ranks = ("", "") if r.rank is None else (str(r.rank.best), str(r.rank.worst))
         line = ["measured", *ranks, r.label, r.method, *ends(r.versus)]
         line += ["" if x is None or not math.isfinite(x) else f"{x:.6g}" for x in (r.versus and r.versus.p, r.holm)]
+        ratio = r.transfer and r.transfer.ratio
+        line += ends(Estimate(ratio.ratio, ratio.low, ratio.high, ratio.n) if ratio else None)
         for c in board.columns:
             scores = r.cells.get(c.key)
             line += [
@@ -137,8 +141,10 @@ def _json_row(board: Board, r: BoardRow) -> dict[str, Any]:
         "metrics": metrics,
         "cmmd": {name: _estimate(e) for name, e in r.cmmd.items()},
         "versus_baseline": {**_estimate(r.versus), "p_holm": r.holm} if r.versus else None,
+        "transfer": _transfer(r.transfer) if r.transfer else None,
         "budget": dict(r.spent),
-        "flags": {"hack": r.hacked > 0, "single_seed": r.single_seed, "invalid": r.invalid, "fault": bool(r.faults)},
+        "flags": {"hack": bool(r.hack), "single_seed": r.single_seed, "invalid": r.invalid, "fault": bool(r.faults)},
+        "hack_reasons": list(r.hack),
         "faults": list(r.faults),
         "hack_seeds": r.hacked,
         "tuning_trials": r.trials,
@@ -162,6 +168,13 @@ def _json_frontier(f: Frontier) -> dict[str, Any]:
             for r in f.trained
         ],
     }  # fmt: skip
+
+
+def _transfer(each: Transfer) -> dict[str, Any]:
+    r = each.ratio
+    scores = {"held_out": each.held_out, "training": each.training, "unit": each.unit}
+    numbers = {"value": r.ratio, "ci_low": r.low, "ci_high": r.high, "n_prompts": r.n}
+    return {**scores, **numbers, "p_training": r.p_rises, "p_below": each.p_below, "below": HONEST_TRANSFER}
 
 
 def _estimate(e: Estimate) -> dict[str, Any]:

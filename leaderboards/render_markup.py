@@ -6,7 +6,20 @@ import html
 
 from .board import RULES, Board
 from .columns import in_shown_order
-from .formatting import ARROW, cell, escape_markdown, flags, p_value, paper_lines, plain, rank, spend, title
+from .formatting import (
+    ARROW,
+    cell,
+    escape_markdown,
+    flags,
+    p_value,
+    paper_lines,
+    plain,
+    rank,
+    spend,
+    title,
+    transfer,
+    transfer_head,
+)
 from .render_frontier import frontier_sections
 
 
@@ -16,12 +29,14 @@ def _table(board: Board) -> list[list[str]]:
     embedders = list(dict.fromkeys(name for r in board.rows for name in r.cmmd))
     columns = in_shown_order(board)
     head = ["rank", "method", f"{board.key} minus {board.baseline}", "p (Holm)"]
+    head += [transfer_head(board)] if transfer_head(board) else []
     for c in columns:
         head += [f"{c.key} ({c.role}): before {ARROW} after", f"{c.key}: difference"]
     head += [*(f"CMMD to the base ({name})" for name in embedders), *currencies, "seeds", "verified", "marks"]
     lines = [head]
     for r in board.rows:
         line = [rank(r), r.label, cell(r.versus, sign=True), p_value(r.holm)]
+        line += [transfer(r)] if transfer_head(board) else []
         for c in columns:
             mine = r.cells.get(c.key)
             before = f"{cell(mine.before)} {ARROW} " if mine and mine.before else ""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ..bench.evaluation.ranking import verdict_beside
 from .board import RULES, Board
 from .columns import in_shown_order
-from .formatting import MARKS, cell, flags, p_value, paper_lines, plain, rank, spend, title
+from .formatting import MARKS, cell, flags, p_value, paper_lines, plain, rank, spend, title, transfer
 from .render_frontier import FrontierSection, frontier_sections
 
 ColumnText = tuple[str, list[str]]  # head, the cell of each row
@@ -61,6 +61,7 @@ def _optional_columns(board: Board) -> list[ColumnText]:
     training = [*([verdict] if verdict else []), *(key for key in training if key != verdict)]
     return [
         *((key, _scores(board, key)) for key in training),
+        ("transfer", [transfer(r) for r in rows]),
         (currency, [spend(currency, r.spent[currency]) if currency in r.spent else "" for r in rows]),
         ("seeds", [str(len(r.seeds) or "") for r in rows]),
         ("verified", [r.verified for r in rows]),

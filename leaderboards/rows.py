@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from ..bench.evaluation import record
 from ..bench.evaluation.ranking import MANDATORY_BASELINES
 from ..bench.evaluation.record import Record
 from ..bench.evaluation.verification import lowest_level, read_statements
-from ..bench.stats.intervals import Estimate
 from .board import BASE, BoardRow
 from .runs import Array, LoadedRun
 
@@ -65,7 +63,7 @@ def base_row(bases: Mapping[str, LoadedRun]) -> BoardRow:
 
 
 def method_row(label: str, group: Sequence[LoadedRun]) -> BoardRow:
-    """Build the row of one group of runs, without cells and rank."""
+    """Build the row of one group of runs, without cells, rank and CMMD."""
     records = [r.record for r in group]
     currencies = dict.fromkeys(c for r in records for c in r.spent)
     method = records[0].method
@@ -77,9 +75,8 @@ def method_row(label: str, group: Sequence[LoadedRun]) -> BoardRow:
         folders=tuple(str(r.folder) for r in group),
         settings=settings_of(records[0]),
         cells={},
-        cmmd=_cmmd(records),
         spent={c: float(np.mean([r.spent[c] for r in records if c in r.spent])) for c in currencies},
-        hacked=sum(map(record.flagged, records)),
+        hacked=sum(r.flags.hack for r in records),
         invalid=any(r.flags.invalid for r in records)
         or _missing_share([scores for r in group for scores in (r.before, r.after)]) > record.INVALID,
         faults=tuple(dict.fromkeys(r.fault for r in records if r.fault)),
@@ -102,32 +99,6 @@ def find_row(rows: Sequence[BoardRow], name: str) -> BoardRow:
 def _missing_share(evaluations: Sequence[Mapping[str, Array]]) -> float:
     """Return the largest share of images without a score, over scorers and metrics."""
     return max((float(np.isnan(scores).mean()) for by_key in evaluations for scores in by_key.values()), default=1.0)
-
-
-def _cmmd(records: Sequence[Record]) -> dict[str, Estimate]:
-    """Map embedder to the mean over seeds of CMMD, which has no value by prompt.
-
-    A seed's own interval estimates the prompts' variance, which seeds share; the variance between seeds is added. The interval
-    is normal, with Student's quantile at Welch-Satterthwaite degrees of freedom.
-    """
-    from scipy.stats import t
-
-    estimates: dict[str, Estimate] = {}
-    for name in dict.fromkeys(name for r in records for name in r.cmmd):
-        numbers = [r.cmmd[name] for r in records if name in r.cmmd]
-        means = np.array([math.nan if n.mean is None else n.mean for n in numbers])
-        ends = np.array([[math.nan if end is None else end for end in n.ci] for n in numbers])
-        mean, seeds = float(means.mean()), len(numbers)
-        if seeds == 1:
-            estimates[name] = Estimate(mean, float(ends[0, 0]), float(ends[0, 1]), numbers[0].n)
-            continue
-        v_prompt = float((((ends[:, 1] - ends[:, 0]) / (2 * 1.96)) ** 2).mean())
-        v_seed = float(means.var(ddof=1)) / seeds
-        n, total = min(number.n for number in numbers), v_prompt + v_seed
-        df = total**2 / (v_prompt**2 / max(n - 1, 1) + v_seed**2 / (seeds - 1)) if total > 0 else 1.0
-        half = float(t.ppf(0.975, df)) * math.sqrt(total)
-        estimates[name] = Estimate(mean, mean - half, mean + half, n, math.sqrt(total), seeds=seeds)
-    return estimates
 
 
 def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

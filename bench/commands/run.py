@@ -167,10 +167,13 @@ def print_run_result(r: Record) -> None:
         console.print(_strata_table(r))
     for name, number in r.cmmd.items():
         console.print(f"drift from the base by CMMD ({name}): {cell(number)}", highlight=False)
+    from ..evaluation.transfer import transfer_text
+
+    for key, transfer in r.transfer.items():
+        console.print(f"transfer to {key}: {transfer_text(transfer)}", highlight=False, markup=False)
     if r.flags.hack:
-        console.print(
-            "HACK FLAG: the training scorer rose; the held-out ones did not, or a quality column fell", style="bold red"
-        )
+        reasons = "; ".join(r.flags.reasons) or "the held-out scorers did not follow, or a quality column fell"
+        console.print(f"HACK FLAG: {reasons}", style="bold red", markup=False)
     if r.fault:
         console.print(f"FAULT, so this is no result: {r.fault}", style="bold red", markup=False, highlight=False)
     if r.flags.invalid:

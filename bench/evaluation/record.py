@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,7 +21,6 @@ INVALID = 0.005  # share of images that could not be scored above which a row is
 INVALID_RULE = f"more than {100 * INVALID:g} % of the images of a scorer have no score"
 RECORD = "record.json"  # the record's own name among its checksums
 SCHEMA = 4  # the version that is written, and the only one that is read
-SIGNIFICANT = 1.96  # standard errors of a two-sided test at 5 %
 # How the libraries under torch are told to use fewer instructions; torch's own limit shows in the instruction set it names.
 LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 Key = str  # `scorer/metric`
@@ -75,10 +73,24 @@ class Flags(_Part):
     """What a reader should know before using the numbers."""
 
     hack: bool = Field(
-        description="the training scorer rises and the held-out ones do not follow, or a quality column falls by more than 2 SE"
+        description="the training scorer rises for sure, and the held-out ones by less than .4 of it or a quality column falls for sure"
     )
+    reasons: list[str] = Field(default_factory=list, description="why the hack flag is set")
     invalid: bool = Field(description="more than 0.5 % of the images of a scorer could not be scored")
     single_seed: bool = True
+
+
+class RecordedTransfer(_Part):
+    """A held-out gain over the training gain, on the same images: null where the training scorer does not rise for sure."""
+
+    training: Key
+    unit: Literal["score", "sd"] = Field(
+        description="of both gains: the score, or standard deviations of the base's scores between prompts"
+    )
+    ratio: float | None
+    ci: tuple[float | None, float | None]
+    p_below: float | None = Field(description="one-sided, of a ratio below .4")
+    n: int = Field(description="prompts")
 
 
 class ScorerUse(_Part):
@@ -152,6 +164,9 @@ class Record(_Part):
         default="",
         description="the scorer/metric that ranks, fixed by the task; '' in a record from before it was stated",
     )
+    transfer: dict[Key, RecordedTransfer] = Field(
+        default_factory=dict, description="held-out scorer/metric -> how much of the training gain it shows"
+    )
     curve: list[Point] = Field(default_factory=list)
     nfe_an_image: int | None = Field(
         default=None, description="evaluations of the network for one image under the protocol of the evaluation"
@@ -199,55 +214,6 @@ def elsewhere(records: Sequence[Record]) -> int:
     current = revision()
     revisions = [str(record.provenance.get("revision", "")) for record in records]
     return sum(made_by != current or not current or current.endswith("-dirty") for made_by in revisions)
-
-
-def hacked(
-    delta: Mapping[str, Mapping[str, Any]], training: str, held_out: Sequence[str], quality: Sequence[str] = ()
-) -> bool:
-    """Return whether the training scorer rises significantly and no held-out scorer does, or a quality scorer falls.
-
-    A held-out scorer does not follow when its rise is not significant and significantly smaller than the training scorer's,
-    each in its own standard errors. A small rise that the held-out scorer shows with a little less certainty is no hack. A
-    quality scorer falls when its first metric falls by more than 2 standard errors.
-
-    Args:
-        delta: `scorer/metric` -> {mean, ci} of after minus before.
-        training: the `scorer/metric` trained on.
-        held_out: names of scorers.
-        quality: names of scorers.
-    """
-    metric = training.partition("/")[2]
-    rises = [_z(delta[key]) for key in (_counterpart(delta, name, metric) for name in held_out) if key]
-    rises = [rise for rise in rises if not math.isnan(rise)]  # NaN: could not be scored
-    quality_rises = [_z(delta[key]) for key in (_counterpart(delta, name, "") for name in quality) if key]
-    own_rise = _z(delta[training])
-    alone = rises and all(rise < SIGNIFICANT and own_rise - rise > SIGNIFICANT * math.sqrt(2) for rise in rises)
-    return own_rise > SIGNIFICANT and bool(alone or any(rise < -2 for rise in quality_rises))
-
-
-def flagged(record: Record) -> bool:
-    """The hack flag of a record, computed again by the rule of this version."""
-    by_role = {role: [n for n, use in record.scorers.items() if use.role == role] for role in get_args(Role)}
-    trained = [f"{name}/{metric}" for name in by_role["training"] for metric in record.scorers[name].metrics[:1]]
-    if not trained or trained[0] not in record.delta:
-        return record.flags.hack
-    delta = {key: number.model_dump() for key, number in record.delta.items()}
-    return hacked(delta, trained[0], by_role["held-out"], by_role["quality"])
-
-
-def _z(number: Mapping[str, Any]) -> float:
-    """The mean in standard errors, those of its 95 % interval; NaN where there is none."""
-    mean, (low, high) = number["mean"], number["ci"]
-    if mean is None or low is None or high is None or not math.isfinite(mean):
-        return math.nan
-    se = (high - low) / (2 * SIGNIFICANT)
-    return math.nan if math.isnan(se) else mean / se if se > 0 else math.copysign(math.inf, mean) if mean else 0.0
-
-
-def _counterpart(delta: Mapping[str, Any], scorer: str, metric: str) -> str | None:
-    """The key of the scorer's metric of that name, else of its first metric, else None."""
-    keys = [key for key in delta if key.startswith(f"{scorer}/")]
-    return f"{scorer}/{metric}" if f"{scorer}/{metric}" in keys else next(iter(keys), None)
 
 
 def write(path: Path, record: Record) -> None:

@@ -49,6 +49,11 @@ class ScorerSet:
         """The `scorer/metric` that methods are trained on."""
         return f"{self.training.name}/{self.training.metrics[0]}"
 
+    @property
+    def quality_keys(self) -> list[str]:
+        """The first `scorer/metric` of each quality scorer, whose fall sets the hack flag."""
+        return [f"{scorer.name}/{scorer.metrics[0]}" for scorer in self.quality]
+
     def role(self, scorer: Scorer) -> Role:
         """The role of one of the scorers, as a record names it."""
         if scorer is self.training:

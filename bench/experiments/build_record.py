@@ -6,10 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..evaluation import record
-from ..evaluation.estimates import by_stratum, differences, estimates, invalid, task_summary, unscored_images
+from ..evaluation.estimates import (
+    Evaluation,
+    by_stratum,
+    differences,
+    estimates,
+    invalid,
+    task_summary,
+    unscored_images,
+)
 from ..evaluation.record import Flags, FrontierPoint, Observed, ObservedCounts, Record, ScorerUse
 from ..evaluation.scorer_set import ScorerSet
 from ..evaluation.splits import prompts_hash
+from ..evaluation.transfer import RunScores, Transfer, flag_keys, hack_reasons, transfers
 from ..spec import nfe_of_an_image
 from ..training.observation import (
     BACKWARDS,
@@ -37,6 +46,10 @@ def build_record(context: RunContext, stage: BudgetedStage, result: RunResult) -
     config, scorers, meter = context.config, context.scorers, stage.meter
     before, after = result.before, result.after
     delta = differences(before, after)
+    uses = _scorer_uses(scorers, stage, result)
+    transferred = _transfers(scorers, uses, before, after)
+    quality = scorers.quality_keys
+    reasons = hack_reasons(transferred, {key: (delta[key]["mean"], delta[key]["p"]) for key in quality if key in delta})
     observed = _observed(context, stage)
     return Record(
         method=config.method,
@@ -55,15 +68,15 @@ def build_record(context: RunContext, stage: BudgetedStage, result: RunResult) -
         nfe_by_role=dict(meter.roles),
         observed=observed,
         flags=Flags(
-            hack=record.hacked(
-                delta, scorers.training_key, [s.name for s in scorers.held_out], [s.name for s in scorers.quality]
-            ),
+            hack=bool(reasons),
+            reasons=list(reasons),
             invalid=invalid(before.table)
             or invalid(after.table)
             or meter.errors > record.INVALID * max(1, meter.reward_calls),
         ),
-        scorers=_scorer_uses(scorers, stage, result),
+        scorers=uses,
         key=scorers.key,
+        transfer={each.held_out: each.recorded() for each in transferred},
         curve=result.curve,  # type: ignore[arg-type]
         nfe_an_image=nfe_of_an_image(context.model),
         frontier=[
@@ -92,6 +105,22 @@ def build_record(context: RunContext, stage: BudgetedStage, result: RunResult) -
         checksums=context.files.checksums(),
         tuning=config.tuned,
     )
+
+
+def _transfers(
+    scorers: ScorerSet, uses: Mapping[str, ScorerUse], before: Evaluation, after: Evaluation
+) -> tuple[Transfer, ...]:
+    """The transfer ratios of this run, one a held-out scorer; that of the key first."""
+    keys = flag_keys(uses, [key for key in after.keys() if key in before.keys()], scorers.key)
+    if keys is None:
+        return ()
+    needed = [
+        key
+        for key in after.keys()
+        if key.partition("/")[0] in (scorers.training.name, *(s.name for s in scorers.held_out))
+    ]
+    run = RunScores(*({key: evaluation.matrix(key) for key in needed} for evaluation in (before, after)))
+    return transfers([[run]], keys, after.strata())[0]
 
 
 def _observed(context: RunContext, stage: BudgetedStage) -> Observed:

@@ -10,6 +10,7 @@ from ..errors import Missing, UserError
 from ..evaluation import record
 from ..evaluation.record import Number, Record
 from ..evaluation.seed_library import seed_note
+from ..evaluation.transfer import transfer_text
 from ..evaluation.verification import Verified, read_statements, verification_line
 from ..files import copy_file, write_atomically
 from ..model_spec import ModelSpec, find_model_spec
@@ -149,8 +150,8 @@ def _warnings(r: Record, searched: bool) -> list[str]:
     share = f"{100 * record.INVALID:g} %"
     warnings = {
         f"This run ended by a fault, so it is no result and in no ranking: {r.fault}.": bool(r.fault),
-        "The training scorer rose while the held-out ones did not, or a quality column fell: the gain may be the scorer's "
-        "error rather than better images.": r.flags.hack,
+        "The training scorer rose while the held-out ones followed too little, or a quality column fell: the gain may be the scorer's "
+        f"error rather than better images.{_reasons(r)}": r.flags.hack,
         f"More than {share} of the images of a scorer could not be scored: these numbers are not valid.": r.flags.invalid,
         "This run searched at inference and trained nothing: there is no adapter, and the training scorer chose the "
         "images, so only the held-out scorers say what was gained.": searched,
@@ -180,6 +181,10 @@ def _id(r: Record, key: str) -> str:
     """Return the id of the scorer or embedder behind a key."""
     name = key.partition("/")[0]
     return r.scorers[name].id if name in r.scorers else r.embedders.get(name.partition("-")[2], "")
+
+
+def _reasons(r: Record) -> str:
+    return f" By the numbers: {'; '.join(r.flags.reasons)}." if r.flags.reasons else ""
 
 
 def _number(n: Number) -> dict[str, Any]:
@@ -320,6 +325,7 @@ def _body(card: _ModelCard) -> str:
             *(f"| scorer {name} | `{scorer.id}`, {scorer.role} |" for name, scorer in r.scorers.items()),
             *(f"| embedder {name} | `{text}` |" for name, text in r.embedders.items()),
             f"| weights of the base | `{provenance.get('weights', 'unknown')}` |",
+            *(f"| transfer to {key} | {transfer_text(each)} |" for key, each in r.transfer.items()),
             f"| flags | {', '.join(flags) or 'none'} |",
             f"| verification | {verification_line(card.verified).removeprefix('Verification: ')} |",
             f"| code | gpobench `{provenance.get('revision') or 'unknown'}`; {versions} |",

@@ -275,7 +275,7 @@ def rejection(run_record: Record, key: str) -> str:
     if reason := record.disqualification(run_record):
         return reason
     if run_record.flags.hack:
-        return "hack flag: no held-out scorer rose"
+        return f"hack flag: {'; '.join(run_record.flags.reasons) or 'no held-out scorer rose'}"
     return "not scored" if mean is None or not math.isfinite(mean) else ""
 
 

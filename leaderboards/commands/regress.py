@@ -169,7 +169,6 @@ def _print(reports: Sequence[RegressionReport], output: Output) -> int:
 
 def _update(path: Path, runs: Sequence[LoadedRun], keys: Sequence[str], margins: Sequence[str]) -> None:
     """Write a baseline of these runs; where they are of several tasks, one for each task and an index of them."""
-    from ...bench.evaluation.record import flagged
     from ..baseline import baseline_files, read_baseline, scores_path, write_baseline, write_index
     from ..new_baseline import BaselineRequest, make_baseline
 
@@ -194,7 +193,7 @@ def _update(path: Path, runs: Sequence[LoadedRun], keys: Sequence[str], margins:
     if index:
         write_index(path, list(dict.fromkeys([*([] if listed == [path] else listed), *baselines_by_file])))
     for each in runs:
-        if flagged(each.record):
+        if each.record.flags.hack:
             say(f"gpobench: {each.folder} has the hack flag, and is now part of a baseline", err=True)
     for file, each in zip(baselines_by_file, written, strict=True):
         _warn_of_wide_margins(file, each)

@@ -135,7 +135,7 @@ def make_at() -> Callable[..., Path]:
     return make_run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def before_and_after() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     return scores
 

@@ -360,8 +360,25 @@ def test_cmmd_of_several_seeds(make: Make) -> None:
     v_prompt, v_seed = (0.04 / 2 / 1.96) ** 2, 0.01 / 3
     assert e.mean == pytest.approx(0.2) and e.se == pytest.approx(math.sqrt(v_prompt / 4 * 4 + v_seed))
     assert e.high - e.mean > 4 * math.sqrt(v_seed)  # Student's, at little more than two degrees of freedom
+    assert e.low == 0  # no distance is below it
     first = row(table(folders[0]), "gpo").cmmd["clip"]
     assert (first.low, first.high) == pytest.approx((0.08, 0.12))
+
+
+def test_the_spread_of_cmmd_is_moderated_over_rows_of_any_size(make: Make) -> None:
+    """Rows that moved ten times as far spread ten times as much: each gets an interval of its own scale, narrower than alone."""
+    made: dict[str, list[Path]] = {}
+    for k, (name, scale) in enumerate((("gpo", 1.0), ("awm", 10.0), ("dgpo", 0.1), ("rwr", 1.0))):
+        means = [scale * (1 + 0.1 * x) for x in np.random.default_rng(k).normal(size=2)]
+        numbers = [Number(mean=m, ci=(m - 0.01 * scale, m + 0.01 * scale), n=40) for m in means]
+        made[name] = [make(f"{name}{s}", name, s, cmmd={"clip": numbers[s]}) for s in range(2)]
+    together = table(*(folder for folders in made.values() for folder in folders))
+    width = lambda b, name: (e := row(b, name).cmmd["clip"]).high - e.mean
+    assert (
+        5 < width(together, "awm") / width(together, "gpo") < 20
+        and 5 < width(together, "gpo") / width(together, "dgpo") < 20
+    )
+    assert width(together, "gpo") < width(table(*made["gpo"]), "gpo")
 
 
 # Marks

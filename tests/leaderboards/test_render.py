@@ -36,7 +36,9 @@ HOSTILE = r"""<script>alert("1")</script> | a & b_c $x$ {~^#%} \end{tabular} \\ 
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, make_at: Callable[..., Path]) -> Board:
+def made(
+    tmp_path_factory: pytest.TempPathFactory, make_at: Callable[..., Path], before_and_after: Callable[..., Any]
+) -> Board:
     """Three methods, one of them invalid, one with the hack flag; and the paper numbers of another model."""
     run_dir = tmp_path_factory.mktemp("runs")
     for s in range(2):
@@ -48,7 +50,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, make_at: Callable[..., Path])
             tuning={"trials": 8},
             cmmd={"clip": Number(mean=0.1, ci=(0.0, 0.2), n=9)},
         )
-    make_at(run_dir / "awm", "awm", 0, 0.1, flags=Flags(hack=True, invalid=False))
+    hack = {"engine/exact": before_and_after(0.1, 3), KEY: before_and_after(0.0, 4)}
+    make_at(run_dir / "awm", "awm", 0, scores_by_key=hack, flags=Flags(hack=True, invalid=False))
     make_at(run_dir / "sft", "sft", 0, 0.0, flags=Flags(hack=False, invalid=True))
     return replace(build_board(load_runs([run_dir])), reported=tuple(paper_numbers.matching("ocr", "sd35m")))
 
@@ -176,7 +179,7 @@ def test_the_full_tables_say_the_same(made: Board) -> None:
     assert gpo[f"{KEY} minus base"] == cell(made.rows[0].versus, sign=True)
     assert " → " in gpo[f"{KEY} (held-out): before → after"] and gpo["CMMD to the base (clip)"].startswith(".100")
     marks = {r[1]: r[-1] for r in rows}
-    assert marks["awm"] == "one seed; HACK (1 of 1 seeds)" and "INVALID" in marks["sft"]
+    assert marks["awm"] == "one seed; HACK" and "INVALID" in marks["sft"]
     assert {r[1]: r[0] for r in rows}["sft"] == "-"
 
 
@@ -199,6 +202,14 @@ def test_programs_read_it(made: Board) -> None:
         "invalid": False,
         "fault": False,
     }
+    awm = next(r for r in output["rows"] if r["label"] == "awm")
+    assert awm["flags"]["hack"] and "transfer below 0.4" in awm["hack_reasons"][0] and awm["transfer"]["ci_high"] < 0.4
+    assert (gpo["transfer"]["held_out"], gpo["transfer"]["training"], gpo["transfer"]["unit"]) == (
+        KEY,
+        "engine/exact",
+        "sd",
+    )
+    assert gpo["transfer"]["ci_low"] < gpo["transfer"]["value"] < gpo["transfer"]["ci_high"]
     assert gpo["provenance"]["kind"] == "reproduced" and len(gpo["provenance"]["source"]) == 2
     assert (
         output["task"]["name"] == "ocr"
@@ -208,6 +219,7 @@ def test_programs_read_it(made: Board) -> None:
     assert {r["provenance"]["kind"] for r in output["reported"]} == {"reported"}
     rows = list(csv.DictReader(io.StringIO(render(made, "csv"))))
     assert [r["label"] for r in rows[:4]] == [r.label for r in made.rows] and len(rows) == 4 + len(made.reported)
+    assert float(rows[0]["transfer low"]) == pytest.approx(gpo["transfer"]["ci_low"], rel=1e-5)
     assert float(rows[0][f"{KEY} after"]) == pytest.approx(mine.after.mean, rel=1e-5)
     assert {r["provenance"] for r in rows[4:]} == {"reported"} and all(
         not r["rank"] and r["reported value"] for r in rows[4:]
@@ -219,7 +231,7 @@ def test_a_terminal_gets_what_fits(made: Board, width: int) -> None:
     text = render(made, width=width)
     assert max(map(cell_len, text.splitlines())) <= width
     assert KEY in text and cell(made.rows[0].cells[KEY].after) in text and "one training seed" in text
-    assert ("More columns" in text) is (width == 70) and ("engine/exact" in text.split("\n\n")[1]) is (width > 70)
+    assert ("More columns" in text) is (width < 200) and ("engine/exact" in text.split("\n\n")[1]) is (width > 70)
     assert "Reported elsewhere" in text and "flow-grpo, accuracy: 0.92 fraction (with KL" in " ".join(text.split())
 
 

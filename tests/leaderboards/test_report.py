@@ -71,7 +71,7 @@ def test_it_says_what_the_table_says(make_full: Make) -> None:
     assert facts["labels"] == [row.label for row in table.rows]
     assert {c["label"] for c in facts["curves"]} == {"gpo", "awm"}
     assert set(facts["album"]["frames"]) == {"gpo", "awm"}
-    assert "hack" not in "".join(seen.words) or any(r.hacked for r in table.rows)
+    assert "hack" not in "".join(seen.words) or any(r.hack for r in table.rows)
 
 
 def test_it_asks_the_network_for_nothing(make_full: Make) -> None:
@@ -104,10 +104,14 @@ def test_it_says_what_is_missing(make: Make, make_full: Make) -> None:
     assert 'id="curves"' not in bare and 'id="pictures"' not in bare and data(bare)["album"] is None
 
 
-def test_flags_and_seeds_are_said(make: Make) -> None:
-    flags = {"hack": True, "invalid": False}
-    words = "".join(Seen(made(make("a", "gpo", flags=flags), make("b", "awm", 0, 0.2))).words)
-    assert "hack: 1 of 1 seeds" in words and "one seed" in words and "by a fault" not in words
+def test_flags_and_seeds_are_said(make: Make, before_and_after: Callable[..., Any]) -> None:
+    hack = {"engine/exact": before_and_after(0.1, 3), "other/exact": before_and_after(0.0, 4)}
+    words = "".join(Seen(made(make("a", "gpo", scores_by_key=hack), make("b", "awm", 0, 0.2))).words)
+    assert (
+        "gpo has the hack flag: transfer below 0.4 of the gain in engine/exact" in words
+        and "one seed" in words
+        and "by a fault" not in words
+    )
     words = "".join(Seen(made(make("c", "gpo", fault="the loss is nan"), make("d", "awm", 0, 0.2))).words)
     assert "fault" in words and "gpo ended by a fault, so it is not ranked: the loss is nan." in words
 

@@ -11,14 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation import record
-from gpobench.bench.evaluation.record import Difference, Flags, Number, Record, ScorerUse, flagged, hacked
+from gpobench.bench.evaluation.record import Difference, Flags, Number, Record, ScorerUse
 from gpobench.bench.files import digest
 
 PUBLISHED = Path(record.__file__).with_name("record.schema.json")
@@ -172,84 +171,6 @@ def test_the_environment_names_the_revision_of_a_copy_without_history(monkeypatc
     assert record.revision() == "abc123" and record.provenance()["revision"] == "abc123"
     monkeypatch.delenv("GPOBENCH_REVISION")
     assert record.revision() != "abc123"
-
-
-# The hack flag
-
-
-def rise(low: float, high: float) -> dict[str, Any]:
-    return {"mean": (low + high) / 2, "ci": [low, high]}
-
-
-@pytest.mark.parametrize(
-    ("training", "held", "flag"),
-    [
-        ((0.1, 0.2), (-0.1, 0.1), True),
-        ((0.1, 0.2), (-0.2, -0.1), True),
-        ((0.1, 0.2), (0.01, 0.1), False),
-        ((-0.1, 0.2), (-0.1, 0.1), False),
-        ((-0.2, -0.1), (-0.1, 0.1), False),
-        ((0.01, 0.1), (-0.01, 0.08), False),  # a small rise, and the same a little less sure
-        ((0.01, 0.1), (-0.09, -0.01), True),
-        ((1.0, 1.2), (-0.01, 0.5), True),
-    ],
-)
-def test_the_hack_flag(training: tuple[float, float], held: tuple[float, float], flag: bool) -> None:
-    delta = {"t/soft": rise(*training), "t/exact": rise(-1, 1), "h/soft": rise(*held), "f/soft": rise(0.5, 0.6)}
-    assert hacked(delta, "t/soft", ["h"]) == flag  # "f" is no held-out scorer, its rise does not help
-    other = {"t/soft": rise(*training), "h/exact": rise(*held)}
-    assert hacked(other, "t/soft", ["h"]) == flag  # a held-out scorer with a metric of another name
-    assert not hacked(delta, "t/soft", [])
-
-
-@pytest.mark.parametrize(
-    ("training", "quality", "flag"),
-    [((0.1, 0.2), (-0.2, -0.1), True), ((0.1, 0.2), (-0.2, 0.1), False), ((-0.1, 0.2), (-0.2, -0.1), False)],
-)
-def test_a_falling_quality_column_is_a_hack_too(
-    training: tuple[float, float], quality: tuple[float, float], flag: bool
-) -> None:
-    delta = {"t/soft": rise(*training), "h/soft": rise(0.1, 0.2), "q/score": rise(*quality)}
-    assert hacked(delta, "t/soft", ["h"], ["q"]) == flag
-    assert not hacked(delta, "t/soft", ["h"])
-
-
-@pytest.mark.parametrize("training", [(math.nan, math.nan), (None, None)])
-def test_what_was_not_scored_is_no_hack(training: tuple[Any, Any]) -> None:
-    unknown = {"mean": training[0], "ci": list(training)}
-    assert not hacked({"t/soft": unknown, "h/soft": unknown, "q/score": unknown}, "t/soft", ["h"], ["q"])
-    assert not hacked({"t/soft": rise(0.1, 0.2), "h/soft": unknown}, "t/soft", ["h"])
-
-
-def test_a_rise_that_two_scorers_share_is_seldom_called_a_hack() -> None:
-    """The same true gain, small against the noise, seen by two scorers: the flag is false there, and rare."""
-    rng, wrong, times = np.random.default_rng(0), 0, 2_000
-    for _ in range(times):
-        a, b = rng.normal(2.0, 1.0, 2)  # rises in standard errors
-        delta = {name: rise(x - 1.96, x + 1.96) for name, x in (("t/soft", a), ("h/soft", b))}
-        wrong += hacked(delta, "t/soft", ["h"])
-    assert wrong / times < 0.05
-
-
-def test_the_flag_of_a_record_is_that_of_this_version() -> None:
-    number = {"mean": 0.5, "ci": (0.4, 0.6), "n": 9}
-    use = {"id": "x", "calls": 0, "seconds": 0.0, "errors": 0, "metrics": ["soft"]}
-
-    def made(held: tuple[float, float], said: bool, **roles: str) -> Record:
-        deltas = {"t/soft": rise(0.1, 0.2), "h/soft": rise(*held)}
-        return Record.model_validate(
-            {
-                "method": "m", "task": "t", "model": "x", "seed": 0, "stop": "", "run_dir": "", "task_version": "1",
-                "before": dict.fromkeys(deltas, number), "after": dict.fromkeys(deltas, number), "spent": {},
-                "delta": {k: {**d, "n": 9, "p": 0.5, "mde": 0.1} for k, d in deltas.items()},
-                "flags": {"hack": said, "invalid": False}, "config": {}, "prompts": {}, "wall": {}, "provenance": {},
-                "scorers": {name: {**use, "role": role} for name, role in roles.items()},
-            }
-        )  # fmt: skip
-
-    assert flagged(made((-0.1, 0.1), False, t="training", h="held-out"))
-    assert not flagged(made((0.1, 0.2), True, t="training", h="held-out"))
-    assert flagged(made((0.1, 0.2), True)) and not flagged(made((-0.1, 0.1), False))  # nobody says who trained
 
 
 DEEP = b"[" * 100_000 + b"]" * 100_000
