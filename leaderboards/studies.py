@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 
 from ..bench.errors import UserError
-from ..bench.evaluation import record
 from .rows import settings_text
 from .runs import Array, LoadedRun
 
@@ -67,7 +66,7 @@ def _mean_run(method: str, seed: int, group: Sequence[LoadedRun], studies: int) 
     if len({settings_text(run.record) for run in group}) > 1:
         names = ", ".join(run.folder.name for run in group)
         raise UserError(f"the runs of study {seed} of {method} have different settings: {names}")
-    first = next((run for run in group if record.flagged(run.record)), group[0])
+    first = next((run for run in group if run.record.flags.hack), group[0])
     records = [run.record for run in group]
     config = {**first.record.config, "settings": {}, "adapter": {}, "studies": studies}
     merged = first.record.model_copy(
