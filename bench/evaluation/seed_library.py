@@ -1,7 +1,7 @@
-"""Library of seed variances: how far training seeds of a method lay apart on a task, from the project's own boards.
+"""Library of variances: how far training seeds, prompts and what is left of a method lay apart on a task, from the project's own boards.
 
 `seed_library.json` is made by `python benchmarks/seed_library.py`. A table lends from it where none of its rows has several seeds; the
-result of a single run names it.
+result of a single run names it; `gpobench plan` plans from it where there is no pilot.
 """
 
 from __future__ import annotations
@@ -35,6 +35,15 @@ class SeedEntry:
     df: float  # degrees of freedom of its square
     seeds: int
     source: str  # the file that it was computed from
+    # What a board's scores also show; NaN, 0 and "" where the source has no scores by prompt. Of one prompt, its images averaged:
+    prompt_sd: float = math.nan  # of what a prompt makes of the method, the same under all seeds
+    residual_sd: float = math.nan  # of what is left
+    correlation: float = math.nan  # of the prompts' part with that of the board's other rows, the mean
+    prompts: int = 0
+    images: int = 0  # of a prompt
+    share: bool = False  # the score lies between 0 and 1
+    seconds_per_nfe: float = math.nan  # of training
+    device: str = ""
 
     def variance(self) -> SeedVariance:
         """Return the variance that a row of one seed is lent."""
@@ -65,6 +74,11 @@ def _distance(record: Record, entry: SeedEntry) -> float:
     """Return how far an entry's budget is from that of a run, in logarithms."""
     nfe = float(record.config.get("budget", {}).get("nfe", math.nan))
     return abs(math.log(entry.budget.get("nfe", math.inf) / nfe)) if nfe > 0 else 0.0
+
+
+def known_entries(task: str, model: str) -> list[SeedEntry]:
+    """Return the entries of a task and model that have all components of variance."""
+    return [e for e in entries() if (e.task, e.model) == (task, model) and math.isfinite(e.prompt_sd)]
 
 
 def seed_note(record: Record) -> str:
