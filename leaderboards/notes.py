@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from ..bench.evaluation import record
 from ..bench.evaluation.ranking import MANDATORY_BASELINES
 from ..bench.evaluation.transfer import UNIT_NOTE
 from ..bench.evaluation.verification import REFUTED, read_statements, verification_line
+from ..bench.files import read_json
 from .board import BoardRow, Column
 from .looks import look_notes
 from .rows import runs_by_row
@@ -56,6 +59,46 @@ def _verification_notes(rows: Sequence[BoardRow], runs: Sequence[LoadedRun]) -> 
                 if verified.note:
                     notes.append(f"{verified.note}.")
     return notes
+
+
+def sequential_notes(paths: Sequence[Path]) -> list[str]:
+    """Return a note on runs that `compare --until-told` added until pairs were told: p and ranks do not know that they were looked at.
+
+    paths: folders of runs, run directories, or files of comparisons; the files about looks lie beside the run directories.
+    """
+    files: dict[Path, None] = {}
+    for path in paths:
+        folder = path.parent if (path / "record.json").is_file() else path
+        places = [path] if path.suffix == ".json" else folder.glob("until-told-*.json")
+        files |= dict.fromkeys(place.resolve() for place in places)
+    notes: list[str] = []
+    for file in files:
+        try:
+            contents = read_json(file)
+            test = contents.get("sequential")
+            names = {str(run["run"]) for run in contents["runs"]}
+            named = any(
+                path.suffix == ".json" or not (path / "record.json").is_file() or path.name in names for path in paths
+            )
+            if test and named:
+                notes.append(_sequential_note(test))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+            notes.append(
+                f"{file.name} is not what `gpobench compare --until-told` writes; what it says of looks is left out."
+            )
+    return notes
+
+
+def _sequential_note(test: Mapping[str, Any]) -> str:
+    """Return the verdicts of a sequential test."""
+    looks = len(test["looks"])
+    state = lambda each: f"told at {each['told_at']} seeds" if each["told_at"] else "not told"
+    verdicts = "; ".join(f"{':'.join(map(str, each['pair']))} {state(each)}" for each in test["pairs"])
+    return (
+        f"Sequential: seeds were added in {looks} look{'s' * (looks != 1)} until pairs were told, so the p and ranks of these rows, "
+        "which are those of a fixed number of seeds, are too optimistic. By the rule for all looks (error "
+        f"{100 * test['level']:g} %): {verdicts}."
+    )
 
 
 def _seed_notes(rows: Sequence[BoardRow]) -> list[str]:

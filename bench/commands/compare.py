@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import NO_RESULT
+from ..errors import NO_RESULT, UserError
 from ..signals import asked_to_stop
 from .console import clean_stdout, open_console, terminal_progress
 from .options import AsJson, ModelName, ScorerLocations, check_names, check_scorer
@@ -18,7 +18,8 @@ from .tables import cell, short_name
 
 EPILOG = (
     "Examples: `gpobench compare --methods gpo,dpo,grpo --task ocr --model tiny` · `gpobench compare ... --set gpo/beta=50 "
-    "--jobs 2` · on any scheduler: `gpobench compare ... --print | xargs -d '\\n' -P 4 -I{} sh -c '{}'`\n\n"
+    "--jobs 2` · `gpobench compare --methods gpo,nft --task ocr --model tiny --until-told "
+    "--pairs gpo:nft,gpo:base` · on any scheduler: `gpobench compare ... --print | xargs -d '\\n' -P 4 -I{} sh -c '{}'`\n\n"
     "Exit codes: 0 every run is a result · 1 a run failed twice · 2 one line says what to change · 3 every run is complete, but one "
     "ended by a fault or is invalid · 130 stopped, the same command goes on"
 )
@@ -28,7 +29,12 @@ def compare(
     methods: Annotated[list[str], typer.Option("--methods", help="Methods, separated by commas; repeatable.")],
     tasks: Annotated[list[str], typer.Option("--task", help="Tasks, separated by commas; repeatable.")],
     model: ModelName,
-    seeds: Annotated[str, typer.Option(help="How many training seeds, from 0 on; or a list: 0,4,7.")] = "3",
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            help="How many training seeds, from 0 on; or a list: 0,4,7. Default 3, with --until-told 2 to begin with."
+        ),
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(help="The budget of each run: a name, a TOML file, or nfe=200000; default: the model's."),
@@ -48,6 +54,23 @@ def compare(
     baselines: Annotated[
         bool, typer.Option("--baselines/--no-baselines", help="Also run sft and best-of-n, which any method must beat.")
     ] = True,
+    until_told: Annotated[
+        bool,
+        typer.Option(
+            "--until-told",
+            help="Add a seed to the rows of untold pairs until every pair of --pairs is told apart or has --max-seeds. The error "
+            "is 5 % over all looks and pairs.",
+        ),
+    ] = False,
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            help="With --until-told: gpo:nft,gpo:base; default: each two of --methods, of a single one its pair with the base."
+        ),
+    ] = None,
+    max_seeds: Annotated[
+        int | None, typer.Option("--max-seeds", help="With --until-told: seeds of a row at most; default 10.")
+    ] = None,
     jobs: Annotated[
         int, typer.Option(min=1, help="Runs at once; with more than one, each in a process of its own.")
     ] = 1,
@@ -62,7 +85,14 @@ def compare(
     The same command goes on where it was cut off; finished runs are not made again.
     """
     from ..experiments import compare as comparing
+    from ..experiments.until_told import until_told as add_seeds
 
+    if not until_told and (pairs is not None or max_seeds is not None):
+        raise UserError("--pairs and --max-seeds say when --until-told stops: without it every method has --seeds")
+    if until_told and print_:
+        raise UserError(
+            "--print lists runs that are known beforehand: which ones --until-told makes follows from their scores"
+        )
     grid_methods, grid_tasks = comparing.split(methods), comparing.split(tasks)
     for name in grid_methods:
         check_names(method=name)
@@ -71,14 +101,19 @@ def compare(
     check_names(model=model)
     check_scorer(reward)
     with clean_stdout() as answer, terminal_progress() as progress, asked_to_stop() as stopped:
+        count = comparing.seeds(seeds or ("2" if until_told else "3"))
         grid = comparing.Grid(
-            grid_methods, grid_tasks, model, comparing.seeds(seeds), budget, reward, sets or (), configs or (),
+            grid_methods, grid_tasks, model, count, budget, reward, sets or (), configs or (),
             scorer_at or (), baselines,
         )  # fmt: skip
         if print_:
             answer("\n".join(comparing.commands(grid, out)))
             return
-        result = comparing.compare(grid, out=out, progress=progress, jobs=jobs, interrupted=stopped)
+        launch = comparing.GridLaunch(out, progress, jobs, stopped)
+        if until_told:
+            result = add_seeds(grid, pairs, 10 if max_seeds is None else max_seeds, launch)
+        else:
+            result = comparing.compare(grid, out=out, progress=progress, jobs=jobs, interrupted=stopped)
         answer(json.dumps(result, indent=1) if as_json else lambda: print_comparison(result))
     if result["failed"]:
         raise typer.Exit(1)
@@ -117,6 +152,10 @@ def print_comparison(result: Mapping[str, Any]) -> None:
         if reason:
             text = f"{word} {short_name(row['method'])} on {short_name(row['task'])}, seed {row['seed']}: {reason}"
             console.print(text, style="bold red", markup=False, highlight=False)
+    if "sequential" in result:
+        from ..experiments.until_told import summary_lines
+
+        console.print("\n".join(summary_lines(result["sequential"])), markup=False, highlight=False, soft_wrap=True)
     spent = " · ".join(f"{key} {value:,.0f}" for key, value in result["spent"].items() if key != "flops")
     lines = [f"spent by all of them: {spent}", f"see {result['path']}"]
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["state"] == "done"))

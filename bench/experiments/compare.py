@@ -15,7 +15,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -255,13 +255,53 @@ def compare(
         UserError: on a grid that cannot run.
         Interrupted: when asked to stop.
     """
-    if jobs < 1:
-        raise UserError(f"--jobs must be at least 1, got {jobs}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("compare starts its runs itself: give the commands of --print to accelerate launch, one by one")
+    launch = GridLaunch(out, progress, jobs, interrupted)
+    launch.check()
     runs = plan(grid, out)
-    make_folder(out / "logs")
-    runner = _GridRunner(grid, runs, out, progress, interrupted)
+    return make_runs(runs, launch, Manifest(out / f"compare-{slug(runs)}.json", grid))
+
+
+@dataclass(frozen=True)
+class GridLaunch:
+    """Where and how runs are made."""
+
+    out: Path  # the folder of run directories
+    progress: Progress
+    jobs: int = 1  # runs at once; with more than one, each in a process of its own
+    interrupted: Callable[[], bool] = lambda: False
+
+    def check(self) -> None:
+        """Raise UserError where runs cannot be started here."""
+        if self.jobs < 1:
+            raise UserError(f"--jobs must be at least 1, got {self.jobs}")
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError(
+                "compare starts its runs itself: give the commands of --print to accelerate launch, one by one"
+            )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The file beside the run directories that lists a comparison's runs."""
+
+    path: Path
+    grid: Grid
+    options: Sequence[str] = ()  # of its command, beside those of the grid
+    more: Mapping[str, Any] = field(default_factory=dict[str, Any])  # what it holds beside the runs
+
+    def write(self, runs: Sequence[PlannedRun], provenance: Mapping[str, Any]) -> dict[str, Any]:
+        """Write what stands as the runs stand now; returns it, and its path."""
+        contents = {**_manifest(self.grid, runs, provenance), **self.more}
+        contents["command"] = shlex.join([*shlex.split(self.grid.command()), *self.options])
+        write_atomically(self.path, lambda p: p.write_text(json.dumps(contents, indent=1) + "\n", "utf-8"))
+        return {**contents, "path": str(self.path)}
+
+
+def make_runs(runs: Sequence[PlannedRun], launch: GridLaunch, manifest: Manifest) -> dict[str, Any]:
+    """Make the runs of a comparison that are not done yet, as `compare` does; returns what the manifest holds, and its `path`."""
+    make_folder(launch.out / "logs")
+    jobs = launch.jobs
+    runner = _GridRunner(runs, launch, manifest)
     runner.read_finished_runs()
     _refuse_missing_scorers([run.config for run in runs if run.record is None])
     for attempt in (1, 2):
@@ -288,11 +328,9 @@ def _refuse_missing_scorers(configs: Iterable[Config]) -> None:
 class _GridRunner:
     """Makes the runs of a grid, shows their progress and keeps the manifest up to date."""
 
-    def __init__(
-        self, grid: Grid, runs: Sequence[PlannedRun], out: Path, progress: Progress, interrupted: Callable[[], bool]
-    ):
-        self._grid, self._runs, self._out, self._progress, self._interrupted = grid, runs, out, progress, interrupted
-        self._path = out / f"compare-{_slug(runs)}.json"
+    def __init__(self, runs: Sequence[PlannedRun], launch: GridLaunch, manifest: Manifest):
+        self._runs, self._manifest = runs, manifest
+        self._out, self._progress, self._interrupted = launch.out, launch.progress, launch.interrupted
         self._provenance = record.provenance()
         self._lines_shown: set[str] = set()
         self._fractions_shown: dict[int, float] = {}  # by run number, what the bar shows of it
@@ -379,9 +417,7 @@ class _GridRunner:
 
     def write_manifest(self) -> dict[str, Any]:
         """Write the manifest as the runs stand now; returns what it holds, and its path."""
-        manifest = _manifest(self._grid, self._runs, self._provenance)
-        write_atomically(self._path, lambda p: p.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8"))
-        return {**manifest, "path": str(self._path)}
+        return self._manifest.write(self._runs, self._provenance)
 
     def _show_start(self, run: PlannedRun) -> None:
         """Show that a run begins or goes on."""
@@ -457,7 +493,7 @@ def _free_device_memory() -> None:
 # The manifest
 
 
-def _slug(runs: Sequence[PlannedRun]) -> str:
+def slug(runs: Sequence[PlannedRun]) -> str:
     """Return the tasks, the model and a hash of the runs, whatever their order."""
     text = "\n".join(sorted(run.run_dir.name for run in runs))
     names = [*dict.fromkeys(Path(run.config.task).name for run in runs), Path(runs[0].config.model).name]

@@ -58,10 +58,11 @@ def leaderboard(
         text = _aggregate_text(runs, baseline, kind, width)
     else:
         from ..build_board import build_board
+        from ..notes import sequential_notes
         from ..render import render
         from ..runs import excluded_runs, load_runs
 
-        loaded, notes = load_runs(runs, task), excluded_runs(runs, task)
+        loaded, notes = load_runs(runs, task), [*excluded_runs(runs, task), *sequential_notes(runs)]
         if studies:
             from ..studies import by_study
 

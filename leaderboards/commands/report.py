@@ -31,6 +31,7 @@ def report(
     from ...bench.files import make_folder
     from ..build_board import build_board
     from ..figures import write_figures
+    from ..notes import sequential_notes
     from ..page import page
     from ..report_data import read_report_data
     from ..runs import excluded_runs, load_runs
@@ -39,7 +40,7 @@ def report(
     if plots is not None:
         make_folder(plots)
     loaded = load_runs(runs, task)
-    board = build_board(loaded, baseline, key, notes=excluded_runs(runs, task))
+    board = build_board(loaded, baseline, key, notes=[*excluded_runs(runs, task), *sequential_notes(runs)])
     data = read_report_data(board, loaded)
     write_text(out, page(board, data))
     if plots is not None:
