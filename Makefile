@@ -52,10 +52,11 @@ slow: .venv/dev.stamp  ## the tests that take minutes
 faults: .venv/dev.stamp  ## inject 2,000 faults (FAULTS=..., SEED=...), print tried and held by kind: tens of minutes
 	$(QUIET) $(BIN)/python tests/campaign --faults $(FAULTS) --seed $(SEED) --jobs $(JOBS)
 
-calibration: .venv/core.stamp  ## the simulation behind docs/statistics.md, written into it: minutes
+calibration: .venv/core.stamp  ## the simulations behind docs/statistics.md, written into it: tens of minutes
 	$(QUIET) $(BIN)/python benchmarks/gate_calibration.py
 	$(QUIET) $(BIN)/python benchmarks/calibration.py
 	$(QUIET) $(BIN)/python benchmarks/flag_calibration.py
+	$(QUIET) $(BIN)/python benchmarks/plan_calibration.py
 
 bench: .venv/core.stamp  ## the measurements in benchmarks/ that take minutes, printed
 	@for name in sampling overhead board hostile_server; do echo "== benchmarks/$$name.py"; $(BIN)/python "benchmarks/$$name.py" || exit 1; done

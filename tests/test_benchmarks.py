@@ -143,6 +143,7 @@ MINIATURES: dict[str, tuple[Callable[[list[Path]], None], str]] = {  # file -> w
 ELSEWHERE = {
     "calibration": "tests/bench/stats/test_law.py",
     "flag_calibration": "tests/bench/evaluation/test_transfer.py",
+    "plan_calibration": "tests/bench/stats/test_planning.py and tests/bench/experiments/test_until_told.py",
     "looks": "tests/bench/stats/test_selection.py",
     "hostile_server": "tests/bench/scoring/test_hostile_server.py",
     "presets": "tests/methods/test_presets.py",
