@@ -103,7 +103,7 @@ def test_show_says_fields_defaults_preset_and_source(gpobench: Any, redness: str
         ({"set": "judging.split=validation"}, "unknown setting 'judging.split'; did you mean 'evaluation.split'?"),
         ({"set": "judging.seed=1"}, "did you mean 'evaluation.seed'?"),
         ({"set": "evaluation.marks=4"}, "evaluation.eval_points"),
-        ({"set": "judge=1"}, "unknown setting 'judge'; valid: adapter, beta"),
+        ({"set": "zzz=1"}, "unknown setting 'zzz'; valid: adapter, beta"),
         ({"method": "best-of-n", "set": "link=pairwise"}, "unknown setting 'link'"),
         ({"set": "optim.lr=fast"}, "setting optim.lr"),
         ({"config": "gone.toml"}, "cannot read config gone.toml"),
