@@ -260,7 +260,7 @@ def test_runs_of_one_folder_share_the_base_and_differ_in_nothing_else(
     seen.clear()
     behind = running.run(plan(1), runs=tmp_path / "b", progress=NullProgress())
     assert "ref" not in seen
-    without: Any = {"wall": {}, "run_dir": "", "spent": {}, "scorers": {}, "curve": [], "observed": None}
+    without: Any = {"wall": {}, "run_dir": "", "spent": {}, "scorers": {}, "curve": [], "observed": None, "look": None}
     assert behind.model_copy(update=without) == alone.model_copy(update=without)
     assert behind.observed and alone.observed and behind.observed.training == alone.observed.training
     assert [m.scores for m in behind.curve] == [m.scores for m in alone.curve]
