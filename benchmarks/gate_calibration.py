@@ -5,8 +5,8 @@
 
 A draw is a baseline and runs of other seeds. Scores are made as in benchmarks/calibration.py: an image is right where skill of the prompt,
 noise of the image and the row's shift exceed a threshold. The four numbers of a row have much of the seeds' shifts in common, as they
-are of one adapter, and are drawn independently in all else. Baselines are shaped as the shipped ones. Their true gains were set
-before any verdict on the shipped scores was read.
+are of one adapter, and are drawn independently in all else. Baselines are shaped as the shipped ones; how much of the seeds' variance
+is common was set after looking at the shipped board.
 """
 
 from __future__ import annotations
