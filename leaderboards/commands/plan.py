@@ -80,7 +80,7 @@ def plan(
     jobs: Jobs = 1,
     as_json: Json = False,
 ) -> None:
-    """Plan a comparison: seeds, images, prompts and hours that tell methods apart.
+    """Plan a comparison: seeds and hours that tell methods apart.
 
     From the components of variance of a pilot or of the shipped library it prints a frontier of designs, marks the cheapest one that
     reaches the power, and prints the command that makes it. sft and best-of-n are planned too, as `compare` runs them.
