@@ -88,9 +88,8 @@ def print_statement(statement: Statement) -> None:
     console.print("gains over the base with 95 % intervals; p: of their difference, where it was tested", style="dim")
     equal = [number.equal_images for number in statement.scores.values() if number.equal_images is not None]
     if equal:
-        console.print(
-            f"images with the record's score, to the last digit: {100 * min(equal):.1f} % or more", style="dim"
-        )
+        share = "all" if min(equal) == 1 else f"at least {100 * min(equal):.1f} % by each scorer"
+        console.print(f"images with the record's score, to the last digit: {share}", style="dim")
     for note in statement.notes:
         console.print(note, highlight=False, markup=False)
     style = {"holds": "bold green", "does not hold": "bold red"}.get(statement.verdict, "bold yellow")
