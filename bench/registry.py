@@ -164,8 +164,26 @@ def _variant(kind: str, reference: str) -> Any:
 
 def summary_line(kind: str, name: str) -> str:
     """The first docstring line of a part's file, read without an import; of its function where parts share a file."""
-    module, _, attribute = entries(kind)[name].value.partition(":")
-    parts_in_file = {point.value for point in entries(kind).values() if point.value.partition(":")[0] == module}
+    point = entries(kind)[name]
+    module, _, attribute = point.value.partition(":")
+    tree = _syntax_tree(module)
+    if tree is None:
+        return ""
+    if len({other.value for other in entries(kind).values() if other.value.partition(":")[0] == module}) > 1:
+        functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == attribute]
+        described = next((n for n in functions if ast.get_docstring(n)), tree)
+        return (ast.get_docstring(described) or "").partition("\n")[0]
+    return (ast.get_docstring(tree) or "").partition("\n")[0]
+
+
+def docstring(kind: str, name: str) -> str:
+    """The docstring of a part's file, read without an import; "" where it cannot be read."""
+    tree = _syntax_tree(entries(kind)[name].value.partition(":")[0])
+    return (ast.get_docstring(tree) if tree else "") or ""
+
+
+def _syntax_tree(module: str) -> ast.Module | None:
+    """The syntax tree of a module's file; None where there is none."""
     parent, _, leaf = module.rpartition(".")
     try:
         package = import_module(parent) if parent else None
@@ -181,13 +199,9 @@ def summary_line(kind: str, name: str) -> str:
                 if path.is_file()
             )
         )
-        tree: ast.Module | ast.FunctionDef = ast.parse(source.read_text("utf-8"))
-        if len(parts_in_file) > 1:
-            functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == attribute]
-            tree = next((n for n in functions if ast.get_docstring(n)), tree)
-        return (ast.get_docstring(tree) or "").partition("\n")[0]
+        return ast.parse(source.read_text("utf-8"))
     except (ImportError, OSError, StopIteration, SyntaxError):
-        return ""
+        return None
 
 
 def _load_from_file(reference: str) -> Any:

@@ -86,11 +86,15 @@ def print_part(kind: str, name: str) -> None:
     from ..experiments.config import preset_path
 
     console = open_console()
+    console.print(Text.assemble((name, "bold"), f" ({kind})"), highlight=False)
+    # Read without an import, which takes seconds: the reader begins while the rest is loaded.
+    description = "" if ".py:" in name or kind == "model" else registry.docstring(kind, name)
+    if description:
+        console.print(_reflow(description), highlight=False, markup=False)
     part = registry.load(kind, name)
     source = part if inspect.isclass(part) or inspect.isfunction(part) else type(part)
     module = inspect.getmodule(source)
-    console.print(Text.assemble((name, "bold"), f" ({kind})"), highlight=False)
-    if kind != "model" and module:
+    if kind != "model" and not description and module:
         console.print(_reflow(inspect.cleandoc(module.__doc__ or "")), highlight=False, markup=False)
     if dataclasses.is_dataclass(part):
         table = Table("field", "default", "meaning", box=None, pad_edge=False, header_style="bold")

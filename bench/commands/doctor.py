@@ -27,6 +27,7 @@ def doctor(
     """
     check_names(**{kind: name for kind, name in (("task", task), ("model", model)) if name})
     with clean_stdout() as answer, terminal_progress() as progress:
+        progress.message("loading the libraries")
         from dataclasses import asdict
 
         from ..environment.check_result import broken
