@@ -141,11 +141,12 @@ def unscored_images_leave_no_trace(harness: Harness) -> None:
     rollouts: list[tuple[Any, int, Tensor, Tensor]] = []
     for offset in (0.0, 0.5):
         rig, method = harness.rig(unscored_first_image, scale=PERTURBATION), harness.method
-        velocity = rig.velocity
-        setattr(rig, "velocity", partial(_shifted_velocity, velocity, offset))  # noqa: B010 - a method of the rig
+        velocity = rig.charged_velocity
+        # A method of the rig.
+        setattr(rig, "charged_velocity", partial(_shifted_velocity, velocity, offset))  # noqa: B010
         batch = method.collect(rig.view)
         _require_scored(rig)
-        setattr(rig, "velocity", velocity)  # noqa: B010
+        setattr(rig, "charged_velocity", velocity)  # noqa: B010
         if not batch_size(batch):
             loss, gradient = torch.zeros(()), torch.zeros(1)
         else:
@@ -173,10 +174,10 @@ def unscored_images_leave_no_trace(harness: Harness) -> None:
 
 
 def _shifted_velocity(
-    velocity: Callable[..., Tensor], offset: float, x: Tensor, t: Tensor, prompt_ids: Tensor, **more: Any
+    velocity: Callable[..., Tensor], offset: float, x: Tensor, t: Tensor, prompt_ids: Tensor, how: Any
 ) -> Tensor:
     """Return the rig's velocity, with an offset for the first row of each prompt."""
-    v = velocity(x, t, prompt_ids, **more)
+    v = velocity(x, t, prompt_ids, how)
     rows = torch.zeros(len(v), *[1] * (v.ndim - 1))
     rows[first_rows(prompt_ids.tolist())] = offset
     return v + rows.to(v)

@@ -94,6 +94,15 @@ def load_adapter(pipe: Any, network: Any, network_name: str, path: Path, name: s
     ]
 
 
+def merge_for_good(network: Any) -> None:
+    """Merge the loaded LoRA into the weights that it adapts: nothing will train it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.merge()
+
+
 def _load_diffusers(pipe: Any, network: Any, network_name: str, adapter: AdapterFile, misfit: str) -> set[str]:
     """Load a file in diffusers' format, or in one that diffusers converts for this pipeline; returns the network's tensors."""
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft

@@ -247,7 +247,10 @@ class PipelineModel(ABC):
 
     def load_adapter(self, folder: Path) -> Sequence[str]:
         """Load a LoRA from a run's `adapter` folder, or any in diffusers' or PEFT's format; returns notes on how it was read."""
-        return adapters.load_adapter(self.pipe, self.network, self.network_name, folder, self.name)
+        notes = adapters.load_adapter(self.pipe, self.network, self.network_name, folder, self.name)
+        if self.merges and self.lora is None:  # to the bits of the run that trained it, which sampled on merged weights
+            adapters.merge_for_good(self.network)
+        return notes
 
     def _trained(self) -> LoraCopies:
         assert self.lora is not None, f"{self.name} was opened without an adapter: it has no trained weights"

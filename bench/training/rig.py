@@ -36,7 +36,7 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 @dataclass(frozen=True)
-class _Pass:
+class NetworkPass:
     """How one velocity is computed: what `MeteredRig.velocity` takes, and whether the LoRA may be merged into the weights."""
 
     weights: str
@@ -197,9 +197,10 @@ class MeteredRig:
         """
         if guidance is None:
             guidance = self.model.guidance if self.model.guided_cost == 1 else 1.0
-        return self._velocity(x, t, prompt_ids, _Pass(weights, guidance, detach, role))
+        return self.charged_velocity(x, t, prompt_ids, NetworkPass(weights, guidance, detach, role))
 
-    def _velocity(self, x: Tensor, t: Tensor, prompt_ids: Tensor, how: _Pass) -> Tensor:
+    def charged_velocity(self, x: Tensor, t: Tensor, prompt_ids: Tensor, how: NetworkPass) -> Tensor:
+        """(B, C, h, w): what `velocity` and every step of a walk compute; charged here, and nowhere else."""
         grad = torch.is_grad_enabled() and how.weights == "policy"
         each = (3 if grad else 1) * (1 if how.guidance == 1.0 else self.model.guided_cost)
         self.meter.charge(nfe=len(x) * each, role=how.role or ("policy" if grad else how.weights))
@@ -272,8 +273,8 @@ class MeteredRig:
         """
         grid = (self.model.times(of or start + len(kernels)) if times is None else times).to(x.device)
         guidance = self.model.guidance if guidance is None else guidance
-        how = _Pass(weights, guidance, role="rollout", merged=True)
-        velocity = lambda x, t: self._velocity(x, t, prompt_ids, how)
+        how = NetworkPass(weights, guidance, role="rollout", merged=True)
+        velocity = lambda x, t: self.charged_velocity(x, t, prompt_ids, how)
         for i, step in enumerate(walk(self.path, velocity, x, grid[start:], kernels, self.noise), start):
             yield i, step.x, step.t, step.s, step.step, step.x_next
 

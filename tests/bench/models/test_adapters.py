@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ LAYER = "base_model.model.transformer_blocks.0.attn.to_q"
 
 @pytest.fixture(scope="module")
 def base(tiny_pipe: Path) -> Any:
-    return open_model(find_model_spec(str(tiny_pipe)), device="cpu")
+    return open_model(replace(find_model_spec(str(tiny_pipe)), merge=False), device="cpu")
 
 
 def opened(folder: Path) -> Any:
-    return open_model(find_model_spec(str(folder)), device="cpu")
+    """A model that computes a loaded LoRA beside its weights, as PEFT does: merged, the last bits would differ."""
+    return open_model(replace(find_model_spec(str(folder)), merge=False), device="cpu")
 
 
 def inputs(model: Any) -> tuple[Tensor, Tensor, Any]:
@@ -67,6 +69,21 @@ def peft_folder(pipe: Path, folder: Path, settings: Settings) -> Tensor:
 
 def rewrite(file: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
     save_file({key: tensor.contiguous() for key, tensor in change(load_file(file)).items()}, file)
+
+
+def test_a_loaded_adapter_is_merged_as_the_run_that_trained_it_sampled(tiny_pipe: Path, tmp_path: Path) -> None:
+    spec = find_model_spec(str(tiny_pipe))
+    trained = open_model(spec, device="cpu", adapter=Adapter(rank=4, alpha=16), seed=0)
+    with torch.no_grad():
+        for k, parameter in enumerate(trained.parameters()):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(k)))
+        sampled = trained.velocity(*inputs(trained), merged=True)
+    trained.save_adapter(tmp_path)
+    merged, beside = open_model(spec, device="cpu"), opened(tiny_pipe)
+    for model in (merged, beside):
+        model.load_adapter(tmp_path)
+    assert torch.equal(spoken(merged), sampled)
+    assert torch.allclose(spoken(beside), sampled, atol=1e-5) and torch.equal(spoken(beside), spoken(trained))
 
 
 # PEFT folders
