@@ -53,11 +53,18 @@ def read_prompts(path: Path, *, unique: bool = True) -> list[PromptRow]:
     punctuation and spacing.
     Raises UserError naming the file, and the line where there is one.
     """
+    rows = _read_rows(path)
+    return _unique_rows(path, rows) if unique else rows
+
+
+def _read_rows(path: Path) -> list[PromptRow]:
     rows = [row_of(path, line, record) for line, record in records(path)]
     if not rows:
         raise UserError(f"{path} holds no prompts")
-    if not unique:
-        return rows
+    return rows
+
+
+def _unique_rows(path: Path, rows: Sequence[PromptRow]) -> list[PromptRow]:
     first = {_content(row): row for row in reversed(rows)}
     kept = [row for row in rows if first[_content(row)] is row]
     _refuse_repeats(path, kept)
@@ -157,26 +164,24 @@ def with_own_prompts(task: Task, files: Mapping[Split, Path], domain: str) -> Ta
 
     Raises UserError where a file cannot be read, or the task cannot interpret a line.
     """
-    # Published training lists weight prompts by repeating them; an evaluation uses each once.
-    rows: dict[Split, tuple[Path, Sequence[PromptRow]]] = {
-        split: (path, read_prompts(path, unique=split != "train")) for split, path in files.items()
-    }
+    rows: dict[Split, tuple[Path, Sequence[PromptRow]]] = {}
+    notes: list[str] = []
+    for split, path in files.items():
+        listed = _read_rows(path)
+        # Published training lists weight prompts by repeating them; an evaluation uses each once.
+        kept = listed if split == "train" else _unique_rows(path, listed)
+        rows[split] = path, kept
+        if repeats := len(listed) - len(kept):
+            count = f"{repeats} row{'s' * (repeats > 1)}"
+            notes.append(f"{path} repeats prompts: {count} left out, as each prompt is evaluated once")
     for path, each in rows.values():
         understood(task, path, each, domain)
-    notes = tuple(note for split, (path, each) in rows.items() if split != "train" and (note := _repeats(path, each)))
-    return cast(Task, OwnPrompts(task, rows, domain, task.name, task.version + (OWN if files else ""), notes))
+    return cast(Task, OwnPrompts(task, rows, domain, task.name, task.version + (OWN if files else ""), tuple(notes)))
 
 
 def own_prompt_notes(task: Task) -> tuple[str, ...]:
     """What a user should know of the prompt files of a task, one line each; () for a task without any."""
     return task.notes if isinstance(task, OwnPrompts) else ()
-
-
-def _repeats(path: Path, kept: Sequence[PromptRow]) -> str:
-    """One line where the file repeats prompts that are evaluated once; "" where it does not."""
-    count = sum(1 for _ in records(path)) - len(kept)
-    rows = f"{count} row{'s' * (count > 1)}"
-    return f"{path} repeats prompts: {rows} left out, as each prompt is evaluated once" if count else ""
 
 
 def understand(task: Task | None, text: str, facts: Mapping[str, Any], domain: str) -> Prompt:

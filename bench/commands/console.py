@@ -6,8 +6,11 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
+import typer
+
+from ..errors import NO_RESULT
 from ..text import printable
 
 
@@ -45,6 +48,14 @@ def open_console(stderr: bool = False) -> Any:
                 yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
     return SafeConsole(stderr=stderr, markup=False, emoji=False)
+
+
+def end_without_result() -> NoReturn:
+    """End with the exit code of numbers that are no result, and say so: too many images could not be scored."""
+    from ..evaluation.record import INVALID_RULE
+
+    typer.echo(f"gpobench: these numbers are no result: {INVALID_RULE}", err=True)
+    raise typer.Exit(NO_RESULT)
 
 
 def discard_stderr() -> None:

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from .. import registry
-from ..errors import NO_RESULT, UserError
-from .console import clean_stdout, open_console, terminal_progress
+from ..errors import UserError
+from .console import clean_stdout, end_without_result, open_console, terminal_progress
 from .options import AsJson, ModelName, ScorerLocations, TaskName, check_names
 from .tables import finite_or_null, is_finite
 
@@ -54,10 +54,7 @@ def eval(
     if result["not_written"]:  # after the numbers, which would be lost otherwise
         raise UserError(result["not_written"])
     if result["invalid"]:
-        from ..evaluation.record import INVALID_RULE
-
-        typer.echo(f"gpobench: these numbers are no result: {INVALID_RULE}", err=True)
-        raise typer.Exit(NO_RESULT)
+        end_without_result()
 
 
 def print_evaluation(result: Mapping[str, Any]) -> None:

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import NO_RESULT, UserError
+from ..errors import UserError
 from ..signals import asked_to_stop
-from .console import clean_stdout, open_console, terminal_progress
+from .console import clean_stdout, end_without_result, open_console, terminal_progress
 from .options import AsJson, ScorerLocations, check_names, check_scorer
 from .tables import finite_or_null, is_finite
 
@@ -59,10 +59,7 @@ def score(
     if result["not_written"]:  # after the numbers, which would be lost otherwise
         raise UserError(result["not_written"])
     if result["invalid"]:
-        from ..evaluation.record import INVALID_RULE
-
-        typer.echo(f"gpobench: these numbers are no result: {INVALID_RULE}", err=True)
-        raise typer.Exit(NO_RESULT)
+        end_without_result()
 
 
 def print_scores(result: Mapping[str, Any]) -> None:
