@@ -14,9 +14,9 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
+from marked_section import DOCS, MarkedSection
 from numpy.typing import NDArray
 
 from gpobench.bench.stats import law
@@ -24,9 +24,7 @@ from gpobench.bench.stats.intervals import Contrast, crossed, table_spreads
 from gpobench.bench.stats.law import Noise, SeedSpread, SeedVariance
 
 Array = NDArray[np.float64]
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "statistics.md"
-MARKERS = ("<!-- made by benchmarks/calibration.py -->", "<!-- end -->")
+SECTION = MarkedSection(DOCS / "statistics.md", "calibration")
 BASE_SHARE = 0.375  # of images that the base gets right
 ROWS = 11
 # How far each row moves its images from the base's, and its prompts from the base's order, both from 0 to 1.
@@ -421,18 +419,13 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2_000)
     parser.add_argument("--print", action="store_true", help="print the tables and write no page")
     options = parser.parse_args()
-    before = PAGE.read_text("utf-8")
-    if not options.print and any(marker not in before for marker in MARKERS):
-        raise SystemExit(
-            f"calibration: {PAGE.name} has no place for the table: put {MARKERS[0]} and {MARKERS[1]} there"
-        )
+    if not options.print:
+        SECTION.check()
     text = page(options.draws)
     if options.print:
         print(text)
         return
-    head, _, rest = before.partition(MARKERS[0])
-    _, _, tail = rest.partition(MARKERS[1])
-    PAGE.write_text(f"{head}{MARKERS[0]}\n\n{text}\n{MARKERS[1]}{tail}", "utf-8")
+    SECTION.write(text)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
+from marked_section import DOCS, MarkedSection
 from numpy.typing import NDArray
 
 from gpobench.bench.evaluation.transfer import FLAG_LEVEL, HONEST_TRANSFER, in_standard_deviations
@@ -25,9 +25,7 @@ from gpobench.bench.stats.ratios import GainMoments, Quadratic
 
 Array = NDArray[np.float32]
 Cell = tuple[float, float]  # expected training gain of all rows, and their transfer
-ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "statistics.md"
-MARKERS = ("<!-- made by benchmarks/flag_calibration.py -->", "<!-- end of the flag -->")
+SECTION = MarkedSection(DOCS / "statistics.md", "flag_calibration", "<!-- end of the flag -->")
 ROWS = 10
 # How far each row moves its images from the base's, and its prompts from the base's order, both from 0 to 1.
 IMAGE_MOVES = np.array([0.15, 0.2, 0.25, 0.3, 0.4, 0.35, 0.3, 0.45, 0.5, 0.6], np.float32)
@@ -233,15 +231,12 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=6_000)
     parser.add_argument("--print", action="store_true", help="print the table and write no page")
     options = parser.parse_args()
-    before = PAGE.read_text("utf-8")
-    if not options.print and any(marker not in before for marker in MARKERS):
-        raise SystemExit(f"flag_calibration: {PAGE.name} has no place for the table: put {' and '.join(MARKERS)} there")
+    if not options.print:
+        SECTION.check()
     text = page(options.draws)
     if options.print:
         return
-    head, _, rest = PAGE.read_text("utf-8").partition(MARKERS[0])
-    _, _, tail = rest.partition(MARKERS[1])
-    PAGE.write_text(f"{head}{MARKERS[0]}\n\n{text}\n{MARKERS[1]}{tail}", "utf-8")
+    SECTION.write(text)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+from marked_section import DOCS, MarkedSection
 from numpy.typing import NDArray
 
 from gpobench.bench.stats import law
@@ -29,8 +30,7 @@ from gpobench.leaderboards.regress import LoadedBaseline, check
 
 Array = NDArray[np.float64]
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "statistics.md"
-MARKERS = ("<!-- made by benchmarks/gate_calibration.py -->", "<!-- end of the gate -->")
+SECTION = MarkedSection(DOCS / "statistics.md", "gate_calibration", "<!-- end of the gate -->")
 BASE_SHARE = 0.4  # of images that the base gets right
 NUMBERS = 4  # of a row
 COMMON = 0.75  # of the variance between seeds that the numbers of a row share, as on the shipped board of words
@@ -303,16 +303,13 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2_000)
     parser.add_argument("--print", action="store_true", help="print the table and write no page")
     options = parser.parse_args()
-    before = PAGE.read_text("utf-8")
-    if not options.print and any(marker not in before for marker in MARKERS):
-        raise SystemExit(f"gate_calibration: {PAGE.name} has no place for the table: put {' and '.join(MARKERS)} there")
+    if not options.print:
+        SECTION.check()
     text = page(options.draws)
     if options.print:
         print(text)
         return
-    head, _, rest = before.partition(MARKERS[0])
-    _, _, tail = rest.partition(MARKERS[1])
-    PAGE.write_text(f"{head}{MARKERS[0]}\n\n{text}\n{MARKERS[1]}{tail}", "utf-8")
+    SECTION.write(text)
 
 
 if __name__ == "__main__":

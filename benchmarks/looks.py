@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+from marked_section import DOCS, MarkedSection
 from numpy.typing import NDArray
 
 from gpobench.bench.stats import law
@@ -24,8 +24,7 @@ from gpobench.bench.stats.law import SeedSpread
 from gpobench.bench.stats.selection import expected_maximum, inflation
 
 Array = NDArray[np.float64]
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "statistics.md"
-MARKERS = ("<!-- made by benchmarks/looks.py -->", "<!-- end of looks -->")
+SECTION = MarkedSection(DOCS / "statistics.md", "looks", "<!-- end of looks -->")
 
 
 @dataclass(frozen=True)
@@ -129,12 +128,8 @@ def main() -> None:
     if options.print:
         print(text)
         return
-    before = PAGE.read_text("utf-8")
-    if any(marker not in before for marker in MARKERS):
-        raise SystemExit(f"looks: {PAGE.name} has no place for the table: put {MARKERS[0]} and {MARKERS[1]} there")
-    head, _, rest = before.partition(MARKERS[0])
-    _, _, tail = rest.partition(MARKERS[1])
-    PAGE.write_text(f"{head}{MARKERS[0]}\n\n{text}\n{MARKERS[1]}{tail}", "utf-8")
+    SECTION.check()
+    SECTION.write(text)
 
 
 if __name__ == "__main__":

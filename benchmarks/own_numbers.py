@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from marked_section import MarkedSection
+
 from gpobench.bench.errors import UserError
 from gpobench.bench.evaluation.ranking import verdict_beside
 from gpobench.leaderboards.baseline import baseline_files, find_baseline, read_baseline, write_baseline
@@ -34,7 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "leaderboards" / "tiny.md"
 BOARD_PAGE = ROOT / "docs" / "board.md"
 FIGURES = ROOT / "docs"
-MARKERS = ("<!-- made by benchmarks/own_numbers.py -->", "<!-- end -->")
+SECTION = MarkedSection(BOARD_PAGE, "own_numbers")
 SHOWN_ROLES = ("training", "quality", "diversity")  # one column of each role, and the drift
 
 
@@ -200,16 +202,10 @@ def main() -> None:
     if options.print:
         print(board_page(boards, runs))
         return
-    text = BOARD_PAGE.read_text("utf-8")
-    if any(marker not in text for marker in MARKERS):
-        raise SystemExit(
-            f"own_numbers: {BOARD_PAGE.name} has no place for the table: put {MARKERS[0]} and {MARKERS[1]} there"
-        )
+    SECTION.check()
     PAGE.write_text(page(boards, runs), "utf-8")
     figures(boards, runs)
-    head, _, rest = text.partition(MARKERS[0])
-    _, _, tail = rest.partition(MARKERS[1])
-    BOARD_PAGE.write_text(f"{head}{MARKERS[0]}\n\n{board_page(boards, runs)}\n{MARKERS[1]}{tail}", "utf-8")
+    SECTION.write(board_page(boards, runs))
 
 
 if __name__ == "__main__":

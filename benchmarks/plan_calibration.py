@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from marked_section import DOCS, MarkedSection
 from numpy.typing import NDArray
 
 from gpobench.bench.stats import law, planning
@@ -27,8 +28,7 @@ from gpobench.leaderboards.pilot import Question, baseline_pilot
 
 Array = NDArray[np.float64]
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "statistics.md"
-MARKERS = ("<!-- made by benchmarks/plan_calibration.py -->", "<!-- end of the simulation of plans -->")
+SECTION = MarkedSection(DOCS / "statistics.md", "plan_calibration", "<!-- end of the simulation of plans -->")
 ROWS, PROMPTS, CAP = 11, 328, 10
 # Points: what a prompt makes of each method, and what is left.
 PROMPT_SD, RESIDUAL_SD = np.linspace(8, 28, ROWS), np.linspace(12, 34, ROWS)
@@ -333,18 +333,13 @@ def main() -> None:
     parser.add_argument("--boards", type=int, default=400, help="boards a line of the told pairs")
     parser.add_argument("--print", action="store_true", help="print the tables and write no page")
     options = parser.parse_args()
-    before = PAGE.read_text("utf-8")
-    if not options.print and any(marker not in before for marker in MARKERS):
-        raise SystemExit(
-            f"plan_calibration: {PAGE.name} has no place for the tables: put {' and '.join(MARKERS)} there"
-        )
+    if not options.print:
+        SECTION.check()
     text = page(options.draws, options.boards)
     if options.print:
         print(text)
         return
-    head, _, rest = before.partition(MARKERS[0])
-    _, _, tail = rest.partition(MARKERS[1])
-    PAGE.write_text(f"{head}{MARKERS[0]}\n\n{text}\n{MARKERS[1]}{tail}", "utf-8")
+    SECTION.write(text)
 
 
 if __name__ == "__main__":

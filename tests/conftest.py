@@ -22,6 +22,7 @@ from typing import Any  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+sys.path.insert(0, str(Path(__file__).parent.with_name("benchmarks")))  # which import one another
 sys.path.insert(0, str(Path(__file__).with_name("perturbed")))
 sys.path.insert(0, str(Path(__file__).parent))
 pytest_plugins = ["perturbation", "selection"]

@@ -141,6 +141,7 @@ MINIATURES: dict[str, tuple[Callable[[list[Path]], None], str]] = {  # file -> w
     "seeds": (run_seeds, "| all 2 | one/exact |"),
 }
 ELSEWHERE = {
+    "marked_section": "below",
     "calibration": "tests/bench/stats/test_law.py",
     "flag_calibration": "tests/bench/evaluation/test_transfer.py",
     "plan_calibration": "tests/bench/stats/test_planning.py and tests/bench/experiments/test_until_told.py",
@@ -161,3 +162,16 @@ def test_a_benchmark_runs_in_miniature(name: str, runs: list[Path], capsys: pyte
     run, printed = MINIATURES[name]
     run(runs)
     assert printed in capsys.readouterr().out
+
+
+def test_a_section_is_replaced_between_its_markers_and_nothing_else_is(tmp_path: Path) -> None:
+    MarkedSection = script("marked_section").MarkedSection
+    page = tmp_path / "page.md"
+    ours, other = MarkedSection(page, "ours", "<!-- end of ours -->"), MarkedSection(page, "other")
+    page.write_text(f"a\n{ours.begin}\n\nold\n{ours.end}\nb\n{other.begin}\nc\n{other.end}\n", "utf-8")
+    ours.check()
+    ours.write("new")
+    expected = f"a\n{ours.begin}\n\nnew\n{ours.end}\nb\n{other.begin}\nc\n{other.end}\n"
+    assert page.read_text("utf-8") == expected
+    with pytest.raises(SystemExit, match="lost: page.md has no place for the table"):
+        MarkedSection(page, "lost").check()
