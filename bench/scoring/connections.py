@@ -23,6 +23,7 @@ class BoundedConnection(H11Protocol):
     """
 
     idle_since = 0.0  # s on the loop's clock
+    silence_check: asyncio.TimerHandle | None = None
 
     @property
     def is_idle(self) -> bool:
@@ -39,6 +40,12 @@ class BoundedConnection(H11Protocol):
         self.idle_since = self.loop.time()
         self._close_if_silent()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let the next check go with the connection: a waiting one keeps the connection and its unread bytes in memory."""
+        if self.silence_check is not None:
+            self.silence_check.cancel()
+        super().connection_lost(exc)
+
     def on_response_complete(self) -> None:
         """Count the silence from the end of an answer."""
         self.idle_since = self.loop.time()
@@ -52,7 +59,7 @@ class BoundedConnection(H11Protocol):
         if left <= 0:
             self.transport.abort()
         else:
-            self.loop.call_later(left, self._close_if_silent)
+            self.silence_check = self.loop.call_later(left, self._close_if_silent)
 
 
 def bounded_server(app: FastAPI, log_level: str = "warning") -> uvicorn.Server:

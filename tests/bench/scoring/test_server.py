@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import http.client
 import json
 import os
@@ -302,6 +303,18 @@ def test_a_caller_without_the_token_is_answered_before_the_body() -> None:
         # a client that sends on gets the reason and no broken pipe
         status, _ = remote._exchange(f"{url}/score", b"0" * 60_000_000, "wrong", 20.0, 10_000)  # pyright: ignore[reportPrivateUsage]
         assert status == 401
+
+
+def test_a_connection_that_has_ended_is_not_kept_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "SILENCE", 3600.0)
+    with faulty.served(faulty.Sound(), token="s3cret") as url:
+        for _ in range(20):
+            remote._exchange(f"{url}/score", b"0" * 500_000, "wrong", 20.0, 10_000)  # pyright: ignore[reportPrivateUsage]
+        patience = time.monotonic() + 20
+        while kept := sum(type(thing) is connections.BoundedConnection for thing in gc.get_objects()):
+            assert time.monotonic() < patience, f"{kept} of 20 connections are still in memory"
+            time.sleep(0.05)
+            gc.collect()
 
 
 def test_a_caller_who_leaves_in_the_middle_disturbs_nobody(url: str) -> None:
