@@ -2,8 +2,10 @@
 
 Two framings. `line` gives the whole image to the recogniser, as a small image of one word needs; `page` finds the lines
 first, for natural images. The engine is RapidOCR 3 (Apache-2.0) with the PP-OCR models in its wheel: no download, no
-network. Images are processed one at a time: on a CPU a batch is no faster (measured at 1, 8, 32 and 64), and in a batch an image's last
-bits depend on its neighbours. The engine uses one thread and releases the interpreter lock, so it can run during sampling.
+network. In the framing `line` images are recognised in batches of exactly BATCH, the last one padded: 1.25 times as fast as one
+by one (6.2 against 7.7 ms of a core), and in batches of one size the bits of an image depend on no other image. In the framing
+`page` images are processed one at a time, and the lines of an image together. The engine uses one thread and releases the
+interpreter lock, so it can run during sampling.
 """
 
 import threading
@@ -22,6 +24,8 @@ from . import rules
 
 DETECTOR, RECOGNISER = "PP-OCRv6_det_small.onnx", "PP-OCRv6_rec_small.onnx"
 LINE_HEIGHT = 48  # px, what the recogniser was trained on
+# Images of one line recognised at once: the last bits depend on the number of images in a batch, so it is always this one.
+BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class RapidOCR:
                 "Global.text_score": framing.confidence,
             }
         else:
-            params |= {"Rec.rec_img_shape": [3, LINE_HEIGHT, framing.width]}
+            params |= {"Rec.rec_img_shape": [3, LINE_HEIGHT, framing.width], "Rec.rec_batch_num": BATCH}
         try:
             from rapidocr import RapidOCR as Engine
 
@@ -108,32 +112,60 @@ class RapidOCR:
 
     def read(self, image: np.ndarray) -> str:
         """Return the text in (H, W, 3) uint8 RGB, lines joined without a gap. Raises what the engine raises."""
-        bgr = np.ascontiguousarray(image[..., ::-1])  # the channel order the models were trained on
-        if isinstance(self.framing, TextLine):
-            import cv2
+        return self._read_page(image) if isinstance(self.framing, Page) else self._read_lines([image], self.framing)[0]
 
-            bgr = cv2.resize(bgr, (self.framing.width, LINE_HEIGHT))
+    def _read_page(self, image: np.ndarray) -> str:
+        """Find and read the lines of one image, (H, W, 3) uint8 RGB."""
         with self._lock:
-            result = self._engine(bgr)
+            result = self._engine(_bgr(image))
         lines = zip(result.txts or (), result.scores or (), strict=True)
         return "".join(text for text, score in lines if score > 0)
+
+    def _read_lines(self, images: Images | Sequence[np.ndarray], framing: TextLine) -> list[str]:
+        """Recognise at most BATCH images (H, W, 3) uint8 RGB as one line each; raises what the engine raises on any of them."""
+        import cv2
+
+        lines = [cv2.resize(_bgr(image), (framing.width, LINE_HEIGHT)) for image in images]
+        blank = np.zeros((LINE_HEIGHT, framing.width, 3), np.uint8)
+        with self._lock:
+            result = self._engine.recognize_txt([*lines, *[blank] * (BATCH - len(lines))])
+        read = list(zip(result.txts, result.scores, strict=True))
+        return [text if score > 0 else "" for text, score in read[: len(lines)]]
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         """Map (B, H, W, 3) and B prompts to soft and exact; NaN with a reason where the engine failed on an image."""
         check_images(images, prompts)
         texts: list[str | None] = []
         reasons: dict[int, str] = {}
-        for row, image in enumerate(images):
-            try:
-                texts.append(self.read(image))
-            except Exception as error:  # whatever a third party's engine raises must cost one image, not a run
-                texts.append(None)
-                reasons[row] = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[-1]}"
+        for start in range(0, len(images), BATCH):
+            for text, reason in self._attempt(images[start : start + BATCH]):
+                if reason:
+                    reasons[len(texts)] = reason
+                texts.append(text)
         return rules.score_texts(prompts, texts, reasons)
+
+    def _attempt(self, batch: Images) -> list[tuple[str | None, str]]:
+        """Read at most BATCH images: for each its text and "", or None and the reason."""
+        try:
+            texts = (
+                [self._read_page(image) for image in batch]
+                if isinstance(self.framing, Page)
+                else self._read_lines(batch, self.framing)
+            )
+            return [(text, "") for text in texts]
+        except Exception as error:  # whatever a third party's engine raises must cost one image, not a run
+            if len(batch) > 1:
+                return [self._attempt(batch[row : row + 1])[0] for row in range(len(batch))]
+            return [(None, f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[-1]}")]
 
     def self_test(self) -> None:
         """Read built-in renders; raises RuntimeError with the text read where one is wrong."""
         rules.check_known_answers(self, paged=isinstance(self.framing, Page))
+
+
+def _bgr(image: np.ndarray) -> np.ndarray:
+    """The image in the channel order that the models were trained on."""
+    return np.ascontiguousarray(image[..., ::-1])
 
 
 def make(variant: str | None = None) -> RapidOCR:

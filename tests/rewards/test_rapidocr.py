@@ -83,6 +83,56 @@ def test_a_batch_is_its_pictures_one_by_one_in_any_order(
     np.testing.assert_array_equal(mixed.value["soft"], whole.value["soft"][order])
 
 
+def test_the_recogniser_sees_batches_of_one_size_in_which_rows_do_not_depend_on_each_other(
+    line: rapidocr.RapidOCR, renders: tuple[np.ndarray, list[Prompt]]
+) -> None:
+    """The probabilities, not only the texts: bit by bit the same beside any neighbours, at any place, and beside padding."""
+    session, seen = line._engine.text_rec.session, []
+    run = type(session).__call__
+
+    def listen(self: object, batch: np.ndarray) -> np.ndarray:
+        seen.append((batch, run(self, batch)))
+        return seen[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(session), "__call__", listen)
+        for rows in (range(24), range(23, -1, -1), [5], [3, 5, 7]):
+            line(renders[0][list(rows)], [renders[1][i] for i in rows])
+    assert {len(batch) for batch, _ in seen} == {rapidocr.BATCH}
+    by_picture: dict[bytes, list[np.ndarray]] = {}
+    for batch, out in seen:
+        for picture, row in zip(batch, out, strict=True):
+            by_picture.setdefault(picture.tobytes(), []).append(row)
+    repeated = [rows for rows in by_picture.values() if len(rows) > 1]
+    assert len(repeated) >= 24
+    for rows in repeated:
+        for row in rows[1:]:
+            np.testing.assert_array_equal(row, rows[0])
+
+
+def test_one_picture_that_fails_costs_its_own_row_of_a_batch(
+    line: rapidocr.RapidOCR, renders: tuple[np.ndarray, list[Prompt]]
+) -> None:
+    images, prompts = renders[0][:12], renders[1][:12]
+    recognise, bad = line._engine.recognize_txt, []
+
+    def failing(pictures: list[np.ndarray]) -> object:
+        if not bad:
+            bad.append(pictures[2])
+        if any(np.array_equal(picture, bad[0]) for picture in pictures):
+            raise RuntimeError("cannot read this one")
+        return recognise(pictures)
+
+    try:
+        line._engine.recognize_txt = failing
+        scores = line(images, prompts)
+    finally:
+        del line._engine.recognize_txt
+    assert scores.reasons == {2: "RuntimeError: cannot read this one"}
+    sound = [row for row in range(12) if row != 2]
+    np.testing.assert_array_equal(scores.value["soft"][sound], line(images, prompts).value["soft"][sound])
+
+
 def test_threads_agree(line: rapidocr.RapidOCR, renders: tuple[np.ndarray, list[Prompt]]) -> None:
     images, prompts = renders[0][:24], renders[1][:24]
     whole = line(images, prompts)
@@ -94,12 +144,13 @@ def test_threads_agree(line: rapidocr.RapidOCR, renders: tuple[np.ndarray, list[
 def test_colour_order_is_rgb(line: rapidocr.RapidOCR) -> None:
     """Red ink on blue of the same luminance as BGR would see it: the engine gets the channels its weights expect."""
     seen: list[np.ndarray] = []
-    engine = line._engine  # the real one, listened to
+    recognise = line._engine.recognize_txt  # the real one, listened to
     try:
-        line._engine = lambda picture: (seen.append(picture), engine(picture))[1]
+        line._engine.recognize_txt = lambda pictures: (seen.extend(pictures), recognise(pictures))[1]
         line(draw_word("RED", ink=(200, 30, 10))[None], [Prompt('say "RED"')])
     finally:
-        line._engine = engine
+        del line._engine.recognize_txt
+    assert len(seen) == rapidocr.BATCH
     darkest = seen[0].reshape(-1, 3)[seen[0].reshape(-1, 3).sum(1).argmin()]
     assert darkest[2] > darkest[1] > darkest[0] and seen[0].shape == (48, 80, 3)
 
