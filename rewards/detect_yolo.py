@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..bench.assets import downloads, weight_store
+from ..bench.assets.finite import check_finite
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images
 from .detectors import RENAMED, Detection
@@ -47,7 +48,10 @@ class Yolo:
     name = "yolo"
 
     def __init__(self, weights: Path) -> None:
-        """Load the model. Raises Missing without ultralytics, UserError for a file that is no detection model of it."""
+        """Load the model.
+
+        Raises Missing without ultralytics, UserError for a file that is no detection model of it and one whose weights are not finite.
+        """
         from PIL import Image
 
         for key, value in QUIET.items():
@@ -68,6 +72,7 @@ class Yolo:
         except Exception as error:  # whatever a pickle of another kind raises
             lines = str(error).strip().splitlines() or [type(error).__name__]
             raise UserError(f"{weights} does not hold a YOLO model: {lines[0]}") from error
+        check_finite(self._engine.model.state_dict(), weights)
         self._picture = Image.fromarray
         self.side = int(self._engine.overrides.get("imgsz", 640))
         self.labels = [RENAMED.get(name, name) for _, name in sorted(named.items())]

@@ -197,6 +197,17 @@ def test_a_broken_engine_raises(weights: Path) -> None:
         broken(draw(1, 0)[0])
 
 
+def test_weights_that_are_not_finite_are_refused(weights: Path, tmp_path: Path) -> None:
+    import torch
+
+    content = torch.load(weights, weights_only=False)
+    network = content.get("ema") or content["model"]
+    next(iter(network.parameters())).data.view(-1)[0] = float("nan")
+    torch.save(content, tmp_path / "nan.pt")
+    with pytest.raises(UserError, match=r"nan\.pt is damaged: its tensor .* has numbers that are not finite"):
+        engine.Yolo(tmp_path / "nan.pt")
+
+
 def test_weights_come_from_the_user_alone(weights: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("GPOBENCH_YOLO", raising=False)
     monkeypatch.setenv("GPOBENCH_WEIGHTS", str(tmp_path))
