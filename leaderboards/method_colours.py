@@ -23,6 +23,7 @@ COLOURS: Mapping[str, tuple[str, str]] = {
     "rwr": ("#5a8a00", "#a8d155"),
     "sft": ("#33415c", "#93a5c9"),
     "best-of-n": ("#d11f1f", "#ff8a80"),
+    "ddpo": ("#9c2f6e", "#d883b8"),
 }
 DASHES = ("-", "--", "-.")  # of matplotlib, for the rows of one method; ":" is a curve of two points
 MARKERS = ("o", "^", "v", "D")
