@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .experiments.config import RunRequest, resolve
     from .experiments.run import run
     from .spec import (
+        Branchings,
         Choice,
         EvaluationSettings,
         Groups,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         Transitions,
         Uniform,
     )
+    from .trees import Branches, TreePlan
 
 _MODULE_OF = {
     "Budget": "budget",
@@ -41,13 +43,17 @@ _MODULE_OF = {
     "resolve": "experiments.config",
     "run": "experiments.run",
     **dict.fromkeys(
-        "Choice EvaluationSettings Groups InitialNoise LogUniform Method Model Optim Pairs Prompt Rig Scorer Scores Search Task "
-        "Transitions Uniform".split(),
+        "Branchings Choice EvaluationSettings Groups InitialNoise LogUniform Method Model Optim Pairs Prompt Rig Scorer Scores "
+        "Search Task Transitions Uniform".split(),
         "spec",
     ),
+    "Branches": "trees",
+    "TreePlan": "trees",
 }
 
 __all__ = [
+    "Branches",
+    "Branchings",
     "Budget",
     "Choice",
     "EvaluationSettings",
@@ -69,6 +75,7 @@ __all__ = [
     "Spent",
     "Task",
     "Transitions",
+    "TreePlan",
     "Uniform",
     "UserError",
     "resolve",

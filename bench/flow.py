@@ -214,6 +214,10 @@ class Step:
         """mean + std * noise, (B, ...); noise is standard normal and the caller's own (float32 or better, unrounded)."""
         return self.mean + self.std * noise
 
+    def repeat(self, n: int) -> Step:
+        """The step of each state n times in a row, (B n, ...): one velocity serves the n children of a state."""
+        return Step(self.mean.repeat_interleave(n, 0), self.std.repeat_interleave(n, 0))
+
     def logp(self, x: Tensor, drop: bool = False) -> Tensor:
         """(B,): log density of x, a MEAN over elements (the field's convention; the joint density is D times it).
 
@@ -380,6 +384,11 @@ class Dpm2:
 
 ode, dpm2 = Ode(), Dpm2()
 sde, dance, cps, ddim = Sde, Dance, Cps, Ddim
+
+
+def stochastic(kernel: Kernel) -> bool:
+    """Return whether a step of this kernel draws noise."""
+    return kernel not in (ode, dpm2)
 
 
 # Time grids: (T + 1,) float32 on the CPU, falling; T steps

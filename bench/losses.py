@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import logsigmoid, pad
 
 from .flow import precise, wide
 
@@ -49,6 +49,25 @@ def standardise(
     else:
         spread = torch.ones_like(r[:, :1])
     return torch.where(informative(reward)[:, None], centred / spread, 0.0).to(wide(reward).dtype)
+
+
+def leaf_means(reward: Tensor, first: Tensor, leaves: Tensor) -> Tensor:
+    """(N, K): mean reward of the leaves below each child of N states; NaN where none of them has a score, or where there is no child.
+
+    BranchGRPO's reward of a node (arXiv 2509.06040, Eq. 3, as its code: the plain mean). Computed in float64 and rounded to
+    float32, so that means of equal rewards are equal.
+
+    Args:
+        reward: (R, L), of the L leaves of R trees; NaN where an image was not scored.
+        first: (N, K), the first leaf below each child, tree * L + leaf; -1 where there is no child.
+        leaves: (N,), the number of leaves below each child.
+    """
+    r, first = precise(reward).flatten(), first.to(reward.device)
+    start = first.clamp(min=0)
+    end = start + leaves.to(reward.device)[:, None]
+    totals, counts = (pad(v.cumsum(0), (1, 0)) for v in (r.masked_fill(~r.isfinite(), 0.0), r.isfinite().to(r)))
+    means = (totals[end] - totals[start]) / (counts[end] - counts[start])
+    return means.masked_fill(first < 0, torch.nan).to(wide(reward).dtype)
 
 
 def _finite_mean(r: Tensor, finite: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The contract on one page: what a method, a task, a scorer or a model must implement, and what it may use.
 
-Shapes: B rows, P prompts, G images of a group, N transitions, (C, h, w) one latent, (H, W, 3) one image.
+Shapes: B rows, P prompts, G images of a group, N transitions or states, K children of a state, (C, h, w) one latent, (H, W, 3) one image.
 Time t runs from 1 (noise) to 0 (image); a step goes from t (its start) to s (its end), t > s.
 nfe: evaluations of the network in forward-equivalents; a forward costs 1, a backward 2 more, guidance doubles both.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .flow import Kernel, Path, Prediction, Step, ode
+from .trees import TreePlan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -471,6 +472,46 @@ def assign_advantages(transitions: Transitions, advantage: Tensor) -> Transition
 
 
 @dataclass(frozen=True)
+class Branchings:
+    """N states of trees, each with the up to K children that a stochastic step drew of it: one velocity of a state serves all.
+
+    A row with fewer children than K repeats its first one, with `first` -1 and without weight.
+    """
+
+    x: Tensor  # (N, C, h, w)
+    t: Tensor  # (N,)
+    s: Tensor  # (N,)
+    to: Tensor  # (N, K, C, h, w)
+    logp: Tensor  # (N, K) under the policy that sampled
+    advantage: Tensor  # (N, K)
+    weight: (
+        Tensor  # (N, K): a mean over rows of the weighted sums over children is the mean over the children that teach
+    )
+    prompt_ids: Tensor  # (N,)
+    tree: Tensor  # (N,) which tree of the rollout
+    step: Tensor  # (N,) which step of the grid
+    first: Tensor  # (N, K) the first leaf below the child, tree * L + leaf; -1 where there is no child
+    leaves: Tensor  # (N,) leaves below each child
+
+
+def assign_branch_advantages(branchings: Branchings, advantage: Tensor) -> Branchings:
+    """The branchings with their children's advantages (N, K) and weights; states none of whose children has one are dropped.
+
+    A child has advantage 0 in a group without spread, without a score, or with exactly the mean: it gets no weight, as
+    `assign_advantages` drops such an image.
+    """
+    teaches = (advantage != 0) & (branchings.first >= 0).to(advantage.device)
+    rows = teaches.any(1)
+    weight = teaches * (rows.sum() / teaches.sum().clamp(min=1))
+    given = replace(
+        branchings,
+        advantage=torch.where(teaches, advantage, 0).to(branchings.advantage),
+        weight=weight.to(branchings.weight),
+    )
+    return select_rows(given, rows)
+
+
+@dataclass(frozen=True)
 class InitialNoise:
     """N initial noises with their prompts, for methods that differentiate the sampler."""
 
@@ -697,6 +738,30 @@ class Rig(Protocol):
             weights: the name of the weights to sample with.
             guidance: None is the protocol's.
         Raises ValueError where a step without noise is to be kept: it has no log-probability.
+        """
+        ...
+
+    def trees(
+        self,
+        prompts: int,
+        plan: TreePlan,
+        *,
+        seeds: int = 1,
+        weights: str = "policy",
+        guidance: float | None = None,
+    ) -> tuple[Branchings, Tensor]:
+        """Draw prompts, grow trees of images for each and score them; (branchings, rewards (R, L, S)).
+
+        R = prompts * seeds trees, those of a prompt in a row; L leaves a tree, S strides. `losses.leaf_means` gives the rewards of the
+        branchings' children. Their advantages are 0 until `assign_branch_advantages` sets them. Costs plan.evaluations
+        velocities, plan.images images and reward calls a tree.
+
+        Args:
+            prompts: number of prompts.
+            plan: branches, grid and strides of a tree.
+            seeds: trees a prompt, each from an initial noise of its own.
+            weights: the name of the weights to sample with.
+            guidance: None is the protocol's.
         """
         ...
 

@@ -176,10 +176,13 @@ def unscored_images_leave_no_trace(harness: Harness) -> None:
 def _shifted_velocity(
     velocity: Callable[..., Tensor], offset: float, x: Tensor, t: Tensor, prompt_ids: Tensor, how: Any
 ) -> Tensor:
-    """Return the rig's velocity, with an offset for the first row of each prompt."""
-    v = velocity(x, t, prompt_ids, how)
+    """Return the rig's velocity, with an offset for the first row of each prompt that has more than one.
+
+    A prompt's only row may be the trunk of a tree, from which all of its images branch.
+    """
+    v, ids = velocity(x, t, prompt_ids, how), prompt_ids.tolist()
     rows = torch.zeros(len(v), *[1] * (v.ndim - 1))
-    rows[first_rows(prompt_ids.tolist())] = offset
+    rows[[row for row in first_rows(ids) if ids.count(ids[row]) > 1]] = offset
     return v + rows.to(v)
 
 

@@ -13,7 +13,7 @@ from ..spec import PolicyModel, Rig
 
 # What a method may use of this package: the contract and its formulas. Everything else is the harness.
 PACKAGE = __name__.partition(".")[0]
-CONTRACT = [f"{PACKAGE}.bench.{module}" for module in ("spec", "flow", "losses", "errors")]
+CONTRACT = [f"{PACKAGE}.bench.{module}" for module in ("spec", "flow", "trees", "losses", "errors")]
 ALLOWED_NAMES = {
     *(f"{PACKAGE}.bench.{name}" for name in (
         "Choice EvaluationSettings Groups InitialNoise LogUniform Method Missing Optim Pairs Prompt Rig Search Spent Transitions "

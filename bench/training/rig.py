@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,15 +21,17 @@ from torch import Tensor
 
 from ..budget import Meter
 from ..errors import UserError
-from ..flow import Kernel, Path, Step, dpm2, error_scale, like, mix, ode, split
+from ..flow import Kernel, Path, Step, dpm2, error_scale, like, mix, ode, split, stochastic
 from ..losses import flow_error, informative
 from ..process_group import ProcessGroup
 from ..rendering import RenderedImages, render
 from ..scoring.scorers import ask_rendered
-from ..spec import Cond, Groups, Images, Model, Pairs, Prompt, Rig, Scorer, Scores, Transitions, fold_text
+from ..spec import Branchings, Cond, Groups, Images, Model, Pairs, Prompt, Rig, Scorer, Scores, Transitions, fold_text
+from ..trees import TreePlan
 from .embeddings import EmbeddingCache
 from .method_view import method_view
 from .pairs import PairSet, open_pairs
+from .tree_rollout import Sampler, grow, numbered, stack
 
 TimedScores = tuple[Scores, float]  # scores, and the latency in seconds
 SINGLE_PROCESS = ProcessGroup()
@@ -363,7 +365,7 @@ class MeteredRig:
         image_ids = prompt_ids.repeat_interleave(group)
         noise = self.noise(len(image_ids))
         x0: list[Tensor] = []
-        pending: list[Future[TimedScores] | None] = []
+        pending: list[list[Future[TimedScores]]] = []
         for k, rows in enumerate(torch.arange(len(image_ids)).split(self.rows)):
             start, ids = noise[rows.to(noise.device)], image_ids[rows]
             with self.turn(k):
@@ -412,7 +414,7 @@ class MeteredRig:
         image_ids = prompt_ids.repeat_interleave(group)
         noise = self.noise(prompts).repeat_interleave(group, 0) if shared else self.noise(len(image_ids))
         step_transitions: list[Transitions] = []
-        pending: list[Future[TimedScores] | None] = []
+        pending: list[list[Future[TimedScores]]] = []
         for k, rows in enumerate(torch.arange(len(image_ids)).split(self.rows)):
             x_next = start = noise[rows.to(noise.device)]
             ids = image_ids[rows]
@@ -430,6 +432,47 @@ class MeteredRig:
         return Transitions(
             *(torch.cat([getattr(m, f.name) for m in step_transitions]) for f in fields(Transitions))
         ), reward
+
+    @torch.no_grad()
+    def trees(
+        self,
+        prompts: int,
+        plan: TreePlan,
+        *,
+        seeds: int = 1,
+        weights: str = "policy",
+        guidance: float | None = None,
+    ) -> tuple[Branchings, Tensor]:
+        """Draw prompts, grow `seeds` trees for each and score their images; (branchings, rewards (R, L, S)).
+
+        Args:
+            prompts: number of prompts.
+            plan: branches, grid and strides of a tree.
+            seeds: trees a prompt, each from an initial noise of its own; R = prompts * seeds.
+            weights: as in `velocity`.
+            guidance: None is the protocol's.
+        """
+        prompt_ids = self.prompts(prompts).repeat_interleave(seeds)
+        noise = self.noise(len(prompt_ids))
+        grid = self.model.times(plan.steps).to(noise.device)
+        how = NetworkPass(weights, self.model.guidance if guidance is None else guidance, role="rollout", merged=True)
+        grown: list[Branchings] = []
+        pending: list[list[Future[TimedScores]]] = []
+        for k, trees in enumerate(torch.arange(len(prompt_ids)).split(max(1, self.rows // plan.images))):
+            sampler = Sampler(self.path, partial(self._velocities, how=how), self.noise)
+            with self.turn(k):
+                branchings, x0 = grow(sampler, noise[trees.to(noise.device)], prompt_ids[trees], grid, plan)
+                grown.append(numbered(branchings, int(trees[0]), plan.leaves))
+                pending.append(self._submit(x0.flatten(0, 2), prompt_ids[trees].repeat_interleave(plan.images)))
+        for name in ("x", "to", "logp"):
+            self.processes.broadcast_parts([getattr(part, name) for part in grown])
+        reward = self._rewards(pending, len(prompt_ids), plan.images).unflatten(1, (plan.leaves, len(plan.strides)))
+        return stack(grown), reward
+
+    def _velocities(self, x: Tensor, t: Tensor, prompt_ids: Tensor, how: NetworkPass) -> Tensor:
+        """(B, C, h, w): velocities of any number of latents, `rows` of them at once."""
+        parts = zip(x.split(self.rows), t.split(self.rows), prompt_ids.split(self.rows), strict=True)
+        return torch.cat([self.charged_velocity(*part, how) for part in parts])
 
     def _exchanged(self, step_transitions: list[Transitions], steps: int) -> list[Transitions]:
         """The transitions with the tensors that other processes computed; `steps` of each part lie together."""
@@ -521,10 +564,10 @@ class MeteredRig:
             total = len(pair_set) + pair_set.skipped.total()
             self.failures = [*others, f"{prefix}{skipped.total()} of {total}: {reasons}"][-20:]
 
-    def _rewards(self, pending: Sequence[Future[TimedScores] | None], prompts: int, group: int) -> Tensor:
+    def _rewards(self, pending: Sequence[Sequence[Future[TimedScores]]], prompts: int, group: int) -> Tensor:
         """(P, G): the rewards of all parts; their statistics are noted."""
-        parts = self.processes.exchange_objects([future.result() if future else None for future in pending])
-        reward = torch.cat([self._reward(part) for part in parts]).view(prompts, group)
+        parts = self.processes.exchange_objects([[future.result() for future in part] for part in pending])
+        reward = torch.cat([self._reward(timed) for part in parts for timed in part]).view(prompts, group)
         self.note("reward/mean", reward.nanmean())
         self.note("reward/spread", (reward - reward.nanmean(1, keepdim=True)).square().nanmean().sqrt())
         self.note("groups/informative", informative(reward).float().mean())
@@ -534,10 +577,11 @@ class MeteredRig:
         """How many times this spend (nfe, images, reward_calls ...) still fits into the budget."""
         return self.meter.affords(**each)
 
-    def _submit(self, x0: Tensor, prompt_ids: Tensor) -> Future[TimedScores] | None:
-        """Charge and start the scoring of images; None where another process scores them."""
+    def _submit(self, x0: Tensor, prompt_ids: Tensor) -> list[Future[TimedScores]]:
+        """Charge and start the scoring of images, `rows` of them at once; nothing where another process scores them."""
         self._charge_scoring(len(x0))
-        return None if self._computed_elsewhere else self._start_scoring(render(self.model.decode, x0), prompt_ids)
+        parts = [] if self._computed_elsewhere else zip(x0.split(self.rows), prompt_ids.split(self.rows), strict=True)
+        return [self._start_scoring(render(self.model.decode, latents), ids) for latents, ids in parts]
 
     def _charge_scoring(self, images: int) -> None:
         self.meter.charge_scorer(self.scorer.name, images, images=images)
@@ -632,11 +676,6 @@ def walk(
             x_next = step.mean
         yield WalkStep(x, t, s, step, x_next)
         x = x_next
-
-
-def stochastic(kernel: Kernel) -> bool:
-    """Return whether a step of this kernel draws noise."""
-    return kernel not in (ode, dpm2)
 
 
 def timed_scores(scorer: Scorer, images: RenderedImages, prompts: Sequence[Prompt]) -> TimedScores:
