@@ -86,6 +86,26 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 }
 
 
+def registered_name(reference: str) -> str:
+    """The name of the registered model that a hub id, owner/name in any case, stands for; any other reference unchanged.
+
+    Raises UserError for a path at which there is no folder.
+    """
+    if reference in registry.entries("model") or ".py:" in reference or Path(reference).is_dir():
+        return reference
+    if reference.count("/") == 1 and reference[0] not in "./~":
+        for name in registry.entries("model"):
+            spec = registry.load("model", name)
+            if isinstance(spec, ModelSpec) and spec.source.casefold() == reference.casefold():
+                return name
+    if "/" in reference:
+        raise UserError(
+            f"--model {reference}: no such folder, and no registered model has this source; "
+            f"registered: {', '.join(sorted(registry.entries('model')))}"
+        )
+    return reference
+
+
 def find_model_spec(reference: str) -> ModelSpec:
     """The model spec of a name, or of a local folder in diffusers format.
 

@@ -34,27 +34,33 @@ from . import (
 from .console import discard_stderr
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="The referee of text-to-image post-training: any method, one budget, an interval on every number.",
     epilog="Start here: `gpobench run --method gpo --task ocr --model tiny`",
 )
-app.command("run", epilog=run.EPILOG)(run.run)
-app.command("eval", epilog=eval.EPILOG)(eval.eval)
-app.command("score", epilog=score.EPILOG)(score.score)
-app.command("serve-scorer", epilog=serve_scorer.EPILOG)(serve_scorer.serve_scorer)
-app.command("list")(describe.list_)
-app.command("show", epilog=describe.SHOW_EPILOG)(describe.show)
-app.command("pretrain", epilog=pretrain.EPILOG)(pretrain.pretrain)
-app.command("pairs", epilog=pairs.EPILOG)(pairs.pairs)
-app.command("tune", epilog=tune.EPILOG)(tune.tune)
-app.command("compare", epilog=compare.EPILOG)(compare.compare)
-app.command("verify", epilog=verify.EPILOG)(verify.verify)
-app.command("check", epilog=check.EPILOG)(check.check)
-app.command("fetch", epilog=fetch.EPILOG)(fetch.fetch)
-app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
-app.add_typer(new.new, name="new")
+TRAIN, JUDGE, TABLES, PARTS, DATA = (
+    "Train and compare",
+    "Score and verify",
+    "Tables and reports",
+    "Parts and machine",
+    "Data and weights",
+)
+app.command("run", epilog=run.EPILOG, rich_help_panel=TRAIN)(run.run)
+app.command("compare", epilog=compare.EPILOG, rich_help_panel=TRAIN)(compare.compare)
+app.command("tune", epilog=tune.EPILOG, rich_help_panel=TRAIN)(tune.tune)
+app.command("eval", epilog=eval.EPILOG, rich_help_panel=JUDGE)(eval.eval)
+app.command("score", epilog=score.EPILOG, rich_help_panel=JUDGE)(score.score)
+app.command("verify", epilog=verify.EPILOG, rich_help_panel=JUDGE)(verify.verify)
+app.command("serve-scorer", epilog=serve_scorer.EPILOG, rich_help_panel=JUDGE)(serve_scorer.serve_scorer)
+app.command("list", rich_help_panel=PARTS)(describe.list_)
+app.command("show", epilog=describe.SHOW_EPILOG, rich_help_panel=PARTS)(describe.show)
+app.add_typer(new.new, name="new", rich_help_panel=PARTS)
+app.command("check", epilog=check.EPILOG, rich_help_panel=PARTS)(check.check)
+app.command("doctor", epilog=doctor.EPILOG, rich_help_panel=PARTS)(doctor.doctor)
+app.command("fetch", epilog=fetch.EPILOG, rich_help_panel=DATA)(fetch.fetch)
+app.command("pairs", epilog=pairs.EPILOG, rich_help_panel=DATA)(pairs.pairs)
+app.command("pretrain", epilog=pretrain.EPILOG, rich_help_panel=DATA)(pretrain.pretrain)
 
 
 @app.callback(invoke_without_command=True)
@@ -72,7 +78,7 @@ def _add_plugin_commands() -> None:
     """Add the commands of the petals and of other packages from entry points; one that cannot be loaded is reported and left out."""
     for name in registry.entries("command"):
         try:
-            app.command(name)(registry.load("command", name))
+            app.command(name, rich_help_panel=TABLES)(registry.load("command", name))
         except UserError as error:
             _print_error(str(error))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -9,19 +10,23 @@ import typer
 
 from .. import registry
 from .console import open_console
+from .options import AsJson
 
 
-def list_() -> None:
+def list_(as_json: AsJson = False) -> None:
     """List all methods, tasks, models, scorers and recipes."""
+    parts = list(_all_parts())
+    if as_json:
+        print(json.dumps({"parts": parts}, indent=1))
+        return
     from rich.table import Table
     from rich.text import Text
 
     table = Table("kind", "name", "what it is", box=None, pad_edge=False, header_style="bold")
-    for kind in ("method", "task", "model", "scorer", "embedder", "recipe"):
-        for name in registry.entries(kind):
-            if registry.canonical(kind, name) == name:
-                line = _model_line(name) if kind == "model" else registry.summary_line(kind, name)
-                table.add_row(kind, name, line + _other_names(kind, name))
+    for part in parts:
+        others = [f"alias {alias}" for alias in part["aliases"]] + part["variants"]
+        brackets = f" [{', '.join(others)}]" if others else ""
+        table.add_row(part["kind"], part["name"], part["summary"] + brackets)
     console = open_console()
     console.print(table)
     console.print(
@@ -34,22 +39,58 @@ SHOW_EPILOG = "Example: `gpobench show gpo`"
 
 def show(
     name: Annotated[str, typer.Argument(help="A name that `gpobench list` prints, or path/to/file.py:Name.")],
+    as_json: AsJson = False,
 ) -> None:
     """Show a part's description, fields, defaults and presets."""
     kinds = [kind for kind in registry.GROUPS if name in registry.entries(kind)]
     if ".py:" not in name and not kinds:
         raise registry.unknown("name", name, {n for kind in registry.GROUPS for n in registry.entries(kind)})
-    for kind in kinds or [_kind(name)]:
+    kinds = kinds or [_kind(name)]
+    if as_json:
+        print(json.dumps({"parts": [_part_as_json(kind, name) for kind in kinds]}, indent=1))
+        return
+    for kind in kinds:
         print_part(kind, name)
 
 
-def _other_names(kind: str, name: str) -> str:
-    """Return the aliases of a part and the variants of a method, in brackets."""
+def _all_parts() -> Iterator[dict[str, Any]]:
+    """Yield kind, name, summary, aliases and variants of every registered part."""
     from ..experiments.config import variants
 
-    parts = [f"alias {alias}" for alias in registry.aliases(kind, name)]
-    parts += [f"{name}:{variant}" for variant in (variants(name) if kind == "method" else ())]
-    return f" [{', '.join(parts)}]" if parts else ""
+    for kind in ("method", "task", "model", "scorer", "embedder", "recipe"):
+        for name in registry.entries(kind):
+            if registry.canonical(kind, name) == name:
+                yield {
+                    "kind": kind,
+                    "name": name,
+                    "summary": _model_line(name) if kind == "model" else registry.summary_line(kind, name),
+                    "aliases": list(registry.aliases(kind, name)),
+                    "variants": [f"{name}:{variant}" for variant in (variants(name) if kind == "method" else ())],
+                }
+
+
+def _part_as_json(kind: str, name: str) -> dict[str, Any]:
+    """What `show` prints of a part: kind, name, description, fields, the tables of its preset file, and where both files are."""
+    import dataclasses
+    import inspect
+    import tomllib
+
+    from ..experiments.config import preset_path
+
+    part = registry.load(kind, name)
+    source = part if inspect.isclass(part) or inspect.isfunction(part) else type(part)
+    module = inspect.getmodule(source)
+    fields = _fields(part() if isinstance(part, type) else part) if dataclasses.is_dataclass(part) else ()
+    preset = preset_path(name) if kind == "method" else None
+    return {
+        "kind": kind,
+        "name": name,
+        "description": "" if kind == "model" else inspect.cleandoc((module and module.__doc__) or ""),
+        "fields": [{"name": key, "default": default, "meaning": meaning} for key, default, meaning in fields],
+        "preset": tomllib.loads(preset.read_text("utf-8")) if preset else None,
+        "preset_file": str(preset) if preset else None,
+        "source": inspect.getsourcefile(source),
+    }
 
 
 def _model_line(name: str) -> str:

@@ -9,14 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from .console import clean_stdout, open_console, terminal_progress
-from .options import AsJson, check_names
+from .options import AsJson, check_names, registered_model
 
 EPILOG = "Examples: `gpobench doctor` · `gpobench doctor --task ocr --model sd35m --deep`"
 
 
 def doctor(
     task: Annotated[str | None, typer.Option(help="A task: its prompts and scorers are examined.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model: its weights, licence and memory are examined.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(callback=registered_model, help="A model: its weights, licence and memory are examined."),
+    ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Also load scorers of more than 1 GB and test them.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -43,6 +43,8 @@ def eval(
     check_names(task=task, model=model)
     if split not in ("test", "validation", "train"):
         raise registry.unknown("split", split, ("test", "validation", "train"))
+    if adapter is not None and not adapter.exists():
+        raise UserError(f"--adapter {adapter}: no such file or folder")
     with clean_stdout() as answer, terminal_progress() as progress:
         from ..experiments.evaluate_model import ModelEvaluation, evaluate_model
         from ..scoring.references import scorer_locations

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from .console import clean_stdout, open_console, terminal_progress
-from .options import AsJson, check_names, check_scorer
+from .options import AsJson, check_names, check_scorer, registered_model
 from .tables import finite_or_null
 
 EPILOG = (
@@ -21,7 +21,9 @@ EPILOG = (
 
 def fetch(
     task: Annotated[str | None, typer.Option(help="A task: its prompts, and the weights of all its scorers.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model: the files that diffusers loads, no others.")] = None,
+    model: Annotated[
+        str | None, typer.Option(callback=registered_model, help="A model: the files that diffusers loads, no others.")
+    ] = None,
     scorers: Annotated[
         list[str] | None, typer.Option("--scorer", help="Another scorer, NAME or NAME:VARIANT; repeatable.")
     ] = None,

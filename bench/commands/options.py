@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .. import registry
+from ..model_spec import registered_name
 
 if TYPE_CHECKING:
     from ..scoring.references import ScorerReference
 
-MethodName = Annotated[str, typer.Option("--method", help="A method's name, or path/to/file.py:Name.")]
+
+def _names(kind: str) -> Callable[[], list[str]]:
+    """Complete an option with the registered names of a kind."""
+    return lambda: sorted(registry.entries(kind))
 
 
-TaskName = Annotated[str, typer.Option("--task", help="A task's name, or path/to/file.py:Name.")]
+def registered_model(reference: str | None) -> str | None:
+    """Replace the hub id of a registered model by its name."""
+    return None if reference is None else registered_name(reference)
 
 
-ModelName = Annotated[str, typer.Option("--model", help="A model's name, or a local folder in diffusers format.")]
+MethodName = Annotated[
+    str,
+    typer.Option("--method", help="A method's name, or path/to/file.py:Name.", autocompletion=_names("method")),
+]
+
+
+TaskName = Annotated[
+    str, typer.Option("--task", help="A task's name, or path/to/file.py:Name.", autocompletion=_names("task"))
+]
+
+
+ModelName = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="A model's name or hub id, or a local folder in diffusers format.",
+        callback=registered_model,
+        autocompletion=_names("model"),
+    ),
+]
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and all else on stderr.")]

@@ -18,7 +18,7 @@ from ..budget import CURRENCIES, Budget, load_budget
 from ..errors import UserError
 from ..files import content_digest, utf_8_name
 from ..files import digest as file_digest
-from ..model_spec import Adapter, ModelSpec, find_model_spec
+from ..model_spec import Adapter, ModelSpec, find_model_spec, registered_name
 from ..scoring.references import ScorerLocation, ScorerReference
 from ..scoring.references import scorer_locations as parse_locations
 
@@ -27,6 +27,25 @@ DEEPEST = 16  # levels of nested settings
 LARGEST_FLOAT32 = 3.4028234663852886e38  # in which losses and updates are computed
 # Fields of a model spec that a run may set: they change memory and speed, and results only by rounding.
 EXECUTION = ("rows", "checkpointing", "offload", "merge", "compile")
+NOT_OF_METHOD = ("adapter", "evaluation", "precision", *EXECUTION)  # keys beside the fields of a method
+# Names that trainers of the field give to settings; an error names ours.
+OTHER_TRAINERS = {
+    "learning_rate": "optim.lr",
+    "warmup_steps": "optim.warmup",
+    "ema_decay": "optim.ema",
+    "max_grad_norm": "optim.clip",
+    "lora_rank": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "num_inference_steps": "steps",
+    "num_steps": "steps",
+    "guidance_scale": "guidance",
+    "group_size": "group",
+    "num_generations": "group",
+    "num_image_per_prompt": "group",
+    "mixed_precision": "precision",
+    "gradient_checkpointing": "checkpointing",
+    "kl_beta": "kl",
+}
 
 
 @dataclass(frozen=True)
@@ -141,7 +160,8 @@ def resolve(request: RunRequest) -> Config:
     method = registry.canonical("method", request.method)
     method_class = registry.load("method", method)
     task = registry.task(request.task)
-    model_spec = find_model_spec(request.model)
+    model = registered_name(request.model)
+    model_spec = find_model_spec(model)
     evaluation: EvaluationSettings = task.evaluation(model_spec.domain)
     table: Table = {}
     preset_settings = preset(method, model_spec.preset or model_spec.name, request.task)
@@ -163,7 +183,7 @@ def resolve(request: RunRequest) -> Config:
     return Config(
         method=method,
         task=request.task,
-        model=request.model,
+        model=model,
         seed=request.seed,
         budget=load_budget(request.budget or model_spec.budget),
         settings=_build_method(method_class, table, type(evaluation)),
@@ -198,12 +218,25 @@ def _build_method(method_class: Any, table: Mapping[str, Any], evaluation_class:
         for group, kind in {"adapter": Adapter, "evaluation": evaluation_class, **nested}.items()
     }
     for name, value in table.items():
-        if name in defaults or not isinstance(value, Mapping) or get_close_matches(name, keys_by_group, cutoff=0.4):
+        if name in defaults or name in NOT_OF_METHOD:
+            continue
+        if full_name := _full_name(name, defaults, keys_by_group):
+            raise UserError(f"unknown setting {name!r}; did you mean {full_name!r}?")
+        if not isinstance(value, Mapping) or get_close_matches(name, keys_by_group, cutoff=0.4):
             continue  # `build` names the nearest group
         for key in dict[str, Any](value):
             if group := next((group for group, keys in keys_by_group.items() if key in keys), ""):
                 raise UserError(f"unknown setting {f'{name}.{key}'!r}; did you mean {f'{group}.{key}'!r}?")
-    return build(method_class, table, extra=("adapter", "evaluation", "precision", *EXECUTION))
+    return build(method_class, table, extra=NOT_OF_METHOD)
+
+
+def _full_name(name: str, defaults: Mapping[str, Any], keys_by_group: Mapping[str, Iterable[str]]) -> str:
+    """The setting that a key means which lacks its group, as lr, or has the name that other trainers give it; "" where none is."""
+    key = OTHER_TRAINERS.get(name, name)
+    if key in defaults or key in NOT_OF_METHOD:
+        return key
+    group, _, leaf = key.rpartition(".")
+    return next((f"{g}.{leaf}" for g, keys in keys_by_group.items() if group in ("", g) and leaf in keys), "")
 
 
 def _build_group(kind: type, name: str, defaults: Mapping[str, Any], table: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...bench.errors import UserError
+from ...bench.model_spec import registered_name
 from .options import say
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 Methods = Annotated[list[str], typer.Option("--methods", help="Methods, separated by commas; repeatable.")]
 Task = Annotated[str, typer.Option("--task", help="The task.")]
-Model = Annotated[str, typer.Option("--model", help="The model.")]
+Model = Annotated[str, typer.Option("--model", help="The model.", callback=registered_name)]
 Difference = Annotated[
     float,
     typer.Option(

@@ -55,7 +55,7 @@ def test_a_quick_answer_loads_nothing_heavy(argv: list[str]) -> None:
 
 def test_help_shows_every_command_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    rows = fresh("--help").stdout.partition("Commands")[2].splitlines()[1:]
+    rows = fresh("--help").stdout.partition("Train and compare")[2].splitlines()[1:]
     rows = [row for row in rows if row.startswith("│")]
     assert len(rows) > 15 and not [
         row for row in rows if row.startswith("│  ")
@@ -72,6 +72,10 @@ def test_list_names_every_built_in_part() -> None:
     listed = fresh("list").stdout
     for name in ("gpo", "ocr", "tiny", "sd35m", "rapidocr", "reader"):
         assert name in listed
+    parts = json.loads(fresh("list", "--json").stdout)["parts"]
+    for part in parts:
+        assert part["name"] in listed and part["summary"] and set(part) >= {"kind", "aliases", "variants"}
+    assert "dpo" in next(part for part in parts if part["name"] == "diffusion-dpo")["aliases"]
 
 
 def test_show_says_fields_defaults_preset_and_source(gpobench: Any, redness: str) -> None:
@@ -79,7 +83,12 @@ def test_show_says_fields_defaults_preset_and_source(gpobench: Any, redness: str
     assert ended.code == 0
     for text in ("Group Preference Optimization", "optim.minibatches", "logsigmoid", "[tiny]", "gpo.py"):
         assert text in ended.out
+    (part,) = json.loads(gpobench("show", "gpo", "--json").out)["parts"]
+    assert part["preset"]["tiny"] and Path(part["source"]).name == "gpo.py" and Path(part["preset_file"]).is_file()
+    assert {"optim.lr", "group"} <= {field["name"] for field in part["fields"]}
     assert "Redness" in gpobench("show", f"{redness}:Redness").out
+    (part,) = json.loads(gpobench("show", f"{redness}:Redness", "--json").out)["parts"]
+    assert part["kind"] == "scorer" and part["preset"] is None
     for name, kind in (("Redness", "scorer"), ("Paint", "task")):
         assert f":{name} ({kind})" in gpobench("show", f"{redness}:{name}").out
 
@@ -90,6 +99,8 @@ def test_show_says_fields_defaults_preset_and_source(gpobench: Any, redness: str
         ({"method": "gppo"}, "unknown method 'gppo'; did you mean 'gpo'?"),
         ({"task": "orc"}, "unknown task 'orc'; did you mean 'ocr'?"),
         ({"model": "tinny"}, "unknown model 'tinny'; did you mean 'tiny'?"),
+        ({"model": "./tinny"}, "--model ./tinny: no such folder"),
+        ({"model": "nobody/nothing"}, "no registered model has this source; registered: flux1-dev, "),
         ({"reward": "raeder"}, "unknown scorer 'raeder'; did you mean 'reader'?"),
         ({"budget": "tinny"}, "unknown budget 'tinny'; did you mean 'tiny'?"),
         ({"budget": "nfes=4"}, "unknown currency 'nfes'; did you mean 'nfe'?"),
@@ -97,6 +108,7 @@ def test_show_says_fields_defaults_preset_and_source(gpobench: Any, redness: str
         ({"budget": "nfe=-3"}, "nfe must be a finite number above zero, got -3"),
         ({"budget": "gone.toml"}, "gone.toml"),
         ({"set": "gruop=4"}, "unknown setting 'gruop'; did you mean 'group'?"),
+        ({"set": "lr=1e-4"}, "unknown setting 'lr'; did you mean 'optim.lr'?"),
         ({"set": "group=1"}, "a group needs at least two images to compare, got group=1"),
         ({"set": "group"}, "--set needs key=value, got 'group'"),
         # names of earlier versions
@@ -136,6 +148,7 @@ def test_other_commands_refuse_as_well(gpobench: Any, redness: str, tiny_pipe: P
         (["show", "gppo"], "did you mean 'gpo'"),
         (["pretrain", "tinny", "--out", "x"], "did you mean 'tiny'"),
         (["eval", "--task", "orc", "--model", model], "did you mean 'ocr'"),
+        (["eval", "--task", paint, "--model", model, "--adapter", "gone"], "--adapter gone: no such file or folder"),
         (["eval", "--task", paint, "--model", model, "--split", "tset"], "did you mean 'test'"),
         (["eval", "--task", paint, "--model", model, "--adapter", str(tmp_path)], "no adapter at"),
     ):

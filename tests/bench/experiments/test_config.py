@@ -86,6 +86,12 @@ def test_the_shipped_preset_is_read(tiny_pipe: Path, redness: str) -> None:
     ("setting", "said"),
     [
         ("gruop=4", "unknown setting 'gruop'; did you mean 'group'"),
+        ("lr=1e-4", "unknown setting 'lr'; did you mean 'optim.lr'"),
+        ("learning_rate=1e-4", "unknown setting 'learning_rate'; did you mean 'optim.lr'"),
+        ("rank=4", "unknown setting 'rank'; did you mean 'adapter.rank'"),
+        ("split=validation", "unknown setting 'split'; did you mean 'evaluation.split'"),
+        ("group_size=4", "unknown setting 'group_size'; did you mean 'group'"),
+        ("mixed_precision=bf16", "unknown setting 'mixed_precision'; did you mean 'precision'"),
         ("optim.lrr=1", "unknown setting 'optim.lrr'; did you mean 'optim.lr'"),
         ("adaptor.rank=2", "did you mean 'adapter'"),
         ("adapter.rnak=2", "unknown setting 'adapter.rnak'; did you mean 'adapter.rank'"),
@@ -287,3 +293,10 @@ def test_an_invalid_tuned_table_is_refused(mine: str, named: Path, tmp_path: Pat
     with pytest.raises(UserError) as caught:
         plan(mine, "ocr", named, config=file)
     assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_hub_id_makes_the_run_of_the_registered_name() -> None:
+    by_id, by_name = (
+        resolve(RunRequest("gpo", "ocr", model)) for model in ("stabilityai/stable-diffusion-3.5-medium", "sd35m")
+    )
+    assert by_id == by_name and by_id.digest() == by_name.digest()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gpobench.bench import registry
-from gpobench.bench.model_spec import ModelSpec, find_model_spec
+from gpobench.bench.model_spec import ModelSpec, find_model_spec, registered_name
 from gpobench.bench.models import catalogue
 from gpobench.bench.models.architectures import PUBLISHED
 
@@ -57,6 +57,7 @@ def test_a_named_model_has_its_protocol_and_a_blueprint(name: str) -> None:
     assert model_spec.width == model_spec.height and model_spec.revision == "main" and model_spec.licence != "its own"
     assert model_spec.pipeline in registry.entries("pipeline") and model_spec.negative_prompt is None
     assert model_spec.checkpointing and model_spec.offload and not model_spec.compile and model_spec.precision == "bf16"
+    assert registered_name(model_spec.source) == registered_name(model_spec.source.lower()) == name
     network = "unet" if "XL" in model_spec.pipeline or name == "sd15" else "transformer"
     assert network in PUBLISHED[name]
     assert ("add_q_proj" in model_spec.adapter.targets) == (network == "transformer")
