@@ -230,6 +230,18 @@ class Scorer(Protocol):
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores: ...
 
 
+@runtime_checkable
+class SupportsWorkers(Protocol):
+    """A scorer that computes on one core, so that further processes score further images at the same time.
+
+    A worker makes it again by its name. The scores of a call must have the same bits as those of calls with the same images in
+    chunks of `worker_images`, in whichever process.
+    """
+
+    worker_images: int  # images of a worker's call; 0: as it was made, it does not run in workers
+    image_seconds: float  # of a core for one image, roughly; where it is small, workers are not started by themselves
+
+
 def check_images(images: Images, prompts: Sequence[Prompt]) -> None:
     """Raise ValueError where images are not (B, H, W, 3) uint8 or their number is not the prompts'."""
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:

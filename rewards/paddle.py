@@ -110,6 +110,8 @@ class PaddleOCR:
             raise UserError(
                 f"PaddleOCR cannot open {configuration.detector} and {configuration.recogniser}: {_line(error)}"
             ) from error
+        # With ONNX Runtime one image at a time on one thread; paddlepaddle takes the threads that it finds.
+        self.worker_images, self.image_seconds = int(engine == "onnxruntime"), 0.3
         self._lock = threading.Lock()  # PaddleOCR objects are not thread-safe
         folder_by_model = {
             model: folder or _folder(model) for model, folder in zip(models, folders, strict=True)

@@ -79,6 +79,7 @@ class Tesseract:
 
     name = "tesseract"
     metrics: Sequence[str] = rules.METRICS
+    worker_images, image_seconds = 8, 0.01  # the program starts once a call
 
     def __init__(self, framing: PageFraming = FRAMINGS["line"]) -> None:
         release, data = version()

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_THREAD_LIMIT", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("GPOBENCH_SCORER_WORKERS", "0")  # on machines of many cores too; tests that want some say so
 
 import contextlib  # noqa: E402
 import importlib  # noqa: E402

@@ -127,6 +127,14 @@ def test_a_key_that_a_shipped_table_lacks_is_refused() -> None:
         script("recompute").main([str(FOLDER.parent / "leaderboards" / "short.toml"), "x/y"])
 
 
+def run_scorer_workers(_: list[Path]) -> None:
+    workers = script("scorer_workers")
+    print(workers.table(workers.measure(1, (0, 1), prompts=1, group=9)))
+    assert workers.seconds_an_image("rapidocr", (32, 64), 8) > 0
+    assert "3 workers keep up, so 5 cores" in workers.keeping_up(0.352, 0.12)
+    assert "4 workers keep up, so 6 cores" in workers.keeping_up(0.387, 0.12)
+
+
 MINIATURES: dict[str, tuple[Callable[[list[Path]], None], str]] = {  # file -> what runs it, what it prints
     "board": (run_board, "estimate"),
     "gate_calibration": (run_gate_calibration, "baseline"),
@@ -137,6 +145,7 @@ MINIATURES: dict[str, tuple[Callable[[list[Path]], None], str]] = {  # file -> w
     "recompute": (run_recompute, "standard error"),
     "peers": (run_peers, "rewards that differ 0.00 %"),
     "sampling": (run_sampling, "rig / bare: median"),
+    "scorer_workers": (run_scorer_workers, "| 1 |"),
     "seed_library": (run_seed_library, " entries"),
     "seeds": (run_seeds, "| all 2 | one/exact |"),
 }

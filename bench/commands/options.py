@@ -57,7 +57,10 @@ Sets = Annotated[
 
 ScorerLocations = Annotated[
     list[str] | None,
-    typer.Option("--scorer-at", help="NAME=URL of a scorer that `gpobench serve-scorer` serves elsewhere; repeatable."),
+    typer.Option(
+        "--scorer-at",
+        help="NAME=URL of a scorer that `gpobench serve-scorer` serves elsewhere, URL,URL of several servers; repeatable.",
+    ),
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +22,11 @@ from ..process_group import ProcessGroup
 from ..progress import Progress
 from ..rendering import RenderedImages, render
 from ..scoring.calls import PartEnded, call_in_time
+from ..scoring.scorers import calls_at_once
 from ..spec import Embedder, EvaluationSettings, Images, Model, Prompt, Scores, Split, Task
 from ..stats.distances import siblings
 from ..training.embeddings import EmbeddingCache
-from ..training.rig import SINGLE_PROCESS, timed_scores, walk
+from ..training.rig import BATCHES_AHEAD, SINGLE_PROCESS, timed_scores, walk
 from .estimates import COLUMNS, Evaluation, Vectors
 from .evaluation_cache import RunConditions, cache_key, cached_evaluation
 from .request import EvaluationRequest, ImageIndex, image_indices
@@ -87,6 +88,11 @@ class _Pending:
     shown: Images
     scores: dict[str, Future[tuple[Scores, float]]]
     vectors: dict[str, Future[Embedded]]
+
+    def wait(self) -> None:
+        """Wait until every scorer and embedder is done."""
+        wait(self.scores.values())
+        wait(self.vectors.values())
 
     def result(self) -> _Scored:
         scores = {name: future.result()[0] for name, future in self.scores.items()}
@@ -163,12 +169,13 @@ def _score_batches(
     request = sampler.request
     by_ordinal = sorted((index for batch in batches for index in batch), key=lambda index: index[::-1])
     shown = set(by_ordinal[: request.shown])
-    threads = {
-        part.name: ThreadPoolExecutor(1, thread_name_prefix=part.name) for part in (*request.scorers, *embedders)
-    }
+    calls = {**{scorer.name: calls_at_once(scorer) for scorer in request.scorers}, **{e.name: 1 for e in embedders}}
+    threads = {name: ThreadPoolExecutor(count, thread_name_prefix=name) for name, count in calls.items()}
     pending: list[_Pending | None] = []  # None: another process computes the batch
     try:
         for k, batch in enumerate(batches):
+            if len(pending) >= BATCHES_AHEAD and (earlier := pending[-BATCHES_AHEAD]) is not None:
+                earlier.wait()
             if processes.owns(k):
                 prompts = [request.prompts[i] for i, _ in batch]
                 images = sampler.images(batch, k * request.rows)

@@ -11,7 +11,8 @@ from typing import Any
 from .. import registry
 from ..errors import Missing, UserError
 from ..scoring.references import ScorerLocation, ScorerReference
-from ..scoring.scorers import close_scorers, open_embedder, open_scorer
+from ..scoring.scorers import IN_PROCESS, close_scorers, open_embedder, open_scorer
+from ..scoring.worker_setting import WorkerSetting
 from ..spec import Columns, Embedder, Scorer, SupportsColumns, SupportsKey, Task
 from .ranking import primary_key
 from .record import Role
@@ -73,6 +74,7 @@ def open_scorer_set(
     message: Callable[[str], None],
     training: str = "",
     locations: Mapping[str, ScorerLocation] | None = None,
+    workers: WorkerSetting = IN_PROCESS,
 ) -> ScorerSet:
     """Open the scorers and embedders that a task names.
 
@@ -85,6 +87,7 @@ def open_scorer_set(
         training: the scorer, or blend of scorers, to train on; "" is the task's own. With another one the task's own is held
             out. Parts of a blend are trained on, so they are not held out.
         locations: scorer name -> where it is served.
+        workers: processes for the scorers that support them.
 
     Raises:
         UserError: when nothing is left to hold out, two scorers have one name, or the task ranks by a score that it does not have.
@@ -94,12 +97,13 @@ def open_scorer_set(
     held_out = _held_out_names(task, domain, training)
     trained = {scorer.text for scorer in ScorerReference.parse(training or task.reward(domain)).scorers}
     scorers = ScorerSet(
-        open_scorer(training or task.reward(domain), locations), [open_scorer(name, locations) for name in held_out]
+        open_scorer(training or task.reward(domain), locations, workers),
+        [open_scorer(name, locations, workers) for name in held_out],
     )
     columns = task.columns(domain) if isinstance(task, SupportsColumns) else Columns()
     opened = _OptionalParts(message)
     canonical = lambda name: registry.canonical("scorer", name)
-    scorer = lambda name: open_scorer(name, locations)
+    scorer = lambda name: open_scorer(name, locations, workers)
 
     used = {*trained, *held_out}
     scorers.auxiliary += opened(scorer, [name for name in task.scorers(domain) if canonical(name) not in used])

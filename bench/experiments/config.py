@@ -21,6 +21,7 @@ from ..files import digest as file_digest
 from ..model_spec import Adapter, ModelSpec, find_model_spec, registered_name
 from ..scoring.references import ScorerLocation, ScorerReference
 from ..scoring.references import scorer_locations as parse_locations
+from ..scoring.worker_setting import WorkerSetting
 
 Table = dict[str, Any]
 DEEPEST = 16  # levels of nested settings
@@ -93,6 +94,8 @@ class Config:
     tuned: Table = field(default_factory=dict[str, Any])
     # Scorer -> ScorerLocation, for scorers that run elsewhere.
     scorer_locations: Mapping[str, ScorerLocation] = field(default_factory=dict[str, ScorerLocation])
+    # Processes that score images; they change no result.
+    scorer_workers: WorkerSetting = field(default_factory=WorkerSetting)
     # Split -> a prompt file of the person's own.
     prompts: Mapping[Any, Path] = field(default_factory=dict[Any, Path])
     # Split -> that file's name and the hash of its content.
@@ -103,7 +106,7 @@ class Config:
     def mapping(self) -> Table:
         """Return the config as plain values: what --dry-run prints, the record keeps and the digest hashes.
 
-        `tuned` and `scorer_locations` are left out, because neither changes what a run computes.
+        `tuned`, `scorer_locations` and `scorer_workers` are left out, because none changes what a run computes.
         """
         return {
             "method": self.method,
@@ -173,7 +176,10 @@ def resolve(request: RunRequest) -> Config:
     for path in prompt_files.values():
         if not path.exists():
             raise UserError(f"--prompts: there is no file {path}")
-    locations = parse_locations(request.scorer_locations, _table("scorer", table.pop("scorer", {})))
+    scorer_table = _table("scorer", table.pop("scorer", {}))
+    # A table of this name says where a scorer called `workers` runs.
+    workers = None if isinstance(scorer_table.get("workers"), Mapping) else scorer_table.pop("workers", None)
+    locations = parse_locations(request.scorer_locations, scorer_table)
     precision = table.pop("precision", model_spec.precision)
     if precision not in ("fp32", "bf16", "fp16"):
         raise registry.unknown("precision", str(precision), ("fp32", "bf16", "fp16"))
@@ -194,6 +200,7 @@ def resolve(request: RunRequest) -> Config:
         execution=execution,
         tuned=tuned,
         scorer_locations=locations,
+        scorer_workers=WorkerSetting.parse(workers),
         prompts=prompt_files,
         prompt_hashes=_prompt_hashes(prompt_files),
         source_hashes=_source_hashes(method, request.task, reward),
@@ -411,7 +418,10 @@ def variants(method: str) -> list[str]:
 
 def scorer_tables(path: Path | None) -> Mapping[str, Table]:
     """Return the [scorer.NAME] tables of a settings file, which say where scorers run."""
-    return _table("scorer", _read_toml(path).get("scorer", {}))
+    tables = _table("scorer", _read_toml(path).get("scorer", {}))
+    if not isinstance(tables.get("workers"), Mapping):  # their number, see WorkerSetting
+        tables.pop("workers", None)
+    return tables
 
 
 def _read_toml(path: Path | None) -> Table:

@@ -23,7 +23,7 @@ from ..model_spec import ModelSpec, find_model_spec
 from ..models.open import open_model
 from ..process_group import ProcessGroup
 from ..progress import Progress
-from ..scoring.scorers import part_behind
+from ..scoring.scorers import parts_behind
 from ..spec import Model, Prompt, Task, counted_guidance
 from ..training.observation import Observer
 from ..training.pairs import open_pairs
@@ -133,7 +133,12 @@ def open_run(launch: Launch) -> Generator[RunContext]:
                 launch.progress.message(note)
             refuse_overlap(task, model_spec.domain)
             scorers = open_scorer_set(
-                task, model_spec.domain, launch.progress.message, config.reward, config.scorer_locations
+                task,
+                model_spec.domain,
+                launch.progress.message,
+                config.reward,
+                config.scorer_locations,
+                config.scorer_workers,
             )
             stack.callback(scorers.close)
             accelerator = open_accelerator(config.precision, launch.track, launch.run_dir)
@@ -150,7 +155,8 @@ def open_run(launch: Launch) -> Generator[RunContext]:
             _check_settings(config.settings, model)
         train_prompts = task.prompts("train", model_spec.domain)
         plan = EvaluationPlan.of_task(task, model_spec.domain, config.evaluation)
-        parts = [part_behind(part) for part in (*scorers.all, *scorers.diversity, *scorers.drift)]
+        opened = (*scorers.all, *scorers.diversity, *scorers.drift)
+        parts = [part for each in opened for part in parts_behind(each)]
         seal = Seal(
             {"training": train_prompts, "validation": plan.validation, "evaluation": plan.result}, map(type, parts)
         )

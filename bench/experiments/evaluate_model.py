@@ -24,6 +24,7 @@ from ..model_spec import find_model_spec
 from ..models.open import open_model
 from ..progress import Progress
 from ..scoring.scorers import ScorerLocation
+from ..scoring.worker_setting import WorkerSetting
 from ..spec import Prompt, Scorer, Split, Task
 from .context import open_accelerator
 
@@ -56,7 +57,9 @@ def evaluate_model(what: ModelEvaluation, progress: Progress, out: Path | None =
         task = with_own_prompts(task, {what.split: what.prompts}, model_spec.domain)
         for note in own_prompt_notes(task):
             progress.message(note)
-    scorers = open_scorer_set(task, model_spec.domain, progress.message, locations=what.scorer_locations)
+    scorers = open_scorer_set(
+        task, model_spec.domain, progress.message, locations=what.scorer_locations, workers=WorkerSetting.parse()
+    )
     try:
         model = open_model(model_spec, device=open_accelerator(model_spec.precision).device)
         if what.adapter is not None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ..budget import CURRENCIES
 from ..errors import NO_RESULT, STOPPED
+from ..scoring.worker_setting import CORES
 
 COMMAND = "from gpobench.bench.commands.app import main; main()"
 TAIL = 2**16  # bytes at the end of metrics.jsonl, enough for a whole line
@@ -83,7 +84,7 @@ def _start(job: Job, threads: int) -> subprocess.Popen[bytes]:
             stdout=subprocess.DEVNULL,  # the result is on disk
             stderr=log,
             # The cores are divided, unless the user did; a traceback stays plain, without a box.
-            env={"OMP_NUM_THREADS": str(threads), **os.environ, "TYPER_STANDARD_TRACEBACK": "1"},
+            env={"OMP_NUM_THREADS": str(threads), CORES: str(threads), **os.environ, "TYPER_STANDARD_TRACEBACK": "1"},
             start_new_session=True,  # a Ctrl-C reaches it once, through this process
         )
 

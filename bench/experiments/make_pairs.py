@@ -28,6 +28,7 @@ from ..model_spec import ModelSpec, find_model_spec
 from ..models.open import open_model
 from ..progress import Progress
 from ..scoring.scorers import close_scorers, open_scorer
+from ..scoring.worker_setting import WorkerSetting
 from ..spec import Images, Scorer, Task
 from ..training.pairs import STATEMENT, Choose, compare
 from ..training.rig import MeteredRig
@@ -106,7 +107,7 @@ def make_pairs(request: PairsRequest, out: Path, progress: Progress) -> dict[str
         delete_leftovers(out / name)
     model_spec, task = find_model_spec(request.model), registry.task(request.task)
     refuse_overlap(task, model_spec.domain)
-    scorer = open_scorer(request.scorer or task.reward(model_spec.domain))
+    scorer = open_scorer(request.scorer or task.reward(model_spec.domain), workers=WorkerSetting.parse())
     try:
         settings = request.settings(model_spec, task, scorer)
         if (stored := _stored_statement(out / FILE, settings)) is not None:

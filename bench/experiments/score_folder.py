@@ -24,6 +24,7 @@ from ..files import make_place, read_json, utf_8_name, write_atomically
 from ..images import UnsupportedPixels, read_header, upright_pixels
 from ..progress import NullProgress, Progress
 from ..scoring.scorers import ask, close_scorers, open_scorer
+from ..scoring.worker_setting import WorkerSetting
 from ..spec import Images, Prompt, Scorer, Scores, SupportsSummary, Task
 from ..stats import intervals
 from .image_folder import ImageFolder, PromptedImage, read_image_folder
@@ -102,7 +103,9 @@ def score_folder(
     files = [_inspect(request.folder, image) for image in image_folder.images]
     scorers: list[Scorer] = []
     try:
-        scorers += (open_scorer(reference, request.scorer_locations) for reference in request.scorers)
+        scorers += (
+            open_scorer(reference, request.scorer_locations, WorkerSetting.parse()) for reference in request.scorers
+        )
         names = [scorer.name for scorer in scorers]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise UserError(f"two scorers are called {', '.join(repeated)}: score them into two tables")

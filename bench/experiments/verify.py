@@ -204,7 +204,9 @@ def _judge(claim: RunClaim, request: Verification, prompts: Sequence[Prompt], se
     """Evaluate base and adapter on these prompts and this noise, under the record's protocol."""
     config, model_spec, settings = claim.config, claim.model_spec, claim.config.evaluation
     locations = {**config.scorer_locations, **request.scorer_locations}
-    scorers = open_scorer_set(claim.task, model_spec.domain, progress.message, config.reward, locations)
+    scorers = open_scorer_set(
+        claim.task, model_spec.domain, progress.message, config.reward, locations, config.scorer_workers
+    )
     try:
         accelerator = open_accelerator(config.precision)
         model = open_model(

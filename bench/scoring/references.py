@@ -21,11 +21,15 @@ from ..errors import UserError
 
 # The environment variable of a scorer server's token: everybody on a machine can read its command lines.
 TOKEN = "GPOBENCH_SCORER_TOKEN"
-OPTION = "--scorer-at NAME=URL, e.g. --scorer-at geneval=http://127.0.0.1:8100"
+OPTION = (
+    "--scorer-at NAME=URL, e.g. --scorer-at geneval=http://127.0.0.1:8100, or NAME=URL,URL for several servers of it"
+)
 TABLE = '[scorer.NAME] with url = "http://..." or python = "/path/to/python", and token, timeout'
 _WEIGHT = r"[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|[iI]nf|[nN]a[nN])"
 _TERM = re.compile(rf"\s*(?P<name>[^*+]*?)\s*(?:\*\s*(?P<weight>{_WEIGHT})\s*)?(?P<end>\+|\Z)")
 _LOCATION = re.compile(r"\s*(?P<name>.+?)\s*=\s*(?P<url>https?://\S+?)\s*")
+
+_NEXT_URL = re.compile(r"\s*,\s*(?=https?://)")
 
 T = TypeVar("T")
 
@@ -138,7 +142,7 @@ def check_locations(references: Iterable[ScorerReference], locations: Iterable[s
 class ScorerLocation:
     """Where a scorer runs: behind a URL, or in another Python that is started for it."""
 
-    url: str = ""
+    url: str = ""  # of several servers of the same scorer, replicas: URL,URL
     python: str = ""  # an interpreter that has gpobench[serve] and what the scorer needs
     token: str = ""  # of the server behind the URL
     timeout: float = 60.0  # seconds that one request may take
@@ -146,8 +150,15 @@ class ScorerLocation:
     def __post_init__(self) -> None:
         if bool(self.url) == bool(self.python):
             raise UserError(f"a scorer's location is either a url or a python; use {TABLE}")
+        if len(set(self.urls)) < len(self.urls):
+            raise UserError(f"a scorer's location names one server twice: {self.url}")
         if not 0 < self.timeout < math.inf:
             raise UserError(f"a scorer's timeout is a number of seconds above 0, got {self.timeout}")
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The URLs of the servers."""
+        return tuple(url.strip() for url in _NEXT_URL.split(self.url))
 
     @classmethod
     def from_option(cls, option: str) -> tuple[str, ScorerLocation]:

@@ -47,6 +47,7 @@ from .references import TOKEN
 PROTOCOL = 1
 MAGIC = b"\x89PNG\r\n\x1a\n"
 READY = "ready: "  # what the server's line on stdout begins with, before its URL
+REFUSALS = (400, 413, 422)  # states that refuse a request and not its sender
 TRIES = 3  # of a request that is refused, times out, or fails in the server (5xx)
 PAUSE = 0.25  # s before the second try; twice as long before the third
 START_TIMEOUT = 600.0  # s until a started scorer must be ready: its weights may have to be fetched first
@@ -112,6 +113,10 @@ class RequestFailed(Exception):
     """A request got no usable response; the text is the reason."""
 
 
+class RequestRefused(RequestFailed):
+    """The request itself was refused: every server of this scorer would."""
+
+
 # Requests
 
 
@@ -160,7 +165,7 @@ def json_values(body: bytes) -> int:
 # The exchange
 
 
-def _address(url: str) -> str:
+def server_address(url: str) -> str:
     """Return the URL without a slash at its end; UserError where it is not the URL of a server."""
     try:
         at = urlsplit(url)
@@ -382,7 +387,7 @@ class RemoteScorer:
             raise UserError("a scorer's token is printable ASCII without spaces")
         if not 0 < timeout < threading.TIMEOUT_MAX:
             raise UserError(f"a scorer's timeout is a number of seconds above 0, got {timeout}")
-        self._url, self._token, self.timeout, self._process = _address(url), token, timeout, process
+        self._url, self._token, self.timeout, self._process = server_address(url), token, timeout, process
         try:
             info = _parsed(ScorerInfo, self._send("/about", None, RESPONSE_BYTES, _Call(restarts=0)))
             if info.protocol != PROTOCOL:
@@ -415,18 +420,24 @@ class RemoteScorer:
 
     def __call__(self, images: Images, prompts: Sequence[Prompt]) -> Scores:
         """Map (B, H, W, 3) and B prompts to every metric (B,); NaN with a reason where there is no number. ValueError for other shapes."""
+        return self.attempt(images, prompts)[0]
+
+    def attempt(self, images: Images, prompts: Sequence[Prompt]) -> tuple[Scores, str]:
+        """The scores of a call, and how the server failed, "" where it did not; ValueError for images of other shapes."""
         check_images(images, prompts)
         value: dict[str, Values] = {metric: np.full(len(images), np.nan) for metric in self.metrics}
         notes: list[str] | None = None
-        call = _Call()
+        call, failed = _Call(), ""
         for rows, body in self._requests(images, prompts, call):
             try:
                 if call.broken:
                     raise RequestFailed(call.broken)
                 limit = RESPONSE_BYTES + RESPONSE_BYTES_PER_IMAGE * len(rows)
-                response = self._checked(_parsed(ScoreResponse, self._send("/score", body, limit, call)), len(rows))
+                response = _parsed(ScoreResponse, self._send("/score", body, limit, call))
+                self._check(response, len(rows))
             except RequestFailed as error:
                 call.reasons |= dict.fromkeys(rows, f"{self.name} at {self.url}: {error}")
+                failed = failed or ("" if isinstance(error, RequestRefused) else str(error))
                 continue
             for metric in self.metrics:
                 value[metric][rows] = [np.nan if number is None else number for number in response.value[metric]]
@@ -437,7 +448,7 @@ class RemoteScorer:
                     notes[row] = note or ""
         for row in np.flatnonzero(np.isnan(np.stack(list(value.values()))).any(0)):
             call.reasons.setdefault(int(row), f"{self.name} at {self.url}: gave no number and no reason")
-        return Scores(value, call.reasons, notes)
+        return Scores(value, call.reasons, notes), failed
 
     def _requests(self, images: Images, prompts: Sequence[Prompt], call: _Call) -> Iterator[tuple[list[int], bytes]]:
         """Yield rows and the request for them, each within the server's limits; a row that fits in none gets its reason."""
@@ -490,12 +501,12 @@ class RemoteScorer:
                     return data
                 why = _refusal(status, data)
                 if status < 500:
-                    raise RequestFailed(why)
+                    raise RequestRefused(why) if status in REFUSALS else RequestFailed(why)
         call.broken = f"{why} ({TRIES} tries)"
         raise RequestFailed(call.broken)
 
-    def _checked(self, response: ScoreResponse, n: int) -> ScoreResponse:
-        """Return the response if it has n numbers for each metric and comes from the same scorer; else raise RequestFailed."""
+    def _check(self, response: ScoreResponse, n: int) -> None:
+        """Raise RequestFailed where the response is of another scorer or has not n numbers for each metric."""
         if response.id != self.id:
             raise RequestFailed(f"answers as {response.id}, was {self.id}")
         for metric in self.metrics:
@@ -507,7 +518,6 @@ class RemoteScorer:
             raise RequestFailed(f"sent {len(response.notes)} notes for {n} images")
         if not all(0 <= row < n for row in response.reasons):
             raise RequestFailed(f"sent reasons for rows {sorted(response.reasons)} of {n} images")
-        return response
 
 
 def connect(url: str, *, token: str = "", timeout: float = 60.0) -> RemoteScorer:

@@ -1,7 +1,7 @@
 """Opens the scorer behind a reference, blends several into one, and checks every result before it is used.
 
-A scorer runs in this process, behind a URL, or in another Python; the caller need not know which. How references and locations
-are written: bench/scoring/references.py.
+A scorer runs in this process, in worker processes, behind a URL or several, or in another Python; the caller need not know which.
+How references and locations are written: bench/scoring/references.py.
 """
 
 from __future__ import annotations
@@ -19,38 +19,62 @@ from .. import registry
 from ..errors import UserError, error_line
 from ..images import read_only_copy
 from ..rendering import RenderedImages
-from ..spec import Embedder, Images, Prompt, Scorer, Scores, Values
+from ..spec import Embedder, Images, Prompt, Scorer, Scores, SupportsWorkers, Values
 from .calls import PartEnded, call_in_time, time_limit
 from .references import ScorerLocation, ScorerReference, blend_name
 from .remote import RemoteScorer, connect, start
+from .replicas import ReplicatedScorer, connect_replicas
+from .worker_pool import WorkerScorer, WorkersFailed
+from .worker_setting import WorkerSetting
+
+IN_PROCESS = WorkerSetting()
 
 
-def open_scorer(reference: str, locations: Mapping[str, ScorerLocation] | None = None) -> Scorer:
-    """Open the scorer behind a reference, in this process or at its location.
+def open_scorer(
+    reference: str,
+    locations: Mapping[str, ScorerLocation] | None = None,
+    workers: WorkerSetting = IN_PROCESS,
+) -> Scorer:
+    """Open the scorer behind a reference, in this process, in worker processes or at its location.
 
     A location is looked up by the whole reference first, then by the name before the colon; aliases are one name. Raises
     UserError where there is no such scorer, or the server at its location does not answer or serves another one; Missing where
     its engine is not installed.
+
+    Args:
+        reference: a name, a file's class, or a blend.
+        locations: where scorers run that do not run here.
+        workers: processes for the scorers that support them; none by default.
     """
     locations = locations or {}
     whole = ScorerReference.single(reference)
     if whole.text in {registry.canonical("scorer", name) for name in locations}:  # whatever it would be as a blend
-        return _open(whole, locations)
-    return _open(ScorerReference.parse(reference), locations)
+        return _open(whole, locations, workers)
+    return _open(ScorerReference.parse(reference), locations, workers)
 
 
-def _open(reference: ScorerReference, locations: Mapping[str, ScorerLocation]) -> Scorer:
+def _open(reference: ScorerReference, locations: Mapping[str, ScorerLocation], workers: WorkerSetting) -> Scorer:
     if not reference.terms:
         location = reference.at(locations)
-        return _open_at(location, reference) if location else _checked_scorer(reference)
+        return _open_at(location, reference) if location else _open_here(reference, workers)
     opened: list[tuple[Scorer, float]] = []
     try:
         for scorer, weight in reference.terms:
-            opened.append((_open(scorer, locations), weight))
+            opened.append((_open(scorer, locations, workers), weight))
         return Blend(opened)
     except BaseException:
         close_scorers([part for part, _ in opened])
         raise
+
+
+def _open_here(reference: ScorerReference, workers: WorkerSetting) -> InProcessScorer | WorkerScorer:
+    """Make a scorer in this process, and give it workers where it supports them."""
+    scorer = _checked_scorer(reference)
+    part: object = scorer.part
+    if not isinstance(part, SupportsWorkers):
+        return scorer
+    count = workers.processes(part.worker_images, part.image_seconds)
+    return WorkerScorer(scorer, reference.text, part.worker_images, count) if count else scorer
 
 
 def _checked_scorer(reference: ScorerReference) -> InProcessScorer:
@@ -66,10 +90,15 @@ def _checked_scorer(reference: ScorerReference) -> InProcessScorer:
     return InProcessScorer(scorer)
 
 
-def _open_at(location: ScorerLocation, reference: ScorerReference) -> RemoteScorer:
+def _open_at(location: ScorerLocation, reference: ScorerReference) -> RemoteScorer | ReplicatedScorer:
     if location.python:
         return start(location.python, reference.text, timeout=location.timeout)
-    remote = connect(location.url, token=location.token, timeout=location.timeout)
+    urls = location.urls
+    remote = (
+        connect(urls[0], token=location.token, timeout=location.timeout)
+        if len(urls) == 1
+        else connect_replicas(urls, token=location.token, timeout=location.timeout)
+    )
     served = registry.canonical("scorer", remote.reference)
     if served and served != reference.text and reference.base in registry.entries("scorer"):
         raise UserError(
@@ -84,8 +113,17 @@ def close_scorers(scorers: Iterable[Scorer]) -> None:
     for scorer in scorers:
         if isinstance(scorer, Blend):
             close_scorers([part for part, _ in scorer.parts])
-        elif isinstance(scorer, RemoteScorer):
+        elif isinstance(scorer, RemoteScorer | WorkerScorer):
             scorer.close()
+
+
+def calls_at_once(scorer: Scorer) -> int:
+    """Calls of a scorer that are worth making at the same time: engines of this process take one."""
+    if isinstance(scorer, Blend):
+        return min(calls_at_once(part) for part, _ in scorer.parts)
+    if isinstance(scorer, ReplicatedScorer):
+        return len(scorer.replicas)
+    return 2 if isinstance(scorer, WorkerScorer) else 1  # the second one's chunks follow where the first one's run out
 
 
 # Scoring
@@ -140,6 +178,11 @@ def part_behind(part: object) -> object:
     return part.part if isinstance(part, InProcessScorer | InProcessEmbedder) else part
 
 
+def parts_behind(part: object) -> list[object]:
+    """The objects whose calls are calls of a scorer or embedder: with workers what hands out images, and what was opened here."""
+    return [part, part_behind(part.scorer)] if isinstance(part, WorkerScorer) else [part_behind(part)]
+
+
 class Blend:
     """Sums the weighted first metrics of several scorers; an image that one part cannot score has no score."""
 
@@ -183,15 +226,19 @@ class Blend:
 def ask(scorer: Scorer, images: Images, prompts: Sequence[Prompt]) -> Scores:
     """Call a scorer; any failure becomes NaN with a reason. Every metric of the result is a new (B,) float64.
 
+    Raises WorkersFailed where its worker processes end, and AtOnce.
+
     A prompt that a scorer refuses does not affect the others of its batch: each is then scored by itself. The scorer gets copies,
     and the images cannot be written on: nothing it does to them reaches another scorer.
     """
     try:
         # A scorer in another process has a time limit of its own, a blend's parts have theirs.
-        elsewhere = isinstance(scorer, (Blend, RemoteScorer))
+        elsewhere = isinstance(scorer, Blend | RemoteScorer | ReplicatedScorer | WorkerScorer)
         arguments = read_only_copy(images), [_private_prompt(prompt) for prompt in prompts]
         scores = scorer(*arguments) if elsewhere else call_in_time(scorer, *arguments)
-        return _checked(scorer, scores, len(images))
+        return checked_scores(scorer, scores, len(images))
+    except WorkersFailed:
+        raise  # which images a scorer can score does not depend on how many processes were killed
     except UserError as error:
         if len(images) == 1:
             return _all_missing(scorer, 1, error_line(error))
@@ -250,7 +297,7 @@ def _concatenated(scorer: Scorer, results: Sequence[Scores]) -> Scores:
     return Scores(value, reasons, notes if any(notes) else None)
 
 
-def _checked(scorer: Scorer, scores: Any, n: int) -> Scores:
+def checked_scores(scorer: Scorer, scores: Any, n: int) -> Scores:
     """Check what a scorer returned, giving every NaN a reason; ValueError where it is no valid result."""
     if not isinstance(scores, Scores):
         raise ValueError(f"returned {type(scores).__name__}, not Scores")

@@ -44,6 +44,7 @@ from .remote import (
     json_values,
 )
 from .scorers import ask, close_scorers, open_scorer
+from .worker_setting import WorkerSetting
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -112,7 +113,7 @@ def serve(
         ) from None
     from .connections import bounded_server
 
-    scorer = open_scorer(reference)
+    scorer = open_scorer(reference, workers=WorkerSetting.parse())
     try:
         listener = _listening_socket(host, port)
         name = f"[{host}]" if listener.family == socket.AF_INET6 else host

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass, fields, replace
@@ -25,7 +25,7 @@ from ..flow import Kernel, Path, Step, dpm2, error_scale, like, mix, ode, split,
 from ..losses import flow_error, informative
 from ..process_group import ProcessGroup
 from ..rendering import RenderedImages, render
-from ..scoring.scorers import ask_rendered
+from ..scoring.scorers import ask_rendered, calls_at_once
 from ..spec import Branchings, Cond, Groups, Images, Model, Pairs, Prompt, Rig, Scorer, Scores, Transitions, fold_text
 from ..trees import TreePlan
 from .embeddings import EmbeddingCache
@@ -35,6 +35,8 @@ from .tree_rollout import Sampler, grow, numbered, stack
 
 TimedScores = tuple[Scores, float]  # scores, and the latency in seconds
 SINGLE_PROCESS = ProcessGroup()
+# Batches that wait for the scorer or are scored. With more the sampler waits: they would only take memory.
+BATCHES_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class MeteredRig:
         self._draws = 0
         self._notes: dict[str, list[Tensor | float]] = defaultdict(list)
         # Scores images while the next ones are sampled.
-        self._scoring = ThreadPoolExecutor(1, thread_name_prefix="scorer")
+        self._scoring = ThreadPoolExecutor(calls_at_once(scorer), thread_name_prefix="scorer")
         self._submitted: list[Future[TimedScores]] = []  # charged, and perhaps not scored yet
 
     @cached_property
@@ -587,6 +589,8 @@ class MeteredRig:
         self.meter.charge_scorer(self.scorer.name, images, images=images)
 
     def _start_scoring(self, images: RenderedImages, prompt_ids: Tensor) -> Future[TimedScores]:
+        while len(unscored := [future for future in self._submitted if not future.done()]) >= BATCHES_AHEAD:
+            wait(unscored, return_when=FIRST_COMPLETED)
         # In the context of this call: whether the images are a part that processes divide.
         call = copy_context().run
         self._submitted.append(self._scoring.submit(call, timed_scores, self.scorer, images, self.texts(prompt_ids)))
@@ -679,7 +683,10 @@ def walk(
 
 
 def timed_scores(scorer: Scorer, images: RenderedImages, prompts: Sequence[Prompt]) -> TimedScores:
-    """Score images; whatever the scorer does wrong becomes NaN with a reason. Returns scores and latency in seconds."""
+    """Score images; whatever the scorer does wrong becomes NaN with a reason. Returns scores and latency in seconds.
+
+    The latency is that of this call. Where several calls are made at once (`calls_at_once`), their latencies overlap.
+    """
     start = time.perf_counter()
     scores = ask_rendered(scorer, images, prompts)
     return scores, time.perf_counter() - start

@@ -8,13 +8,17 @@ from typing import Any
 
 import faulty
 import numpy as np
-from fault import NotHeld, Row, row
+from fault import NotHeld, Row, one_line, row
 from mini_runs import shared_model
 
 from gpobench.bench.budget import Budget, Meter
+from gpobench.bench.errors import UserError
 from gpobench.bench.rendering import RenderedImages
 from gpobench.bench.scoring import remote
 from gpobench.bench.scoring.remote import Limits, RemoteScorer, connect
+from gpobench.bench.scoring.replicas import connect_replicas
+from gpobench.bench.scoring.scorers import ask, open_scorer
+from gpobench.bench.scoring.worker_setting import WorkerSetting
 from gpobench.bench.spec import Prompt, Scores
 
 LIMITS = Limits(images=5, bytes=50_000, pixels=4096)  # requests are cut, and 64 x 64 is the largest image
@@ -30,6 +34,8 @@ KINDS = [
     ("an image over the server's limit", "server", "all"),
     ("nobody listens", "server", "all"),
 ]
+# A server that answers so is not at fault as a whole: another one is not asked.
+NO_FAILURE = ("honest", "400", "nulls-without-reason", *faulty.HEALED)
 
 
 class Scorers:
@@ -104,6 +110,51 @@ class Scorers:
                 scores, _ = timed_scores(self.scorer(kind, family, bad), RenderedImages(images), prompts)
             _compare(scores, sound, bad, n)
             return "unscored" if bad else "same"
+
+        return inject
+
+    def one_of_two(self, kind: str) -> Any:
+        """A call of two servers, of which the first one answers so."""
+
+        def inject(rng: np.random.Generator) -> str:
+            n = int(rng.integers(2, 5))
+            images = rng.integers(0, 256, (n, 16, 16, 3), np.uint8)
+            prompts = [Prompt(f"number {i}") for i in range(n)]
+            scorer = connect_replicas([self.liar.url(kind), self.server.url], say=lambda line: None)
+            for replica in scorer.replicas[:1]:
+                if replica.scorer is not None and kind in faulty.SLOW:
+                    replica.scorer.timeout = 0.1
+            _compare(ask(scorer, images, prompts), faulty.Sound()(images, prompts), (), n)
+            return "same"
+
+        return inject
+
+    @cached_property
+    def workers(self) -> Any:
+        import in_workers
+
+        return open_scorer(f"{in_workers.HERE}:Obedient", workers=WorkerSetting(1))
+
+    def killed(self, times: int) -> Any:
+        """A call some of whose images end the worker process that scores them, once or always."""
+
+        def inject(rng: np.random.Generator) -> str:
+            import in_workers
+
+            images = rng.integers(1, 256, (5, 16, 16, 3), np.uint8)
+            marker = self.place / f"{rng.integers(2**60)}"
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            prompts = [Prompt(f"number {i}") for i in range(5)]
+            prompts[int(rng.integers(5))] = Prompt(f"die-once {marker}" if times == 1 else "die")
+            try:
+                scores = ask(self.workers, images, prompts)
+            except UserError as error:
+                one_line(str(error), mention=["ended twice", "scorer.workers=0"])
+                return "refused"
+            sound = in_workers.Obedient()(images, [Prompt(f"number {i}") for i in range(5)])
+            if not np.array_equal(scores.value["mean"], sound.value["mean"]):
+                raise NotHeld(f"silent number: {scores.value['mean']} for {sound.value['mean']}")
+            return "same"
 
         return inject
 
@@ -215,5 +266,11 @@ def rows(place: Path) -> list[Row]:
                     **more,
                 )
             )
+    for kind in faulty.LIES:
+        if kind not in NO_FAILURE:
+            weight = 0.02 if kind in faulty.SLOW else 0.3
+            made.append(row("scorers", kind, "one of two servers", "same", scorers.one_of_two(kind), weight=weight))
+    for what, times, outcome in (("is killed once", 1, "same"), ("is killed again", 2, "refused")):
+        made.append(row("scorers", what, "a worker process", outcome, scorers.killed(times), weight=0.3, seconds=300.0))
     made.append(row("scorers", "writes on its images", "a scorer", "unscored", scorers.writes_on_its_images))
     return made

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +32,8 @@ from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import load, scorer
 from gpobench.bench.rendering import IMAGE_FAULT
-from gpobench.bench.spec import Prompt
+from gpobench.bench.spec import Prompt, Scores
+from gpobench.bench.training.rig import BATCHES_AHEAD
 
 SHAPE = (16, 4, 4)
 PROMPTS = [Prompt(t) for t in ("a red circle", "two blue squares", "a sign", "a card", "a photo")]
@@ -50,6 +54,35 @@ def evaluated(
 ) -> Evaluation:
     request = EvaluationRequest(prompts, scorers, **{"images": 2, "seed": 7, **more})
     return evaluate(model, request, advance=advance)
+
+
+class Held:
+    """A scorer that answers when it is released."""
+
+    id, name, metrics = "held-v1", "held", ("mean",)
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def __call__(self, images: Any, prompts: Any) -> Scores:
+        self.released.wait(300)
+        return Scores({"mean": images.mean((1, 2, 3)) / 255})
+
+
+def test_the_sampler_waits_where_a_scorer_is_four_batches_behind(model: Any, scorers: list[Any]) -> None:
+    held, sampled = Held(), list[int]()
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(evaluated, model, [*scorers, held], advance=sampled.append, rows=1)
+        while len(sampled) < BATCHES_AHEAD:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert len(sampled) == BATCHES_AHEAD and not done.done()
+        held.released.set()
+        table = done.result().table
+    assert len(sampled) == 10
+    pd.testing.assert_frame_equal(
+        table[table.scorer != "held"].reset_index(drop=True), evaluated(model, scorers, rows=1).table
+    )
 
 
 # Noise

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +21,8 @@ from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.registry import scorer
 from gpobench.bench.rendering import IMAGE_FAULT, LATENT_FAULT, RenderedImages
-from gpobench.bench.spec import Prompt, select_rows
-from gpobench.bench.training.rig import MeteredRig, stochastic, timed_scores
+from gpobench.bench.spec import Prompt, Scores, select_rows
+from gpobench.bench.training.rig import BATCHES_AHEAD, MeteredRig, stochastic, timed_scores
 
 BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle"]
 Make = Callable[..., MeteredRig]
@@ -45,6 +48,35 @@ def make(model: Any, redness: str) -> Any:
     yield build
     for rig in made:
         rig.close()
+
+
+class Held:
+    """A scorer that answers when it is released."""
+
+    id, name, metrics = "held-v1", "held", ("mean",)
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def __call__(self, images: Any, prompts: Any) -> Scores:
+        self.released.wait(300)
+        return Scores({"mean": images.mean((1, 2, 3)) / 255})
+
+
+def test_the_sampler_waits_where_the_scorer_is_four_batches_behind(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, decoded, decode = Held(), list[int](), type(model).decode
+    monkeypatch.setattr(type(model), "decode", lambda self, x: (decoded.append(len(x)), decode(self, x))[1])
+    rig = MeteredRig(model, [Prompt(text) for text in BOOK], held, Meter(Budget(nfe=1e9)), rows=1)
+    with ThreadPoolExecutor(1) as thread:
+        groups = thread.submit(rig.groups, 3, 4)
+        while len(decoded) <= BATCHES_AHEAD:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert len(decoded) == BATCHES_AHEAD + 1 and not groups.done()  # the last one waits for its place
+        held.released.set()
+        reward = groups.result().reward
+    rig.close()
+    assert len(decoded) == 12 and bool(reward.isfinite().all()) and rig.meter.scorers["held"]["calls"] == 12
 
 
 # Randomness
