@@ -391,6 +391,12 @@ def stochastic(kernel: Kernel) -> bool:
     return kernel not in (ode, dpm2)
 
 
+def step_widths(kernel: Kernel, path: Path, grid: Tensor) -> Tensor:
+    """(T,): the standard deviation of a kernel's noise on each step of a grid (T + 1,)."""
+    anywhere = torch.zeros(len(grid) - 1, 1, device=grid.device)
+    return kernel(path, anywhere, anywhere, grid[:-1], grid[1:]).std[:, 0]
+
+
 # Time grids: (T + 1,) float32 on the CPU, falling; T steps
 
 

@@ -30,25 +30,32 @@ def informative(reward: Tensor) -> Tensor:
 
 
 def standardise(
-    reward: Tensor, std: Literal["group", "global", "none"] = "group", eps: float = 1e-4, ddof: int = 0
+    reward: Tensor,
+    std: Literal["group", "global", "none"] = "group",
+    eps: float = 1e-4,
+    ddof: int = 0,
+    min_std: float = 0.0,
 ) -> Tensor:
     """(P, G) -> (P, G): advantages A = (r - group mean) / (std + eps), population std (ddof 0) or sample std (ddof 1).
 
     std: "group" = of each group (GRPO, arXiv 2402.03300), "global" = of all finite rewards of the batch (Flow-GRPO's SD3.5
     configs, DGPO), "none" = 1 (Dr. GRPO, arXiv 2503.20783). NaN members are left out of the statistics and get 0; groups
-    that are not `informative` get zeros. Raises ValueError for another word.
+    that are not `informative` get zeros, and so do those whose own deviation is below min_std: without it an eps of 1e-8 makes full
+    advantages of rounding errors. Raises ValueError for another word.
     """
     if std not in ("group", "global", "none"):
         raise ValueError(f"unknown std {std!r}: group, global or none")
     r, finite = precise(reward), reward.isfinite()
     centred = torch.where(finite, r - _finite_mean(r, finite), 0.0)
+    deviation = (centred**2).sum(1, keepdim=True).div((finite.sum(1, keepdim=True) - ddof).clamp(min=1)).sqrt()
     if std == "group":
-        spread = (centred**2).sum(1, keepdim=True).div((finite.sum(1, keepdim=True) - ddof).clamp(min=1)).sqrt() + eps
+        spread = deviation + eps
     elif std == "global":
         spread = (r[finite] - r[finite].mean()).square().sum().div(max(1, int(finite.sum()) - ddof)).sqrt() + eps
     else:
         spread = torch.ones_like(r[:, :1])
-    return torch.where(informative(reward)[:, None], centred / spread, 0.0).to(wide(reward).dtype)
+    teaches = informative(reward)[:, None] & (deviation >= min_std)
+    return torch.where(teaches, centred / spread, 0.0).to(wide(reward).dtype)
 
 
 def leaf_means(reward: Tensor, first: Tensor, leaves: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ LARGE = MODELS[:-1]  # the embedded model fits anywhere
 CARDS = (24, 48, 80)
 # By what a method learns from; a method that is not listed is "search" or "other".
 FAMILIES = {
-    "policy gradient": ("ddpo", "flow-grpo", "grpo-guard", "mix-grpo"),
+    "policy gradient": ("branch-grpo", "ddpo", "flow-grpo", "g2rpo", "grpo-guard", "mix-grpo", "tempflow-grpo"),
     "preference": ("gpo", "dgpo", "diffusion-dpo"),
     "matching": ("awm", "diffusion-nft", "rwr", "sft"),
 }

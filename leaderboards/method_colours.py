@@ -23,6 +23,9 @@ COLOURS: Mapping[str, tuple[str, str]] = {
     "rwr": ("#5a8a00", "#a8d155"),
     "sft": ("#33415c", "#93a5c9"),
     "best-of-n": ("#d11f1f", "#ff8a80"),
+    "tempflow-grpo": ("#0f6b5c", "#58c2ae"),
+    "g2rpo": ("#6b4fd1", "#ab9bf2"),
+    "branch-grpo": ("#8f5a00", "#d9a441"),
     "ddpo": ("#9c2f6e", "#d883b8"),
 }
 DASHES = ("-", "--", "-.")  # of matplotlib, for the rows of one method; ":" is a curve of two points

@@ -54,7 +54,7 @@ LAWS: list[Law] = [
     search_laws.finds_better_images,
 ]
 # Settings that every method of few images has, small enough to be checked in seconds.
-SMALL_FIELDS = {"prompts": 3, "group": 4, "steps": 0}
+SMALL_FIELDS = {"prompts": 3, "seeds": 1, "group": 4, "branches": 4, "steps": 0}
 
 
 def check(

@@ -25,7 +25,7 @@ from gpobench.methods.gpo import GPO, AdvantageGroups
 
 BOOK = ["a red circle", "two blue squares", "a green triangle", "three red squares", "a blue circle", "a photo"]
 FAMILIES = ("tiny_pipe", "tiny_unet")
-SMALL = {"prompts": 2, "group": 3}  # of whatever fields a method has
+SMALL = {"prompts": 2, "group": 3, "seeds": 1, "branches": 3, "split_steps": (0, 2)}  # of whatever fields a method has
 
 
 def methods() -> list[str]:

@@ -238,7 +238,7 @@ def test_the_noise_of_the_unets_walk_keeps_the_width_of_its_data() -> None:
     """Exact noise prediction for data of width 1, SD1.5's table: noise_level of sqrt 2 ends nearer to 1 than the ODE does."""
     path = ddpm(table_of_sd15())
     ends: dict[str, float] = {}
-    for method in ("flow-grpo", "grpo-guard", "mix-grpo"):
+    for method in ("flow-grpo", "grpo-guard", "mix-grpo", "tempflow-grpo", "g2rpo", "branch-grpo"):
         own = resolve(RunRequest(method, "ocr", "sd15")).settings
         assert (
             own.noise_level
@@ -323,7 +323,8 @@ def test_the_preset_walks_and_learns_on_a_miniature_of_its_class(mini: Any, meth
     own = resolve(RunRequest(method, "ocr", model)).settings
     if isinstance(own, Search):
         pytest.skip("it trains nothing")
-    rig, few = mini(model), replace(own, prompts=1, group=3)
+    small = {"prompts": 1, "group": 3, "seeds": 1, "branches": 2, "split_steps": (0,)}
+    rig, few = mini(model), replace(own, **{key: small[key] for key in small.keys() & {f.name for f in fields(own)}})
     batch = few.collect(rig)
     assert batch_size(batch) > 0
     rows = torch.arange(min(2, batch_size(batch)))
