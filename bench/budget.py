@@ -70,7 +70,8 @@ class Meter:
     """
 
     __slots__ = (
-        "_before", "_budget", "_flops_a_forward", "_images", "_roles", "_scorers", "_since", "_stated", "_together", "_updates"
+        "_backwards", "_before", "_budget", "_deferred", "_flops_a_forward", "_images", "_roles", "_scorers",
+        "_since", "_stated", "_together", "_updates",
     )  # fmt: skip
 
     def __init__(self, budget: Budget, flops_a_forward: float = 0.0):
@@ -78,6 +79,8 @@ class Meter:
         self._budget, self._flops_a_forward = budget, flops_a_forward
         self._roles: Counter[str] = Counter()
         self._scorers: dict[str, dict[str, float]] = {}
+        self._backwards: Counter[str] = Counter()  # images whose score was differentiated, by scorer
+        self._deferred = 0  # nfe charged for backward passes that are still to come
         self._images = self._updates = 0
         self._stated: Counter[str] = Counter()  # by currency: the part of the spend that data sets stated
         self._before = 0.0  # seconds of earlier stretches of the clock
@@ -103,6 +106,14 @@ class Meter:
     def scorers(self) -> dict[str, dict[str, float]]:
         """calls, seconds and errors by the scorer's name."""
         return {name: dict(use) for name, use in self._scorers.items()}
+
+    @property
+    def reward_backwards(self) -> Counter[str]:
+        """Images whose reward was differentiated, by the scorer's name: a backward pass of scorer and decoder each.
+
+        No currency has a bound on them; each is one of the reward calls, and its seconds are counted.
+        """
+        return Counter(self._backwards)
 
     @property
     def stated(self) -> dict[str, int]:
@@ -168,9 +179,32 @@ class Meter:
         self._images += images
         self._updates += updates
 
-    def charge_scorer(self, name: str, calls: int, *, images: int = 0) -> None:
-        """Charge reward calls, before the scorer is called, and the images that are decoded for it; raises as `charge` does."""
+    @property
+    def deferred(self) -> int:
+        """nfe that is charged and not yet computed, because a backward pass will compute it."""
+        return self._deferred
+
+    def charge_deferred(self, nfe: int, role: str) -> None:
+        """Charge evaluations that a backward pass will compute, before its forward pass; raises as `charge` does.
+
+        Where the budget is spent in between, the backward pass never comes: so much may be charged and not computed.
+        """
+        self.charge(nfe=nfe, role=role)
+        self._deferred += nfe
+
+    def settle_deferred(self) -> None:
+        """The backward passes of all that was charged so far are done."""
+        self._deferred = 0
+
+    def charge_scorer(self, name: str, calls: int, *, images: int = 0, backwards: int = 0) -> None:
+        """Charge reward calls, before the scorer is called, and the images that are decoded for it; raises as `charge` does.
+
+        backwards: how many of the calls are differentiated.
+        """
+        _check_amount("backwards", backwards)
         self._refuse(images=images, reward_calls=calls)
+        if backwards:
+            self._backwards[name] += backwards
         self._images += images
         self._use(name)["calls"] += calls
 
@@ -236,6 +270,7 @@ class Meter:
         return {
             "roles": dict(self._roles),
             "scorers": self.scorers,
+            "reward_backwards": dict(self._backwards),
             "images": self._images,
             "updates": self._updates,
             "stated": self.stated,
@@ -248,6 +283,7 @@ class Meter:
             raise ValueError("a meter that has begun to count cannot be set to another state")
         self._roles = Counter(state["roles"])
         self._scorers = {name: dict(s) for name, s in state["scorers"].items()}
+        self._backwards = Counter(state.get("reward_backwards", {}))
         self._images, self._updates = state["images"], state["updates"]
         self._stated = Counter(state["stated"])
         self._before, self._since = state["seconds"], None

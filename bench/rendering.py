@@ -43,7 +43,7 @@ def render(decode: Callable[[Tensor], Tensor], x0: Tensor) -> RenderedImages:
     decode: (B, C, h, w) -> (B, 3, H, W), 0 black and 1 white, as `spec.Model.decode`.
     """
     images = decode(x0)
-    finite_latents, finite_images = _finite_rows(x0), _finite_rows(images)
+    finite_latents, finite_images = finite_rows(x0), finite_rows(images)
     faults = {
         row: IMAGE_FAULT if finite_latent else LATENT_FAULT
         for row, (finite_latent, finite_image) in enumerate(zip(finite_latents, finite_images, strict=True))
@@ -63,6 +63,15 @@ def to_uint8(images: Tensor) -> Pixels:
     return np.asarray(scaled.byte().cpu().numpy(), dtype=np.uint8)
 
 
-def _finite_rows(values: Tensor) -> list[bool]:
+def differentiable_pixels(images: Tensor) -> Tensor:
+    """(B, 3, H, W) -> the pixels of `to_uint8` in [0, 1], so that a score of them is that of the image file.
+
+    Rounding passes the gradient on as it is; clamped values have none.
+    """
+    clamped = images.clamp(0, 1)
+    return clamped + ((clamped * 255).round() / 255 - clamped).detach()
+
+
+def finite_rows(values: Tensor) -> list[bool]:
     """(B, ...) -> for each row, whether all its values are finite."""
     return values.isfinite().flatten(1).all(1).tolist()

@@ -242,6 +242,18 @@ class SupportsWorkers(Protocol):
     image_seconds: float  # of a core for one image, roughly; where it is small, workers are not started by themselves
 
 
+@runtime_checkable
+class DifferentiableScorer(Protocol):
+    """A scorer whose first metric has a gradient in the pixels, beside what every `Scorer` has."""
+
+    def differentiable(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """(B,): the first metric of images (B, 3, H, W) in [0, 1], with a gradient; of the same pixels the same as `__call__`.
+
+        NaN where an image could not be scored. May raise any exception: no image of the call then has a score.
+        """
+        ...
+
+
 def check_images(images: Images, prompts: Sequence[Prompt]) -> None:
     """Raise ValueError where images are not (B, H, W, 3) uint8 or their number is not the prompts'."""
     if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
@@ -700,6 +712,38 @@ class Rig(Protocol):
         """Rewards (B,) of the images that latents x0 decode to; NaN where an image could not be scored. Costs B images and calls."""
         ...
 
+    def score_with_gradient(self, x0: Tensor, prompt_ids: Tensor) -> Tensor:
+        """`score` with a gradient through scorer and decoder; for methods that `SupportsRewardGradient`. Used inside a loss.
+
+        Costs B images and calls, and B backward passes of the reward. The gradient of a NaN is 0 behind `where`.
+        """
+        ...
+
+    def sample_with_gradient(
+        self,
+        x: Tensor,
+        prompt_ids: Tensor,
+        *,
+        steps: int = 0,
+        start: int = 0,
+        guidance: float | None = None,
+        adjoint: bool = False,
+    ) -> Tensor:
+        """The clean latents (B, C, h, w) that the policy's ODE reaches from x, with a gradient through all these steps.
+
+        Costs one `velocity` with a gradient a step. With `adjoint` the backward pass solves the adjoint ODE from image to
+        noise and computes each step again: one step's activations are held in place of all, for one evaluation a step more.
+
+        Args:
+            x: latents (B, C, h, w) at the grid's time `start`.
+            prompt_ids: prompts (B,).
+            steps: steps of the whole grid; 0 is the protocol's number.
+            start: index of the first step in the grid.
+            guidance: None is the protocol's.
+            adjoint: how the gradient is computed.
+        """
+        ...
+
     def groups(
         self,
         prompts: int,
@@ -823,6 +867,16 @@ class SupportsLatentCount(Protocol):
     @property
     def latents(self) -> int:
         """Latents of one row of the batch: the group's size, the times of an image, two of a pair."""
+        ...
+
+
+@runtime_checkable
+class SupportsRewardGradient(Protocol):
+    """A method that differentiates the reward: it trains on a `DifferentiableScorer` only."""
+
+    @property
+    def reward_backwards(self) -> float:
+        """Backward passes of scorer and decoder per image; the meter must show the same."""
         ...
 
 

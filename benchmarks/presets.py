@@ -25,6 +25,7 @@ CARDS = (24, 48, 80)
 # By what a method learns from; a method that is not listed is "search" or "other".
 FAMILIES = {
     "policy gradient": ("branch-grpo", "ddpo", "flow-grpo", "g2rpo", "grpo-guard", "mix-grpo", "tempflow-grpo"),
+    "reward gradient": ("draft",),
     "preference": ("gpo", "dgpo", "diffusion-dpo"),
     "matching": ("awm", "diffusion-nft", "rwr", "sft"),
 }

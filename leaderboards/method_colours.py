@@ -26,6 +26,7 @@ COLOURS: Mapping[str, tuple[str, str]] = {
     "tempflow-grpo": ("#0f6b5c", "#58c2ae"),
     "g2rpo": ("#6b4fd1", "#ab9bf2"),
     "branch-grpo": ("#8f5a00", "#d9a441"),
+    "draft": ("#3d6b1f", "#9ccc74"),
     "ddpo": ("#9c2f6e", "#d883b8"),
 }
 DASHES = ("-", "--", "-.")  # of matplotlib, for the rows of one method; ":" is a curve of two points

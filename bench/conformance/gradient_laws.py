@@ -82,11 +82,11 @@ def equal_rewards_teach_nothing(harness: Harness) -> None:
     rig, method = harness.rig(equal_rewards, nfe=2e5), harness.method
     try:
         batch = method.collect(rig.view)
+        gradient = loss_and_gradient(method, rig, batch, row_keys(batch))[1] if batch_size(batch) else None
     except Spent:
         return
     _require_scored(rig)
-    if batch_size(batch):
-        _, gradient = loss_and_gradient(method, rig, batch, row_keys(batch))
+    if gradient is not None:
         usual_rig = harness.rig()
         usual_batch = collect_rows(method, usual_rig)
         _, usual_gradient = loss_and_gradient(method, usual_rig, usual_batch, row_keys(usual_batch))
@@ -145,13 +145,15 @@ def unscored_images_leave_no_trace(harness: Harness) -> None:
         # A method of the rig.
         setattr(rig, "charged_velocity", partial(_shifted_velocity, velocity, offset))  # noqa: B010
         batch = method.collect(rig.view)
-        _require_scored(rig)
-        setattr(rig, "charged_velocity", velocity)  # noqa: B010
+        if rig.scorer.images:  # else the images are drawn and scored in the loss
+            setattr(rig, "charged_velocity", velocity)  # noqa: B010
         if not batch_size(batch):
             loss, gradient = torch.zeros(()), torch.zeros(1)
         else:
             perturb_weights(rig, PERTURBATION / 2)
             loss, gradient = loss_and_gradient(method, rig, batch, row_keys(batch))
+        setattr(rig, "charged_velocity", velocity)  # noqa: B010
+        _require_scored(rig)
         if not (bool(loss.isfinite()) and bool(gradient.isfinite().all())):
             raise LawBroken(f"with one unscored image a prompt the loss is {float(loss):g} and its gradient not finite")
         rollouts.append((rig.scorer, batch_size(batch), loss, gradient))

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -45,7 +45,9 @@ def redness(images: Images, prompts: Sequence[Prompt]) -> Any:
     A difference of halves, because the overall colour of a random decoder's images hardly changes.
     """
     red, half = images[..., 0] / 255.0, images.shape[2] // 2
-    return 1 / (1 + np.exp(-8 * (red[:, :, :half].mean((1, 2)) - red[:, :, half:].mean((1, 2)))))
+    difference = red[:, :, :half].mean((1, 2)) - red[:, :, half:].mean((1, 2))
+    # Of pixels with a gradient too, see `ToyScorer.differentiable`.
+    return torch.sigmoid(8 * difference) if isinstance(difference, Tensor) else 1 / (1 + np.exp(-8 * difference))
 
 
 def scaled_redness(images: Images, prompts: Sequence[Prompt]) -> Any:
@@ -60,7 +62,7 @@ def equal_rewards(images: Images, prompts: Sequence[Prompt]) -> Any:
 
 def unscored_first_image(images: Images, prompts: Sequence[Prompt]) -> Any:
     """Return the reward (B,): redness, and NaN for the first image of each prompt."""
-    value = redness(images, prompts)
+    value = redness(images, prompts) + 0  # not in the place of a number that a gradient needs
     value[first_rows([p.text for p in prompts])] = np.nan
     return value
 
@@ -90,6 +92,14 @@ class ToyScorer:
         self.images.append(images)
         self.values.append(self.rule(images, prompts))
         return Scores({"mean": self.values[-1]})
+
+    def differentiable(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """The reward (B,) of images (B, 3, H, W) in [0, 1] with a gradient, which is 0 where the rule has none."""
+        pixels = images.movedim(1, -1) * 255
+        value = torch.as_tensor(self.rule(cast(Any, pixels), prompts)) + 0 * pixels.flatten(1).sum(1)
+        self.images.append(pixels.detach().round().byte().cpu().numpy())
+        self.values.append(value.detach().double().cpu().numpy())
+        return value
 
 
 def write_pairs(folder: Path) -> Path:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..budget import Budget, Meter
-from ..spec import counted_guidance
+from ..spec import SupportsRewardGradient, counted_guidance
 from ..training import checkpoint
 from ..training.train import optimiser
 from .harness import (
@@ -107,6 +107,13 @@ def cost_matches_meter(harness: Harness) -> None:
         if wrong:
             line = ", ".join(f"{role} {spent.get(role, 0):g}, declared {declared.get(role, 0):g}" for role in wrong)
             raise LawBroken(f"nfe an image at guidance {guidance:g}: {line}")
+        differentiated = rig.meter.reward_backwards.total() / images
+        method: Any = harness.make()
+        stated = method.reward_backwards if isinstance(method, SupportsRewardGradient) else 0.0
+        if abs(differentiated - stated) > 1e-6:
+            raise LawBroken(
+                f"reward_backwards: {differentiated:g} backward passes of the reward an image, declared {stated:g}"
+            )
 
 
 @law("nothing is spent outside the rig")

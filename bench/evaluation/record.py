@@ -103,6 +103,7 @@ class ScorerUse(_Part):
     seconds: float
     errors: int
     unscored: int = Field(default=0, description="images of the evaluations before and after without a score")
+    backwards: int = Field(default=0, description="images of training whose score was differentiated, of the calls")
 
 
 class ObservedCounts(_Part):
@@ -115,6 +116,8 @@ class ObservedCounts(_Part):
     backwards: int = Field(description="rows whose gradient came back through the network")
     images: int = Field(description="decoded")
     scored: dict[str, int] = Field(description="images given to each scorer and embedder")
+    gradient_images: int = Field(default=0, description="decoded with a gradient")
+    gradient_scored: dict[str, int] = Field(default_factory=dict, description="images scored with a gradient")
     updates: int = Field(description="steps of any optimiser")
 
 

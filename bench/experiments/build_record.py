@@ -24,7 +24,9 @@ from ..training.observation import (
     BACKWARDS,
     DECODED,
     FORWARDS,
+    GRADIENT_DECODED,
     GRADIENT_FORWARDS,
+    GRADIENT_SCORED,
     MISMATCH,
     SCORED,
     UPDATES,
@@ -145,6 +147,8 @@ def _observed_counts(counts: Mapping[str, int]) -> ObservedCounts:
         backwards=counts.get(BACKWARDS, 0),
         images=counts.get(DECODED, 0),
         scored=by_name(counts, SCORED),
+        gradient_images=counts.get(GRADIENT_DECODED, 0),
+        gradient_scored=by_name(counts, GRADIENT_SCORED),
         updates=counts.get(UPDATES, 0),
     )
 
@@ -182,6 +186,7 @@ def _scorer_uses(scorers: ScorerSet, stage: BudgetedStage, result: RunResult) ->
             calls=int(uses[scorer.name]["calls"]),
             seconds=uses[scorer.name]["seconds"],
             errors=int(uses[scorer.name]["errors"]),
+            backwards=stage.meter.reward_backwards[scorer.name],
             unscored=sum(unscored_images(table, scorer.name)[0] for table in tables),
         )
         for scorer in scorers.all

@@ -23,8 +23,9 @@ from ..model_spec import ModelSpec, find_model_spec
 from ..models.open import open_model
 from ..process_group import ProcessGroup
 from ..progress import Progress
+from ..scoring.differentiable import require_gradient
 from ..scoring.scorers import parts_behind
-from ..spec import Model, Prompt, Task, counted_guidance
+from ..spec import Model, Prompt, SupportsRewardGradient, Task, counted_guidance
 from ..training.observation import Observer
 from ..training.pairs import open_pairs
 from ..training.tampering import Seal
@@ -141,6 +142,8 @@ def open_run(launch: Launch) -> Generator[RunContext]:
                 config.scorer_workers,
             )
             stack.callback(scorers.close)
+            if isinstance(config.settings, SupportsRewardGradient):
+                require_gradient(scorers.training, config.method, model_spec.domain)
             accelerator = open_accelerator(config.precision, launch.track, launch.run_dir)
             # Ends the trackers, and the communication between several processes.
             stack.callback(accelerator.end_training)

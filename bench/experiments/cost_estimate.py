@@ -12,7 +12,7 @@ from ..model_spec import ModelSpec
 from ..models.memory import DEVICES, UTILISATION, MemoryEstimate, estimate, hours
 from ..models.open import pipeline_class
 from ..registry import unknown
-from ..spec import Search, SupportsLatentCount
+from ..spec import Search, SupportsLatentCount, SupportsRewardGradient
 from .config import Config
 
 
@@ -28,6 +28,12 @@ def estimate_cost(config: Config, device: str = "") -> dict[str, Any]:
     total = sum(nfe_by_role.values())
     result: dict[str, Any] = {"nfe_an_image": {role: round(nfe, 4) for role, nfe in nfe_by_role.items() if nfe}}
     lines = [f"an image costs {total:.4g} nfe: " + ", ".join(f"{r} {n:.4g}" for r, n in nfe_by_role.items() if n)]
+    if isinstance(config.settings, SupportsRewardGradient):
+        each = config.settings.reward_backwards
+        lines.append(
+            f"and {each:.4g} backward passes of decoder and scorer, which neither nfe nor the memory below counts"
+        )
+        result["reward_backwards_an_image"] = each
     try:
         memory = estimate_memory(config)
     except Missing as missing:

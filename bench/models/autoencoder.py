@@ -28,12 +28,15 @@ def _scale_and_shift(vae: Any) -> tuple[float, float]:
     return float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
 
 
-@torch.no_grad()
 def decode(vae: Any, x0: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, 3, H, W), 0 black and 1 white, as the pipelines decode; `rendering` clamps it."""
+    """(B, C, h, w) -> (B, 3, H, W), 0 black and 1 white, as the pipelines decode; `rendering` clamps it.
+
+    With a gradient where the latents have one.
+    """
     scale, shift = _scale_and_shift(vae)
-    images = vae.decode((x0 / scale + shift).to(vae.dtype), return_dict=False)[0]
-    return images.float() / 2 + 0.5  # not clamped: an infinite value would look like a white one
+    with torch.set_grad_enabled(torch.is_grad_enabled() and x0.requires_grad):
+        images = vae.decode((x0 / scale + shift).to(vae.dtype), return_dict=False)[0]
+        return images.float() / 2 + 0.5  # not clamped: an infinite value would look like a white one
 
 
 @torch.no_grad()

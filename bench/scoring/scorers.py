@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from .. import registry
 from ..errors import UserError, error_line
 from ..images import read_only_copy
 from ..rendering import RenderedImages
-from ..spec import Embedder, Images, Prompt, Scorer, Scores, SupportsWorkers, Values
+from ..spec import DifferentiableScorer, Embedder, Images, Prompt, Scorer, Scores, SupportsWorkers, Values
 from .calls import PartEnded, call_in_time, time_limit
 from .references import ScorerLocation, ScorerReference, blend_name
 from .remote import RemoteScorer, connect, start
@@ -28,6 +28,9 @@ from .worker_pool import WorkerScorer, WorkersFailed
 from .worker_setting import WorkerSetting
 
 IN_PROCESS = WorkerSetting()
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def open_scorer(
@@ -152,6 +155,15 @@ class InProcessScorer:
             raise ScorerChanged(f"its id is {self.part.id} now, was {self.id}")
         return scores
 
+    def differentiable(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Map (B, 3, H, W) in [0, 1] and B prompts to the first metric (B,) with a gradient. Raises as a call does."""
+        if not isinstance(self.part, DifferentiableScorer):
+            raise TypeError(f"{self.name} has no gradient")
+        value = self.part.differentiable(images, prompts)
+        if self.part.id != self.id:
+            raise ScorerChanged(f"its id is {self.part.id} now, was {self.id}")
+        return value
+
 
 class InProcessEmbedder:
     """An embedder under the id, name and distance it was opened with; once its id is another one, it gives no more vectors."""
@@ -221,6 +233,12 @@ class Blend:
                 notes[row].append(f"{part.name}: {note}")
         joined = [" | ".join(row) for row in notes] if any(notes) else None
         return Scores({"blend": total, **value}, {row: "; ".join(whys) for row, whys in reasons.items()}, joined)
+
+    def differentiable(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Map (B, 3, H, W) in [0, 1] and B prompts to blend (B,) with a gradient. Raises what a part raises."""
+        parts = [(cast(DifferentiableScorer, part), weight) for part, weight in self.parts]
+        values = [weight * part.differentiable(images, prompts) for part, weight in parts]
+        return sum(values[1:], start=values[0])
 
 
 def ask(scorer: Scorer, images: Images, prompts: Sequence[Prompt]) -> Scores:

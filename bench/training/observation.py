@@ -32,6 +32,8 @@ from .tampering import WeightGuard
 # network also under WEIGHTS + the name of the weights it computed with.
 FORWARDS, GRADIENT_FORWARDS, BACKWARDS = "forwards", "gradient_forwards", "backwards"
 DECODED, UPDATES, SCORED, WEIGHTS = "decoded", "updates", "scored ", "weights "
+# Of the decoded images and of the scores, those with a gradient.
+GRADIENT_DECODED, GRADIENT_SCORED = "gradient_decoded", "gradient_scored "
 MISMATCH = "what was computed is not what was charged:"  # how the fault of such a run begins
 # The meter's clock may show less than the one here by this share and these seconds: a busy machine may pause between the two.
 CLOCK_SHARE, CLOCK_SECONDS = 0.05, 1.0
@@ -114,6 +116,9 @@ class Observer:
         for kind in self._classes:
             try:
                 self._replace(kind, "__call__", _as_method(self._score, kind.__call__))
+                if (differentiable := getattr(kind, "differentiable", None)) is not None:
+                    counter = partial(self._score, with_gradient=True)
+                    self._replace(kind, "differentiable", _as_method(counter, differentiable))
             except TypeError:  # a class that is written in C takes no attribute
                 continue
         for name in ("load", "_load_from_file"):
@@ -169,6 +174,8 @@ class Observer:
 
     def _decode(self, decode: Callable[..., Any], latents: Tensor, *args: Any, **options: Any) -> Any:
         self._count(DECODED, len(latents))
+        if torch.is_grad_enabled() and latents.requires_grad:
+            self._count(GRADIENT_DECODED, len(latents))
         return decode(latents, *args, **options)
 
     def _encode(self, encode: Callable[..., Any], prompts: Sequence[str]) -> Any:
@@ -176,7 +183,15 @@ class Observer:
             self._texts.update(prompts)
         return encode(prompts)
 
-    def _score(self, call: Callable[..., Any], scorer: Any, images: Any, *more: Any, **options: Any) -> Any:
+    def _score(
+        self,
+        call: Callable[..., Any],
+        scorer: Any,
+        images: Any,
+        *more: Any,
+        with_gradient: bool = False,
+        **options: Any,
+    ) -> Any:
         """Count the images of a call, once where scorers call each other."""
         if _INSIDE_SCORER.get():
             return call(scorer, images, *more, **options)
@@ -190,7 +205,10 @@ class Observer:
         finally:
             _INSIDE_SCORER.reset(outside)
             if counts:
-                self._count(SCORED + str(getattr(scorer, "name", type(scorer).__name__)), len(images))
+                name = str(getattr(scorer, "name", type(scorer).__name__))
+                self._count(SCORED + name, len(images))
+                if with_gradient:
+                    self._count(GRADIENT_SCORED + name, len(images))
                 if self._now is self._training:
                     self._texts.update(prompt.text for prompt in (more[0] if more else options.get("prompts", ())))
 
@@ -278,13 +296,18 @@ def charge_differences(counts: Mapping[str, int], meter: Meter) -> list[str]:
     scored = by_name(counts, SCORED)
     uses = {name: use for name, use in meter.scorers.items() if name != DATA}
     compared = [
-        ("evaluations of the network", forward_equivalents(counts), meter.nfe - meter.stated["nfe"], 0),
+        ("evaluations of the network", forward_equivalents(counts), meter.nfe - meter.stated["nfe"], meter.deferred),
         ("decoded images", counts.get(DECODED, 0), meter.images - meter.stated["images"], 0),
         ("updates", counts.get(UPDATES, 0), meter.updates, 0),
+        ("images decoded with a gradient", counts.get(GRADIENT_DECODED, 0), meter.reward_backwards.total(), 0),
     ]
     for name in dict.fromkeys([*scored, *uses]):
         use = uses.get(name, {"calls": 0, "errors": 0})
         compared.append((f"images scored by {name}", scored.get(name, 0), int(use["calls"]), int(use["errors"])))
+    differentiated, paid_for = by_name(counts, GRADIENT_SCORED), meter.reward_backwards
+    for name in sorted({*differentiated, *paid_for}):
+        errors = int(uses.get(name, {"errors": 0})["errors"])
+        compared.append((f"scores of {name} with a gradient", differentiated.get(name, 0), paid_for[name], errors))
     lines = [
         f"{what}: {computed:,} computed, {charged:,} charged"
         for what, computed, charged, missing in compared

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -30,7 +30,9 @@ from ..spec import Branchings, Cond, Groups, Images, Model, Pairs, Prompt, Rig, 
 from ..trees import TreePlan
 from .embeddings import EmbeddingCache
 from .method_view import method_view
+from .network_pass import NetworkPass
 from .pairs import PairSet, open_pairs
+from .reward_gradient import RewardGradientRig, RewardGradients
 from .tree_rollout import Sampler, grow, numbered, stack
 
 TimedScores = tuple[Scores, float]  # scores, and the latency in seconds
@@ -39,18 +41,7 @@ SINGLE_PROCESS = ProcessGroup()
 BATCHES_AHEAD = 4
 
 
-@dataclass(frozen=True)
-class NetworkPass:
-    """How one velocity is computed: what `MeteredRig.velocity` takes, and whether the LoRA may be merged into the weights."""
-
-    weights: str
-    guidance: float
-    detach: bool = False
-    role: str = ""
-    merged: bool = False
-
-
-class MeteredRig:
+class MeteredRig(RewardGradientRig):
     """What a method may use: `state` is its memory, `prompts`, `noise`, `normal` and `uniform` its random draws."""
 
     def __init__(
@@ -85,6 +76,7 @@ class MeteredRig:
         self.iterations_without_signal = 0  # iterations in a row in which no group's rewards differed
         self.images_sent = self.images_scored = 0  # to the scorer in this iteration; of these, with a reward
         self.failures: list[str] = []  # why images could not be scored, the last 20
+        self.reward_gradients = RewardGradients()
         self._embeddings = EmbeddingCache(lambda texts: model.encode(texts))
         self.evaluation_texts: frozenset[str] = frozenset()  # folded evaluation prompts: no data set may teach them
         self._captions: list[Prompt] = []  # of sets of pairs: their ids begin at len(train_prompts)
@@ -339,7 +331,7 @@ class MeteredRig:
         """
         assert not self._computed_elsewhere, "a method never scores inside `turn`"
         self._charge_scoring(len(x0))
-        images = render(self.model.decode, x0)
+        images = render(self.model.decode, x0.detach())
         return self._reward(self._start_scoring(images, prompt_ids).result()), images.pixels
 
     @torch.no_grad()
@@ -583,7 +575,7 @@ class MeteredRig:
         """Charge and start the scoring of images, `rows` of them at once; nothing where another process scores them."""
         self._charge_scoring(len(x0))
         parts = [] if self._computed_elsewhere else zip(x0.split(self.rows), prompt_ids.split(self.rows), strict=True)
-        return [self._start_scoring(render(self.model.decode, latents), ids) for latents, ids in parts]
+        return [self._start_scoring(render(self.model.decode, latents.detach()), ids) for latents, ids in parts]
 
     def _charge_scoring(self, images: int) -> None:
         self.meter.charge_scorer(self.scorer.name, images, images=images)
@@ -629,6 +621,7 @@ class MeteredRig:
         """Wait until everything that was charged is scored, also what nobody asks for any more."""
         wait(self._submitted)
         self._submitted.clear()
+        self.settle_reward_gradients()
 
     def close(self) -> None:
         """Stop the scoring thread."""

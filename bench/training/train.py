@@ -125,7 +125,10 @@ def _fit(
     o = method.optim
     for _ in range(o.epochs):
         for minibatch in torch.randperm(rows, generator=rig.rng).chunk(o.minibatches):
-            _differentiate(method, rig, gradients, batch, minibatch)
+            with expect_scores(rig):  # where the loss asks for scores
+                _differentiate(method, rig, gradients, batch, minibatch)
+                rig.settle_reward_gradients()
+            rig.meter.settle_deferred()
             rig.processes.sum_gradients(rig.model.parameters())
             _update(method, rig, optimizer, gradients.scaler)
             ratio = rig.mean("policy/ratio")
