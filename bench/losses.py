@@ -82,6 +82,50 @@ def _finite_mean(r: Tensor, finite: Tensor) -> Tensor:
     return r.masked_fill(~finite, 0.0).sum(1, keepdim=True) / finite.sum(1, keepdim=True).clamp(min=1)
 
 
+# Several rewards of one image as one number; R rewards, all functions are (P, G, R), weights (R,) -> (P, G)
+
+
+def weighted_sum(rewards: Tensor, weights: Tensor) -> Tensor:
+    """sum_j w_j r_ij: the reward with the larger spread rules. NaN where one of an image's rewards is."""
+    return (precise(rewards) * precise(weights)).sum(-1)
+
+
+def decoupled_sum(rewards: Tensor, weights: Tensor) -> Tensor:
+    """GDPO: sum_j w_j (r_ij - mean_group_j) / std_group_j, each reward in units of its own spread (arXiv 2601.05242).
+
+    It does not change when one reward is scaled or shifted. A reward that is constant in a group, up to the rounding of float32,
+    contributes 0. The paper standardises the sum over the batch; the method's own `std` does that (std = "global").
+    """
+    r = _complete(rewards)
+    scored = r[..., :1].isfinite()
+    size = r.nan_to_num(0.0).abs().amax(1, keepdim=True)
+    count = scored.sum(1, keepdim=True).clamp(min=1)
+    centred = torch.where(scored, r - r.nan_to_num(0.0).sum(1, keepdim=True) / count, 0.0)
+    std = ((centred**2).sum(1, keepdim=True) / count).sqrt()
+    units = torch.where(std > ROUNDING * size, centred / std.clamp(min=torch.finfo(r.dtype).tiny), 0.0)
+    return (units * precise(weights)).sum(-1).masked_fill(~scored[..., 0], torch.nan)
+
+
+def pareto_rank(rewards: Tensor, weights: Tensor) -> Tensor:
+    """(dominated by i - dominating i) / (G - 1) inside the group: only the signs of the weights count, and no scale at all.
+
+    i dominates j where no reward is lower and one is higher. The idea of MOGFN (arXiv 2210.12765) and of CaPO's frontier (arXiv
+    2502.02588), which choose from the front; a graded rank for methods that standardise is a derivation of ours.
+    """
+    r = _complete(rewards) * precise(weights).sign()
+    above = (r[:, :, None] >= r[:, None]).all(-1) & (r[:, :, None] > r[:, None]).any(-1)  # False beside NaN
+    scored = r[..., 0].isfinite()
+    others = (scored.sum(1, keepdim=True) - 1).clamp(min=1)
+    rank = (above.sum(2) - above.sum(1)).to(r) / others
+    return rank.masked_fill(~scored, torch.nan)
+
+
+def _complete(rewards: Tensor) -> Tensor:
+    """(P, G, R) in float64, all rewards of an image NaN where one of them is not finite."""
+    r = precise(rewards)
+    return r.masked_fill(~r.isfinite().all(-1, keepdim=True), torch.nan)
+
+
 # Policy gradient
 
 

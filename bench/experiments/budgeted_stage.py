@@ -44,6 +44,7 @@ class BudgetedStage(ABC):
             rows=context.model_spec.rows,
             processes=context.processes,
         )
+        self.rig.aggregation = context.config.reward_aggregation
         self.rig.evaluation_texts = frozenset(
             fold_text(prompt.text)
             for split in ("validation", "test")

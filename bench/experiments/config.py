@@ -26,9 +26,16 @@ from ..scoring.worker_setting import WorkerSetting
 Table = dict[str, Any]
 DEEPEST = 16  # levels of nested settings
 LARGEST_FLOAT32 = 3.4028234663852886e38  # in which losses and updates are computed
+AGGREGATIONS = ("sum", "gdpo", "pareto")  # of `training/several_rewards.py`, which loads torch
 # Fields of a model spec that a run may set: they change memory and speed, and results only by rounding.
 EXECUTION = ("rows", "checkpointing", "offload", "merge", "compile")
-NOT_OF_METHOD = ("adapter", "evaluation", "precision", *EXECUTION)  # keys beside the fields of a method
+NOT_OF_METHOD = (
+    "adapter",
+    "evaluation",
+    "precision",
+    "reward_aggregation",
+    *EXECUTION,
+)  # keys beside the fields of a method
 # Names that trainers of the field give to settings; an error names ours.
 OTHER_TRAINERS = {
     "learning_rate": "optim.lr",
@@ -88,6 +95,8 @@ class Config:
     evaluation: Any  # spec.EvaluationSettings
     precision: str  # fp32 | bf16 | fp16
     reward: str  # the scorer to train on
+    # How the parts of a blend become one reward in a group: a name of `several_rewards.AGGREGATIONS`.
+    reward_aggregation: str = "sum"
     # Values of EXECUTION that differ from the model spec.
     execution: Table = field(default_factory=dict[str, Any])
     # How the settings were chosen: trials, spent, command.
@@ -119,6 +128,7 @@ class Config:
             "evaluation": _plain(asdict(self.evaluation)),
             "precision": self.precision,
             "reward": self.reward,
+            **({"reward_aggregation": self.reward_aggregation} if self.reward_aggregation != "sum" else {}),
             **({"prompts": dict(self.prompt_hashes)} if self.prompt_hashes else {}),
             **({"sources": dict(self.source_hashes)} if self.source_hashes else {}),
             **self.execution,
@@ -183,6 +193,9 @@ def resolve(request: RunRequest) -> Config:
     precision = table.pop("precision", model_spec.precision)
     if precision not in ("fp32", "bf16", "fp16"):
         raise registry.unknown("precision", str(precision), ("fp32", "bf16", "fp16"))
+    reward_aggregation = table.pop("reward_aggregation", "sum")
+    if reward_aggregation not in AGGREGATIONS:
+        raise registry.unknown("reward_aggregation", str(reward_aggregation), AGGREGATIONS)
     execution = _execution({key: table.pop(key) for key in EXECUTION if key in table}, model_spec)
     _check_seed(request.seed)
     reward = request.reward or task.reward(model_spec.domain)
@@ -197,6 +210,7 @@ def resolve(request: RunRequest) -> Config:
         evaluation=_build_group(EvaluationSettings, "evaluation", asdict(evaluation), evaluation_table),
         precision=precision,
         reward=reward,
+        reward_aggregation=reward_aggregation,
         execution=execution,
         tuned=tuned,
         scorer_locations=locations,

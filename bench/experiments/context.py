@@ -28,6 +28,7 @@ from ..scoring.scorers import parts_behind
 from ..spec import Model, Prompt, SupportsRewardGradient, Task, counted_guidance
 from ..training.observation import Observer
 from ..training.pairs import open_pairs
+from ..training.several_rewards import check_aggregation
 from ..training.tampering import Seal
 from .artifacts import RunFiles
 from .config import Config
@@ -142,6 +143,7 @@ def open_run(launch: Launch) -> Generator[RunContext]:
                 config.scorer_workers,
             )
             stack.callback(scorers.close)
+            check_aggregation(config.reward_aggregation, scorers.training)
             if isinstance(config.settings, SupportsRewardGradient):
                 require_gradient(scorers.training, config.method, model_spec.domain)
             accelerator = open_accelerator(config.precision, launch.track, launch.run_dir)

@@ -33,6 +33,7 @@ from .method_view import method_view
 from .network_pass import NetworkPass
 from .pairs import PairSet, open_pairs
 from .reward_gradient import RewardGradientRig, RewardGradients
+from .several_rewards import aggregate, part_rewards
 from .tree_rollout import Sampler, grow, numbered, stack
 
 TimedScores = tuple[Scores, float]  # scores, and the latency in seconds
@@ -77,6 +78,7 @@ class MeteredRig(RewardGradientRig):
         self.images_sent = self.images_scored = 0  # to the scorer in this iteration; of these, with a reward
         self.failures: list[str] = []  # why images could not be scored, the last 20
         self.reward_gradients = RewardGradients()
+        self.aggregation = "sum"  # how the rewards of a blend become one in a group, see `several_rewards`
         self._embeddings = EmbeddingCache(lambda texts: model.encode(texts))
         self.evaluation_texts: frozenset[str] = frozenset()  # folded evaluation prompts: no data set may teach them
         self._captions: list[Prompt] = []  # of sets of pairs: their ids begin at len(train_prompts)
@@ -561,9 +563,13 @@ class MeteredRig(RewardGradientRig):
     def _rewards(self, pending: Sequence[Sequence[Future[TimedScores]]], prompts: int, group: int) -> Tensor:
         """(P, G): the rewards of all parts; their statistics are noted."""
         parts = self.processes.exchange_objects([[future.result() for future in part] for part in pending])
-        reward = torch.cat([self._reward(timed) for part in parts for timed in part]).view(prompts, group)
+        scored = [timed for part in parts for timed in part]
+        reward = torch.cat([self._reward(timed) for timed in scored]).view(prompts, group)
         self.note("reward/mean", reward.nanmean())
         self.note("reward/spread", (reward - reward.nanmean(1, keepdim=True)).square().nanmean().sqrt())
+        if self.aggregation != "sum":
+            rewards = torch.cat([part_rewards(self.scorer, scores) for scores, _ in scored])
+            reward = aggregate(self.aggregation, self.scorer, rewards.unflatten(0, (prompts, group))).to(reward)
         self.note("groups/informative", informative(reward).float().mean())
         return reward
 
