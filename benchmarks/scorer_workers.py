@@ -2,13 +2,15 @@
 
 Every round samples and scores the same groups once with each number of workers, in a drawn order; the ratios to no workers are
 paired within a round. Wall seconds depend on what else the machine does, so processor seconds, those of the workers included,
-stand beside them. The last lines say how many workers, and how many cores, keep up with a sampler of a given speed.
+stand beside them. The second table says how many workers, and how many cores, keep up with a sampler of a given speed. Both are
+written into docs/scorers.md.
 Run: python benchmarks/scorer_workers.py [rounds] [seconds of sampling an image]
 """
 
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections import defaultdict
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from marked_section import DOCS, MarkedSection
 
 from gpobench.bench import registry
 from gpobench.bench.budget import Budget, Meter
@@ -26,7 +29,7 @@ from gpobench.bench.model_spec import Adapter, find_model_spec
 from gpobench.bench.models.open import open_model
 from gpobench.bench.scoring.scorers import close_scorers, open_scorer
 from gpobench.bench.scoring.worker_pool import WorkerScorer
-from gpobench.bench.scoring.worker_setting import RESERVED_CORES, WorkerSetting
+from gpobench.bench.scoring.worker_setting import RESERVED_CORES, WorkerSetting, cores
 from gpobench.bench.spec import Prompt
 from gpobench.bench.training.rig import MeteredRig
 
@@ -59,7 +62,7 @@ def rollout(rig: MeteredRig, prompts: int, group: int) -> tuple[Spent, torch.Ten
 
 
 def measure(
-    rounds: int, counts: Sequence[int] = (0, 1, 2), prompts: int = 8, group: int = 32
+    rounds: int, counts: Sequence[int] = (0, 1, 2), prompts: int = 8, group: int = 16
 ) -> dict[int, list[Spent]]:
     """For each number of workers what each round took."""
     spec = find_model_spec("tiny")
@@ -89,7 +92,7 @@ def measure(
 def table(spent: dict[int, list[Spent]]) -> str:
     """A Markdown table: seconds, and ratios to no workers within a round with their range."""
     lines = ["| workers | wall s | processor s | wall / none | processor / none |", "|---|---|---|---|---|"]
-    for count, each in spent.items():
+    for count, each in sorted(spent.items()):
         ratios = [
             [getattr(a, name) / getattr(b, name) for a, b in zip(each, spent[0], strict=True)]
             for name in ("wall", "processor")
@@ -100,16 +103,17 @@ def table(spent: dict[int, list[Spent]]) -> str:
     return "\n".join(lines)
 
 
-def seconds_an_image(reference: str, side: tuple[int, int], images: int) -> float:
-    """Processor seconds that a scorer takes for an image with three lines of text."""
+def seconds_an_image(reference: str, side: int, lines: int, images: int) -> float:
+    """Processor seconds that a scorer takes for a page of so many lines of text."""
     from PIL import Image, ImageDraw, ImageFont
 
     from gpobench.bench.assets.glyphs import default_font
 
-    page = Image.new("RGB", (side[1], side[0]), (244, 240, 228))
-    font = ImageFont.truetype(str(default_font()), side[0] // 6)
-    for i, text in enumerate(("Grand", "Opening", "2024")[: 3 if side[0] > 100 else 1]):
-        ImageDraw.Draw(page).text((side[1] // 10, side[0] // 10 + i * side[0] // 4), text, fill=(30, 30, 60), font=font)
+    page = Image.new("RGB", (side, side), (244, 240, 228))
+    font = ImageFont.truetype(str(default_font()), int(0.45 * side / max(lines, 2)))
+    for i in range(lines):
+        text = ("Grand", "Opening", "2024", "New York City", "Coffee and tea")[i % 5]
+        ImageDraw.Draw(page).text((0.05 * side, side * (0.05 + 0.9 * i / lines)), text, fill=(30, 30, 60), font=font)
     pixels, prompts = np.stack([np.asarray(page)] * images), [Prompt('say "Grand"')] * images
     scorer = registry.scorer(reference)
     scorer(pixels[:1], prompts[:1])  # the engine loads
@@ -119,19 +123,33 @@ def seconds_an_image(reference: str, side: tuple[int, int], images: int) -> floa
 
 
 def main(rounds: int, sampling: float) -> None:
-    """Print the table, what OCR costs, and the workers that keep up with the sampler."""
-    print(table(measure(rounds)))
-    print(f"rapidocr, 64x32: {1000 * seconds_an_image('rapidocr', (32, 64), 64):.1f} ms an image of one core")
-    print(keeping_up(seconds_an_image("rapidocr:page", (512, 512), 4), sampling))
-
-
-def keeping_up(scoring: float, sampling: float) -> str:
-    """How many workers score as fast as images are sampled."""
-    workers = math.ceil(scoring / sampling)
-    return (
-        f"rapidocr:page, 512x512: {1000 * scoring:.0f} ms an image of one core; at {sampling:g} s of sampling an image "
-        f"{workers} workers keep up, so {workers + RESERVED_CORES} cores"
+    """Print the table, what OCR costs, and the workers that keep up with the sampler; write them into docs/scorers.md."""
+    section = MarkedSection(DOCS / "scorers.md", "scorer_workers")
+    section.check()
+    line = 1000 * seconds_an_image("rapidocr", 64, 1, 64)
+    text = "\n".join(
+        [
+            f"{rounds} rounds, {measured_on()}:\n",
+            table(measure(rounds)),
+            f"\n`rapidocr` takes {line:.1f} ms of one core for an image of one line, `rapidocr:page` for 512x512 pixels:\n",
+            f"| lines of text | ms of one core | workers that keep up with {sampling:g} s of sampling an image | cores |",
+            "|---|---|---|---|",
+            *(keeping_up(lines, seconds_an_image("rapidocr:page", 512, lines, 3), sampling) for lines in (0, 3, 8, 14)),
+        ]
     )
+    print(text)
+    section.write(text)
+
+
+def measured_on() -> str:
+    """The processor, and how busy it was."""
+    return f"{cores()} cores with a load of {os.getloadavg()[0]:.0f}"
+
+
+def keeping_up(lines: int, scoring: float, sampling: float) -> str:
+    """A row: how many workers score pages as fast as images are sampled, and the cores of a machine that then has as many."""
+    workers = math.ceil(scoring / sampling)
+    return f"| {lines} | {1000 * scoring:.0f} | {workers} | {workers + RESERVED_CORES} |"
 
 
 if __name__ == "__main__":
