@@ -3,7 +3,8 @@
 The online baseline of Flow-GRPO, arXiv 2505.05470, Sec. 5.2 and App. C.1; code yifan123/flow_grpo.
 
   loss = mean w (v - v*)^2,   w = softmax of the group's rewards (the paper) or the reward itself (the code),
-t logit-normal, then shifted as the schedule of the model.
+t logit-normal, then shifted as the schedule of the model. With w = exp(reward), without a group's normalisation, it is Flow-RWR of
+arXiv 2501.13918, Eq. 9 (`rwr:exp`): prompts with high rewards weigh more. That paper learns from a data set, here from own images.
 Differs from paper and code: softmax weights are multiplied by the number of the group's scored images, so that w is 1 on average
 and the learning rate means what it does for plain flow matching; `temperature` is 1 in the paper's words; samples come from the
 ODE instead of a stochastic sampler; groups of equal rewards, whose weights are all equal, are skipped; `kl` is not in the paper
@@ -47,8 +48,8 @@ class RWR:
     optim: Optim = field(default_factory=lambda: Optim(lr=3e-4, minibatches=1))
     prompts: int = 8  # prompts per iteration, one group each
     group: int = 24  # images per prompt
-    image_weights: Literal["softmax", "raw"] = "softmax"  # softmax of the group's rewards, or the rewards themselves
-    temperature: float = 1.0  # of the softmax, in units of reward: low weights the best only, high weights all alike
+    image_weights: Literal["softmax", "raw", "exp"] = "softmax"  # softmax of the rewards, the rewards, their exp
+    temperature: float = 1.0  # of softmax and exp, in units of reward: low weights the best only
     timesteps: int = 1  # timesteps per image and epoch
     timestep_shift: float = 0.0  # shift of the times of training; 0: the model's own, 1: none (flow.training_times)
     t_min: float = 0.0  # t is drawn from [t_min, 1]: few-step images are a little blurred, low noise would teach that
@@ -79,7 +80,11 @@ class RWR:
         """Sample and score P groups; weight the scored images of groups whose rewards differ."""
         groups = rig.groups(self.prompts, self.group, steps=self.steps, guidance=self.guidance or None)
         reward = groups.reward
-        weight = likelihood_weights(reward, self.temperature) if self.image_weights == "softmax" else reward
+        weight = {
+            "softmax": likelihood_weights(reward, self.temperature),
+            "raw": reward,
+            "exp": (reward / self.temperature).exp(),
+        }[self.image_weights]
         images, prompt_ids = groups.x0.flatten(0, 1), groups.prompt_ids.repeat_interleave(self.group)
         usable = (informative(reward)[:, None] & reward.isfinite()).flatten()
         rows = usable.nonzero().flatten().repeat_interleave(self.timesteps)

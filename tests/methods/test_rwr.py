@@ -13,7 +13,9 @@ from gpobench.methods.rwr import RWR, WeightedImages
 nan = float("nan")
 
 
-@pytest.mark.parametrize("weights, temperature", [("softmax", 1.0), ("softmax", 0.1), ("raw", 1.0)])
+@pytest.mark.parametrize(
+    "weights, temperature", [("softmax", 1.0), ("softmax", 0.1), ("raw", 1.0), ("exp", 1.0), ("exp", 0.1)]
+)
 def test_the_weights_are_by_hand(lab: Any, monkeypatch: pytest.MonkeyPatch, weights: Any, temperature: float) -> None:
     rig, reward = lab.rig(), [[0.1, 0.7, 0.3], [0.4, 0.4, 0.4], [nan, 0.2, 0.1]]
     drawn = lab.groups(rig, reward, monkeypatch)
@@ -24,7 +26,8 @@ def test_the_weights_are_by_hand(lab: Any, monkeypatch: pytest.MonkeyPatch, weig
         whole = sum(math.exp(reward[p][g] / temperature) for g in members)
         for g in members:
             softmax = len(members) * math.exp(reward[p][g] / temperature) / whole
-            expected += [softmax if weights == "softmax" else reward[p][g]] * 2
+            exp = math.exp(reward[p][g] / temperature)
+            expected += [{"softmax": softmax, "raw": reward[p][g], "exp": exp}[weights]] * 2
     assert batch.weight.tolist() == pytest.approx(expected, rel=1e-5)
     assert torch.equal(batch.x0[-1], drawn.x0[2, 2]) and torch.equal(batch.x0[2], drawn.x0[0, 1])
 
