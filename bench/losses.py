@@ -8,6 +8,8 @@ Everything is computed in float32 or better: s is a small difference of near-equ
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -243,6 +245,29 @@ def dpo(policy_w: Tensor, ref_w: Tensor, policy_l: Tensor, ref_l: Tensor, beta: 
     return -logsigmoid(-beta / 2 * (s_w - s_l))
 
 
+def step_dpo(policy_w: Tensor, ref_w: Tensor, policy_l: Tensor, ref_l: Tensor, beta: float, clip: float) -> Tensor:
+    """(N,): -log sigmoid(beta (log clip(rho_w) - log clip(rho_l))), rho = p / p_ref in [1 - clip, 1 + clip]: D3PO and SPO.
+
+    arXiv 2311.13231, Eq. 14, and arXiv 2406.04314, Eq. 5; the clip is their codes'. It has no gradient outside, on either side.
+
+    Args:
+        policy_w: log-probability (N,) of the winner's step under the policy, a mean over elements.
+        ref_w: that under the reference.
+        policy_l: of the loser's step under the policy.
+        ref_l: under the reference.
+        beta: inverse temperature.
+        clip: how far a ratio may lie from 1, below 1.
+    """
+    low, high = math.log1p(-clip), math.log1p(clip)
+    win, lose = ((wide(p) - wide(r).detach()).clamp(low, high) for p, r in ((policy_w, ref_w), (policy_l, ref_l)))
+    return -logsigmoid(beta * (win - lose))
+
+
+def ddo(real: Tensor, fake: Tensor, beta: float, alpha: float) -> Tensor:
+    """(N,): DDO, -log sigmoid(-(beta / 2) s_real) - alpha log sigmoid((beta / 2) s_fake), s = e - e_ref (arXiv 2503.01103, Eq. 13)."""
+    return -logsigmoid(-beta / 2 * wide(real)) - alpha * logsigmoid(beta / 2 * wide(fake))
+
+
 def gpo(
     advantage: Tensor,
     policy: Tensor,
@@ -326,6 +351,92 @@ def dgpo(
         moved = ((a > 0) & (ratio > 1 + clip)) | ((a <= 0) & (ratio < 1 - clip))
         policy = torch.where(moved, policy.detach(), policy)
     return (weight * a * policy).mean(1)
+
+
+@dataclass(frozen=True)
+class Lists:
+    """L lists a group: who stands in each, the share of the first place that each member should get, the list's weight."""
+
+    members: Tensor  # (P, L, G) bool
+    target: Tensor  # (P, L, G); sums to 1 over the members
+    weight: Tensor  # (P, L); 0 leaves a list out
+
+
+def listwise(score: Tensor, lists: Lists) -> Tensor:
+    """(P,): sum_l w_l CE(target_l, softmax of score over the members of list l), from scores (P, G), lists as constants.
+
+    One form, three losses. Two members a list and DCG's weights are RankDPO (`ranked_pairs`), one list of the whole group is
+    OP-GFN (`first_place`; its pair form `random_pairs`), and what remains at each rank is GDRO's Plackett-Luce
+    (`ranked_suffixes`). With score = -(beta / 2) s and one pair it is `dpo`.
+    """
+    members = lists.members | (lists.weight == 0)[..., None]  # a softmax over nobody is not a number
+    log_share = wide(score)[:, None].masked_fill(~members, -torch.inf).log_softmax(-1).masked_fill(~members, 0.0)
+    return -(lists.weight.to(log_share) * (lists.target.to(log_share) * log_share).sum(-1)).sum(-1)
+
+
+def ranked_pairs(reward: Tensor) -> Lists:
+    """RankDPO's lists: all pairs of (P, G) rewards, the better first, weighted as in DCG (arXiv 2410.18013, Eqs. 6 and 7).
+
+    Delta_ij = |2^phi_i - 2^phi_j| |1 / log(1 + rank_i) - 1 / log(1 + rank_j)|, phi_i the share of the scored others that i beats.
+    A tie has no difference of gains and drops out; of equal rewards each has the best rank (the paper leaves that open).
+    """
+    r, scored = precise(reward), reward.isfinite()
+    better = (r[:, :, None] > r[:, None, :]) & scored[:, :, None] & scored[:, None, :]
+    wins, losses = better.sum(2).to(r), better.sum(1).to(r)
+    gain = 2 ** (wins / (scored.sum(1, keepdim=True) - 1).clamp(min=1))
+    discount = 1 / (2 + losses).log()  # rank = 1 + the number of better ones
+    i, j = torch.triu_indices(r.shape[1], r.shape[1], 1, device=r.device).unbind()
+    weight = (gain[:, i] - gain[:, j]).abs() * (discount[:, i] - discount[:, j]).abs()
+    ordered = better[:, i, j] | better[:, j, i]
+    return _pair_lists(i.expand_as(weight), j.expand_as(weight), better[:, i, j].to(r), weight * ordered, r.shape[1])
+
+
+def random_pairs(reward: Tensor, u: Tensor) -> Lists:
+    """OP-GFN's pairs: each scored member of (P, G) with a random other one; equal rewards share the first place.
+
+    Targets (1, 0), (0, 1), and (.5, .5) where the rewards differ by less than 1e-6; the weights make it a mean over pairs
+    (arXiv 2310.00386, its code's basegfn.py). u: uniform in [0, 1), (P, G), draws the partners.
+    """
+    r, scored, g = precise(reward), reward.isfinite(), reward.shape[1]
+    others = scored[:, None, :] & ~torch.eye(g, dtype=torch.bool, device=r.device)
+    nth = (precise(u) * others.sum(2)).floor()
+    partner = (others.cumsum(2) > nth[..., None]).int().argmax(2)
+    member = torch.arange(g, device=r.device).expand_as(partner)
+    margin = r - r.gather(1, partner)
+    share = torch.where(margin.abs() < 1e-6, 0.5, (margin > 0).to(r))
+    usable = (scored & others.any(2)).to(r)
+    return _pair_lists(member, partner, share, usable / usable.sum(1, keepdim=True).clamp(min=1), g)
+
+
+def _pair_lists(i: Tensor, j: Tensor, share: Tensor, weight: Tensor, g: int) -> Lists:
+    """Lists of two members i and j (P, L) of G: i should get `share` (P, L) of the first place, j the rest; L weights."""
+    one, two = (torch.nn.functional.one_hot(k, g) for k in (i, j))
+    target = one * share[..., None] + two * (1 - share[..., None])
+    return Lists((one + two).bool(), target * (weight > 0)[..., None], weight)
+
+
+def first_place(reward: Tensor) -> Lists:
+    """OP-GFN's one list: all scored members of (P, G); those at the maximum share the first place equally."""
+    best = best_of_group(reward).to(precise(reward))
+    target = best / best.sum(1, keepdim=True).clamp(min=1)
+    return Lists(reward.isfinite()[:, None], target[:, None], best.any(1, keepdim=True).to(best))
+
+
+def ranked_suffixes(reward: Tensor, tau: float) -> Lists:
+    """GDRO's lists: at each rank of (P, G) rewards the members that remain, with target softmax(r / tau) over them.
+
+    tau = 0 gives the best of them the whole first place, Plackett-Luce's ranking (arXiv 2601.02036). NaN members stand in none.
+    """
+    r, scored = precise(reward).masked_fill(~reward.isfinite(), -torch.inf), reward.isfinite()
+    rank = r.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    members = (rank[:, None] >= torch.arange(r.shape[1] - 1, device=r.device)[:, None]) & scored[:, None]
+    weight = (members.sum(2) > 1).to(r)
+    if tau:
+        logits = (r / tau)[:, None].masked_fill(~(members | (weight == 0)[..., None]), -torch.inf)
+        target = logits.softmax(2)
+    else:
+        target = (rank[:, None] == torch.arange(r.shape[1] - 1, device=r.device)[:, None]).to(r)
+    return Lists(members, target.masked_fill(~members | (weight == 0)[..., None], 0.0), weight)
 
 
 def margin_mask(reward: Tensor, margin: float) -> Tensor:

@@ -26,7 +26,7 @@ CARDS = (24, 48, 80)
 FAMILIES = {
     "policy gradient": ("branch-grpo", "ddpo", "flow-grpo", "g2rpo", "grpo-guard", "mix-grpo", "tempflow-grpo"),
     "reward gradient": ("draft",),
-    "preference": ("gpo", "dgpo", "diffusion-dpo"),
+    "preference": ("gpo", "dgpo", "diffusion-dpo", "rankdpo", "op-gfn", "d3po", "diffusion-dro", "ddo", "spo"),
     "matching": ("awm", "diffusion-nft", "rwr", "sft"),
 }
 TASK = "ocr"

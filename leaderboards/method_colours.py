@@ -28,6 +28,12 @@ COLOURS: Mapping[str, tuple[str, str]] = {
     "branch-grpo": ("#8f5a00", "#d9a441"),
     "draft": ("#3d6b1f", "#9ccc74"),
     "ddpo": ("#9c2f6e", "#d883b8"),
+    "rankdpo": ("#9c5a12", "#dba15c"),
+    "op-gfn": ("#4b3fa8", "#9d93ea"),
+    "d3po": ("#0f7a5a", "#5ccaa5"),
+    "ddo": ("#5a2f8c", "#a987d9"),
+    "diffusion-dro": ("#6b6b00", "#c2c25a"),
+    "spo": ("#a63d40", "#e5898b"),
 }
 DASHES = ("-", "--", "-.")  # of matplotlib, for the rows of one method; ":" is a curve of two points
 MARKERS = ("o", "^", "v", "D")
