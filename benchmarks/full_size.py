@@ -20,7 +20,7 @@ from gpobench.bench.budget import Budget, Meter
 from gpobench.bench.experiments import config
 from gpobench.bench.model_spec import find_model_spec
 from gpobench.bench.models import loading, sd3
-from gpobench.bench.models.tiny_recipe import build_silent_tokenizer, build_tokenizer
+from gpobench.bench.models.tiny_parts import build_silent_tokenizer, build_tokenizer
 from gpobench.bench.spec import Prompt, Scores, Search
 from gpobench.bench.training import train
 from gpobench.bench.training.rig import MeteredRig

@@ -30,7 +30,7 @@ from ..bench.assets.words import read_word_list
 from ..bench.errors import Missing, UserError
 from ..bench.models.muon import Muon
 from ..bench.models.recipe_fit import FitSettings, Interval, Learner, Log, Weights, cosine_rate, fit, in_half, threads
-from ..bench.models.tiny_recipe import build_tokenizer
+from ..bench.models.tiny_parts import build_tokenizer
 from ..bench.spec import Prompt
 from ..bench.stats.intervals import proportion
 from .reader_recipe import damage

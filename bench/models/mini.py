@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from .tiny_recipe import TOKENS, TinyRecipe, build_parts, build_silent_text, build_silent_tokenizer, build_tokenizer
+from .tiny_parts import TOKENS, build_parts, build_silent_text, build_silent_tokenizer, build_tokenizer
+from .tiny_recipe import TinyRecipe
 
 UNET: dict[str, Any] = {
     "sample_size": 8,

@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPConfig, CLIPModel
 
 from gpobench.bench.errors import Missing, UserError
-from gpobench.bench.models.tiny_recipe import build_tokenizer
+from gpobench.bench.models.tiny_parts import build_tokenizer
 from gpobench.bench.spec import Prompt
 from gpobench.rewards import aesthetic
 

@@ -16,7 +16,7 @@ from PIL import Image
 from gpobench.bench.assets import glyphs
 from gpobench.bench.assets.words import word_splits
 from gpobench.bench.errors import Missing, UserError
-from gpobench.bench.models.tiny_recipe import TOKENS, build_tokenizer
+from gpobench.bench.models.tiny_parts import TOKENS, build_tokenizer
 from gpobench.bench.spec import Prompt
 from gpobench.rewards import two_towers as towers
 

@@ -15,7 +15,8 @@ from gpobench.bench.assets.words import word_splits
 from gpobench.bench.models import tiny_recipe
 from gpobench.bench.models.muon import orthogonalised
 from gpobench.bench.models.tiny_measure import count_patches, shape_prompts
-from gpobench.bench.models.tiny_recipe import TinyRecipe, build_tokenizer
+from gpobench.bench.models.tiny_parts import TOKENS, Latent, build_tokenizer, pixels
+from gpobench.bench.models.tiny_recipe import TinyRecipe
 
 SHORT = TinyRecipe(
     layers=1,
@@ -106,13 +107,10 @@ def test_another_seed_is_another_model(finished: Path, tmp_path: Path):
 
 
 def test_the_linear_latent_is_nearly_lossless():
-    splits = word_splits()
-    excluded = frozenset(splits["validation"] + splits["test"])
-    latent = tiny_recipe.Latent(SHORT, 0, splits["train"], excluded)
+    drawn = SHORT.pictures()
+    latent = Latent(drawn, 0)
     rng = np.random.default_rng(5)
-    images = tiny_recipe.pixels(
-        np.stack([tiny_recipe.sample(rng, splits["train"], excluded, 0.4)[1] for _ in range(64)])
-    )
+    images = pixels(np.stack([drawn.sample(rng, 0)[1] for _ in range(64)]))
     z = latent.encode(images)
     assert z.shape == (64, 16, 8, 16)
     assert z.square().mean().sqrt().item() == pytest.approx(1, abs=0.1)
@@ -196,7 +194,7 @@ def test_its_tokenizers_know_every_word_of_every_prompt(shipped: Path):
         for prompt in every_prompt():
             ids = tokenizer(prompt).input_ids
             assert tokenizer.unk_token_id not in ids, prompt
-            assert len(ids) <= tiny_recipe.TOKENS == tokenizer.model_max_length
+            assert len(ids) <= TOKENS == tokenizer.model_max_length
             assert ids == fresh(prompt).input_ids
         quote = tokenizer.convert_tokens_to_ids('"')
         at = {tokenizer(p).input_ids.index(quote) for p in every_prompt() if '"' in p}
