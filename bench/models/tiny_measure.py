@@ -17,7 +17,7 @@ from ..assets import glyphs
 from ..assets.words import word_splits
 from .recipe_fit import generator
 
-Paint = Callable[[Sequence[str], int], np.ndarray]  # (prompts, salt of the noise) -> (N, 32, 64, 3) uint8
+Paint = Callable[[Sequence[str], int], np.ndarray]  # (prompts, salt of the noise) -> (N, H, W, 3) uint8
 
 
 def shape_prompts() -> Iterator[tuple[str, str, int, str]]:
@@ -28,13 +28,14 @@ def shape_prompts() -> Iterator[tuple[str, str, int, str]]:
                 yield glyphs.shapes_prompt(kind, count, colour), kind, count, colour
 
 
-@lru_cache(maxsize=1)
-def _recogniser() -> Any:
+@lru_cache(maxsize=2)
+def recogniser(width: int) -> Any:
+    """Load RapidOCR's recogniser for lines resized to `width` x 48 px, on one thread."""
     from rapidocr import RapidOCR
 
     threads = {f"EngineConfig.onnxruntime.{kind}_op_num_threads": 1 for kind in ("intra", "inter")}
-    # at the default 320 px most of the width would be padding
-    engine = RapidOCR(params={"Global.log_level": "error", "Rec.rec_img_shape": [3, 48, 96], **threads})
+    # at the default width of 320 px most would be padding
+    engine = RapidOCR(params={"Global.log_level": "error", "Rec.rec_img_shape": [3, 48, width], **threads})
     blank = np.zeros((glyphs.HEIGHT, glyphs.WIDTH, 3), np.uint8)
     engine(blank, use_det=False, use_cls=False, use_rec=True)  # it loads at its first use
     return engine.text_rec
@@ -44,7 +45,7 @@ def read_texts(images: np.ndarray) -> list[str]:
     """Read the text of each image (N, 32, 64, 3) uint8, by RapidOCR's recogniser on the whole image at 96x48."""
     from rapidocr.ch_ppocr_rec import TextRecInput
 
-    texts = _recogniser()(TextRecInput(img=[np.ascontiguousarray(image[..., ::-1]) for image in images])).txts
+    texts = recogniser(96)(TextRecInput(img=[np.ascontiguousarray(image[..., ::-1]) for image in images])).txts
     return ["".join(text.split()).upper() for text in texts or [""] * len(images)]
 
 
@@ -60,7 +61,7 @@ def count_patches(image: np.ndarray, colour: str) -> int:
     return int((np.bincount(labels.ravel(), minlength=count + 1)[1:] >= 12).sum())
 
 
-def _interval(values: np.ndarray) -> dict[str, Any]:
+def interval(values: np.ndarray) -> dict[str, Any]:
     """Compute the mean with a 95 % bootstrap interval over prompts; values (prompts, images of each)."""
     rng = np.random.default_rng(0)
     per_prompt = values.mean(1)
@@ -87,14 +88,15 @@ def measure(folder: Path, *, readings: int, countings: int, max_sequence_length:
     Returns:
         `test/exact`, `test/soft`, `test/exact/3 letters`, `shapes/exact/2` ... -> mean, low and high (95 %), n.
     """
-    paint = _painter(folder, max_sequence_length, seed)
+    paint = painter(folder, (glyphs.HEIGHT, glyphs.WIDTH), max_sequence_length, seed)
     scores: dict[str, Any] = {}
     for salt, split in enumerate(("test", "validation") if readings else ()):
         scores |= _reading_scores(paint, split, salt, readings)
     return scores | (_counting_scores(paint, countings) if countings else {})
 
 
-def _painter(folder: Path, max_sequence_length: int, seed: int) -> Paint:
+def painter(folder: Path, size: tuple[int, int], max_sequence_length: int, seed: int) -> Paint:
+    """Load a written pipeline; it samples 10 steps without guidance, at `size` (height, width)."""
     from diffusers import StableDiffusion3Pipeline
 
     pipe = StableDiffusion3Pipeline.from_pretrained(str(folder))
@@ -107,8 +109,8 @@ def _painter(folder: Path, max_sequence_length: int, seed: int) -> Paint:
                 prompt=list(prompts[i : i + 64]),
                 num_inference_steps=10,
                 guidance_scale=1.0,
-                height=glyphs.HEIGHT,
-                width=glyphs.WIDTH,
+                height=size[0],
+                width=size[1],
                 max_sequence_length=max_sequence_length,
                 generator=noise,
                 output_type="np",
@@ -128,13 +130,13 @@ def _reading_scores(paint: Paint, split: str, salt: int, readings: int) -> dict[
     exact = np.array([text == word for text, word in pairs], float)
     soft = np.array([max(0.0, 1 - Levenshtein.distance(text, word) / len(word)) for text, word in pairs])
     scores = {
-        f"{split}/exact": _interval(exact.reshape(-1, readings)),
-        f"{split}/soft": _interval(soft.reshape(-1, readings)),
+        f"{split}/exact": interval(exact.reshape(-1, readings)),
+        f"{split}/soft": interval(soft.reshape(-1, readings)),
     }
     for length in range(glyphs.SHORTEST, glyphs.LONGEST + 1):
         chosen = np.array([len(word) == length for word in words])
         if chosen.any():
-            scores[f"{split}/exact/{length} letters"] = _interval(exact[chosen].reshape(-1, readings))
+            scores[f"{split}/exact/{length} letters"] = interval(exact[chosen].reshape(-1, readings))
     return scores
 
 
@@ -143,8 +145,8 @@ def _counting_scores(paint: Paint, countings: int) -> dict[str, Any]:
     images = paint([prompt for prompt, *_ in rows], 5)
     correct = [count_patches(image, colour) == count for image, (_, _, count, colour) in zip(images, rows, strict=True)]
     exact = np.array(correct, float)
-    scores = {"shapes/exact": _interval(exact.reshape(-1, countings))}
+    scores = {"shapes/exact": interval(exact.reshape(-1, countings))}
     for count in glyphs.COUNTS:
         chosen = np.array([row[2] == count for row in rows])
-        scores[f"shapes/exact/{count}"] = _interval(exact[chosen].reshape(-1, countings))
+        scores[f"shapes/exact/{count}"] = interval(exact[chosen].reshape(-1, countings))
     return scores
