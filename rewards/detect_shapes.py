@@ -34,8 +34,8 @@ WEIGHTS = Path(__file__).with_name("shapes.safetensors")
 CALIBRATION = "calibration"  # the tensor (2,) in the weights file: score = sigmoid(a * logit + b)
 
 
-def network() -> "nn.Sequential":
-    """Build the network: (B, 3, 32, 64) standardised images -> (B, 7, 16, 32), three kinds' logits, dx, dy, log width, log height.
+def network(outputs: int = len(SHAPES) + 4) -> "nn.Sequential":
+    """Build the network: (B, 3, 32, 64) standardised images -> (B, outputs, 16, 32), kinds' logits, dx, dy, log width, log height.
 
     Cells of 2 px resolve edges, cells of 4 px cover the neighbourhood; a pixel shuffle maps the latter back to cells of 2 px.
     """
@@ -57,24 +57,24 @@ def network() -> "nn.Sequential":
         *conv(80, 192, 1),
         nn.PixelShuffle(2),  # 48 channels, 16 x 32
         *conv(48, 56),
-        nn.Conv2d(56, len(SHAPES) + 4, 1),
+        nn.Conv2d(56, outputs, 1),
     )
 
 
-def peaks(maps: "Tensor", calibration: "Tensor") -> list[list[Detection]]:
-    """Return the local maxima of each kind's map, best first, scores above FLOOR, boxes in pixels; from (B, 7, 16, 32) and (2,)."""
+def peaks(maps: "Tensor", calibration: "Tensor", kinds: Sequence[str] = SHAPES) -> list[list[Detection]]:
+    """Return the local maxima of each kind's map, best first, scores above FLOOR, boxes in pixels; from (B, kinds + 4, 16, 32) and (2,)."""
     import torch
     import torch.nn.functional as F
 
-    logits = maps[:, : len(SHAPES)]
+    logits = maps[:, : len(kinds)]
     scores = torch.sigmoid(calibration[0] * logits + calibration[1])
     top = (F.max_pool2d(logits, 3, 1, 1) == logits) & (scores > FLOOR)
     detections: list[list[Detection]] = [[] for _ in range(len(maps))]
     for row, kind, y, x in torch.nonzero(top).tolist():
-        dx, dy, w, h = maps[row, len(SHAPES) :, y, x].tolist()
+        dx, dy, w, h = maps[row, len(kinds) : len(kinds) + 4, y, x].tolist()
         cx, cy, w, h = (x + 0.5 + dx) * STRIDE, (y + 0.5 + dy) * STRIDE, float(np.exp(w)), float(np.exp(h))
         box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-        detections[row].append(Detection(SHAPES[kind], float(scores[row, kind, y, x]), box))
+        detections[row].append(Detection(kinds[int(kind)], float(scores[row, kind, y, x]), box))
     for row in detections:
         row.sort(key=lambda detection: -detection.score)
     return detections

@@ -49,7 +49,7 @@ class Truth(NamedTuple):
 # Drawing
 
 
-def _places(rng: np.random.Generator) -> list[tuple[float, float, float]]:
+def random_places(rng: np.random.Generator) -> list[tuple[float, float, float]]:
     """Draw up to MOST of (x, y, radius), in cells of a grid or anywhere; neighbours may touch but hardly overlap."""
     most = int(rng.integers(0, 9))
     radius = float(rng.uniform(3.5, 6.0))
@@ -90,7 +90,7 @@ def draw_shapes(rows: int, rng: np.random.Generator, g: torch.Generator, strengt
     mixed = rng.random(rows) < 0.25
     kinds[mixed] = rng.integers(0, 3, (int(mixed.sum()), MOST))
     for row in range(rows):
-        for i, place in enumerate(_places(rng)[:MOST]):
+        for i, place in enumerate(random_places(rng)[:MOST]):
             layout[row, i], there[row, i] = place, True
     kind, present = torch.from_numpy(kinds), torch.from_numpy(there)
     x, y, r = torch.from_numpy(layout).unbind(-1)
@@ -181,8 +181,8 @@ def draw_batch(rows: int, seed: tuple[int, ...], strength: float = 1.0) -> tuple
 # Learning
 
 
-def targets(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Gaussian maps (B, 3, 16, 32), 1 at centres, boxes (B, MOST, 4) as the network codes them, and centres' cells (B, MOST)."""
+def targets(truth: Truth, kinds: int = len(glyphs.SHAPES)) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Gaussian maps (B, kinds, 16, 32), 1 at centres, boxes (B, MOST, 4) as the network codes them, and centres' cells (B, MOST)."""
     high, wide = HEIGHT // STRIDE, WIDTH // STRIDE
     u, v = truth.x / STRIDE, truth.y / STRIDE  # in cells
     column, line = u.floor().clamp(0, wide - 1), v.floor().clamp(0, high - 1)
@@ -190,20 +190,19 @@ def targets(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
         ..., None
     ] ** 2
     hill = torch.exp(-squared / (2 * SPREAD**2)) * truth.real[..., None, None]
-    hills = torch.stack([(hill * (truth.kind == k)[..., None, None]).amax(1) for k in range(len(glyphs.SHAPES))], 1)
+    hills = torch.stack([(hill * (truth.kind == k)[..., None, None]).amax(1) for k in range(kinds)], 1)
     boxes = torch.stack((u - column - 0.5, v - line - 0.5, truth.w.clamp(min=1).log(), truth.h.clamp(min=1).log()), -1)
     return hills, boxes, (line * wide + column).long()
 
 
-def loss_of(maps: Tensor, truth: Truth) -> Tensor:
+def loss_of(maps: Tensor, truth: Truth, kinds: int = len(glyphs.SHAPES)) -> Tensor:
     """Compute CenterNet's loss: the penalty-reduced focal loss of the maps (alpha 2, beta 4) + a tenth of the boxes' absolute error."""
-    hills, boxes, cells = targets(truth)
-    kinds = len(glyphs.SHAPES)
+    hills, boxes, cells = targets(truth, kinds)
     logits = maps[:, :kinds]
     p, summit = logits.sigmoid(), hills == 1
     many = truth.real.sum().clamp(min=1)
     focal = torch.where(summit, (1 - p) ** 2 * F.softplus(-logits), (1 - hills) ** 4 * p**2 * F.softplus(logits)).sum()
-    predicted = maps[:, kinds:].flatten(2).gather(2, cells[:, None].expand(-1, 4, -1)).transpose(1, 2)
+    predicted = maps[:, kinds : kinds + 4].flatten(2).gather(2, cells[:, None].expand(-1, 4, -1)).transpose(1, 2)
     off = ((predicted - boxes).abs().sum(-1) * truth.real).sum()
     return (focal + 0.1 * off) / many
 
@@ -259,13 +258,11 @@ def exact(detector: Detector, pictures: np.ndarray, drawn: list[tuple[str, int]]
     return {"exact": round(right.mean, 4), "n": len(drawn), "ci95": ci, "other": round(other, 4)}
 
 
-def calibrate(maps: Tensor, truth: Truth) -> tuple[float, float, float]:
+def calibrate(maps: Tensor, truth: Truth, kinds: int = len(glyphs.SHAPES)) -> tuple[float, float, float]:
     """Fit (a, b, accuracy): score = sigmoid(a * logit + b) is 0.9 where most images are counted right, all kinds at once.
 
     The slope is the one, under that condition, that makes the scores of peaks the best probabilities of being a shape (Platt).
     """
-
-    kinds = len(glyphs.SHAPES)
     logits = maps[:, :kinds]
     peak = F.max_pool2d(logits, 3, 1, 1) == logits
     wanted = torch.stack([((truth.kind == k) & truth.real).sum(1) for k in range(kinds)], 1)
