@@ -68,7 +68,7 @@ def _font(face: str, size: int) -> ImageFont.FreeTypeFont:
 
 
 @lru_cache(maxsize=60_000)  # 4 kB each at most
-def _letter(face: str, size: int, zoom: int, letter: str, most: int) -> np.ndarray:
+def letter_coverage(face: str, size: int, zoom: int, letter: str, most: int) -> np.ndarray:
     """Draw one capital as (h, w) coverage, cropped to its advance, at most `most` px wide; h is that of the tallest capital."""
     font = _font(face, size * zoom)
     _, top, _, bottom = font.getbbox("HQ", anchor="ls")
@@ -101,7 +101,7 @@ def print_letters(text: str, rng: np.random.Generator) -> np.ndarray:
     grid = rng.random() < 0.55
     # A monospaced face has a narrow M and W: two thirds of the words on the grid have them too, made by narrowing other faces.
     most = int(rng.integers(10, 14)) if grid and rng.random() < 0.67 else 99
-    letters = [_letter(face, size, zoom, letter, most * zoom) for letter in text]
+    letters = [letter_coverage(face, size, zoom, letter, most * zoom) for letter in text]
     if grid:
         pitch = glyphs.CELL * zoom
         centres = [(i - (len(text) - 1) / 2) * pitch for i in range(len(text))]

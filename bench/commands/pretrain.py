@@ -18,7 +18,9 @@ EPILOG = "Example: `gpobench pretrain tiny --out my-tiny --seed 1`, then `gpoben
 
 
 def pretrain(
-    recipe: Annotated[str, typer.Argument(help="tiny | tiny-2 | reader | tiny-clip | shapes, or path/to/file.py:Name.")],
+    recipe: Annotated[
+        str, typer.Argument(help="tiny | tiny-2 | reader | tiny-clip | shapes, or path/to/file.py:Name.")
+    ],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     seed: Annotated[int, typer.Option(help="The training seed.")] = 0,
     sets: Sets = None,
