@@ -18,13 +18,14 @@ RUNNING = ("processes", "compiled", "tell_every", "save_every", "look_every", "l
 
 @dataclass(frozen=True)
 class Canvas:
-    """Size of the pictures in pixels, and the words and the length of prompts."""
+    """Size of the pictures in pixels, channels of their latent, and the words and the length of prompts."""
 
     width: int
     height: int
     tokens: int  # of a prompt, with its begin and end
     vocabulary: tuple[str, ...]  # all words outside quotes; inside there are capitals
     gap: str = ""  # token between the words of a quoted text, where texts have several
+    channels: int = 16  # of the latent: a 4x4 patch has 48 numbers, which become so many
 
 
 class Pictures(ABC):

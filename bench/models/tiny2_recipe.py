@@ -30,7 +30,8 @@ from .tiny_parts import T5_TOKENS
 from .tiny_stages import train_pipeline
 
 TOKENS = 23  # two words of six letters, a space, the quotes, six words around them, begin and end
-DRAWINGS = Canvas(drawings.WIDTH, drawings.HEIGHT, TOKENS, drawings.VOCABULARY, gap="_")
+CHANNELS = 20  # of the latent: through 16 only 87 % of clean drawings stay right, through 20 all
+DRAWINGS = Canvas(drawings.WIDTH, drawings.HEIGHT, TOKENS, drawings.VOCABULARY, gap="_", channels=CHANNELS)
 
 DrawnPrompt = TextPrompt | ShapePrompt
 

@@ -16,7 +16,7 @@ from .pipeline_recipe import Canvas, Pictures, PipelineRecipe
 TOKENS = 16  # of a prompt of `tiny`, with its begin and end
 GLYPHS = Canvas(glyphs.WIDTH, glyphs.HEIGHT, TOKENS, glyphs.VOCABULARY)
 T5_TOKENS = 1  # the third text encoder's output is constant: one row of zeros
-PATCH, CHANNELS = 4, 16  # the autoencoder's: 4x4x3 = 48 numbers become 16
+PATCH = 4  # px: the autoencoder's
 
 
 class TinyModules(NamedTuple):
@@ -115,8 +115,8 @@ def _transformer(recipe: PipelineRecipe) -> SD3Transformer2DModel:
     transformer = SD3Transformer2DModel(
         sample_size=recipe.canvas.width // PATCH,
         patch_size=2,
-        in_channels=CHANNELS,
-        out_channels=CHANNELS,
+        in_channels=recipe.canvas.channels,
+        out_channels=recipe.canvas.channels,
         num_layers=recipe.layers,
         num_attention_heads=recipe.heads,
         attention_head_dim=recipe.head_width,
@@ -145,7 +145,7 @@ def _autoencoder(recipe: PipelineRecipe) -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * depth,  # pyright: ignore[reportArgumentType]
         block_out_channels=recipe.autoencoder_widths,  # pyright: ignore[reportArgumentType]
         layers_per_block=1,
-        latent_channels=CHANNELS,
+        latent_channels=recipe.canvas.channels,
         norm_num_groups=8,
         sample_size=recipe.canvas.width,
         scaling_factor=1.0,
@@ -155,27 +155,29 @@ def _autoencoder(recipe: PipelineRecipe) -> AutoencoderKL:
         mid_block_add_attention=False,
     )
     with torch.no_grad():
-        autoencoder.encoder.conv_out.weight[CHANNELS:] = 0
-        cast(Tensor, autoencoder.encoder.conv_out.bias)[CHANNELS:] = -12  # a convolution built with its bias
+        autoencoder.encoder.conv_out.weight[recipe.canvas.channels :] = 0
+        cast(Tensor, autoencoder.encoder.conv_out.bias)[
+            recipe.canvas.channels :
+        ] = -12  # a convolution built with its bias
     return autoencoder
 
 
 class Latent:
-    """Fixed linear latent: maps (N, H, W, 3) uint8 to (N, 16, H/4, W/4) by z = (patch - mean) @ basis * scale, and back."""
+    """Fixed linear latent: maps (N, H, W, 3) uint8 to (N, C, H/4, W/4) by z = (patch - mean) @ basis * scale, and back."""
 
-    def __init__(self, drawn: Pictures, seed: int):
+    def __init__(self, drawn: Pictures, seed: int, channels: int = GLYPHS.channels):
         rng = np.random.default_rng([seed, 0])
         pictures = np.stack([drawn.sample(rng, 0)[1] for _ in range(3000)])
         rows = self._patches(pixels(pictures)).reshape(-1, 3 * PATCH * PATCH).double()
         self.mean = rows.mean(0)
         variance, basis = torch.linalg.eigh(torch.cov(rows.T))
-        spread = variance.flip(0)[:CHANNELS].clamp_min(1e-8).sqrt()
+        spread = variance.flip(0)[:channels].clamp_min(1e-8).sqrt()
         # Half-way to whitening: the fine components would be lost in noise at their own scale, and dominate the loss at scale 1.
         scale = spread**-0.5
         scale = scale / (spread * scale).square().mean().sqrt()
         self.kept = float(spread.square().sum() / variance.sum())
-        self.into = (basis.flip(1)[:, :CHANNELS] * scale).float()
-        self.back = (basis.flip(1)[:, :CHANNELS] / scale).T.contiguous().float()
+        self.into = (basis.flip(1)[:, :channels] * scale).float()
+        self.back = (basis.flip(1)[:, :channels] / scale).T.contiguous().float()
         self.mean = self.mean.float()
 
     @staticmethod
@@ -185,11 +187,11 @@ class Latent:
         return images.reshape(n, c, h // PATCH, PATCH, w // PATCH, PATCH).permute(0, 2, 4, 1, 3, 5).flatten(3)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encode (N, 3, H, W) in -1..1 as (N, 16, H/4, W/4)."""
+        """Encode (N, 3, H, W) in -1..1 as (N, C, H/4, W/4)."""
         return ((self._patches(images) - self.mean) @ self.into).permute(0, 3, 1, 2).contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode (N, 16, h, w) to (N, 3, 4h, 4w), clipped to -1..1."""
+        """Decode (N, C, h, w) to (N, 3, 4h, 4w), clipped to -1..1."""
         rows = latents.permute(0, 2, 3, 1) @ self.back + self.mean
         n, h, w, _ = rows.shape
         images = rows.reshape(n, h, w, 3, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5).reshape(n, 3, h * PATCH, w * PATCH)
@@ -217,7 +219,7 @@ def embed(parts: TinyModules, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def draw(parts: TinyModules, tokens: Tensor, noise: Tensor, steps: int = 10) -> Tensor:
-    """Sample latents (N, 16, H/4, W/4) by Euler steps down the grid of the exported scheduler, without guidance."""
+    """Sample latents (N, C, H/4, W/4) by Euler steps down the grid of the exported scheduler, without guidance."""
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.set_timesteps(steps)
     sigmas = cast(Tensor, scheduler.sigmas).tolist()  # set_timesteps made it one

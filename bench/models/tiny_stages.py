@@ -1,6 +1,6 @@
 """Trains an embedded model in three stages, each resumable.
 
-1. `autoencoder`: the latent is a fixed linear map, the first 16 principal components of 4x4x3 pixel patches; an AutoencoderKL is
+1. `autoencoder`: the latent is a fixed linear map, the first principal components of 4x4x3 pixel patches; an AutoencoderKL is
    regressed onto it from both sides. The other stages need not wait for a good autoencoder, because the target is fixed.
 2. `flow`: the transformer and the two CLIP text encoders learn the velocity noise - latent, together.
 3. `decoder`: the decoder is trained on latents that the model itself samples, which are noisier than those of images.
@@ -32,7 +32,6 @@ from .pipeline_recipe import RUNNING, PipelineRecipe
 from .recipe_fit import FitSettings, Interval, Learner, Log, Weights, Workers, fit, generator, threads, write_checkpoint
 from .tiny_folder import Run, plain, publish
 from .tiny_parts import (
-    CHANNELS,
     PATCH,
     Latent,
     OpenAttention,
@@ -54,9 +53,9 @@ class _Data:
     def __init__(self, recipe: PipelineRecipe, seed: int) -> None:
         self.recipe, self.seed, self.share = recipe, seed, recipe.batch // SHARDS
         self.drawn = recipe.pictures()
-        self.latent = Latent(self.drawn, seed)
+        self.latent = Latent(self.drawn, seed, recipe.canvas.channels)
         self.tokenizer = build_tokenizer(recipe.canvas)
-        self.latent_shape = CHANNELS, recipe.canvas.height // PATCH, recipe.canvas.width // PATCH
+        self.latent_shape = recipe.canvas.channels, recipe.canvas.height // PATCH, recipe.canvas.width // PATCH
 
     def batch(self, stage: int, step: int, shard: int) -> tuple[list[str], Tensor]:
         """Draw prompts, some of them empty, and images (share, 3, H, W) in -1..1."""
@@ -103,7 +102,7 @@ class _AutoencoderLearner(Learner):
         pictures, latents = torch.cat([images[:half], latent.decode(blend)]), torch.cat([noisy, blend])
         decoding = _reconstruction_loss(self.run, self.autoencoder, pictures, latents)
         with self.run.autocast():
-            encoding = nn.functional.mse_loss(self.autoencoder.encoder(images)[:, :CHANNELS].float(), z)
+            encoding = nn.functional.mse_loss(self.autoencoder.encoder(images)[:, : z.shape[1]].float(), z)
         return decoding + 0.3 * encoding
 
 

@@ -10,9 +10,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from gpobench.bench.assets import drawings
-from gpobench.bench.assets.drawing_prompts import ShapePrompt, two_word_prompts, word_prompts
+from gpobench.bench.assets.drawing_prompts import (
+    ShapePrompt,
+    counting_prompts,
+    geneval_prompts,
+    two_word_prompts,
+    word_prompts,
+)
 from gpobench.bench.models.tiny2_recipe import DRAWINGS, Tiny2Recipe, prompts_by_kind, right
-from gpobench.bench.models.tiny_parts import build_parts, build_tokenizer
+from gpobench.bench.models.tiny_parts import Latent, build_parts, build_tokenizer, pictures, pixels
 
 SHORT = Tiny2Recipe(
     layers=1,
@@ -151,6 +157,15 @@ def test_drawings_of_every_test_prompt_are_right_and_those_of_its_neighbours_are
         assert all(right(picture, prompt) for picture, prompt in zip(pictures, shapes, strict=True))
         others = [right(picture, prompt) for picture, prompt in zip(pictures, shapes[1:], strict=False)]
         assert not shapes or np.mean(others) < 0.5
+
+
+def test_clean_drawings_stay_right_through_the_latent():
+    rng = np.random.default_rng(0)
+    prompts = [prompt for prompt in counting_prompts("test")[:60] + geneval_prompts("test")[::8]]
+    drawn = pixels(np.stack([drawings.draw(content_of(prompt), rng) for prompt in prompts]))
+    latent = Latent(SHORT.pictures(), 0, DRAWINGS.channels)
+    decoded = pictures(latent.decode(latent.encode(drawn)))
+    assert np.mean([right(image, prompt) for image, prompt in zip(decoded, prompts, strict=True)]) >= 0.97
 
 
 def test_clean_texts_are_read():
