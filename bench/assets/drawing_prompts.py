@@ -23,7 +23,7 @@ from .drawings import (
     SHAPES,
     SHORTEST,
     SURFACES,
-    Thing,
+    ColouredShape,
     color_attr_prompt,
     color_attr_split,
     counted_prompt,
@@ -117,7 +117,7 @@ def color_attr(split: str) -> list[ShapePrompt]:
     """List the prompts for two kinds with a colour each; which is named first, a digest chooses."""
     prompts: list[ShapePrompt] = []
     for (a, b), (c, d), paper in product(combinations(SHAPES, 2), permutations(COLOURS, 2), PAPERS):
-        things = (Thing(a, c), Thing(b, d))
+        things = (ColouredShape(a, c), ColouredShape(b, d))
         if color_attr_split(*things, paper) == split:
             text = min((color_attr_prompt(*order, paper) for order in (things, (things[1], things[0]))), key=digest)
             include = tuple({**_one(thing.kind), "color": thing.colour} for thing in things)

@@ -94,7 +94,7 @@ class Counted:
 
 
 @dataclass(frozen=True)
-class Thing:
+class ColouredShape:
     """One shape of a pair."""
 
     kind: str
@@ -105,8 +105,8 @@ class Thing:
 class Pair:
     """Two shapes of different kinds: `first` is left of `second`, or above it."""
 
-    first: Thing
-    second: Thing
+    first: ColouredShape
+    second: ColouredShape
     relation: str  # "left of" or "above"
     paper: str
 
@@ -146,7 +146,7 @@ def position_split(first: str, relation: str, second: str, paper: str) -> str:
     return split_at(_digest("position", first, relation, second, paper))
 
 
-def color_attr_split(a: Thing, b: Thing, paper: str) -> str:
+def color_attr_split(a: ColouredShape, b: ColouredShape, paper: str) -> str:
     """Return the split of two coloured shapes on a paper, in whatever order."""
     return split_at(_digest("color_attr", *sorted(f"{t.colour} {t.kind}" for t in (a, b)), paper))
 
@@ -171,7 +171,7 @@ def train_counted() -> tuple[tuple[Counted, ...], ...]:
 def train_pairs() -> tuple[Pair, ...]:
     """List the pairs that pre-training may draw: those that show train combinations only."""
     every = (
-        Pair(Thing(a, colour_a), Thing(b, colour_b), relation, paper)
+        Pair(ColouredShape(a, colour_a), ColouredShape(b, colour_b), relation, paper)
         for (a, b), colour_a, colour_b, relation, paper in product(
             permutations(SHAPES, 2), COLOURS, COLOURS, ("left of", "above"), PAPERS
         )
@@ -211,7 +211,7 @@ def position_prompt(first: str, relation: str, second: str, paper: str | None = 
     return f"a photo of {_article(first)} {relation} {_article(second)}{_on(paper)}"
 
 
-def color_attr_prompt(a: Thing, b: Thing, paper: str | None = None) -> str:
+def color_attr_prompt(a: ColouredShape, b: ColouredShape, paper: str | None = None) -> str:
     """Return `a photo of a red ring and an orange star on grey`."""
     one, other = (_article(f"{thing.colour} {thing.kind}") for thing in (a, b))
     return f"a photo of {one} and {other}{_on(paper)}"

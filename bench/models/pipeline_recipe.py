@@ -1,7 +1,7 @@
 """What a recipe of an embedded model states: the settings of its networks and stages, and the pictures that it learns to draw.
 
 `tiny_parts` builds the networks of such a recipe, `tiny_stages` trains them, `tiny_folder` writes them down. A recipe of a new world of
-pictures is a final subclass of `PipelineRecipe` and one of `Pictures`.
+pictures is a final subclass of `PipelineRecipe` and one of `PictureSource`.
 """
 
 from abc import ABC, abstractmethod
@@ -28,7 +28,7 @@ class Canvas:
     channels: int = 16  # of the latent: a 4x4 patch has 48 numbers, which become so many
 
 
-class Pictures(ABC):
+class PictureSource(ABC):
     """The pictures that a pipeline learns to draw, and how its own are measured."""
 
     @abstractmethod
@@ -97,5 +97,5 @@ class PipelineRecipe(ABC):
     countings: int = 8  # pictures of each shapes prompt in the final measurement; 0 for none
 
     @abstractmethod
-    def pictures(self) -> Pictures:
+    def pictures(self) -> PictureSource:
         """Return the pictures that the model learns to draw."""

@@ -1,7 +1,7 @@
 """Recipe of the second embedded model, `tiny` 2: short texts, counted shapes and pairs of shapes on the canvas of the first.
 
 `gpobench pretrain tiny-2 --out DIR --seed 0` runs it. Networks and stages are those of the first model (`tiny_stages`); what differs are
-the pictures (`bench/assets/drawings.py`), prompts of 23 tokens, and six times as many samples. docs/tiny-2.md says why.
+the pictures (`bench/assets/drawings.py`), prompts of 23 tokens, and two and a half times as many samples. docs/tiny-2.md says why.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from ..assets.drawing_prompts import (
     words_of,
 )
 from .drawings_measure import read_text, shows
-from .pipeline_recipe import Canvas, Pictures, PipelineRecipe
+from .pipeline_recipe import Canvas, PictureSource, PipelineRecipe
 from .recipe_fit import Log
 from .tiny_measure import interval, painter
 from .tiny_parts import T5_TOKENS
@@ -39,7 +39,7 @@ DrawnPrompt = TextPrompt | ShapePrompt
 @final
 @dataclass(frozen=True)
 class Tiny2Recipe(PipelineRecipe):
-    """The hyper-parameters of the second embedded model; the steps are what 90 minutes of two cores allow."""
+    """The hyper-parameters of the second embedded model; an estimate, until it has been trained once."""
 
     canvas: ClassVar[Canvas] = DRAWINGS
 
@@ -61,7 +61,7 @@ class Tiny2Recipe(PipelineRecipe):
         """Trains into `out` and returns the content of `out/recipe.json`. Run again after a stop, it resumes from `out/.state`."""
         return train_pipeline(self, out, seed, log)
 
-    def pictures(self) -> Pictures:
+    def pictures(self) -> PictureSource:
         """Return texts, counted shapes and pairs of shapes."""
         return DrawingPictures(self)
 
@@ -84,8 +84,8 @@ def prompts_by_kind(split: str) -> dict[str, Sequence[DrawnPrompt]]:
 
 
 @final
-class DrawingPictures(Pictures):
-    """Pictures of train combinations alone; the words of the validation and the test split are never drawn."""
+class DrawingPictures(PictureSource):
+    """PictureSource of train combinations alone; the words of the validation and the test split are never drawn."""
 
     def __init__(self, recipe: Tiny2Recipe) -> None:
         self.recipe = recipe

@@ -16,7 +16,7 @@ import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from torch import nn
 
-from .pipeline_recipe import Pictures, PipelineRecipe
+from .pipeline_recipe import PictureSource, PipelineRecipe
 from .recipe_fit import Log, Workers
 from .tiny_parts import T5_TOKENS, TinyModules, build_silent_text, build_silent_tokenizer, build_tokenizer
 
@@ -42,7 +42,7 @@ class Run:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
 
-def publish(run: Run, parts: TinyModules, drawn: Pictures, seconds: dict[str, float]) -> dict[str, Any]:
+def publish(run: Run, parts: TinyModules, drawn: PictureSource, seconds: dict[str, float]) -> dict[str, Any]:
     """Write the pipeline in float16, measure what was written, and move it into the run's folder in one go."""
     fresh, recipe = run.state / "pipeline", run.recipe
     shutil.rmtree(fresh, ignore_errors=True)

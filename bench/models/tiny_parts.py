@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from ..assets import glyphs
-from .pipeline_recipe import Canvas, Pictures, PipelineRecipe
+from .pipeline_recipe import Canvas, PictureSource, PipelineRecipe
 
 TOKENS = 16  # of a prompt of `tiny`, with its begin and end
 GLYPHS = Canvas(glyphs.WIDTH, glyphs.HEIGHT, TOKENS, glyphs.VOCABULARY)
@@ -165,7 +165,7 @@ def _autoencoder(recipe: PipelineRecipe) -> AutoencoderKL:
 class Latent:
     """Fixed linear latent: maps (N, H, W, 3) uint8 to (N, C, H/4, W/4) by z = (patch - mean) @ basis * scale, and back."""
 
-    def __init__(self, drawn: Pictures, seed: int, channels: int = GLYPHS.channels):
+    def __init__(self, drawn: PictureSource, seed: int, channels: int = GLYPHS.channels):
         rng = np.random.default_rng([seed, 0])
         pictures = np.stack([drawn.sample(rng, 0)[1] for _ in range(3000)])
         rows = self._patches(pixels(pictures)).reshape(-1, 3 * PATCH * PATCH).double()

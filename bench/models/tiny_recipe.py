@@ -14,7 +14,7 @@ import numpy as np
 
 from ..assets import glyphs
 from ..assets.words import word_splits
-from .pipeline_recipe import Canvas, Pictures, PipelineRecipe
+from .pipeline_recipe import Canvas, PictureSource, PipelineRecipe
 from .recipe_fit import Log
 from .tiny_measure import count_patches, measure, read_texts, shape_prompts
 from .tiny_parts import GLYPHS, T5_TOKENS
@@ -36,13 +36,13 @@ class TinyRecipe(PipelineRecipe):
         """Trains into `out` and returns the content of `out/recipe.json`. Run again after a stop, it resumes from `out/.state`."""
         return train_pipeline(self, out, seed, log)
 
-    def pictures(self) -> Pictures:
+    def pictures(self) -> PictureSource:
         """Return words and counted shapes."""
         return GlyphPictures(self)
 
 
 @final
-class GlyphPictures(Pictures):
+class GlyphPictures(PictureSource):
     """Words of 3 to 5 capitals and one to five shapes; the words of the validation and the test split are never drawn."""
 
     def __init__(self, recipe: TinyRecipe) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpobench.bench.assets import drawings
-from gpobench.bench.assets.drawings import Counted, Pair, Thing
+from gpobench.bench.assets.drawings import ColouredShape, Counted, Pair
 from gpobench.bench.spec import Prompt
 from gpobench.rewards.detect_outlines import OutlineColours, Outlines
 from gpobench.rewards.geneval import GenEvalScorer
@@ -37,7 +37,7 @@ def test_counts_are_right_and_one_more_or_another_kind_is_wrong(scorer: GenEvalS
 
 @pytest.mark.parametrize("relation", drawings.RELATIONS)
 def test_places_and_colours_are_right_and_mirrored_or_exchanged_they_are_wrong(scorer: GenEvalScorer, relation: str):
-    ring, star = Thing("ring", "red"), Thing("star", "orange")
+    ring, star = ColouredShape("ring", "red"), ColouredShape("star", "orange")
     if relation in drawings.MIRRORED:
         content = Pair(star, ring, drawings.MIRRORED[relation], "cream")
     else:

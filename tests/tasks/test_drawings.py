@@ -35,7 +35,7 @@ def test_a_position_prompt_names_the_placed_object_first_and_the_rule_agrees_wit
     for prompt in prompts:
         words = prompt.text.removeprefix("a photo of ").split(" on ")[0].split()
         placed, relation, by = words[1], " ".join(words[2:-2]), words[-1]
-        one, other = world.Thing(placed, "red"), world.Thing(by, "blue")
+        one, other = world.ColouredShape(placed, "red"), world.ColouredShape(by, "blue")
         if relation in world.MIRRORED:
             one, other, relation = other, one, world.MIRRORED[relation]
         pictures.append(world.draw(world.Pair(one, other, relation, "white"), np.random.default_rng(0)))

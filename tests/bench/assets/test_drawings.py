@@ -18,7 +18,7 @@ from gpobench.bench.assets.drawing_prompts import (
     word_prompts,
     words_of,
 )
-from gpobench.bench.assets.drawings import COLOURS, COUNTS, PAPERS, SHAPES, Counted, Pair, Shares, Text, Thing
+from gpobench.bench.assets.drawings import COLOURS, COUNTS, PAPERS, SHAPES, ColouredShape, Counted, Pair, Shares, Text
 from gpobench.bench.assets.drawn import find_shapes, text_lines
 
 SHAPES_ONLY, TEXTS_ONLY = Shares(0, 0, 0.5), Shares(0.5, 0.5, 0)
@@ -99,7 +99,7 @@ def test_no_combination_of_a_test_or_validation_prompt_is_drawn_in_pre_training(
                 relation = prompt.include[1]["position"][0]
                 assert (names[1], relation, names[0], paper) not in places, prompt.text
             else:
-                things = frozenset(Thing(clause["class"], clause["color"]) for clause in prompt.include)
+                things = frozenset(ColouredShape(clause["class"], clause["color"]) for clause in prompt.include)
                 assert (things, paper) not in coloured, prompt.text
 
 

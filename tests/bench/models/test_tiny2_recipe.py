@@ -142,7 +142,7 @@ def content_of(prompt: ShapePrompt) -> drawings.Content:
         kind, count, colour = prompt.cell
         return drawings.Counted(str(kind), int(str(count)), str(colour), paper)
     colours = [clause.get("color", colour) for clause, colour in zip(prompt.include, ("red", "blue"), strict=True)]
-    one, other = (drawings.Thing(name, colour) for name, colour in zip(names, colours, strict=True))
+    one, other = (drawings.ColouredShape(name, colour) for name, colour in zip(names, colours, strict=True))
     relation = prompt.include[1].get("position", ("right of", 0))[0]  # of the second clause to the first
     if relation in drawings.MIRRORED:
         return drawings.Pair(one, other, drawings.MIRRORED[relation], paper)
