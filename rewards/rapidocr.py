@@ -1,11 +1,12 @@
 """Scorer `rapidocr`: reads the image with RapidOCR and scores the text by the published OCR rule; the training reward.
 
-Two framings. `line` gives the whole image to the recogniser, as a small image of one word needs; `page` finds the lines
-first, for natural images. The engine is RapidOCR 3 (Apache-2.0) with the PP-OCR models in its wheel: no download, no
-network. In the framing `line` images are recognised in batches of exactly BATCH, the last one padded: 1.25 times as fast as one
-by one (6.2 against 7.7 ms of a core), and in batches of one size the bits of an image depend on no other image. In the framing
-`page` images are processed one at a time, and the lines of an image together. The engine uses one thread and releases the
-interpreter lock, so it can run during sampling.
+Three framings. `line` gives the whole image to the recogniser, as a small image of one word needs; `lines` cuts a small image
+into one or two lines first (`bench/assets/drawn.py`); `page` finds the lines by a network, for natural images. The engine is
+RapidOCR 3 (Apache-2.0) with the PP-OCR models in its wheel: no download, no network. In the first two framings lines are
+recognised in batches of exactly BATCH, the last one padded: 1.25 times as fast as one by one (6.2 against 7.7 ms of a core for
+`line`), and in batches of one size the bits of an image depend on no other image. In the framing `page` images are processed one
+at a time, and the lines of an image together. The engine uses one thread and releases the interpreter lock, so it can run during
+sampling.
 """
 
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..bench.assets.drawn import text_lines
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images, Prompt, Scores, check_images
 from . import rules
@@ -30,14 +32,15 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class TextLine:
-    """Framing of an image of one line: resizes it to `width` x 48 and recognises it as a whole."""
+    """Framing of a small image: resizes it, or each of its lines, to `width` x 48 and recognises that as a whole."""
 
     width: int = (
         80  # px; reads clean and worn 64x32 renders as well as 96 (their proportions) does, and takes less time
     )
+    cut: bool = False  # first cuts the image into its one or two lines, and joins their texts with a space
 
     def __str__(self) -> str:
-        return f"line-{LINE_HEIGHT}x{self.width}"
+        return f"{'lines' if self.cut else 'line'}-{LINE_HEIGHT}x{self.width}"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Page:
         return f"page-{self.side}-{self.confidence:g}"
 
 
-FRAMINGS: dict[str, TextLine | Page] = {"line": TextLine(), "page": Page()}
+FRAMINGS: dict[str, TextLine | Page] = {"line": TextLine(), "lines": TextLine(160, cut=True), "page": Page()}
 
 
 def _model(name: str) -> Path:
@@ -124,7 +127,17 @@ class RapidOCR:
         return "".join(text for text, score in lines if score > 0)
 
     def _read_lines(self, images: Images | Sequence[np.ndarray], framing: TextLine) -> list[str]:
-        """Recognise at most BATCH images (H, W, 3) uint8 RGB as one line each; raises what the engine raises on any of them."""
+        """Read at most BATCH images (H, W, 3) uint8 RGB as one line each, or cut into lines; raises what the engine raises."""
+        if not framing.cut:
+            return self._recognise(images, framing)
+        cut = [text_lines(image) for image in images]
+        lines = [line for image in cut for line in image]
+        batches = (lines[start : start + BATCH] for start in range(0, len(lines), BATCH))
+        texts = iter([text for batch in batches for text in self._recognise(batch, framing)])
+        return [" ".join(next(texts) for _ in image) for image in cut]
+
+    def _recognise(self, images: Images | Sequence[np.ndarray], framing: TextLine) -> list[str]:
+        """Recognise at most BATCH lines (h, w, 3) uint8 RGB."""
         import cv2
 
         lines = [cv2.resize(_bgr(image), (framing.width, LINE_HEIGHT)) for image in images]
@@ -171,7 +184,7 @@ def _bgr(image: np.ndarray) -> np.ndarray:
 
 
 def make(variant: str | None = None) -> RapidOCR:
-    """Make the scorer in the framing `line` (the default) or `page`; Missing where the engine is not installed."""
+    """Make the scorer in the framing `line` (the default), `lines` or `page`; Missing where the engine is not installed."""
     if variant is not None and variant not in FRAMINGS:
         raise UserError(f"the scorer 'rapidocr' has no variant {variant!r}; valid: {', '.join(FRAMINGS)}")
     return RapidOCR(FRAMINGS[variant or "line"])

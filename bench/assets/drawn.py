@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 
 import numpy as np
 
-from .drawings import COLOURS, HEIGHT, LINE, PITCH, SHAPES, shape_coverage
+from .drawings import COLOURS, HEIGHT, PITCH, SHAPES, shape_coverage
 
 SMALLEST = 18  # pixels of a patch; the smallest clean shape, a star, covers 40
 UNLIKE = 0.55  # correlation with the best outline below which a patch is no shape
@@ -97,19 +97,20 @@ def _shape(colour: str, mask: np.ndarray, coverage: np.ndarray, box: Sequence[sl
 
 
 def text_lines(image: np.ndarray) -> list[np.ndarray]:
-    """Cut an image (32, 64, 3) uint8 into its one or two lines of text, each (h, 64, 3); none where there is no ink.
+    """Cut an image (H, W, 3) uint8 that holds at most two lines of text, each about H / 2 high, into them; none where there is no ink.
 
-    More than a line and a half of ink is two lines; the cut is the row with the least ink near the middle.
+    More than a line and a quarter of ink is two lines; the cut is the row with the least ink near the middle.
     """
+    height = len(image)
+    line, pixel = height // 2, max(height // HEIGHT, 1)  # a line, and a pixel of a drawing
     ink = np.abs(image.astype(np.float64) - paper_of(image)).sum(-1)
-    rows = np.flatnonzero((ink > 150).sum(1) >= 2)
+    rows = np.flatnonzero((ink > 150).sum(1) >= 2 * pixel)
     if not len(rows):
         return []
     top, bottom = int(rows[0]), int(rows[-1]) + 1
-    if bottom - top <= 1.25 * LINE:
-        middle = (top + bottom) // 2
-        start = min(max(middle - LINE // 2 - 1, 0), HEIGHT - LINE - 2)
-        return [image[start : start + LINE + 2]]
-    middle = HEIGHT // 2
-    cut = middle - 3 + int(ink.sum(1)[middle - 3 : middle + 3].argmin())
-    return [image[: cut + 1], image[cut:]]
+    if bottom - top <= 1.25 * line:
+        start = min(max((top + bottom - line) // 2 - pixel, 0), height - line - 2 * pixel)
+        return [image[start : start + line + 2 * pixel]]
+    first = line - 3 * pixel
+    cut = first + int(ink.sum(1)[first : line + 3 * pixel].argmin())
+    return [image[: cut + pixel], image[cut:]]

@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from gpobench.bench.assets import drawings
+from gpobench.bench.assets.drawing_prompts import two_word_prompts, word_prompts
 from gpobench.bench.assets.glyphs import INKS, PAPERS, draw_word
 from gpobench.bench.errors import Missing, UserError
 from gpobench.bench.spec import Prompt
@@ -170,8 +172,22 @@ def test_mismatched_lengths_raise(line: rapidocr.RapidOCR) -> None:
     assert empty.value["soft"].shape == (0,)
 
 
+def test_lines_reads_one_word_or_two_with_a_space_between_them() -> None:
+    """Nineteen images with 1 or 2 lines each, so that batches of lines end inside an image; one is blank."""
+    rng, scorer = np.random.default_rng(0), rapidocr.make("lines")
+    prompts = [p for pair in zip(word_prompts("test")[:9], two_word_prompts("test")[:9], strict=True) for p in pair]
+    texts = [drawings.Text(tuple(p.target.split()), "blue", "cream") for p in prompts]
+    images = np.stack([drawings.draw(text, rng) for text in texts] + [np.full((32, 64, 3), 250, np.uint8)])
+    asked = [Prompt(p.text, {"target": p.target}) for p in prompts] + [Prompt('a "X"', {"target": "X"})]
+    scores = scorer(images, asked)
+    assert scores.notes and scores.notes[-1] == "" and scores.value["soft"][-1] == 0
+    read = [note.upper() == p.target for note, p in zip(scores.notes, prompts, strict=False)]
+    assert np.mean(read) >= 0.85 and scores.value["exact"][:-1].tolist() == [float(hit) for hit in read]
+    assert [scorer.read(image) for image in images[:4]] == list(scores.notes[:4])
+
+
 def test_unknown_variant() -> None:
-    with pytest.raises(UserError, match="line, page"):
+    with pytest.raises(UserError, match="line, lines, page"):
         rapidocr.make("word")
 
 
