@@ -87,6 +87,10 @@ def run_network_costs(_: list[Path]) -> None:
     assert all(shipped[name] == entry for name, entry in entries.items()), "run: python benchmarks/network_costs.py"
 
 
+def run_tiny2(_: list[Path]) -> None:
+    script("tiny2").main(2, 1)
+
+
 def run_seed_library(_: list[Path]) -> None:
     entries = script("seed_library").of_board("tiny-counting")
     assert all(entry["sd"] >= 0 and entry["seeds"] > 1 for entry in entries)
@@ -146,6 +150,7 @@ MINIATURES: dict[str, tuple[Callable[[list[Path]], None], str]] = {  # file -> w
     "sampling": (run_sampling, "rig / bare: median"),
     "scorer_workers": (run_scorer_workers, "| 1 |"),
     "seed_library": (run_seed_library, " entries"),
+    "tiny2": (run_tiny2, "| tiny 2 |"),
     "seeds": (run_seeds, "| all 2 | one/exact |"),
 }
 ELSEWHERE = {

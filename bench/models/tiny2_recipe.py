@@ -46,7 +46,7 @@ class Tiny2Recipe(PipelineRecipe):
     # (step of stage 2, share of one word, of two words, of counted shapes; the rest are pairs of shapes)
     shares: tuple[tuple[int, float, float, float], ...] = ((0, 0.25, 0.2, 0.3),)
     autoencoder_steps: int = 400
-    steps: int = 6000
+    steps: int = 3600
     average: float = 0.998
     decoder_steps: int = 500
     drawn: int = 4096
