@@ -3,8 +3,9 @@
 The online baseline of Flow-GRPO, arXiv 2505.05470, Sec. 5.2 and App. C.1; code yifan123/flow_grpo.
 
   loss = mean w (v - v*)^2,   w = softmax of the group's rewards (the paper) or the reward itself (the code),
-t logit-normal, then shifted as the schedule of the model. With w = exp(reward), without a group's normalisation, it is Flow-RWR of
-arXiv 2501.13918, Eq. 9 (`rwr:exp`): prompts with high rewards weigh more. That paper learns from a data set, here from own images.
+t logit-normal, then shifted as the schedule of the model. With w = exp(reward), over all groups alike, it is Flow-RWR of arXiv
+2501.13918, Eq. 9 (`rwr:exp`): prompts with high rewards weigh more. That paper learns from a data set, here from own images, and
+here these weights too are 1 on average, over the iteration: exp(22), of a PickScore, is no scale for a loss.
 Differs from paper and code: softmax weights are multiplied by the number of the group's scored images, so that w is 1 on average
 and the learning rate means what it does for plain flow matching; `temperature` is 1 in the paper's words; samples come from the
 ODE instead of a stochastic sampler; groups of equal rewards, whose weights are all equal, are skipped; `kl` is not in the paper
@@ -48,7 +49,7 @@ class RWR:
     optim: Optim = field(default_factory=lambda: Optim(lr=3e-4, minibatches=1))
     prompts: int = 8  # prompts per iteration, one group each
     group: int = 24  # images per prompt
-    image_weights: Literal["softmax", "raw", "exp"] = "softmax"  # softmax of the rewards, the rewards, their exp
+    image_weights: Literal["softmax", "raw", "exp"] = "softmax"  # softmax of each group, the rewards, softmax of all
     temperature: float = 1.0  # of softmax and exp, in units of reward: low weights the best only
     timesteps: int = 1  # timesteps per image and epoch
     timestep_shift: float = 0.0  # shift of the times of training; 0: the model's own, 1: none (flow.training_times)
@@ -83,7 +84,7 @@ class RWR:
         weight = {
             "softmax": likelihood_weights(reward, self.temperature),
             "raw": reward,
-            "exp": (reward / self.temperature).exp(),
+            "exp": likelihood_weights(reward.view(1, -1), self.temperature).view_as(reward),
         }[self.image_weights]
         images, prompt_ids = groups.x0.flatten(0, 1), groups.prompt_ids.repeat_interleave(self.group)
         usable = (informative(reward)[:, None] & reward.isfinite()).flatten()

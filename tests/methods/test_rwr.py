@@ -26,7 +26,8 @@ def test_the_weights_are_by_hand(lab: Any, monkeypatch: pytest.MonkeyPatch, weig
         whole = sum(math.exp(reward[p][g] / temperature) for g in members)
         for g in members:
             softmax = len(members) * math.exp(reward[p][g] / temperature) / whole
-            exp = math.exp(reward[p][g] / temperature)
+            everything = [math.exp(r / temperature) for row in reward for r in row if r == r]
+            exp = len(everything) * math.exp(reward[p][g] / temperature) / sum(everything)
             expected += [{"softmax": softmax, "raw": reward[p][g], "exp": exp}[weights]] * 2
     assert batch.weight.tolist() == pytest.approx(expected, rel=1e-5)
     assert torch.equal(batch.x0[-1], drawn.x0[2, 2]) and torch.equal(batch.x0[2], drawn.x0[0, 1])
