@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from ..images import read_only_copy
 from ..model_spec import ModelSpec
 from ..process_group import ProcessGroup
 from ..progress import Progress
+from ..random_draws import normal, random_words
 from ..rendering import RenderedImages, render
 from ..scoring.calls import PartEnded, call_in_time
 from ..scoring.scorers import calls_at_once
@@ -42,15 +44,21 @@ def _no_progress(images: int) -> None:
     """Report nothing."""
 
 
-def noise(prompt: str, ordinal: int, seed: int, shape: tuple[int, ...]) -> Tensor:
-    """Standard normal (C, h, w) that depends on nothing but (prompt, image ordinal, evaluation seed)."""
+def noise_key(prompt: str, ordinal: int, seed: int) -> int:
+    """The key of an image's noise, a signed number of 64 bits."""
     digest = hashlib.sha256(f"{seed}\n{ordinal}\n{prompt}".encode()).digest()
-    return torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:4], "big")))
+    return int.from_bytes(digest[:8], "big", signed=True)
+
+
+def noise(images: Sequence[tuple[str, int]], seed: int, shape: tuple[int, ...], device: Any = "cpu") -> Tensor:
+    """(B, C, h, w) standard normal for B images (prompt, ordinal); a row depends on them and the evaluation seed alone."""
+    keys = torch.tensor([noise_key(prompt, ordinal, seed) for prompt, ordinal in images], dtype=torch.long)
+    return normal(random_words(keys.to(device), math.prod(shape))).view(len(images), *shape)
 
 
 def initial_noise(model: Model, prompts: Sequence[Prompt], indices: Sequence[ImageIndex], seed: int) -> Tensor:
     """(B, C, h, w): the noise of these images, on the model's device."""
-    return torch.stack([noise(prompts[i].text, o, seed, model.shape) for i, o in indices]).to(model.device)
+    return noise([(prompts[i].text, ordinal) for i, ordinal in indices], seed, model.shape, model.device)
 
 
 @torch.no_grad()

@@ -5,6 +5,8 @@ Every cost is charged before it is spent, so no method can spend more than the b
 
 from __future__ import annotations
 
+import math
+import random
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -13,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import fields, replace
 from functools import cached_property, partial
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +27,7 @@ from ..errors import UserError
 from ..flow import Kernel, Path, Step, dpm2, error_scale, like, mix, ode, split, stochastic
 from ..losses import flow_error, informative
 from ..process_group import ProcessGroup
+from ..random_draws import normal, permuted, random_words, uniform
 from ..rendering import RenderedImages, render
 from ..scoring.scorers import ask_rendered, calls_at_once
 from ..spec import Branchings, Cond, Groups, Images, Model, Pairs, Prompt, Rig, Scorer, Scores, Transitions, fold_text
@@ -105,33 +109,49 @@ class MeteredRig(RewardGradientRig):
 
     def prompts(self, n: int) -> Tensor:
         """Draw n training prompts, without repeats while there are enough; (n,) the ids that other calls take."""
-        count = len(self.train_prompts)
-        return torch.cat([torch.randperm(count, generator=self.rng) for _ in range(-(-n // count))])[:n]
+        count, rng = len(self.train_prompts), self._python_rng()
+        orders = (permuted(count, rng) for _ in range(-(-n // count)))
+        return torch.tensor(list(islice(chain.from_iterable(orders), n)), dtype=torch.long)
 
     def noise(self, n: int) -> Tensor:
         """(n, C, h, w) standard normal, on the model's device."""
-        return self._draw(n, lambda g: torch.randn(self.model.shape, generator=g)).to(self.model.device)
+        keys, draw, places = self._row_keys(n)
+        # As many rows at once as are sampled at once: the words of a number take several times its memory.
+        parts = zip(keys.split(self.rows), places.split(self.rows), strict=True)
+        drawn = [normal(random_words(key, math.prod(self.model.shape), draw, place)) for key, place in parts]
+        return torch.cat(drawn).view(n, *self.model.shape)
 
     def normal(self, n: int) -> Tensor:
         """(n,) standard normal."""
-        return self._draw(n, lambda g: torch.randn((), generator=g)).to(self.model.device)
+        return normal(self._words(n))
 
     def uniform(self, n: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         """(n,) uniform in [low, high)."""
-        return low + (high - low) * self._draw(n, lambda g: torch.rand((), generator=g)).to(self.model.device)
+        return low + (high - low) * uniform(self._words(n))
 
-    def _draw(self, n: int, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+    def _words(self, n: int) -> Tensor:
+        """(n,): a random word for each of n rows."""
+        keys, draw, places = self._row_keys(n)
+        return random_words(keys, 1, draw, places).view(n)
+
+    def _row_keys(self, n: int) -> tuple[Tensor, int, Tensor]:
+        """Of one draw of n rows: the rows' keys (n,), the draw's number, and the rows' places (n,) under their key."""
+        device = self.model.device
         if self._keys is None:
-            keys = torch.randint(2**62, (n,), generator=self.rng).tolist()
-        else:
-            rows = self._keys.tolist()
-            if n % len(rows):
-                raise ValueError(f"{n} draws for {len(rows)} rows: a loss draws the same number for each of its rows")
-            self._draws += 1
-            # Tuples of integers hash the same in every process.
-            keys = [hash((key, self._draws, i)) for key in rows for i in range(n // len(rows))]
-        generator = torch.Generator()
-        return torch.stack([draw(generator.manual_seed((key ^ (key >> 31)) & 0xFFFFFFFF)) for key in keys])
+            return self._new_keys(n).to(device), 0, torch.zeros(n, dtype=torch.long, device=device)
+        rows = len(self._keys)
+        if n % rows:
+            raise ValueError(f"{n} draws for {rows} rows: a loss draws the same number for each of its rows")
+        self._draws += 1
+        keys = self._keys.to(device).repeat_interleave(n // rows)
+        return keys, self._draws, torch.arange(n // rows, device=device).repeat(rows)
+
+    def _new_keys(self, n: int) -> Tensor:
+        return torch.randint(2**62, (n,), generator=self.rng)
+
+    def _python_rng(self) -> random.Random:
+        """A generator for what is drawn number by number."""
+        return random.Random(int(self._new_keys(1)))
 
     @contextmanager
     def keyed(self, keys: Tensor) -> Generator[None]:
@@ -515,7 +535,7 @@ class MeteredRig(RewardGradientRig):
         images: list[Images] = []
         while len(rows) < n:
             before = len(rows)
-            for row in torch.randperm(len(pair_set), generator=self.rng).tolist():
+            for row in permuted(len(pair_set), self._python_rng()):
                 pair = unusable.get(str(row)) or pair_set.images(row, *self.model.image_size)
                 if isinstance(pair, str):
                     unusable[str(row)] = pair

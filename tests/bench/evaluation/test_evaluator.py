@@ -89,13 +89,19 @@ def test_the_sampler_waits_where_a_scorer_is_four_batches_behind(model: Any, sco
 
 
 def test_noise_depends_on_prompt_ordinal_and_seed_and_on_nothing_else() -> None:
-    first = noise("a", 0, 7, SHAPE)
+    first = noise([("a", 0)], 7, SHAPE)
     torch.manual_seed(99)
     torch.rand(3)
-    assert torch.equal(noise("a", 0, 7, SHAPE), first)
-    others = [noise("b", 0, 7, SHAPE), noise("a", 1, 7, SHAPE), noise("a", 0, 8, SHAPE), noise("1\na", 0, 7, SHAPE)]
+    assert torch.equal(noise([("a", 0)], 7, SHAPE), first)
+    assert torch.equal(noise([("b", 0), ("a", 1), ("a", 0)], 7, SHAPE)[2:], first)
+    others = [
+        noise([("b", 0)], 7, SHAPE),
+        noise([("a", 1)], 7, SHAPE),
+        noise([("a", 0)], 8, SHAPE),
+        noise([("1\na", 0)], 7, SHAPE),
+    ]
     assert not any(torch.equal(first, other) for other in others)
-    many = torch.stack([noise(f"p{i}", 0, 7, SHAPE) for i in range(40)])
+    many = noise([(f"p{i}", 0) for i in range(40)], 7, SHAPE)
     assert abs(float(many.mean())) < 0.03 and abs(float(many.std()) - 1) < 0.03
 
 
@@ -143,7 +149,7 @@ def test_the_same_evaluation_twice_is_the_same_to_the_last_bit(model: Any, score
 def test_the_sampler_is_the_protocols_loop_to_the_last_bit(model: Any, weights: str) -> None:
     """The rig's walk, which evaluation uses, against the protocol's ODE written out: each text embedded by itself."""
     prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[0]]
-    start = torch.stack([noise(p.text, k, 7, model.shape) for k, p in enumerate(prompts)])
+    start = noise([(p.text, k) for k, p in enumerate(prompts)], 7, model.shape)
     embedded = [model.encode([p.text]) for p in prompts]
     cond = {key: torch.cat([one[key] for one in embedded]) for key in embedded[0]}
     times, x = model.times(model.steps), start

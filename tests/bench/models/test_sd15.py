@@ -51,7 +51,7 @@ def ask(
 
 
 def starts(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.stack([noise(p, 0, 7, shape) for p in PROMPTS])
+    return noise([(p, 0) for p in PROMPTS], 7, shape)
 
 
 def rig_of(model: Any, redness: str, prompts: list[str] = PROMPTS) -> MeteredRig:

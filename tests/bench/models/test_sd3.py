@@ -73,7 +73,7 @@ def trained(tiny_pipe: Path) -> Any:
 def test_sampling_is_the_pipelines_own(tiny_pipe: Path, theirs: Any, redness: str, guidance: float) -> None:
     model_spec = replace(find_model_spec(str(tiny_pipe)), guidance=guidance)
     model = open_model(model_spec, device="cpu", adapter=Adapter(rank=4))
-    start = torch.stack([noise(p, 0, 7, model.shape) for p in PROMPTS])
+    start = noise([(p, 0) for p in PROMPTS], 7, model.shape)
     expected = ask(theirs, start, guidance, "latent")
     rig = rig_of(model, redness)
     got = rig.sample(start, torch.arange(3))
@@ -90,7 +90,7 @@ def test_the_judge_sees_the_pipelines_own_pictures(tiny_pipe: Path, theirs: Any,
     seen = evaluate(
         model, EvaluationRequest([Prompt(p) for p in PROMPTS], [scorer(f"{redness}:Redness")], images=1, seed=7, rows=2)
     )
-    start = torch.stack([noise(p, 0, 7, model.shape) for p in PROMPTS])
+    start = noise([(p, 0) for p in PROMPTS], 7, model.shape)
     expected = np.stack([np.asarray(image) for image in ask(theirs, start, guidance, "pil")])
     assert expected.std() > 1
     # the sums run in another order: a value that lies on the edge between two bytes may fall to either side
@@ -109,7 +109,7 @@ def test_a_saved_adapter_is_the_same_lora_for_plain_diffusers(
 ) -> None:
     trained.save_adapter(tmp_path / "adapter", weights)
     assert [p.name for p in (tmp_path / "adapter").iterdir()] == [LORA_FILE]
-    start = torch.stack([noise(p, 0, 7, trained.shape) for p in PROMPTS])
+    start = noise([(p, 0) for p in PROMPTS], 7, trained.shape)
 
     def draw(model: Any, weights: str) -> np.ndarray:
         """One image at a time, as the pipeline below: in other company the last bits of a float may differ."""
@@ -140,7 +140,7 @@ def test_a_wrong_alpha_would_be_another_adapter(tiny_pipe: Path, tmp_path: Path,
     trained.save_adapter(tmp_path, "policy")
     tensors = load_file(tmp_path / LORA_FILE)
     save_file(tensors, tmp_path / LORA_FILE)
-    start = torch.stack([noise(p, 0, 7, trained.shape) for p in PROMPTS])
+    start = noise([(p, 0) for p in PROMPTS], 7, trained.shape)
     pipe = plain_pipe(tiny_pipe)
     pipe.load_lora_weights(str(tmp_path), weight_name=LORA_FILE)
     with torch.no_grad():

@@ -50,7 +50,7 @@ def ask(
 
 
 def starts(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.stack([noise(p, 0, 7, shape) for p in PROMPTS])
+    return noise([(p, 0) for p in PROMPTS], 7, shape)
 
 
 def walk(model: Any, start: torch.Tensor, guidance: float, steps: int = 4) -> torch.Tensor:

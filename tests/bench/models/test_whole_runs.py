@@ -64,7 +64,7 @@ def assert_same_pictures(folder: Path, adapter: Path) -> None:
         bare, ours, theirs = (open_model(model_spec, device="cpu") for _ in range(3))
         ours.load_adapter(adapter)
         theirs.pipe.load_lora_weights(str(adapter), weight_name="pytorch_lora_weights.safetensors")
-        x = noise(prompt.text, 0, 7, ours.shape)[None]
+        x = noise([(prompt.text, 0)], 7, ours.shape)
         drawn: list[Any] = [to_uint8(m.decode(sample_protocol(m, x, [prompt]))) for m in (bare, ours, theirs)]
     assert np.array_equal(drawn[1], drawn[2])
     assert not np.array_equal(drawn[0], drawn[1])  # the adapter does something

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +119,25 @@ def test_prompts_do_not_repeat_while_there_are_enough(make: Make) -> None:
     many = rig.prompts(12).tolist()
     assert len(many) == 12 and all(2 <= many.count(i) <= 3 for i in range(5))
     assert any(make(s).prompts(5).tolist() != make(0).prompts(5).tolist() for s in range(1, 4))
+
+
+class Book(Sequence[Prompt]):
+    """A million million prompts, none of which may be read."""
+
+    def __len__(self) -> int:
+        return 10**12
+
+    def __getitem__(self, i: Any) -> Any:
+        raise AssertionError("drawing prompt ids reads no prompt")
+
+
+def test_drawing_prompts_costs_nothing_for_the_others(make: Make) -> None:
+    rig = make()
+    rig.train_prompts = Book()
+    drawn = torch.stack([rig.prompts(50) for _ in range(20)])
+    assert len(drawn.unique()) == 1000 and int(drawn.min()) >= 0 and int(drawn.max()) < 10**12
+    # uniform: the mean of 1,000 ids lies within five standard errors, 1 / sqrt(12,000) of the book each
+    assert abs(float(drawn.double().mean()) / 10**12 - 0.5) < 5 / 12_000**0.5
 
 
 @pytest.mark.parametrize("split", [1, 2, 3, 6])
