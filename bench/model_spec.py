@@ -43,7 +43,9 @@ class ModelSpec:
     domain: str = "open"  # which prompts the model understands: glyphs | open
     height: int = 512  # pixels
     width: int = 512
-    steps: int = 40
+    steps: int = 40  # of the pipeline, `num_inference_steps`
+    # The scheduler's last step, from a time close to 0, is not taken: see `sampler_steps` and `models.base.EMPTY_STEP`.
+    drop_last_step: bool = False
     guidance: float = 4.5  # 1 is none
     max_sequence_length: int = 128  # tokens of the T5 slot, where there is one
     # What guidance leads away from; None is the pipeline's own default, "" encodes an empty text.
@@ -59,6 +61,11 @@ class ModelSpec:
     compile: bool = False
     preset: str = ""  # the section of methods/NAME.toml that fits it; empty is the model's own name
     adapter: Adapter = field(default_factory=Adapter)
+
+    @property
+    def sampler_steps(self) -> int:
+        """The steps that are taken, each an evaluation of the network: what training, evaluation and budget count."""
+        return self.steps - self.drop_last_step
 
 
 # What differs from the defaults of ModelSpec by pipeline class. Steps, guidance and tokens are the defaults of diffusers' pipelines.
@@ -149,7 +156,8 @@ def _protocol(pipeline: str, facts: dict[str, Any]) -> dict[str, Any]:
     stated = ("height", "width", "steps", "guidance", "max_sequence_length")
     attention: Adapter = protocol.get("adapter", Adapter())
     adapter = replace(SMALL["adapter"], targets=attention.targets + FEED_FORWARD)
-    return {"domain": "glyphs", **{key: facts[key] for key in stated}, **SMALL, "adapter": adapter}
+    stated_or_not = {"drop_last_step": bool(facts.get("drop_last_step", False))}
+    return {"domain": "glyphs", **{key: facts[key] for key in stated}, **stated_or_not, **SMALL, "adapter": adapter}
 
 
 # Settings for a model of a few million parameters on a CPU.

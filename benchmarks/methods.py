@@ -204,7 +204,7 @@ def passes(row: Row, runs: RowRuns) -> str:
     model_spec = find_model_spec(MODEL)
     settings = config.resolve(config.RunRequest(row.method, TASK, MODEL, sets=row.sets)).settings
     roles, images = runs.records[0].nfe_by_role, runs.records[0].spent["images"]
-    static = settings.cost(model_spec.steps, model_spec.guidance)
+    static = settings.cost(model_spec.sampler_steps, model_spec.guidance)
     declared, spent = (
         (sum(v for k, v in r.items() if k != "policy") + r.get("policy", 0) / 3, r.get("policy", 0) / 3)
         for r in (dict(static), {k: v / images for k, v in roles.items()})

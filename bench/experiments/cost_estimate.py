@@ -66,9 +66,9 @@ def nfe_per_image(config: Config) -> dict[str, float]:
     """Return the network evaluations of an image by role. A model that takes guidance as an input needs no second one for it."""
     method, model_spec = config.settings, config.model_spec()
     if pipeline_class(model_spec).guided_cost > 1:
-        return dict(method.cost(model_spec.steps, model_spec.guidance))
+        return dict(method.cost(model_spec.sampler_steps, model_spec.guidance))
     unguided = replace(method, guidance=1.0) if _has_guidance(method) else method
-    return dict(unguided.cost(model_spec.steps, 1.0))
+    return dict(unguided.cost(model_spec.sampler_steps, 1.0))
 
 
 def _has_guidance(method: object) -> bool:
@@ -118,7 +118,7 @@ def guidance_branches(config: Config) -> int:
     method, model_spec = config.settings, config.model_spec()
     if isinstance(method, Search) or not _has_guidance(method):
         return 1
-    unguided = replace(method, guidance=1.0).cost(model_spec.steps, 1.0)["policy"]  # type: ignore[call-arg]
+    unguided = replace(method, guidance=1.0).cost(model_spec.sampler_steps, 1.0)["policy"]  # type: ignore[call-arg]
     return round(nfe_per_image(config)["policy"] / unguided)
 
 

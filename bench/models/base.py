@@ -26,6 +26,9 @@ from .lora import LoraCopies
 from .memory_saving import apply_memory_settings
 
 CLIP_TOKENS = 77  # length of every prompt of a CLIP text encoder
+# The largest t from which the step to 0 may be dropped. Whatever the kernel, that step moves a latent by t v, for the embedded
+# model by about 0.012, a third of a grey level (tests/bench/models/test_empty_step.py). The float32 of a scheduler's 1 / 1000.
+EMPTY_STEP = 0.001 + 1e-6
 
 
 class PipelineModel(ABC):
@@ -62,7 +65,7 @@ class PipelineModel(ABC):
         Raises UserError on a setting that the pipeline or the device does not support, Missing without weights.
         """
         self.spec, self.name, self.device = model_spec, model_spec.name, torch.device(device)
-        self.steps, self.guidance = model_spec.steps, model_spec.guidance
+        self.steps, self.guidance = model_spec.sampler_steps, model_spec.guidance
         self.dtype = loading.dtype_of(precision, self.device)
         if self.guided_cost == 1 and model_spec.negative_prompt is not None:
             raise UserError(f"{self.name} takes no negative prompt: its guidance is an input of the network")
@@ -92,8 +95,8 @@ class PipelineModel(ABC):
         """Set path, prediction and shape from the loaded pipeline. Raises UserError on a variant that is not supported."""
 
     @abstractmethod
-    def times(self, steps: int) -> Tensor:
-        """(steps + 1,): the time grid of the protocol's sampler, falling to the image."""
+    def published_times(self, steps: int) -> Tensor:
+        """(steps + 1,): the time grid of the pipeline's own sampler, falling to the image."""
 
     @abstractmethod
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -134,6 +137,21 @@ class PipelineModel(ABC):
         return getattr(diffusers, cls.pipeline)
 
     # The same for all
+
+    def times(self, steps: int) -> Tensor:
+        """(steps + 1,): the time grid of the protocol's sampler, `published_times` with or without the scheduler's last step.
+
+        Raises UserError where the spec drops a last step that is not empty.
+        """
+        if not self.spec.drop_last_step:
+            return self.published_times(steps)
+        grid = self.published_times(steps + 1)[:-1]
+        if float(grid[-1]) > EMPTY_STEP:
+            raise UserError(
+                f"{self.name}: the last of {steps + 1} steps begins at t = {float(grid[-1]):.4f} and cannot be dropped: "
+                f"drop_last_step is for steps from t = {EMPTY_STEP} or below"
+            )
+        return grid
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Cond:

@@ -41,7 +41,7 @@ class Flux(PipelineModel):
         by = math.exp(self._mu()) if config.get("use_dynamic_shifting", False) else config.get("shift", 1.0)
         self.path, self.prediction = Rectified(float(by)), "velocity"
 
-    def times(self, steps: int) -> Tensor:
+    def published_times(self, steps: int) -> Tensor:
         """(steps + 1,): sigma from 1 to 0, shifted by the number of image tokens as the pipeline does it."""
         scheduler = self.pipe.scheduler
         if scheduler.config.get("use_flow_sigmas", False):

@@ -29,7 +29,7 @@ class SD3(PipelineModel):
         self.path, self.prediction = Rectified(float(self.pipe.scheduler.config.get("shift", 1.0))), "velocity"
         self.shape = autoencoder.latent_shape(int(config.in_channels), self.spec, factor, int(config.patch_size))
 
-    def times(self, steps: int) -> Tensor:
+    def published_times(self, steps: int) -> Tensor:
         """(steps + 1,): sigma from 1 to 0, as the pipeline's own scheduler spaces it."""
         self.pipe.scheduler.set_timesteps(steps)
         return self.pipe.scheduler.sigmas.clone().float()

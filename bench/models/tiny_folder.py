@@ -93,6 +93,7 @@ def _record(
         "max_sequence_length": T5_TOKENS,
         "guidance": 1.0,
         "steps": 10,
+        "drop_last_step": True,  # from t = .001
         "height": recipe.canvas.height,
         "width": recipe.canvas.width,
         "trained": {

@@ -58,7 +58,7 @@ class UNetModel(PipelineModel):
         self.path = ddpm(ddim.alphas_cumprod)
         self.shape = autoencoder.latent_shape(int(config.in_channels), self.spec, self.pipe.vae_scale_factor)
 
-    def times(self, steps: int) -> Tensor:
+    def published_times(self, steps: int) -> Tensor:
         """(steps + 1,): DDIM's timesteps as the scheduler's spacing and offset have them, (k + 1) / N, falling."""
         config = self.scheduler_config
         spacing = "trailing" if config.timestep_spacing == "trailing" else "leading"  # DDIM cannot walk "linspace"

@@ -58,7 +58,7 @@ class Mirror(PipelineModel):
         self.path, self.prediction = rectified, "velocity"
         self.shape = latent_shape(config.in_channels, self.spec, factor, config.patch_size)
 
-    def times(self, steps):
+    def published_times(self, steps):
         self.pipe.scheduler.set_timesteps(steps)
         return self.pipe.scheduler.sigmas.clone().float()
 

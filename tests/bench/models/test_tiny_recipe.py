@@ -170,6 +170,7 @@ def test_it_was_made_by_these_settings(shipped: Path):
     record = json.loads((shipped / "recipe.json").read_text())
     assert record["fields"] == json.loads(json.dumps(asdict(TinyRecipe())))
     assert (record["width"], record["height"], record["steps"], record["guidance"]) == (64, 32, 10, 1.0)
+    assert record["drop_last_step"]
 
 
 def test_the_words_it_never_saw_are_the_held_out_splits(shipped: Path):
