@@ -1,6 +1,6 @@
 """BranchGRPO: the images of a group share a tree of stochastic steps, and a step is judged by the images below it.
 
-Li et al., arXiv 2509.06040; code Fredreic1849/BranchGRPO, fastvideo/train_branchgrpo_flux.py at ffc3c90, scripts/finetune at 19fbb9f.
+arXiv 2509.06040; code Fredreic1849/BranchGRPO, fastvideo/train_branchgrpo_flux.py at ffc3c90, scripts/finetune at 19fbb9f.
 
 All steps are stochastic. At each of the `split_steps` every node gets `split_factor` children, elsewhere one. With R the mean reward
 of the leaves below a child, compared with all nodes of the same depth in its tree:

@@ -1,6 +1,6 @@
 """G2RPO: each stochastic step is judged by images of several step sizes, all of which differ in this step alone.
 
-Zhou et al., arXiv 2510.01982; code bcmi/Granular-GRPO, fastvideo/train_g2rpo_hps_clip.py at 0e69799, scripts/finetune at 04ee954.
+arXiv 2510.01982; code bcmi/Granular-GRPO, fastvideo/train_g2rpo_hps_clip.py at 0e69799, scripts/finetune at 04ee954.
 
 All trajectories of a prompt begin at one noise. At each step k of the first half, `branches` steps of the SDE leave the ODE trunk;
 the ODE completes each once for each of the `strides` (the paper's granularities): on the next time, then on every stride-th one.

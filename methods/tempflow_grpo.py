@@ -1,6 +1,6 @@
 """TempFlow-GRPO: each stochastic step is judged by images that differ in this step alone, and weighted by its noise.
 
-He et al., arXiv 2508.04324; code Shredded-Pork/TempFlow-GRPO, scripts/train_sd3_pr.py at e66824e, config/dgx.py at 63e4def.
+arXiv 2508.04324; code Shredded-Pork/TempFlow-GRPO, scripts/train_sd3_pr.py at e66824e, config/dgx.py at 63e4def.
 
 A seed is an initial noise with its ODE trunk. At every step k but the last, `branches` steps of the SDE leave the trunk; the ODE
 completes each. The branches of one (seed, k) are a group, so an advantage is earned by one step's noise:

@@ -57,14 +57,18 @@ def start(processes: int, *argv: str, out: Path, by: Sequence[str] = TORCHRUN) -
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("method", ["gpo", "flow-grpo"])
-def test_two_processes_make_the_run_of_one(method: str, tiny_pipe: Path, redness: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "group"), [("gpo", ["group=4"]), ("flow-grpo", ["group=4"]), ("branch-grpo", ["split_steps=[0,2]"])]
+)
+def test_two_processes_make_the_run_of_one(
+    method: str, group: list[str], tiny_pipe: Path, redness: str, tmp_path: Path
+) -> None:
     sets = [
+        *group,
         "optim.lr=1e-3",
         "optim.minibatches=2",
         "optim.epochs=1",
         "prompts=3",
-        "group=4",
         "optim.ema=0.5",
         "optim.micro=1",
         "rows=5",
