@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from time import perf_counter as _now
@@ -62,6 +62,11 @@ class Budget:
         return {c: getattr(self, c) for c in CURRENCIES if getattr(self, c) is not None}
 
 
+def nothing_uncharged() -> float:
+    """No seconds: all of training is charged."""
+    return 0.0
+
+
 class Meter:
     """Counts what a run has spent, and only ever upwards; every cost goes through one of the `charge` methods.
 
@@ -71,12 +76,21 @@ class Meter:
 
     __slots__ = (
         "_backwards", "_before", "_budget", "_deferred", "_flops_a_forward", "_images", "_roles", "_scorers",
-        "_since", "_stated", "_together", "_updates",
+        "_since", "_stated", "_together", "_uncharged", "_uncharged_before", "_updates",
     )  # fmt: skip
 
-    def __init__(self, budget: Budget, flops_a_forward: float = 0.0):
-        """Open a meter at zero. flops_a_forward: floating-point operations of one forward of one latent."""
-        self._budget, self._flops_a_forward = budget, flops_a_forward
+    def __init__(
+        self, budget: Budget, flops_a_forward: float = 0.0, uncharged: Callable[[], float] = nothing_uncharged
+    ):
+        """Open a meter at zero.
+
+        Args:
+            budget: the bounds.
+            flops_a_forward: floating-point operations of one forward of one latent.
+            uncharged: seconds so far, of this process, that are no training: those in which torch compiles the network.
+        """
+        self._budget, self._flops_a_forward, self._uncharged = budget, flops_a_forward, uncharged
+        self._uncharged_before = 0.0  # when the clock was last started
         self._roles: Counter[str] = Counter()
         self._scorers: dict[str, dict[str, float]] = {}
         self._backwards: Counter[str] = Counter()  # images whose score was differentiated, by scorer
@@ -147,7 +161,9 @@ class Meter:
 
     @property
     def seconds(self) -> float:
-        return self._before + (0.0 if self._since is None else _now() - self._since)
+        if self._since is None:
+            return self._before
+        return self._before + _now() - self._since - (self._uncharged() - self._uncharged_before)
 
     @property
     def since(self) -> float | None:
@@ -165,7 +181,7 @@ class Meter:
     def start(self) -> None:
         """Start the clock of training."""
         if self._since is None:
-            self._since = _now()
+            self._since, self._uncharged_before = _now(), self._uncharged()
 
     def stop(self) -> None:
         """Stop the clock, for an evaluation or a checkpoint."""

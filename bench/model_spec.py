@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import registry
 from .errors import UserError
@@ -57,8 +57,8 @@ class ModelSpec:
     checkpointing: bool = True  # activations are computed again in the backward pass: less memory, a third more time
     offload: bool = True  # text encoders and embeddings stay in main memory, and visit the device for encoding only
     merge: bool = True  # the LoRA is merged into float32 weights while images are sampled
-    # torch.compile on the trained network; needs a C++ compiler, minutes at the start, and no checkpointing.
-    compile: bool = False
+    # torch.compile on the blocks of the trained network, minutes at the start; auto: where a run is long enough to earn them.
+    compile: bool | Literal["auto"] = "auto"
     preset: str = ""  # the section of methods/NAME.toml that fits it; empty is the model's own name
     adapter: Adapter = field(default_factory=Adapter)
 

@@ -104,10 +104,22 @@ def _dry_run(config: Config, device: str, out: Path, as_json: bool) -> str | Cal
 
     check_data(config)
     estimate = estimate_cost(config, device)
-    settings, lines = config.mapping(), estimate.pop("lines")
+    settings, lines = config.mapping(), [*estimate.pop("lines"), *_compiling(config, device)]
     if as_json:
         return json.dumps({**settings, "cost_estimate": estimate}, indent=1)
     return lambda: print_dry_run(settings, lines, out / config.slug())
+
+
+def _compiling(config: Config, device: str) -> list[str]:
+    """Return a line that says whether the run would compile its network, where it decides by itself."""
+    import torch
+
+    from ..experiments.compile_choice import choose_compiling
+
+    if config.model_spec().compile != "auto":
+        return []
+    kind = "cuda" if device or torch.cuda.is_available() else "cpu"
+    return [choose_compiling(config, kind, device).line()]
 
 
 def print_dry_run(settings: Mapping[str, Any], estimate: Sequence[str], run_dir: Path) -> None:

@@ -34,7 +34,9 @@ class BudgetedStage(ABC):
 
     def __init__(self, context: RunContext, evaluator: Evaluator) -> None:
         self.context, self.evaluator = context, evaluator
-        self.meter = Meter(context.config.budget, flops_a_forward=context.model.flops_a_forward())
+        self.meter = Meter(
+            context.config.budget, flops_a_forward=context.model.flops_a_forward(), uncharged=context.uncharged
+        )
         self.rig = MeteredRig(
             context.model,
             self._prompts(),

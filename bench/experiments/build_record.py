@@ -102,7 +102,10 @@ def build_record(context: RunContext, stage: BudgetedStage, result: RunResult) -
         cmmd=dict(result.cmmd),
         wall=context.timer.seconds,
         provenance=record.provenance(
-            device=str(context.accelerator.device), dtype=config.precision, weights=context.launch.weights_hash
+            device=str(context.accelerator.device),
+            dtype=config.precision,
+            weights=context.launch.weights_hash,
+            compiled=context.model_spec.compile is True,
         ),
         checksums=context.files.checksums(),
         tuning=config.tuned,

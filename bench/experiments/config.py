@@ -29,6 +29,8 @@ LARGEST_FLOAT32 = 3.4028234663852886e38  # in which losses and updates are compu
 AGGREGATIONS = ("sum", "gdpo", "pareto")  # of `training/several_rewards.py`, which loads torch
 # Fields of a model spec that a run may set: they change memory and speed, and results only by rounding.
 EXECUTION = ("rows", "checkpointing", "offload", "merge", "compile")
+# The words beside true and false that some of them take.
+AUTOMATIC: Mapping[str, Sequence[str]] = {"compile": ("auto",)}
 NOT_OF_METHOD = (
     "adapter",
     "evaluation",
@@ -294,9 +296,11 @@ def _execution(table: Table, model_spec: ModelSpec) -> Table:
             raise UserError(
                 f"rows is a number of images sampled at once (0: the model's {model_spec.rows}), got {value!r}"
             )
-        if key != "rows" and not isinstance(value, bool):
+        words = AUTOMATIC.get(key, ())
+        if key != "rows" and not isinstance(value, bool) and value not in words:
+            choices = ", ".join(["true", *words]) + " or false" if words else "true or false"
             raise UserError(
-                f"{key} is true or false (the model's spec says {str(getattr(model_spec, key)).lower()}), got {value!r}"
+                f"{key} is {choices} (the model's spec says {str(getattr(model_spec, key)).lower()}), got {value!r}"
             )
     return {
         key: value for key, value in table.items() if value != getattr(model_spec, key) and (key != "rows" or value)

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ import torch
 
 from .. import registry
 from ..assets.prompts import own_prompt_notes, with_own_prompts
+from ..budget import nothing_uncharged
 from ..errors import Missing, UserError
 from ..evaluation.evaluation_cache import RunConditions
 from ..evaluation.evaluator import EvaluationPlan, Evaluator
 from ..evaluation.scorer_set import ScorerSet, open_scorer_set
 from ..evaluation.splits import refuse_overlap
 from ..model_spec import ModelSpec, find_model_spec
+from ..models.base import PipelineModel
+from ..models.compiling import seconds_compiling
 from ..models.open import open_model
 from ..process_group import ProcessGroup
 from ..progress import Progress
@@ -31,24 +34,35 @@ from ..training.pairs import open_pairs
 from ..training.several_rewards import check_aggregation
 from ..training.tampering import Seal
 from .artifacts import RunFiles
+from .compile_choice import choose_compiling
 from .config import Config
 
 
 class PhaseTimer:
-    """Wall-clock seconds by phase; a phase inside another one is not counted twice."""
+    """Wall-clock seconds by phase; a phase inside another one is not counted twice. Compiling is a phase of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiling: Callable[[], float] = nothing_uncharged) -> None:
+        """Start at zero. compiling: the seconds so far in which torch compiled."""
         self.seconds: dict[str, float] = {}
+        self._compiling, self._compiling_before = compiling, compiling()
 
     @contextmanager
     def __call__(self, phase: str) -> Generator[None]:
         """Time the block as a part of a phase."""
+        self._count_compiling()
         start, counted = time.perf_counter(), sum(self.seconds.values())
         try:
             yield
         finally:
+            self._count_compiling()
             inner = sum(self.seconds.values()) - counted
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start - inner
+
+    def _count_compiling(self) -> None:
+        """Add the seconds in which torch compiled since the last call."""
+        if more := self._compiling() - self._compiling_before:
+            self.seconds["compile"] = self.seconds.get("compile", 0.0) + more
+            self._compiling_before += more
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,7 @@ class RunContext:
     timer: PhaseTimer
     observer: Observer  # counts what is computed, from beside the rig
     seal: Seal  # knows the code and the prompts of the start
+    uncharged: Callable[[], float]  # seconds so far in which torch compiled the network
 
     @property
     def config(self) -> Config:
@@ -127,7 +142,7 @@ def open_run(launch: Launch) -> Generator[RunContext]:
 
     Raises UserError where settings, scorers or model do not fit, Missing where a part is not installed.
     """
-    config, timer = launch.config, PhaseTimer()
+    config, timer = launch.config, PhaseTimer(seconds_compiling)
     model_spec, task = config.model_spec(), open_task(config)
     with ExitStack() as stack:
         with timer("load"):
@@ -150,12 +165,13 @@ def open_run(launch: Launch) -> Generator[RunContext]:
             # Ends the trackers, and the communication between several processes.
             stack.callback(accelerator.end_training)
             model = open_model(
-                model_spec,
+                _decide_compiling(launch, model_spec, accelerator.device),
                 device=accelerator.device,
                 precision=config.precision,
                 adapter=config.adapter,
                 seed=config.seed,
             )
+            model_spec = replace(model_spec, compile=_is_compiled(model, launch.progress.message))
             RunFiles(launch.run_dir).write_config(config)
             _check_settings(config.settings, model)
         train_prompts = task.prompts("train", model_spec.domain)
@@ -165,7 +181,9 @@ def open_run(launch: Launch) -> Generator[RunContext]:
         seal = Seal(
             {"training": train_prompts, "validation": plan.validation, "evaluation": plan.result}, map(type, parts)
         )
-        observer = Observer(model, parts)
+        # Only where the network is compiled: elsewhere nothing may stop the clock of training.
+        uncharged = seconds_compiling if model_spec.compile else nothing_uncharged
+        observer = Observer(model, parts, uncharged)
         stack.callback(observer.close)
         observer.install()
         yield RunContext(
@@ -180,7 +198,30 @@ def open_run(launch: Launch) -> Generator[RunContext]:
             timer=timer,
             observer=observer,
             seal=seal,
+            uncharged=uncharged,
         )
+
+
+def _decide_compiling(launch: Launch, model_spec: ModelSpec, device: torch.device) -> ModelSpec:
+    """The model spec with `compile` decided: as it is set, or by `compile_choice` where it is auto."""
+    if model_spec.compile != "auto":
+        return model_spec
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    choice = choose_compiling(launch.config, device.type, name)
+    if choice.earned:
+        launch.progress.message(choice.line())
+    return replace(model_spec, compile=choice.earned)
+
+
+def _is_compiled(model: Model, message: Callable[[str], None]) -> bool:
+    """Whether the model's network is compiled; says why it is not where it should be."""
+    if not isinstance(model, PipelineModel):
+        return False
+    if model.compiler_fault:
+        message(
+            f"nothing can be compiled here, so the run takes longer; its results are the same: {model.compiler_fault}"
+        )
+    return model.compiled
 
 
 def check_data(config: Config) -> None:

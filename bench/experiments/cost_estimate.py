@@ -38,12 +38,12 @@ def estimate_cost(config: Config, device: str = "") -> dict[str, Any]:
         memory = estimate_memory(config)
     except Missing as missing:
         return {**result, "lines": [*lines, f"memory: {missing}"]}
-    images = _affordable_images(config, total, memory.flops)
+    images = affordable_images(config, total, memory.flops)
     if math.isfinite(images):
         nfe = images * total
         hours_by_device = {name: hours(nfe, memory.flops, name) for name in ([device] if device else DEVICES)}
         result |= {"images": int(images), "nfe": int(nfe), "hours": hours_by_device}
-        times = ", ".join(f"{name} {_duration(h)}" for name, h in hours_by_device.items())
+        times = ", ".join(f"{name} {format_duration(h)}" for name, h in hours_by_device.items())
         lines += [
             f"the budget affords about {int(images):,} images and {nfe:,.0f} nfe",
             f"network at {100 * UTILISATION:.0f} % of the data sheet: {times}; without decoding, scoring, evaluations",
@@ -52,7 +52,7 @@ def estimate_cost(config: Config, device: str = "") -> dict[str, Any]:
     return {**result, "lines": [*lines, *memory.lines()]}
 
 
-def _affordable_images(config: Config, nfe_an_image: float, flops: float) -> float:
+def affordable_images(config: Config, nfe_an_image: float, flops: float) -> float:
     """Return how many images the tightest bound affords; infinite where only updates or seconds are bounded.
 
     flops: of one network evaluation.
@@ -122,6 +122,6 @@ def guidance_branches(config: Config) -> int:
     return round(nfe_per_image(config)["policy"] / unguided)
 
 
-def _duration(hours: float) -> str:
+def format_duration(hours: float) -> str:
     """Return a time in hours, minutes or seconds."""
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min" if hours >= 1 / 60 else f"{3600 * hours:.1f} s"

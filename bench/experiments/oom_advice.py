@@ -103,7 +103,7 @@ def _smaller_settings(
         rows = rows // 2
         settings["rows"] = str(rows)
         sampling_too_large = current()[1].sampling > available
-    if training_too_large and not model_spec.checkpointing and not model_spec.compile:
+    if training_too_large and not model_spec.checkpointing:
         model_spec = replace(model_spec, checkpointing=True)
         settings["checkpointing"] = "true"
         training_too_large = current()[1].training > available

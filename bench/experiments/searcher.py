@@ -79,7 +79,7 @@ class Searcher(BudgetedStage):
         context, plan = self.context, self.context.plan
         count = len(plan.validation) * plan.settings.curve_images
         budget = scaled_budget(self.meter.budget, count, len(plan.result) * plan.images)
-        meter = Meter(budget, flops_a_forward=self.meter.flops_a_forward)
+        meter = Meter(budget, flops_a_forward=self.meter.flops_a_forward, uncharged=context.uncharged)
         rig = MeteredRig(
             self.rig.model, plan.validation, self.rig.scorer, meter, seed=context.config.seed, rows=self.rig.rows
         )

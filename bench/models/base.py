@@ -21,7 +21,7 @@ from ..flow import Path as FlowPath
 from ..flow import Prediction, to_velocity
 from ..model_spec import Adapter, ModelSpec
 from ..spec import Cond
-from . import adapters, autoencoder, loading
+from . import adapters, autoencoder, compiling, loading
 from .lora import LoraCopies
 from .memory_saving import apply_memory_settings
 
@@ -87,6 +87,11 @@ class PipelineModel(ABC):
         apply_memory_settings(self.network, self.vae, model_spec)
         if adapter is not None:
             self.lora = adapters.attach(self.network, adapter, self.name, seed)
+        # Why the network is not compiled although the spec asks for it; "" where it is, or nobody asked.
+        self.compiler_fault = compiling.compiler_fault(self.device) if model_spec.compile is True else ""
+        self.compiled = model_spec.compile is True and not self.compiler_fault
+        if self.compiled:
+            compiling.compile_blocks(self.network)
 
     # What a subclass implements
 
@@ -200,10 +205,9 @@ class PipelineModel(ABC):
     def merges(self) -> bool:
         """Whether a LoRA may be merged into the weights while images are sampled.
 
-        Not into half-precision ones: on their grid most of a young LoRA's small changes would be rounded away. A compiled network
-        would be compiled again for the merged weights.
+        Not into half-precision ones: on their grid most of a young LoRA's small changes would be rounded away.
         """
-        return self.spec.merge and self.dtype == torch.float32 and not self.spec.compile
+        return self.spec.merge and self.dtype == torch.float32
 
     @property
     def current_weights(self) -> str:

@@ -1,4 +1,4 @@
-"""Settings that trade time for memory: gradient checkpointing, compiling, slices and tiles in the autoencoder."""
+"""Settings that trade time for memory: gradient checkpointing, slices and tiles in the autoencoder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from ..errors import UserError
 from ..model_spec import ModelSpec
 
 # Pixels of an image from which on the autoencoder takes one image at a time: the same pictures, less memory.
@@ -16,17 +15,9 @@ TILED = 1536
 
 
 def apply_memory_settings(network: Any, vae: Any, model_spec: ModelSpec) -> None:
-    """Switch on what the model spec and its image size ask of the trained network and of the autoencoder.
-
-    Raises UserError where both compiling and checkpointing are asked for: torch cannot trace a checkpoint that
-    remembers its weights.
-    """
-    if model_spec.compile and model_spec.checkpointing:
-        raise UserError(f"{model_spec.name}: compile needs checkpointing off, torch cannot compile the two together")
+    """Switch on what the model spec and its image size ask of the trained network and of the autoencoder."""
     if model_spec.checkpointing:
         network.enable_gradient_checkpointing(gradient_checkpointing_func=checkpoint)
-    if model_spec.compile:
-        network.compile()
     if model_spec.height * model_spec.width >= SLICED:
         vae.enable_slicing()
     if max(model_spec.height, model_spec.width) > TILED:

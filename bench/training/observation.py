@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .. import registry
-from ..budget import DATA, Budget, Meter
+from ..budget import DATA, Budget, Meter, nothing_uncharged
 from ..errors import UserError
 from ..process_group import ProcessGroup, dividing
 from ..scoring.scorers import part_behind
@@ -81,14 +81,15 @@ class Observer:
     Calls inside `training` count as training, all others as evaluation.
     """
 
-    def __init__(self, model: Any, scorers: Iterable[Any]):
+    def __init__(self, model: Any, scorers: Iterable[Any], uncharged: Callable[[], float] = nothing_uncharged):
         """Make an observer that counts nothing yet.
 
         Args:
             model: a `spec.Model`.
             scorers: scorers and embedders of every role; calls of any object of their classes are counted.
+            uncharged: as of `Meter`.
         """
-        self._model = model
+        self._model, self._uncharged = model, uncharged
         self._classes = list(dict.fromkeys(type(part_behind(scorer)) for scorer in scorers))
         self._training, self._evaluation = _Phase(), _Phase()
         self._now = self._evaluation
@@ -106,7 +107,7 @@ class Observer:
     def install(self) -> None:
         """Put the counters in their places."""
         network, vae = self._model.network, self._model.vae
-        compiled = getattr(network, "_compiled_call_impl", None)
+        compiled = getattr(network, "_compiled_call_impl", None)  # a network that has no blocks, see `models.compiling`
         if compiled is not None:  # torch traces what it compiles: the counter must lie outside
             self._replace(network, "_compiled_call_impl", partial(self._forward, compiled))
         else:
@@ -220,11 +221,11 @@ class Observer:
     @contextmanager
     def training(self) -> Generator[None]:
         """Inside the block calls count as training, and the clock runs."""
-        self._now, since = self._training, _now()
+        self._now, since, uncharged = self._training, _now(), self._uncharged()
         try:
             yield
         finally:
-            self._seconds += _now() - since
+            self._seconds += _now() - since - (self._uncharged() - uncharged)
             self._now = self._evaluation
 
     # Results

@@ -235,26 +235,6 @@ def test_slices_are_the_whole(tiny_pipe: Path) -> None:
     assert torch.allclose(model.decode(x), whole, atol=1e-5)
 
 
-# Compiling
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("family", ["tiny_flux"])
-def test_a_compiled_network_says_the_same(model_spec: ModelSpec) -> None:
-    plain, fast = opened(model_spec), opened(model_spec, compile=True)
-    for weights in ("ref", "old"):
-        a, b = (gradients(model, weights) for model in (plain, fast))
-        for g, h in zip(a, b, strict=True):
-            assert torch.allclose(g, h, rtol=1e-3, atol=1e-4 * float(max(x.abs().max() for x in a)))
-    assert fast.flops_a_forward() == plain.flops_a_forward()
-
-
-def test_compiling_and_checkpointing_do_not_go_together(tiny_pipe: Path) -> None:
-    with pytest.raises(UserError, match="compile needs checkpointing off"):
-        open_model(replace(find_model_spec(str(tiny_pipe)), compile=True, checkpointing=True), device="cpu")
-
-
 @every
 def test_the_lines_for_plain_diffusers_are_python(model_spec: ModelSpec) -> None:
     for line in usage(replace(model_spec, negative_prompt=None if "flux" in model_spec.name else "grey")):

@@ -56,7 +56,12 @@ def test_a_named_model_has_its_protocol_and_a_blueprint(name: str) -> None:
     ) == PROTOCOL[name]
     assert model_spec.width == model_spec.height and model_spec.revision == "main" and model_spec.licence != "its own"
     assert model_spec.pipeline in registry.entries("pipeline") and model_spec.negative_prompt is None
-    assert model_spec.checkpointing and model_spec.offload and not model_spec.compile and model_spec.precision == "bf16"
+    assert (
+        model_spec.checkpointing
+        and model_spec.offload
+        and model_spec.compile == "auto"
+        and model_spec.precision == "bf16"
+    )
     assert registered_name(model_spec.source) == registered_name(model_spec.source.lower()) == name
     network = "unet" if "XL" in model_spec.pipeline or name == "sd15" else "transformer"
     assert network in PUBLISHED[name]
@@ -66,4 +71,4 @@ def test_a_named_model_has_its_protocol_and_a_blueprint(name: str) -> None:
 def test_the_tiny_model_saves_nothing() -> None:
     """Where memory is no question, off-loading and computing twice only take time."""
     tiny = NAMED["tiny"]
-    assert not (tiny.checkpointing or tiny.offload or tiny.compile)
+    assert not (tiny.checkpointing or tiny.offload)
