@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal, Protocol
 
@@ -205,10 +205,14 @@ def error_scale(path: Path, t: Tensor, prediction: Prediction) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One Gaussian transition x_t -> x_s. std = 0 is deterministic."""
+    """One Gaussian transition x_t -> x_s. std = 0 is deterministic.
+
+    std is not read here, because every step would wait for the device: the density of a step whose std turns out to be 0 is NaN.
+    """
 
     mean: Tensor  # (B, ...)
     std: Tensor  # (B, 1, ..., 1)
+    deterministic: bool = False  # std is 0 by the kernel's definition
 
     def draw(self, noise: Tensor) -> Tensor:
         """mean + std * noise, (B, ...); noise is standard normal and the caller's own (float32 or better, unrounded)."""
@@ -223,13 +227,12 @@ class Step:
 
         x is a constant: gradients flow through the mean only (Flow-GRPO, DDPO). drop = True leaves out the constants AND
         the factor 1 / (2 std^2): -mean (x - mean)^2, Flow-CPS's form, which is no density (arXiv 2509.05952, its code).
-        Raises ValueError when a step has std = 0 and drop is False: a deterministic step has no density.
+        Raises ValueError for a deterministic step unless drop is True: it has no density.
         """
         square = (wide(x.detach()) - self.mean) ** 2
         if drop:
             return -square.flatten(1).mean(1)
-        if bool((self.std <= 0).any()):
-            raise ValueError("a deterministic step (std = 0) has no density")
+        self._require_density()
         return (-square / (2 * self.std**2) - self.std.log() - 0.5 * math.log(2 * math.pi)).flatten(1).mean(1)
 
     def kl(self, other: Step, dt: Tensor | float | None = None) -> Tensor:
@@ -239,10 +242,13 @@ class Step:
         (B,) or a number, it is multiplied by it: mean (mean - mean')^2 / (2 g^2), the form of Flow-GRPO's code. Beta
         0.004 on the first acts like 0.04 on the second at ten steps (yifan123/flow_grpo#22). other's mean is a constant.
         """
-        if bool((self.std <= 0).any()):
-            raise ValueError("a deterministic step (std = 0) has no density")
+        self._require_density()
         kl = ((self.mean - other.mean.detach()) ** 2 / (2 * self.std**2)).flatten(1).mean(1)
         return kl if dt is None else kl * torch.as_tensor(dt, dtype=kl.dtype, device=kl.device)
+
+    def _require_density(self) -> None:
+        if self.deterministic:
+            raise ValueError("a deterministic step (std = 0) has no density")
 
 
 Kernel = Callable[[Path, Tensor, Tensor, Tensor, Tensor], Step]  # (path, x, v, t, s); hashable, its repr is its record
@@ -280,7 +286,7 @@ class Ode:
 
     def __call__(self, path: Path, x: Tensor, v: Tensor, t: Tensor, s: Tensor) -> Step:
         _, a1, s1, _ = _coefficients(path, t, s)
-        return land(path, x, v, t, a1, s1, torch.zeros_like(s1))
+        return replace(land(path, x, v, t, a1, s1, torch.zeros_like(s1)), deterministic=True)
 
 
 @dataclass(frozen=True)
@@ -379,7 +385,7 @@ class Dpm2:
         now, then, past_ = (alpha.log() - sigma.log() for alpha, sigma in ((a, sig), (a1, s1), (a2, sig2)))
         factor = (a1 - s1 * a / sig) * (then - now) / (now - past_) / 2  # past at pure noise: (...) / inf = 0
         first = ode(path, x, v, t, s)
-        return Step(first.mean + like(factor, x) * (split(path, x, v, t)[0] - x0), first.std)
+        return replace(first, mean=first.mean + like(factor, x) * (split(path, x, v, t)[0] - x0))
 
 
 ode, dpm2 = Ode(), Dpm2()

@@ -462,4 +462,4 @@ def implicit_accuracy(reward: Tensor, policy: Tensor, ref: Tensor) -> Tensor:
     r, finite = reward, reward.isfinite()
     ordered = (r[:, :, None] > r[:, None, :]) & finite[:, :, None] & finite[:, None, :]
     margin = s[:, None, :] - s[:, :, None]
-    return ((margin.sign() + 1) / 2)[ordered].mean()
+    return torch.where(ordered, (margin.sign() + 1) / 2, 0.0).sum() / ordered.sum()

@@ -42,14 +42,16 @@ def render(decode: Callable[[Tensor], Tensor], x0: Tensor) -> RenderedImages:
 
     decode: (B, C, h, w) -> (B, 3, H, W), 0 black and 1 white, as `spec.Model.decode`.
     """
+    import torch
+
     images = decode(x0)
-    finite_latents, finite_images = finite_rows(x0), finite_rows(images)
+    finite_latents, finite_images = torch.stack([_finite_rows(x0), _finite_rows(images)]).tolist()  # one copy
     faults = {
         row: IMAGE_FAULT if finite_latent else LATENT_FAULT
         for row, (finite_latent, finite_image) in enumerate(zip(finite_latents, finite_images, strict=True))
         if not (finite_latent and finite_image)
     }
-    return RenderedImages(to_uint8(images.nan_to_num(0.0, 0.0, 0.0) if faults else images), faults)
+    return RenderedImages(_rounded(images.nan_to_num(0.0, 0.0, 0.0) if faults else images), faults)
 
 
 def to_uint8(images: Tensor) -> Pixels:
@@ -59,6 +61,10 @@ def to_uint8(images: Tensor) -> Pixels:
     """
     if not bool(images.isfinite().all()):
         raise ValueError(IMAGE_FAULT)
+    return _rounded(images)
+
+
+def _rounded(images: Tensor) -> Pixels:
     scaled = (images.clamp(0, 1).permute(0, 2, 3, 1) * 255).round()
     return np.asarray(scaled.byte().cpu().numpy(), dtype=np.uint8)
 
@@ -74,4 +80,9 @@ def differentiable_pixels(images: Tensor) -> Tensor:
 
 def finite_rows(values: Tensor) -> list[bool]:
     """(B, ...) -> for each row, whether all its values are finite."""
-    return values.isfinite().flatten(1).all(1).tolist()
+    return _finite_rows(values).tolist()
+
+
+def _finite_rows(values: Tensor) -> Tensor:
+    """(B, ...) -> (B,) bool: whether all values of a row are finite."""
+    return values.isfinite().flatten(1).all(1)

@@ -75,7 +75,7 @@ def sample_protocol(
     """
     cond = (embeddings or EmbeddingCache(model.encode))([p.text for p in prompts])
     velocity = lambda x, t: model.velocity(x, t, cond, guidance=model.guidance, weights=weights, merged=True)
-    for step in walk(model.path, velocity, x, model.times(model.steps).to(model.device), [ode] * model.steps):
+    for step in walk(model.path, velocity, x, model.times(model.steps), [ode] * model.steps):
         x = step.x_next
     return x
 

@@ -37,10 +37,18 @@ def memory_limit() -> float:
 class EmbeddingCache:
     """Maps prompts to a model's embeddings, each computed by itself: in a batch with other texts its last bits would differ."""
 
-    def __init__(self, encode: Callable[[Sequence[str]], Cond], limit: float | None = None):
+    def __init__(
+        self,
+        encode: Callable[[Sequence[str]], Cond],
+        limit: float | None = None,
+        device: torch.device | None = None,
+    ):
         """Make an empty cache.
 
-        encode: B prompts -> tensors that lead with B, `spec.Model.encode`. limit: bytes kept in memory; None: `memory_limit`.
+        Args:
+            encode: B prompts -> tensors that lead with B, `spec.Model.encode`.
+            limit: bytes kept in memory; None: `memory_limit`.
+            device: to which a batch of embeddings is moved; None leaves it where they were encoded.
         """
         self._encode, self._limit = encode, memory_limit() if limit is None else limit
         self._in_memory: OrderedDict[str, Cond] = (
@@ -50,13 +58,24 @@ class EmbeddingCache:
         self._on_disk: dict[str, Path] = {}
         self._device = torch.device("cpu")
         self._folder: TemporaryDirectory[str] | None = None
+        self._target = device
+        self._batch: tuple[tuple[str, ...], Cond] | None = None  # the texts and embeddings of the last call
 
     def __call__(self, texts: Sequence[str]) -> Cond:
-        """The embeddings of B prompts: tensors that lead with B."""
+        """The embeddings of B prompts: tensors that lead with B.
+
+        The last batch is kept, beside the limit and where it is not larger: all steps of a rollout, and policy and reference of an
+        update, ask for the same one.
+        """
+        if self._batch is not None and self._batch[0] == tuple(texts):
+            return self._batch[1]
         embeddings = {text: self._embedding(text) for text in dict.fromkeys(texts)}
         first = embeddings[texts[0]]
         stacked = {key: torch.stack([embeddings[text][key] for text in texts]) for key in first}
         self._make_room()
+        if self._target is not None:
+            stacked = {key: _moved(value, self._target) for key, value in stacked.items()}
+        self._batch = (tuple(texts), stacked) if _size(stacked) <= self._limit else None
         return stacked
 
     @property
@@ -106,6 +125,13 @@ class EmbeddingCache:
         except (OSError, SafetensorError):
             del self._on_disk[text]
             return None
+
+
+def _moved(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on a device; a GPU copies it from pinned memory while the processor goes on."""
+    if value.device.type == "cpu" and device.type == "cuda":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def _size(embedding: Cond) -> int:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..budget import Meter
 from ..errors import UserError
-from ..flow import Kernel, Path, Step, dpm2, error_scale, like, mix, ode, split, stochastic
+from ..flow import Kernel, Path, Step, dpm2, error_scale, like, mix, ode, precise, split, stochastic
 from ..losses import flow_error, informative
 from ..process_group import ProcessGroup
 from ..random_draws import normal, permuted, random_words, uniform
@@ -83,7 +83,7 @@ class MeteredRig(RewardGradientRig):
         self.failures: list[str] = []  # why images could not be scored, the last 20
         self.reward_gradients = RewardGradients()
         self.aggregation = "sum"  # how the rewards of a blend become one in a group, see `several_rewards`
-        self._embeddings = EmbeddingCache(lambda texts: model.encode(texts))
+        self._embeddings = EmbeddingCache(lambda texts: model.encode(texts), device=model.device)
         self.evaluation_texts: frozenset[str] = frozenset()  # folded evaluation prompts: no data set may teach them
         self._captions: list[Prompt] = []  # of sets of pairs: their ids begin at len(train_prompts)
         self._sets: dict[str, tuple[PairSet, int]] = {}  # opened sets of pairs, with the id of their first caption
@@ -289,7 +289,7 @@ class MeteredRig(RewardGradientRig):
             weights: as in `velocity`.
             guidance: None is the protocol's.
         """
-        grid = (self.model.times(of or start + len(kernels)) if times is None else times).to(x.device)
+        grid = self.model.times(of or start + len(kernels)) if times is None else times
         guidance = self.model.guidance if guidance is None else guidance
         how = NetworkPass(weights, guidance, role="rollout", merged=True)
         velocity = lambda x, t: self.charged_velocity(x, t, prompt_ids, how)
@@ -430,6 +430,7 @@ class MeteredRig(RewardGradientRig):
         image_ids = prompt_ids.repeat_interleave(group)
         noise = self.noise(prompts).repeat_interleave(group, 0) if shared else self.noise(len(image_ids))
         step_transitions: list[Transitions] = []
+        smallest_std: list[Tensor] = []
         pending: list[list[Future[TimedScores]]] = []
         for k, rows in enumerate(torch.arange(len(image_ids)).split(self.rows)):
             x_next = start = noise[rows.to(noise.device)]
@@ -438,11 +439,14 @@ class MeteredRig(RewardGradientRig):
                 steps = self.walk(start, ids, kernels, times=times, weights=weights, guidance=guidance)
                 for i, x, t, s, step, x_next in steps:
                     if i in keep:
+                        smallest_std.append(step.std.amin())
                         logp = step.logp(x_next, drop)
                         step_transitions.append(
                             Transitions(x, t, s, x_next, step.mean, logp, torch.zeros_like(t), ids, rows)
                         )
                 pending.append(self._submit(x_next, ids))
+        if not drop and min(read_numbers(smallest_std)) <= 0:
+            raise ValueError("a deterministic step (std = 0) has no density")
         step_transitions = self._exchanged(step_transitions, len(keep))
         reward = self._rewards(pending, prompts, group)
         return Transitions(
@@ -631,15 +635,20 @@ class MeteredRig(RewardGradientRig):
         if not self._computed_elsewhere:
             self._notes[name].append(value.detach() if isinstance(value, Tensor) else value)
 
+    def noted(self, name: str) -> list[Tensor | float]:
+        """The values of one note since the last iteration, in this process."""
+        return list(self._notes.get(name, []))
+
     def mean(self, name: str) -> float:
         """The mean of one note since the last iteration, over all processes; NaN where there is none."""
-        values = [v for part in self.processes.gather([float(v) for v in self._notes.get(name, [])]) for v in part]
+        values = [v for part in self.processes.gather(read_numbers(self._notes.get(name, []))) for v in part]
         return float(np.mean(values)) if values else float("nan")
 
     def notes(self) -> dict[str, float]:
         """The means of all notes since the last call, over all processes."""
         notes, self._notes = self._notes, defaultdict(list)
-        parts = self.processes.gather({name: [float(v) for v in values] for name, values in notes.items()})
+        numbers = iter(read_numbers([v for values in notes.values() for v in values]))
+        parts = self.processes.gather({name: [next(numbers) for _ in values] for name, values in notes.items()})
         names = dict.fromkeys(name for part in parts for name in part)
         return {name: float(np.mean([v for part in parts for v in part.get(name, [])])) for name in names}
 
@@ -678,16 +687,17 @@ def walk(
         path: between image and noise.
         velocity: (x (B, C, h, w), t (B,)) -> the model's velocity there (B, C, h, w).
         x: latents (B, C, h, w) at grid[0].
-        grid: times (at least len(kernels) + 1,), falling.
+        grid: times (at least len(kernels) + 1,), falling; on the CPU, where reading one waits for nothing.
         kernels: one for each step.
         noise: n -> (n, C, h, w) standard normal; needed where a kernel is stochastic.
     """
     # The last estimate of x0 and its time, for the solver that has a memory.
     previous: tuple[Tensor, Tensor] | None = None
+    ends, grid = grid.tolist(), grid.to(x.device)
     for i, kernel in enumerate(kernels):
         t, s = grid[i].expand(len(x)), grid[i + 1].expand(len(x))
         v = velocity(x, t)
-        if kernel == dpm2 and previous is not None and float(grid[i + 1]) > 0:
+        if kernel == dpm2 and previous is not None and ends[i + 1] > 0:
             step = dpm2.second(path, x, v, t, s, previous)
         else:
             step = kernel(path, x, v, t, s)
@@ -699,6 +709,14 @@ def walk(
             x_next = step.mean
         yield WalkStep(x, t, s, step, x_next)
         x = x_next
+
+
+def read_numbers(values: Sequence[Tensor | float]) -> list[float]:
+    """The values of numbers, those on a device in one copy: each copy waits until the device has done all before."""
+    tensors = [value.detach().reshape(()) for value in values if isinstance(value, Tensor)]
+    # float32 and half precision are exact in float64, and in float32 on a GPU without it.
+    read = iter(torch.stack([precise(tensor) for tensor in tensors]).tolist() if tensors else [])
+    return [next(read) if isinstance(value, Tensor) else float(value) for value in values]
 
 
 def timed_scores(scorer: Scorer, images: RenderedImages, prompts: Sequence[Prompt]) -> TimedScores:

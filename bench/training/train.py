@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from ..budget import Spent
 from ..errors import UserError
 from ..spec import Method, batch_size, select_rows
 from .observation import MISMATCH
-from .rig import MeteredRig
+from .rig import MeteredRig, read_numbers
 from .unscored import expect_scores
 
 PATIENCE = 25  # iterations in which no group's rewards differ, after which a run counts as collapsed
@@ -126,20 +126,21 @@ def _fit(
     for _ in range(o.epochs):
         for minibatch in torch.randperm(rows, generator=rig.rng).chunk(o.minibatches):
             with expect_scores(rig):  # where the loss asks for scores
-                _differentiate(method, rig, gradients, batch, minibatch)
+                losses = _differentiate(method, rig, gradients, batch, minibatch)
                 rig.settle_reward_gradients()
             rig.meter.settle_deferred()
             rig.processes.sum_gradients(rig.model.parameters())
-            _update(method, rig, optimizer, gradients.scaler)
-            ratio = rig.mean("policy/ratio")
+            ratio = _update(method, rig, optimizer, gradients.scaler, losses)
             if not math.isnan(ratio) and not RATIO[0] < ratio < RATIO[1]:
                 raise Stop(f"exploded: the policy ratio is {ratio:.3g} after {rig.meter.updates} updates")
 
 
-def _differentiate(method: Method, rig: MeteredRig, gradients: Gradients, batch: Any, minibatch: torch.Tensor) -> None:
-    """Add up the gradients of the rows of a minibatch that this process computes. Raises Stop on a loss that is not finite."""
+def _differentiate(
+    method: Method, rig: MeteredRig, gradients: Gradients, batch: Any, minibatch: torch.Tensor
+) -> list[torch.Tensor]:
+    """Add up the gradients of the rows of a minibatch that this process computes; returns their losses, which are not read yet."""
     keys = torch.randint(2**62, (len(minibatch),), generator=rig.rng)
-    infinite_loss: float | None = None
+    losses: list[torch.Tensor] = []
     for k, rows in enumerate(torch.arange(len(minibatch)).split(method.optim.micro or len(minibatch))):
         with rig.keyed(keys[rows]), rig.turn(k) as computed_here:
             with _no_exit(method):
@@ -147,13 +148,10 @@ def _differentiate(method: Method, rig: MeteredRig, gradients: Gradients, batch:
             if computed_here:  # elsewhere the network is not evaluated, and the loss has no gradient
                 loss = _checked_loss(method, loss)
             rig.note("policy/loss", loss)
-        if computed_here and not bool(loss.isfinite()):
-            infinite_loss = float(loss.detach())
-        elif computed_here:
+        if computed_here:
+            losses.append(loss.detach())
             gradients.backward(gradients.scaler.scale(loss * (len(rows) / len(minibatch))))
-    for losses in rig.processes.gather([] if infinite_loss is None else [infinite_loss]):
-        if losses:
-            raise Stop(f"the loss is {losses[0]:g} after {rig.meter.updates} updates")
+    return losses
 
 
 def _checked_loss(method: Method, loss: Any) -> torch.Tensor:
@@ -186,20 +184,41 @@ def _described(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}, {gradient} a gradient"
 
 
-def _update(method: Method, rig: MeteredRig, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-    """Clip the gradient and step the optimiser, unless half precision overflowed. Raises Stop where a number is not finite."""
+def _update(
+    method: Method,
+    rig: MeteredRig,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    losses: Sequence[torch.Tensor],
+) -> float:
+    """Clip the gradient and step the optimiser, unless half precision overflowed; returns the mean policy ratio, NaN without one.
+
+    The device is waited for twice: losses, ratios and norm are read together before the step, and after it whether the weights are finite.
+
+    Raises:
+        Stop: where a loss, the gradient's norm or a weight is not finite.
+    """
     o = method.optim
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(rig.model.parameters(), o.clip)
-    overflowed = not bool(norm.isfinite())
+    ratios = rig.noted("policy/ratio")
+    norm_value, *values = read_numbers([norm, *losses, *ratios])
+    infinite = [loss for loss in values[: len(losses)] if not math.isfinite(loss)]
+    parts = rig.processes.gather((infinite[-1:], values[len(losses) :]))
+    for infinite_losses, _ in parts:
+        if infinite_losses:
+            raise Stop(f"the loss is {infinite_losses[0]:g} after {rig.meter.updates} updates")
+    all_ratios = [ratio for _, of_part in parts for ratio in of_part]
+    ratio = sum(all_ratios) / len(all_ratios) if all_ratios else math.nan
+    overflowed = not math.isfinite(norm_value)
     if scaler.is_enabled():
         rig.note("policy/skipped", float(overflowed))
         if overflowed and scaler.get_scale() > 1:  # the factor was too large, not the gradient
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
-            return
+            return ratio
     if overflowed:
-        raise Stop(f"the gradient's norm is {float(norm):g} after {rig.meter.updates} updates")
+        raise Stop(f"the gradient's norm is {norm_value:g} after {rig.meter.updates} updates")
     rig.meter.charge(updates=1)
     rig.note("policy/grad_norm", norm)
     for group in optimizer.param_groups:
@@ -219,3 +238,4 @@ def _update(method: Method, rig: MeteredRig, optimizer: torch.optim.Optimizer, s
     # The meter's updates are in every checkpoint, so that a resumed run averages with the same decay.
     if o.ema and (rig.meter.updates + 1) % o.ema_interval == 0:
         rig.model.update_copy("ema", o.ema_decay(rig.meter.updates))
+    return ratio

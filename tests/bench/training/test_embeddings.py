@@ -90,3 +90,11 @@ def test_a_limit_that_is_no_number_is_one_line(monkeypatch: pytest.MonkeyPatch, 
         memory_limit()
     monkeypatch.setenv(MEGABYTES, "0.5")
     assert memory_limit() == 5e5
+
+
+def test_the_last_batch_is_put_together_once() -> None:
+    """Every step of a rollout asks for the embeddings of the same rows."""
+    cache = EmbeddingCache(Encoder(), limit=1e9, device=torch.device("cpu"))
+    first, again, other = cache(["a", "b"]), cache(["a", "b"]), cache(["b", "a"])
+    assert all(again[key] is first[key] and other[key] is not first[key] for key in first)
+    assert all(torch.equal(other[key], first[key].flip(0)) for key in first)
