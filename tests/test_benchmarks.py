@@ -81,6 +81,19 @@ def run_peers(_: list[Path]) -> None:
     peers.measure(1, peers.Sides(2, 2, 0))
 
 
+def run_roofline(_: list[Path]) -> None:
+    """A LoRA beside the weights takes more kernels and bytes, fusing takes fewer and changes no product."""
+    roofline = script("roofline")
+    passes, roof = roofline.trace_passes("tiny", 2), roofline.Roof.of("h200")
+    merged, live, training, checkpointed = passes.values()
+    assert len(merged) < len(live) < len(training) < len(checkpointed) == len(live) + len(training)
+    for operations in passes.values():
+        fused = roofline.fuse(operations)
+        assert roof.matrix_milliseconds(fused) == pytest.approx(roof.matrix_milliseconds(operations))
+        assert roof.matrix_milliseconds(fused) < roof.milliseconds(fused) < roof.milliseconds(operations)
+    print(roofline.table("tiny", "h200", 2))
+
+
 def run_network_costs(_: list[Path]) -> None:
     entries = script("network_costs").compute(["tiny"])
     shipped = network_costs._entries()  # pyright: ignore[reportPrivateUsage]
@@ -147,6 +160,7 @@ MINIATURES: dict[str, tuple[Callable[[list[Path]], None], str]] = {  # file -> w
     "own_numbers": (run_own_numbers, "| method-1 |"),
     "recompute": (run_recompute, "standard error"),
     "peers": (run_peers, "rewards that differ 0.00 %"),
+    "roofline": (run_roofline, "| merged, or the base |"),
     "sampling": (run_sampling, "rig / bare: median"),
     "scorer_workers": (run_scorer_workers, "| 1 |"),
     "seed_library": (run_seed_library, " entries"),
