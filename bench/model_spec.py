@@ -57,6 +57,8 @@ class ModelSpec:
     checkpointing: bool = True  # activations are computed again in the backward pass: less memory, a third more time
     offload: bool = True  # text encoders and embeddings stay in main memory, and visit the device for encoding only
     merge: bool = True  # the LoRA is merged into float32 weights while images are sampled
+    # Of training images' steps that have no density, on merged float32 weights; auto: bf16 on a GPU that has it, else fp32.
+    sampling_precision: Literal["auto", "fp32", "bf16"] = "auto"
     # torch.compile on the blocks of the trained network, minutes at the start; auto: where a run is long enough to earn them.
     compile: bool | Literal["auto"] = "auto"
     preset: str = ""  # the section of methods/NAME.toml that fits it; empty is the model's own name

@@ -145,6 +145,7 @@ class Model(PolicyModel, Protocol):
         weights: str = "policy",
         detach: bool = False,
         merged: bool = False,
+        half: bool = False,
     ) -> Tensor:
         """The velocity (B, C, h, w) in float32 at latents x (B, C, h, w) and times t (B,).
 
@@ -156,6 +157,7 @@ class Model(PolicyModel, Protocol):
             weights: the name of the weights to compute with.
             detach: hold the unconditional branch of guidance constant.
             merged: images are sampled: an adapter may be merged into the weights, whose last digits then differ from an update's.
+            half: on merged weights, bf16 may be used: no density and no evaluation depends on this pass.
         Raises KeyError on weights that no call of `update_copy` made.
         """
         ...

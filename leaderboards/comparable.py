@@ -84,6 +84,7 @@ def _shared_inputs(run: LoadedRun) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "weights of the model", {"": r.provenance.get("weights", "")}
     yield "budget", budget_bounds(r)
     yield "evaluation", dict(r.config.get("evaluation", {}))
+    yield "precision of the evaluation", {"": r.config.get("precision", "none")}
     yield "prompts of split", dict(r.prompts)
     yield "training scorer", {"": next((n for n, s in r.scorers.items() if s.role == "training"), "none")}
     yield "number of prompts and images", {"": next(iter(run.after.values())).shape if run.after else "none"}

@@ -21,7 +21,9 @@ from .runs import Array, LoadedRun
 def settings_of(r: Record) -> dict[str, Any]:
     """Return the part of a run's configuration that defines a row: neither the seed nor what all runs of a table share."""
     return {
-        k: v for k, v in r.config.items() if k in ("settings", "adapter", "precision", "reward", "sources", "studies")
+        k: v
+        for k, v in r.config.items()
+        if k in ("settings", "adapter", "precision", "sampling_precision", "reward", "sources", "studies")
     }
 
 

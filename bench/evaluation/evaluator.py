@@ -74,7 +74,7 @@ def sample_protocol(
     embeddings: of the model; None encodes the prompts for this call alone.
     """
     cond = (embeddings or EmbeddingCache(model.encode))([p.text for p in prompts])
-    velocity = lambda x, t: model.velocity(x, t, cond, guidance=model.guidance, weights=weights, merged=True)
+    velocity = lambda x, t, _: model.velocity(x, t, cond, guidance=model.guidance, weights=weights, merged=True)
     for step in walk(model.path, velocity, x, model.times(model.steps), [ode] * model.steps):
         x = step.x_next
     return x

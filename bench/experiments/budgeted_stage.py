@@ -47,6 +47,7 @@ class BudgetedStage(ABC):
             processes=context.processes,
         )
         self.rig.aggregation = context.config.reward_aggregation
+        self.rig.half_precision = self.has_adapter  # the images of a search are evaluated
         self.rig.evaluation_texts = frozenset(
             fold_text(prompt.text)
             for split in ("validation", "test")

@@ -37,7 +37,7 @@ from ..training.observation import (
 from ..training.train import COLLAPSED, PLANNED
 from .artifacts import RunResult
 from .budgeted_stage import BudgetedStage
-from .context import RunContext
+from .context import RunContext, sampling_precision
 
 MOST = 0.5  # share of a scorer's images without a score above which the scorer counts as broken
 FAILURES = 20  # reasons of scoring failures that a record keeps, the last ones
@@ -106,6 +106,7 @@ def build_record(context: RunContext, stage: BudgetedStage, result: RunResult) -
             dtype=config.precision,
             weights=context.launch.weights_hash,
             compiled=context.model_spec.compile is True,
+            sampling_dtype=sampling_precision(context),
         ),
         checksums=context.files.checksums(),
         tuning=config.tuned,

@@ -28,9 +28,12 @@ DEEPEST = 16  # levels of nested settings
 LARGEST_FLOAT32 = 3.4028234663852886e38  # in which losses and updates are computed
 AGGREGATIONS = ("sum", "gdpo", "pareto")  # of `training/several_rewards.py`, which loads torch
 # Fields of a model spec that a run may set: they change memory and speed, and results only by rounding.
-EXECUTION = ("rows", "checkpointing", "offload", "merge", "compile")
-# The words beside true and false that some of them take.
-AUTOMATIC: Mapping[str, Sequence[str]] = {"compile": ("auto",)}
+EXECUTION = ("rows", "checkpointing", "offload", "merge", "compile", "sampling_precision")
+# The values that are no number of rows, and not true and false alone.
+CHOICES: Mapping[str, Sequence[Any]] = {
+    "compile": (True, "auto", False),
+    "sampling_precision": ("auto", "fp32", "bf16"),
+}
 NOT_OF_METHOD = (
     "adapter",
     "evaluation",
@@ -296,9 +299,12 @@ def _execution(table: Table, model_spec: ModelSpec) -> Table:
             raise UserError(
                 f"rows is a number of images sampled at once (0: the model's {model_spec.rows}), got {value!r}"
             )
-        words = AUTOMATIC.get(key, ())
-        if key != "rows" and not isinstance(value, bool) and value not in words:
-            choices = ", ".join(["true", *words]) + " or false" if words else "true or false"
+        choices = CHOICES.get(key, (True, False))
+        if key != "rows" and not any(
+            value is choice or (isinstance(value, str) and value == choice) for choice in choices
+        ):
+            *others, last = (str(choice).lower() if isinstance(choice, bool) else choice for choice in choices)
+            choices = f"{', '.join(others)} or {last}"
             raise UserError(
                 f"{key} is {choices} (the model's spec says {str(getattr(model_spec, key)).lower()}), got {value!r}"
             )

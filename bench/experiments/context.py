@@ -136,6 +136,12 @@ class RunContext:
         )
 
 
+def sampling_precision(context: RunContext) -> str:
+    """The precision in which steps without a density are computed in training; evaluations are in that of the base weights."""
+    in_bf16 = isinstance(context.model, PipelineModel) and context.model.samples_in_bf16
+    return "bf16" if in_bf16 else context.config.precision
+
+
 @contextmanager
 def open_run(launch: Launch) -> Generator[RunContext]:
     """Open task, scorers, device and model of a run; scorers and trackers are closed at the end of the block.
@@ -217,6 +223,8 @@ def _is_compiled(model: Model, message: Callable[[str], None]) -> bool:
     """Whether the model's network is compiled; says why it is not where it should be."""
     if not isinstance(model, PipelineModel):
         return False
+    if model.bf16_fault:
+        message(f"images are sampled in fp32: {model.bf16_fault}")
     if model.compiler_fault:
         message(
             f"nothing can be compiled here, so the run takes longer; its results are the same: {model.compiler_fault}"

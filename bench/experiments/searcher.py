@@ -83,6 +83,7 @@ class Searcher(BudgetedStage):
         rig = MeteredRig(
             self.rig.model, plan.validation, self.rig.scorer, meter, seed=context.config.seed, rows=self.rig.rows
         )
+        rig.half_precision = False
         context.progress.phase("searching for validation prompts, off budget", count)
         try:
             stop = search(

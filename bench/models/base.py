@@ -83,6 +83,11 @@ class PipelineModel(ABC):
         self.vae: Any = self.pipe.vae
         self.configure()
         self.lora: LoraCopies | None = None
+        self._autocast: torch.dtype | None = self.dtype if self.dtype != torch.float32 else None
+        wanted, has_bf16 = model_spec.sampling_precision, loading.has_bf16(self.device)
+        self._bf16_asked = wanted == "bf16" or (wanted == "auto" and has_bf16 and self.device.type == "cuda")
+        # Why images are not sampled in bf16 although the spec says so.
+        self.bf16_fault = f"{self.device.type} has no bf16" if wanted == "bf16" and not has_bf16 else ""
         self._unconditional: Cond | None = None
         apply_memory_settings(self.network, self.vae, model_spec)
         if adapter is not None:
@@ -174,10 +179,15 @@ class PipelineModel(ABC):
         weights: str = "policy",
         detach: bool = False,
         merged: bool = False,
+        half: bool = False,
     ) -> Tensor:
         """The velocity (B, C, h, w) in float32, see `spec.Model.velocity`."""
+        self._autocast = self.dtype if self.dtype != torch.float32 else None
         if self.lora is not None:
-            self.lora.switch(weights, merged=merged and self.merges and not torch.is_grad_enabled())
+            merged = merged and self.merges and not torch.is_grad_enabled()
+            dtype = torch.bfloat16 if merged and half and self.samples_in_bf16 else None
+            self._autocast = dtype or self._autocast
+            self.lora.switch(weights, merged=merged, dtype=dtype)
         if guidance == 1.0 or self.guided_cost == 1:
             output = self._evaluate(x, t, cond, guidance)
         else:
@@ -194,10 +204,9 @@ class PipelineModel(ABC):
         return unconditional + guidance * (conditional - unconditional)
 
     def _evaluate(self, x: Tensor, t: Tensor, cond: Cond, guidance: float) -> Tensor:
-        """`forward` under autocast where the weights are in half precision; text encoders leave the device before."""
+        """`forward` under autocast where it is in half precision; text encoders leave the device before."""
         self.encoders.unload()
-        half = self.dtype != torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype) if half else nullcontext():
+        with torch.autocast(self.device.type, dtype=self._autocast) if self._autocast else nullcontext():
             output = self.forward(x, t, cond, guidance)
         return output
 
@@ -208,6 +217,11 @@ class PipelineModel(ABC):
         Not into half-precision ones: on their grid most of a young LoRA's small changes would be rounded away.
         """
         return self.spec.merge and self.dtype == torch.float32
+
+    @property
+    def samples_in_bf16(self) -> bool:
+        """Whether training images may be sampled in bf16: asked for, possible here, and on merged float32 weights."""
+        return self.merges and self._bf16_asked and not self.bf16_fault
 
     @property
     def current_weights(self) -> str:

@@ -20,6 +20,11 @@ from ..spec import Cond
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bf16: every processor, and the GPUs that say so."""
+    return device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """The dtype of the base weights. Raises UserError where the device is not there or cannot compute in it."""
     if precision not in PRECISIONS:

@@ -29,6 +29,7 @@ class LoraCopies:
         self._collect_layers()
         self._current = "policy"
         self._originals: list[torch.nn.Parameter] = []  # of the adapted layers, while a copy is merged into them
+        self._merged_as: torch.dtype | None = None  # the precision of the merged weights
 
     def _collect_layers(self) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -53,17 +54,21 @@ class LoraCopies:
         """Whether the current copy is merged into the weights."""
         return bool(self._originals)
 
-    def switch(self, name: str, merged: bool = False) -> None:
+    def switch(self, name: str, merged: bool = False, dtype: torch.dtype | None = None) -> None:
         """Let the module compute with this copy from now on, merged into the weights or beside them.
 
-        merged: for passes without a gradient; `ref` is the base itself, so there is nothing to merge.
+        Args:
+            name: of the copy.
+            merged: for passes without a gradient; `ref` is the base itself, so in its own precision there is nothing to merge.
+            dtype: to which the merged weights are cast; None is that of the weights.
 
         peft's own set_adapter and enable_adapters also flip requires_grad on every parameter, which costs time at each
         call and would cut the graph of a forward that is still waiting for its backward; only the two flags that the
         forward reads are set here.
         """
-        merged = merged and name != "ref"
-        if (name, merged) == (self._current, self.merged):
+        dtype = dtype if merged else None
+        merged = merged and (name != "ref" or dtype is not None)
+        if (name, merged, dtype) == (self._current, self.merged, self._merged_as):
             return
         if name not in ("policy", "ref", *self.copies):
             raise KeyError(f"no weights named {name!r}: make them with update_copy first")
@@ -74,15 +79,23 @@ class LoraCopies:
             layer._active_adapter = [adapter]
         self._current = name
         if merged:
-            self._merge(adapter)
+            self._merge("" if name == "ref" else adapter, dtype)
 
     @torch.no_grad()
-    def _merge(self, adapter: str) -> None:
-        """Put W + scale B A in the place of each adapted weight W. W itself stays what a graph or a checkpoint refers to."""
+    def _merge(self, adapter: str, dtype: torch.dtype | None) -> None:
+        """Put W + scale B A in the place of each adapted weight W. W itself stays what a graph or a checkpoint refers to.
+
+        Args:
+            adapter: "" leaves scale B A out.
+            dtype: to which the sum is cast; None does not cast.
+        """
         bases: list[Any] = [layer.get_base_layer() for layer in self._layers]
-        self._originals = [base.weight for base in bases]
+        self._originals, self._merged_as = [base.weight for base in bases], dtype
         for layer, base in zip(self._layers, bases, strict=True):
-            weight = base.weight + layer.get_delta_weight(adapter).to(base.weight.dtype)
+            weight = base.weight
+            if adapter:
+                weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+            weight = weight if dtype is None else weight.to(dtype)
             base._parameters["weight"] = torch.nn.Parameter(weight, requires_grad=False)
 
     def _unmerge(self) -> None:
@@ -90,7 +103,7 @@ class LoraCopies:
         for layer, original in zip(self._layers, self._originals, strict=bool(self._originals)):
             base: Any = layer.get_base_layer()
             base._parameters["weight"] = original
-        self._originals = []
+        self._originals, self._merged_as = [], None
 
     @torch.no_grad()
     def update_copy(self, name: str, decay: float) -> None:

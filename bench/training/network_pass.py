@@ -14,3 +14,4 @@ class NetworkPass:
     detach: bool = False
     role: str = ""
     merged: bool = False
+    half: bool = False  # in bf16, where a step has no density

@@ -74,6 +74,8 @@ class MeteredRig(RewardGradientRig):
         self.model, self.train_prompts, self.scorer, self.meter, self.rows = model, train_prompts, scorer, meter, rows
         self.processes = processes
         self._computed_elsewhere = False  # another process computes the current part: it is only charged here
+        # Whether steps without a density may be computed in bf16; not where the images are the result, whose precision is the protocol's.
+        self.half_precision = True
         self.rng = torch.Generator().manual_seed(seed)
         self.state: dict[str, Any] = {}  # the method's memory
         self.bookkeeping: dict[str, Any] = {}  # of rig and search, out of the method's reach; checkpoints hold both
@@ -233,6 +235,7 @@ class MeteredRig(RewardGradientRig):
                 weights=how.weights,
                 detach=how.detach,
                 merged=how.merged,
+                half=how.half,
             )
 
     def step(
@@ -292,7 +295,12 @@ class MeteredRig(RewardGradientRig):
         grid = self.model.times(of or start + len(kernels)) if times is None else times
         guidance = self.model.guidance if guidance is None else guidance
         how = NetworkPass(weights, guidance, role="rollout", merged=True)
-        velocity = lambda x, t: self.charged_velocity(x, t, prompt_ids, how)
+
+        def velocity(x: Tensor, t: Tensor, kernel: Kernel) -> Tensor:
+            # A stochastic step has a density, and the ratio of the first update must be 1.
+            half = self.half_precision and not stochastic(kernel)
+            return self.charged_velocity(x, t, prompt_ids, replace(how, half=half))
+
         for i, step in enumerate(walk(self.path, velocity, x, grid[start:], kernels, self.noise), start):
             yield i, step.x, step.t, step.s, step.step, step.x_next
 
@@ -675,7 +683,7 @@ class WalkStep(NamedTuple):
 
 def walk(
     path: Path,
-    velocity: Callable[[Tensor, Tensor], Tensor],
+    velocity: Callable[[Tensor, Tensor, Kernel], Tensor],
     x: Tensor,
     grid: Tensor,
     kernels: Sequence[Kernel],
@@ -685,7 +693,7 @@ def walk(
 
     Args:
         path: between image and noise.
-        velocity: (x (B, C, h, w), t (B,)) -> the model's velocity there (B, C, h, w).
+        velocity: (x (B, C, h, w), t (B,), the step's kernel) -> the model's velocity there (B, C, h, w).
         x: latents (B, C, h, w) at grid[0].
         grid: times (at least len(kernels) + 1,), falling; on the CPU, where reading one waits for nothing.
         kernels: one for each step.
@@ -696,7 +704,7 @@ def walk(
     ends, grid = grid.tolist(), grid.to(x.device)
     for i, kernel in enumerate(kernels):
         t, s = grid[i].expand(len(x)), grid[i + 1].expand(len(x))
-        v = velocity(x, t)
+        v = velocity(x, t, kernel)
         if kernel == dpm2 and previous is not None and ends[i + 1] > 0:
             step = dpm2.second(path, x, v, t, s, previous)
         else:

@@ -307,11 +307,16 @@ def test_moves_are_the_transitions_of_what_was_scored(make: Make, rows: int, dro
     assert int(transitions.prompt_ids.unique().numel()) == 2
 
 
-@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize(("merge", "precision"), [(True, "fp32"), (False, "fp32"), (True, "bf16")])
 @pytest.mark.parametrize("kernel", [sde(0.7), cps(0.8)])
-def test_the_ratio_of_a_first_update_is_one(tiny_pipe: Path, redness: str, kernel: Any, merge: bool) -> None:
-    """A rollout on merged weights has the log-probabilities of the update, whose LoRA is beside them, up to rounding."""
-    model_spec = replace(find_model_spec(str(tiny_pipe)), merge=merge)
+def test_the_ratio_of_a_first_update_is_one(
+    tiny_pipe: Path, redness: str, kernel: Any, merge: bool, precision: Any
+) -> None:
+    """A rollout on merged weights has the log-probabilities of the update, whose LoRA is beside them, up to rounding.
+
+    Also where its other steps, here the last one, are computed in bf16.
+    """
+    model_spec = replace(find_model_spec(str(tiny_pipe)), merge=merge, sampling_precision=precision)
     model = open_model(model_spec, device="cpu", adapter=Adapter(rank=4), seed=0)
     with torch.no_grad():
         for k, parameter in enumerate(model.parameters()):
@@ -320,7 +325,7 @@ def test_the_ratio_of_a_first_update_is_one(tiny_pipe: Path, redness: str, kerne
     rig = MeteredRig(model, [Prompt(p) for p in BOOK], scorer(f"{redness}:Redness"), meter, rows=4)
     try:
         kept, _ = rig.transitions(2, 3, [kernel] * (model.steps - 1) + [ode])
-        assert model.lora.merged == merge
+        assert model.lora.merged == merge and model.samples_in_bf16 == (precision == "bf16")
         step = rig.step(kernel, kept.x, kept.t, kept.s, kept.prompt_ids, guidance=model.guidance)
         ratio = (step.logp(kept.to) - kept.logp).exp()
         assert not model.lora.merged and torch.allclose(ratio, torch.ones(()), rtol=0, atol=1e-5)
