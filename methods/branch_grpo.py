@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..bench.errors import UserError
 from ..bench.flow import Kernel, dance, ode, sde
-from ..bench.losses import clipped_surrogate, leaf_means, standardise
+from ..bench.losses import clipped_surrogate, leaf_means, masked_mean, standardise
 from ..bench.spec import Branchings, Choice, LogUniform, Optim, Range, Rig, Uniform, assign_branch_advantages
 from ..bench.trees import Branches, TreePlan
 
@@ -119,7 +119,7 @@ class BranchGRPO:
         )  # fmt: skip
         k = batch.to.shape[1]
         ratio = (step.repeat(k).logp(batch.to.flatten(0, 1)).view(-1, k) - batch.logp).exp()
-        taught = ratio.detach()[batch.weight > 0]
-        rig.note("policy/ratio", taught.mean())
-        rig.note("policy/clipped", ((taught - 1).abs() > self.clip_range).float().mean())
+        taught, seen = (batch.weight > 0).view(1, -1), ratio.detach().view(1, -1)
+        rig.note("policy/ratio", masked_mean(taught, seen))
+        rig.note("policy/clipped", masked_mean(taught, ((seen - 1).abs() > self.clip_range).float()))
         return (batch.weight * clipped_surrogate(ratio, batch.advantage, self.clip_range)).sum(1).mean()
