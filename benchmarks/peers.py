@@ -153,7 +153,7 @@ class Sides:
     def __init__(self, prompts: int, group: int, micro: int, clock: Callable[[], float] = time.process_time) -> None:
         self.clock, self.reward = clock, torch.zeros(0)
         spec = find_model_spec("tiny")
-        sets = [f"prompts={prompts}", f"group={group}", "optim.ema=0", f"optim.micro={micro}"]
+        sets = ["steps=0", f"prompts={prompts}", f"group={group}", "optim.ema=0", f"optim.micro={micro}"]
         plan = config.resolve(config.RunRequest("flow-grpo", "ocr", "tiny", budget="nfe=1000", sets=sets))
         self.settings, self.group = plan.settings, group
         self.model, self.other = (open_model(spec, device="cpu", adapter=plan.adapter) for _ in range(2))

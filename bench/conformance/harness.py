@@ -51,8 +51,8 @@ def redness(images: Images, prompts: Sequence[Prompt]) -> Any:
 
 
 def scaled_redness(images: Images, prompts: Sequence[Prompt]) -> Any:
-    """Return the reward (B,): redness times 1000, so that any two images differ widely."""
-    return 1000 * redness(images, prompts)
+    """Return the reward (B,): redness times 100,000, so that any two images differ by more than any margin."""
+    return 100_000 * redness(images, prompts)
 
 
 def equal_rewards(images: Images, prompts: Sequence[Prompt]) -> Any:

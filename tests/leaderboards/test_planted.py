@@ -33,9 +33,9 @@ app.command()(regress)
 
 @pytest.fixture(scope="module")
 def train(tiny_pipe: Path, redness: str) -> Train:
-    def run_once(out: Path, seed: int, *sets: str, task: str = "Many") -> Record:
+    def run_once(out: Path, seed: int, *sets: str, task: str = "Many", nfe: int = 16000) -> Record:
         plan = resolve(
-            RunRequest("gpo", f"{redness}:{task}", str(tiny_pipe), seed=seed, budget="nfe=16000", sets=[*SETS, *sets])
+            RunRequest("gpo", f"{redness}:{task}", str(tiny_pipe), seed=seed, budget=f"nfe={nfe}", sets=[*SETS, *sets])
         )
         return running.run(plan, runs=out, progress=NullProgress())
 
@@ -143,6 +143,6 @@ def test_a_flipped_sign_is_worse(train: Train, reported: Path, tmp_path: Path, m
 
 def test_a_hack_of_the_training_scorer_is_flagged(train: Train, reported: Path, tmp_path: Path) -> None:
     (honest,) = (run.record for run in load_runs([reported.parent / "runs"]) if run.record.seed == 0)
-    bait = train(tmp_path, 0, task="Bait")
+    bait = train(tmp_path, 0, task="Bait", nfe=48000)  # far beyond where both halves are equally red
     assert bait.delta["redness/mean"].ci[0] > 0 and bait.delta["balance/mean"].ci[1] < 0  # type: ignore[operator]
     assert bait.flags.hack and not honest.flags.hack

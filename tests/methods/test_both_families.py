@@ -29,12 +29,18 @@ SMALL = {"prompts": 2, "group": 3, "seeds": 1, "branches": 3, "split_steps": (0,
 
 
 def methods() -> list[str]:
-    """The registered methods that train, each under its own name once; a name whose file is not there yet is left out."""
+    """The registered methods that train, each under its own name once; a name whose file is not there yet is left out.
+
+    Those that need a reward with a gradient are left out, which the scorer here has not; `gpobench check` gives them one.
+    """
     names: list[str] = []
     for name, entry in registry.entries("method").items():
         package, _, leaf = entry.value.partition(":")[0].rpartition(".")
         there = package != "gpobench.methods" or find_spec(f"{package}.{leaf}") is not None
-        if there and registry.canonical("method", name) == name and "collect" in dir(registry.load("method", name)):
+        if not there or registry.canonical("method", name) != name:
+            continue
+        kind = registry.load("method", name)
+        if "collect" in dir(kind) and "reward_backwards" not in dir(kind):
             names.append(name)
     return names
 

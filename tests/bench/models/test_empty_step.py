@@ -41,7 +41,7 @@ def prompts() -> list[Prompt]:
 def ends(model: Any, prompts: list[Prompt], times: Tensor, kernel: Kernel) -> Tensor:
     """The latents that the kernel reaches along a grid; stochastic steps draw the same noise whatever the grid's length."""
     x, cond = noise([(p.text, 0) for p in prompts], 1, model.shape), model.encode([p.text for p in prompts])
-    velocity = lambda x, t: model.velocity(x, t, cond, weights="ref", merged=True)
+    velocity = lambda x, t, *_: model.velocity(x, t, cond, weights="ref", merged=True)
     steps = iter(range(len(times)))
 
     def draw(n: int) -> Tensor:
