@@ -537,6 +537,16 @@ def assign_branch_advantages(branchings: Branchings, advantage: Tensor) -> Branc
     return select_rows(given, rows)
 
 
+def branch_ratios(rig: Rig, step: Step, batch: Branchings, clip_range: float) -> Tensor:
+    """(N, K): exp(log p - log p_old) of each state's children, `step` the policy's (N,); notes mean and clipped share of those taught."""
+    k = batch.to.shape[1]
+    ratio = (step.repeat(k).logp(batch.to.flatten(0, 1)).view(-1, k) - batch.logp).exp()
+    taught = batch.weight > 0  # a mask: an index of booleans would make the host wait for a GPU
+    rig.note("policy/ratio", torch.where(taught, ratio.detach(), 0.0).sum() / taught.sum())
+    rig.note("policy/clipped", (taught & ((ratio.detach() - 1).abs() > clip_range)).sum() / taught.sum())
+    return ratio
+
+
 @dataclass(frozen=True)
 class InitialNoise:
     """N initial noises with their prompts, for methods that differentiate the sampler."""

@@ -25,8 +25,18 @@ from torch import Tensor
 
 from ..bench.errors import UserError
 from ..bench.flow import Kernel, dance, ode, sde
-from ..bench.losses import clipped_surrogate, leaf_means, masked_mean, standardise
-from ..bench.spec import Branchings, Choice, LogUniform, Optim, Range, Rig, Uniform, assign_branch_advantages
+from ..bench.losses import clipped_surrogate, leaf_means, standardise
+from ..bench.spec import (
+    Branchings,
+    Choice,
+    LogUniform,
+    Optim,
+    Range,
+    Rig,
+    Uniform,
+    assign_branch_advantages,
+    branch_ratios,
+)
 from ..bench.trees import Branches, TreePlan
 
 STD_EPS, MIN_STD = 1e-8, 1e-6  # of the rewards of a depth, compute_hierarchical_advantages_by_depth
@@ -117,9 +127,5 @@ class BranchGRPO:
             self.kernel, batch.x, batch.t, batch.s, batch.prompt_ids,
             guidance=self.guidance or rig.model.guidance, detach=self.detach_uncond,
         )  # fmt: skip
-        k = batch.to.shape[1]
-        ratio = (step.repeat(k).logp(batch.to.flatten(0, 1)).view(-1, k) - batch.logp).exp()
-        taught, seen = (batch.weight > 0).view(1, -1), ratio.detach().view(1, -1)
-        rig.note("policy/ratio", masked_mean(taught, seen))
-        rig.note("policy/clipped", masked_mean(taught, ((seen - 1).abs() > self.clip_range).float()))
+        ratio = branch_ratios(rig, step, batch, self.clip_range)
         return (batch.weight * clipped_surrogate(ratio, batch.advantage, self.clip_range)).sum(1).mean()

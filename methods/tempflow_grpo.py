@@ -24,8 +24,18 @@ from torch import Tensor
 
 from ..bench.errors import UserError
 from ..bench.flow import ode, sde, step_widths
-from ..bench.losses import clipped_surrogate, leaf_means, masked_mean, standardise
-from ..bench.spec import Branchings, Choice, LogUniform, Optim, Range, Rig, Uniform, assign_branch_advantages
+from ..bench.losses import clipped_surrogate, leaf_means, standardise
+from ..bench.spec import (
+    Branchings,
+    Choice,
+    LogUniform,
+    Optim,
+    Range,
+    Rig,
+    Uniform,
+    assign_branch_advantages,
+    branch_ratios,
+)
 from ..bench.trees import Branches, TreePlan
 
 
@@ -90,12 +100,9 @@ class TempFlowGRPO:
     def loss(self, rig: Rig, batch: Branchings) -> Tensor:
         """mean w_k max(-A rho, -A clip(rho, 1 - c, 1 + c)) + kl KL(policy || ref), over the branches of the states."""
         kernel, guidance = sde(self.noise_level), self.guidance or rig.model.guidance
-        at, k = (batch.x, batch.t, batch.s, batch.prompt_ids), batch.to.shape[1]
+        at = (batch.x, batch.t, batch.s, batch.prompt_ids)
         step = rig.step(kernel, *at, guidance=guidance, detach=self.detach_uncond)
-        ratio = (step.repeat(k).logp(batch.to.flatten(0, 1)).view(-1, k) - batch.logp).exp()
-        taught, seen = (batch.weight > 0).view(1, -1), ratio.detach().view(1, -1)
-        rig.note("policy/ratio", masked_mean(taught, seen))
-        rig.note("policy/clipped", masked_mean(taught, ((seen - 1).abs() > self.clip_range).float()))
+        ratio = branch_ratios(rig, step, batch, self.clip_range)
         widths = step_widths(kernel, rig.path, rig.model.times(self.steps or rig.model.steps))[:-1].to(ratio)
         surrogate = (batch.weight * clipped_surrogate(ratio, batch.advantage, self.clip_range)).sum(1)
         loss = ((widths / widths.mean())[batch.step.to(ratio.device)] * surrogate).mean()
