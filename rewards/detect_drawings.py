@@ -18,7 +18,7 @@ from ..bench.errors import Missing, UserError
 from ..bench.spec import Images
 from .detect_shapes import CALIBRATION, STRIDE, network, peaks
 from .detectors import Detection
-from .reader import CHUNK, HEIGHT, WIDTH, standardise
+from .reader import HEIGHT, WIDTH, apply_in_chunks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,18 +55,9 @@ class DrawingsDetector:
 
     def maps(self, images: Images) -> "Tensor":
         """Map (B, 32, 64, 3) uint8 to (B, OUTPUTS, 16, 32); a row depends on its own image only."""
-        import torch
-
         if images.shape[1:] != (HEIGHT, WIDTH, 3):
             raise ValueError(f"the detector of drawings looks at pictures of (32, 64, 3), got {images.shape[1:]}")
-        rows = [torch.zeros(0, OUTPUTS, HEIGHT // STRIDE, WIDTH // STRIDE)]
-        with torch.inference_mode():
-            for start in range(0, len(images), CHUNK):
-                part = images[start : start + CHUNK]
-                full = np.zeros((CHUNK, HEIGHT, WIDTH, 3), np.uint8)
-                full[: len(part)] = part
-                rows.append(self.network(standardise(torch.from_numpy(full)))[: len(part)])
-            return torch.cat(rows)
+        return apply_in_chunks(self.network, images)
 
     def __call__(self, images: Images) -> list[list[Detection]]:
         """Map (B, 32, 64, 3) to B lists of detections; ValueError for another shape."""

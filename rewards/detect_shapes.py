@@ -23,7 +23,7 @@ from ..bench.assets.glyphs import SHAPES
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images
 from .detectors import Detection
-from .reader import CHUNK, HEIGHT, WIDTH, standardise
+from .reader import HEIGHT, WIDTH, apply_in_chunks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -108,18 +108,9 @@ class ShapesDetector:
 
     def maps(self, images: Images) -> "Tensor":
         """Map (B, 32, 64, 3) uint8 to (B, 7, 16, 32); a row depends on its own image only."""
-        import torch
-
         if images.shape[1:] != (HEIGHT, WIDTH, 3):
             raise ValueError(f"the shape detector looks at pictures of (32, 64, 3), got {images.shape[1:]}")
-        rows = [torch.zeros(0, len(SHAPES) + 4, HEIGHT // STRIDE, WIDTH // STRIDE)]
-        with torch.inference_mode():
-            for start in range(0, len(images), CHUNK):
-                part = images[start : start + CHUNK]
-                full = np.zeros((CHUNK, HEIGHT, WIDTH, 3), np.uint8)
-                full[: len(part)] = part
-                rows.append(self.network(standardise(torch.from_numpy(full)))[: len(part)])
-            return torch.cat(rows)
+        return apply_in_chunks(self.network, images)
 
     def __call__(self, images: Images) -> list[list[Detection]]:
         """Map (B, 32, 64, 3) to B lists of detections; ValueError for another shape."""

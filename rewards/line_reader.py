@@ -17,7 +17,7 @@ from ..bench.assets.finite import check_finite
 from ..bench.errors import Missing, UserError
 from ..bench.spec import Images, Prompt, Scores, check_images
 from . import rules
-from .reader import ALPHABET, CHUNK, HEIGHT, WIDTH, spell, standardise
+from .reader import ALPHABET, HEIGHT, WIDTH, apply_in_chunks, spell
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -89,16 +89,7 @@ class LineReader:
 
     def logits(self, images: Images) -> "Tensor":
         """Map (B, 32, 64, 3) uint8 to (B, 2, 27, 32); a row depends on its own image only."""
-        import torch
-
-        rows = [torch.zeros(0, LINES, len(ALPHABET) + 1, COLUMNS)]
-        with torch.inference_mode():
-            for start in range(0, len(images), CHUNK):
-                part = images[start : start + CHUNK]
-                full = np.zeros((CHUNK, HEIGHT, WIDTH, 3), np.uint8)
-                full[: len(part)] = part
-                rows.append(self.network(standardise(torch.from_numpy(full)))[: len(part)])
-            return torch.cat(rows)
+        return apply_in_chunks(self.network, images)
 
     def read(self, images: Images) -> list[str]:
         """Read (B, 32, 64, 3) uint8 as B texts of capitals, two lines with a space between them."""

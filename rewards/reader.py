@@ -66,6 +66,20 @@ def standardise(images: "Tensor") -> "Tensor":
     return (x - mean) / (x.std((1, 2, 3), keepdim=True) + 4.0)  # 4 of 255 grey levels: a blank page stays blank
 
 
+def apply_in_chunks(network: "nn.Module", images: Images) -> "Tensor":
+    """The network's output for (B, 32, 64, 3) uint8: batches of exactly CHUNK, the last one padded, so a row depends on its image only."""
+    import torch
+
+    rows: list[Tensor] = []
+    with torch.inference_mode():
+        for start in range(0, max(len(images), 1), CHUNK):  # of no images one batch, for the shape of no rows
+            part = images[start : start + CHUNK]
+            full = np.zeros((CHUNK, HEIGHT, WIDTH, 3), np.uint8)
+            full[: len(part)] = part
+            rows.append(network(standardise(torch.from_numpy(full)))[: len(part)])
+        return torch.cat(rows)
+
+
 def spell(classes: np.ndarray) -> list[str]:
     """Decode (B, 16) most likely classes to B strings: repeats merged, then blanks dropped."""
     fresh = np.ones(classes.shape, bool)
@@ -99,16 +113,7 @@ class Reader:
 
     def logits(self, images: Images) -> "Tensor":
         """Map (B, 32, 64, 3) uint8 to (B, 27, 16); a row depends on its own image only."""
-        import torch
-
-        rows = []
-        with torch.inference_mode():
-            for start in range(0, len(images), CHUNK):
-                part = images[start : start + CHUNK]
-                full = np.zeros((CHUNK, HEIGHT, WIDTH, 3), np.uint8)
-                full[: len(part)] = part
-                rows.append(self.network(standardise(torch.from_numpy(full)))[: len(part)])
-            return torch.cat(rows) if rows else torch.zeros(0, len(ALPHABET) + 1, COLUMNS)
+        return apply_in_chunks(self.network, images)
 
     def read(self, images: Images) -> list[str]:
         """Read (B, 32, 64, 3) uint8 as B strings of capitals."""
